@@ -1,0 +1,60 @@
+"""The `cutlm` command: one short module per subcommand, heavy imports inside their `run`.
+
+Exit codes: 0 done; 2 something the user can mend, said without a traceback; 130 stopped by Ctrl-C; 1 our fault.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from cutlm import __version__
+from cutlm.errors import UserError
+
+COMMANDS = {
+    "check": "report every bad row of a file of records, and counts",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser of all commands; imports no command's heavy parts."""
+    parser = argparse.ArgumentParser(
+        prog="cutlm", description="Align language models with judgments: what is said about their answers."
+    )
+    parser.add_argument("--version", action="version", version=f"cutlm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"cutlm.cli.{name}")
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    # `train` takes every field of its config as an option; the others take what they name and nothing else.
+    if rest and args.command != "train":
+        parser.error(f"{args.command}: unknown arguments: {' '.join(rest)}")
+    args.rest = rest
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"cutlm {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ncutlm {args.command}: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

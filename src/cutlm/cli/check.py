@@ -1,0 +1,31 @@
+"""Report every bad row of a file of records (line or array index, field, expected, got), rows that repeat
+earlier ones, and the counts. Exits with 2 when a row is bad or none is there."""
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a JSON array or JSON Lines, plain or compressed (.gz, .xz)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from cutlm.records import check_records
+
+    check = check_records(args.file)
+    for problem in check.problems:
+        print(problem, file=sys.stderr)
+    for duplicate in check.duplicates:
+        print(duplicate)
+    num_bad = check.num_rows - len(check.records)
+    num_without = sum("judgment" not in record.model_fields_set for record in check.records)
+    print(f"{args.file}: {check.num_rows} rows, {num_bad} bad, {len(check.duplicates)} duplicates")
+    print(
+        f"{len(check.records)} records: {check.num_satisfactory} satisfactory,"
+        f" {check.num_unsatisfactory} unsatisfactory"
+    )
+    if num_without:
+        print(f"{num_without} records have no field 'judgment' and count as satisfactory")
+    if not check.num_rows:
+        print(f"{args.file}: no records; expected at least one", file=sys.stderr)
+    return 2 if num_bad or not check.num_rows else 0
