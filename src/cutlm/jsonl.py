@@ -141,7 +141,7 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        raw = open(beside, "wb")
+        raw = open(beside, "wb")  # noqa: SIM115 (closed below, by `with raw`)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
     try:

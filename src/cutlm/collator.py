@@ -1,0 +1,90 @@
+"""Encoded records to one micro-batch, without padding.
+
+Sequences stand end to end in one tensor; how the model is run over them is left to `cutlm.model`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CutCollator:
+    """Lays out the sequences of a micro-batch end to end.
+
+    First every unsatisfactory record without its judgment, then the same records in the same order with it, then
+    the satisfactory records: so a record that needs one pass gets one, and the token log-probs of the two contexts
+    of a response are two equal slices.
+
+    A sequence is a prompt and its response less the last token, which has nothing to predict. Its last
+    `response_length` positions predict the response.
+
+    Example:
+
+        >>> rows = [
+        ...     {"prompt_ids": [1, 5], "judged_prompt_ids": [1, 5, 9], "response_ids": [7, 8, 2]},
+        ...     {"prompt_ids": [1, 6], "judged_prompt_ids": None, "response_ids": [4, 2]},
+        ... ]
+        >>> CutCollator()(rows)
+        {'input_ids': tensor([1, 5, 7, 8,  1, 5, 9, 7, 8,  1, 6, 4]),
+         'target_ids': tensor([7, 8, 2,  7, 8, 2,  4, 2]),
+         'sequence_lengths': [4, 5, 3],
+         'response_lengths': [3, 3, 2],
+         'num_unsatisfactory': 1,
+         'places': ['record 0 of the batch', 'record 1 of the batch']}
+
+    `places` names the records, unsatisfactory ones first, for messages.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        unsatisfactory = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is not None]
+        satisfactory = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is None]
+        sequences = [
+            *((rows[index]["prompt_ids"], rows[index]["response_ids"]) for index in unsatisfactory),
+            *((rows[index]["judged_prompt_ids"], rows[index]["response_ids"]) for index in unsatisfactory),
+            *((rows[index]["prompt_ids"], rows[index]["response_ids"]) for index in satisfactory),
+        ]
+        inputs = [[*prompt, *response[:-1]] for prompt, response in sequences]
+        return {
+            "input_ids": torch.tensor([token for ids in inputs for token in ids], dtype=torch.long),
+            "target_ids": torch.tensor([token for _, ids in sequences for token in ids], dtype=torch.long),
+            "sequence_lengths": [len(ids) for ids in inputs],
+            "response_lengths": [len(response) for _, response in sequences],
+            "num_unsatisfactory": len(unsatisfactory),
+            "places": [
+                rows[index].get("place") or f"record {index} of the batch" for index in unsatisfactory + satisfactory
+            ],
+        }
+
+
+def split_lengths(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """How many response tokens of a batch are of unsatisfactory records (in one context), and of satisfactory ones."""
+    num_unsatisfactory, lengths = batch["num_unsatisfactory"], batch["response_lengths"]
+    return sum(lengths[:num_unsatisfactory]), sum(lengths[2 * num_unsatisfactory :])
+
+
+def count_batch(batch: Mapping[str, Any], normalization: str) -> tuple[float, float]:
+    """What a batch adds to the counts that L1 and L2 are divided by: tokens, or records of weight 1."""
+    if normalization == "record":
+        return batch["num_unsatisfactory"], len(batch["places"])
+    num_unsatisfactory_tokens, num_satisfactory_tokens = split_lengths(batch)
+    return num_unsatisfactory_tokens, num_unsatisfactory_tokens + num_satisfactory_tokens
+
+
+def find_non_finite(logps: Tensor, batch: Mapping[str, Any]) -> list[str]:
+    """Names the records of a batch with log-probs that are no numbers.
+
+    Args:
+        logps: [R], in the order of `batch["target_ids"]`.
+        batch: The batch.
+    """
+    num_unsatisfactory = batch["num_unsatisfactory"]
+    # The second pass of an unsatisfactory record counts as that record.
+    records = [*range(num_unsatisfactory), *range(len(batch["places"]))]
+    bad = {
+        record
+        for record, part in zip(records, logps.split(batch["response_lengths"]), strict=True)
+        if not torch.isfinite(part).all()
+    }
+    return [batch["places"][record] for record in sorted(bad)]

@@ -1,0 +1,289 @@
+"""Records to token ids: the prompt without and with the judgment, and one response that follows both.
+
+The response's tokens are the same in both contexts and are those that the model has to produce after the prompt
+when it generates: the text is split as a continuation of the prompt, ends with one end-of-sequence token and
+starts with no second beginning-of-sequence. Special tokens that a user's text spells out are plain text here.
+Batching is left to `cutlm.collator`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cutlm.errors import ConfigError
+from cutlm.prompts import (
+    Prompt,
+    TemplateName,
+    build_alpaca_chat_template,
+    render_alpaca_prompt,
+    render_chat_prompt,
+)
+from cutlm.records import JudgedRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class EncodedRecord:
+    """One record as token ids.
+
+    Attributes:
+        prompt_ids: The prompt without the judgment.
+        judged_prompt_ids: The prompt with the judgment; None for a satisfactory record.
+        response_ids: The response, end-of-sequence included.
+        is_cut: Whether a prompt was cut from the left to fit.
+    """
+
+    prompt_ids: list[int]
+    judged_prompt_ids: list[int] | None
+    response_ids: list[int]
+    is_cut: bool = False
+
+
+@dataclass
+class EncodedRecords:
+    """All records of a data set that could be encoded, as rows, and what became of the rest.
+
+    Attributes:
+        rows: Dictionaries with `prompt_ids`, `judged_prompt_ids`, `response_ids` and `place`.
+        num_cut: Records of which a prompt was cut from the left.
+        left_out: A sentence for each record left out.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    num_cut: int = 0
+    left_out: list[str] = field(default_factory=list)
+
+    def describe(self, max_length: int) -> str:
+        """One line of counts, fit to be printed."""
+        num_satisfactory = sum(row["judged_prompt_ids"] is None for row in self.rows)
+        return (
+            f"{len(self.rows)} records encoded ({num_satisfactory} satisfactory,"
+            f" {len(self.rows) - num_satisfactory} unsatisfactory); {self.num_cut} prompts cut from the left to fit"
+            f" max_length {max_length}; {len(self.left_out)} records left out"
+        )
+
+
+class Encoder:
+    """Encodes prompts and responses with one tokenizer and one template.
+
+    Args:
+        tokenizer: Any tokenizer of `transformers`.
+        template: "alpaca", or "chat" for the tokenizer's own chat template.
+
+    Raises:
+        ConfigError: The tokenizer has no end-of-sequence token, or no chat template under "chat".
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: TemplateName) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so that a model could never"
+                " learn to stop; set tokenizer.eos_token and save it again"
+            )
+        self._leading_ids = _find_leading_ids(tokenizer)
+        special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special.pop(tokenizer.unk_token_id, None)  # an unknown character is no order to the model
+        self._special_ids = set(special)
+        self._special_tokens = list(special.values())
+        self._starts_afresh_after_special = _starts_afresh_after_special(tokenizer)
+        self._tail = self.render("x").tail
+        self._tail_ids = self._split(self._tail)
+
+    def render(self, instruction: str, judgment: str | None = None) -> Prompt:
+        """The prompt as text."""
+        if self.template == "alpaca":
+            return render_alpaca_prompt(instruction, judgment)
+        return render_chat_prompt(self.tokenizer, instruction, judgment)
+
+    def encode_prompt(self, instruction: str, judgment: str | None = None) -> list[int]:
+        """Token ids of a prompt, as they are fed to the model when it generates."""
+        prompt = self.render(instruction, judgment)
+        if self.template == "alpaca":
+            return self._leading_ids + self._split(prompt.text)
+        # A chat template writes its own beginning-of-sequence.
+        return self._split(prompt.text, (prompt.content_start, prompt.content_end))
+
+    def encode_response(self, response: str) -> list[int]:
+        """Token ids of a response as the continuation of any prompt of this template, end-of-sequence included."""
+        joint = self._split(self._tail + response, (len(self._tail), len(self._tail) + len(response)))
+        num_tail = len(self._tail_ids)
+        if joint[:num_tail] == self._tail_ids:
+            ids = joint[num_tail:]
+        else:
+            ids = self._split_after_boundary(response, joint)
+        return [*ids, self.tokenizer.eos_token_id]
+
+    def _split_after_boundary(self, response: str, joint: list[int]) -> list[int]:
+        """Splits a response whose first characters would merge with the prompt's last ones.
+
+        When generating, the prompt's tokens stand; so of the ways to split the response alone, the one is taken that
+        reads as the joint text.
+        """
+        text = self.tokenizer.decode(joint)
+        for ids in (self._split_plain(response), self._continue_plain(response)):
+            if self.tokenizer.decode(self._tail_ids + ids) == text:
+                return ids
+        return ids
+
+    def encode_record(self, record: JudgedRecord, max_length: int) -> EncodedRecord | None:
+        """Encodes a record, its prompts cut from the left to fit.
+
+        Args:
+            record: The record.
+            max_length: Most tokens of a prompt and the response together.
+
+        Returns:
+            None where the response, which is never cut, leaves no room for a prompt.
+        """
+        response_ids = self.encode_response(record.output)
+        room = max_length - len(response_ids)
+        if room < 1:
+            return None
+        instruction = record.full_instruction
+        prompt_ids = self.encode_prompt(instruction)
+        judged_ids = None if record.is_satisfactory else self.encode_prompt(instruction, record.judgment)
+        is_cut = len(prompt_ids) > room or (judged_ids is not None and len(judged_ids) > room)
+        return EncodedRecord(
+            self._cut(prompt_ids, room),
+            None if judged_ids is None else self._cut(judged_ids, room),
+            response_ids,
+            is_cut,
+        )
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        """Cuts a prompt from the left; a beginning-of-sequence token stays, for models are lost without it."""
+        if len(ids) <= room:
+            return ids
+        bos_id = self.tokenizer.bos_token_id
+        if bos_id is not None and ids[0] == bos_id and room > 1:
+            return [bos_id, *ids[len(ids) - room + 1 :]]
+        return ids[len(ids) - room :]
+
+    def build_chat_template(self) -> str | None:
+        """The chat template by which other tools give a model the prompts it was trained with.
+
+        Returns:
+            The tokenizer's own under "chat". Under "alpaca" one that gives exactly `encode_prompt`'s ids for one
+            user turn; None if this tokenizer splits no such template's text the same way.
+        """
+        if self.template == "chat":
+            return self.tokenizer.chat_template
+        probe = "Name a colour.\nJust one."
+        expected = self.encode_prompt(probe)
+        has_bos = bool(self._leading_ids)
+        for gap in ("", " "):
+            template = build_alpaca_chat_template(has_bos, gap)
+            got = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": probe}],
+                chat_template=template,
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+            if got == expected:
+                return template
+        return None
+
+    def _split(self, text: str, user_span: tuple[int, int] | None = None) -> list[int]:
+        """Splits text into token ids, adding nothing.
+
+        Args:
+            text: The text.
+            user_span: Characters written by a user. Under "chat", special tokens count as such outside of it and as
+                plain text inside; under "alpaca" nothing is a special token.
+        """
+        if self.template == "alpaca":
+            return self._split_plain(text)
+        start, end = user_span or (0, 0)
+        if not any(token in text[start:end] for token in self._special_tokens):
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not self.tokenizer.is_fast:
+            raise ConfigError(
+                "template: chat: a text spells out a special token, which only a fast tokenizer can keep plain; use"
+                " the model's fast tokenizer, or template: alpaca"
+            )
+        # All from the template's last special token before the user's text to its first one after it is plain text.
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        before: list[int] = []
+        after: list[int] = []
+        left, right = 0, len(text)
+        for place, (index, (begin, stop)) in enumerate(
+            zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        ):
+            if index in self._special_ids and stop <= start:
+                before, left = encoding["input_ids"][: place + 1], stop
+            elif index in self._special_ids and begin >= end and begin < right:
+                after, right = encoding["input_ids"][place:], begin
+        run = text[left:right]
+        is_first = not before or self._starts_afresh_after_special
+        return before + (self._split_plain(run) if is_first else self._continue_plain(run)) + after
+
+    def _split_plain(self, text: str) -> list[int]:
+        """Splits text in which nothing is a special token, whatever it spells out."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if self._special_ids.isdisjoint(ids):
+            return ids
+        # A unigram model has its special tokens in its vocabulary, and finds them in text: break them in two.
+        places = [text.find(token) for token in self._special_tokens if token in text]
+        if not places:
+            return ids
+        cut = min(places) + 1
+        return self._split_plain(text[:cut]) + self._continue_plain(text[cut:])
+
+    def _continue_plain(self, text: str) -> list[int]:
+        """Splits text from the middle of a sentence: no space before its first word."""
+        for anchor in ("\n", ":", "a"):
+            anchor_ids = self.tokenizer(anchor, add_special_tokens=False)["input_ids"]
+            joint = self._split_plain(anchor + text)
+            if joint[: len(anchor_ids)] == anchor_ids:
+                return joint[len(anchor_ids) :]
+        return self._split_plain(text)
+
+
+def _find_leading_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The special tokens a tokenizer puts before any text: usually one beginning-of-sequence, or none."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    return []
+
+
+def encode_records(
+    records: Sequence[JudgedRecord], places: Sequence[str], encoder: Encoder, max_length: int
+) -> EncodedRecords:
+    """Encodes records; what does not fit is named, not dropped in silence.
+
+    Args:
+        records: The records.
+        places: Where each stands, for messages: `data.jsonl:17`.
+        encoder: Tokenizer and template.
+        max_length: Most tokens of a prompt and the response together.
+    """
+    encoded = EncodedRecords()
+    for record, place in zip(records, places, strict=True):
+        row = encoder.encode_record(record, max_length)
+        if row is None:
+            encoded.left_out.append(f"{place}: the response alone fills max_length {max_length}; left out")
+            continue
+        encoded.num_cut += row.is_cut
+        encoded.rows.append(
+            {
+                "prompt_ids": row.prompt_ids,
+                "judged_prompt_ids": row.judged_prompt_ids,
+                "response_ids": row.response_ids,
+                "place": place,
+            }
+        )
+    return encoded
+
+
+def _starts_afresh_after_special(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether text behind a special token is split like the start of a text (older SentencePiece conversions)."""
+    special = tokenizer.eos_token
+    joint = tokenizer(f"{special}a", add_special_tokens=False)["input_ids"]
+    return joint[1:] == tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -1,0 +1,196 @@
+"""From hidden states to the log-probabilities of given tokens, without ever holding the full logits.
+
+The head (the output embedding) is applied to a chunk of positions at a time. Where the head is frozen, as
+under LoRA, the gradient for the hidden states is made in the forward pass while the chunk's logits are at hand
+and only scaled in the backward: two matrix products in all, none of them repeated. Where the head is trained,
+the backward makes each chunk's logits again. Which positions to score is left to the caller.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Logits held at a time, in elements: 64 MiB of float32.
+_CHUNK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last step of a causal language model: logits = softcap(scale * (hidden @ weight.T + bias)).
+
+    Attributes:
+        weight: [V, H], as of `nn.Linear`.
+        bias: [V], or None.
+        softcap: Gemma's logit soft-capping c: logits become c * tanh(logits / c). None: no capping.
+        scale: A factor on the logits (Cohere multiplies, Granite divides).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    target_ids: Tensor,
+    chunk_size: int | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Log-probability of each target token, from the hidden state at the position before it.
+
+    Args:
+        hidden: [N, H], the last hidden states at the positions to score.
+        head_weight: [V, H]; gets a gradient only if it requires one.
+        target_ids: [N], integer token ids.
+        chunk_size: Positions per chunk; None takes as many as fit 64 MiB of float32 logits.
+        bias: [V] or None.
+        softcap: c of c * tanh(logits / c), or None.
+        scale: A factor on the logits, before the capping.
+
+    Returns:
+        [N] float32 log-probabilities in nats. The matrix products run in the dtype of `hidden` (under autocast,
+        in its dtype), everything after them in float32.
+
+    Raises:
+        ValueError: The shapes do not fit each other.
+    """
+    if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
+        raise ValueError(f"expected hidden [N, H] and head_weight [V, H], got {hidden.shape} and {head_weight.shape}")
+    if target_ids.shape != hidden.shape[:1]:
+        raise ValueError(f"expected one target for each of {hidden.shape[0]} positions, got {tuple(target_ids.shape)}")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
+    elif hidden.dtype != head_weight.dtype:
+        hidden = hidden.to(head_weight.dtype)
+    size = chunk_size or max(16, _CHUNK_ELEMENTS // head_weight.shape[0])
+    with torch.autocast(device, enabled=False):
+        return _TokenLogprobs.apply(hidden, head_weight, bias, target_ids, size, softcap, scale)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target_ids: Tensor,
+        chunk_size: int,
+        softcap: float | None,
+        scale: float,
+    ) -> Tensor:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        is_head_trained = needs_weight or needs_bias
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        slopes = torch.empty_like(hidden) if needs_hidden and not is_head_trained else None
+        for start in range(0, len(hidden), chunk_size):
+            part = slice(start, start + chunk_size)
+            logps[part], raw, total = _score_chunk(hidden[part], weight, bias, target_ids[part], softcap, scale)
+            if slopes is not None:
+                slopes[part] = ((raw.to(weight.dtype) @ weight).float() * (-1.0 / total)[:, None]).to(slopes.dtype)
+        ctx.settings = (chunk_size, softcap, scale)
+        if is_head_trained:
+            ctx.save_for_backward(hidden, weight, bias, target_ids)
+        else:
+            ctx.save_for_backward(slopes)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if not (needs_weight or needs_bias):
+            (slopes,) = ctx.saved_tensors
+            return (slopes * grad[:, None]).to(slopes.dtype), None, None, None, None, None, None
+        hidden, weight, bias, target_ids = ctx.saved_tensors
+        chunk_size, softcap, scale = ctx.settings
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Summed over chunks in float32: rounding to bfloat16 after each would add up.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        for start in range(0, len(hidden), chunk_size):
+            part = slice(start, start + chunk_size)
+            _, raw, total = _score_chunk(hidden[part], weight, bias, target_ids[part], softcap, scale)
+            raw *= (-grad[part] / total)[:, None]
+            if grad_bias is not None:
+                grad_bias += raw.sum(0)
+            raw = raw.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = raw @ weight
+            if grad_weight is not None:
+                grad_weight += (raw.T @ hidden[part]).float()
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _score_chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One chunk's log-probs [C], and its gradient for the raw logits as `-raw / total[:, None]`: [C, V] and [C].
+
+    With e = exp(logits - max), s = sum(e): d logp / d logits = onehot - e / s = -(e - s * onehot) / s. Leaving the
+    division to the product's result saves a pass over [C, V]; the onehot goes in before any rounding, as 1 - p of a
+    likely token would be lost in bfloat16.
+    """
+    logits = hidden @ weight.T
+    logits = logits.float()
+    if bias is not None:
+        logits += bias
+    if scale != 1.0:
+        logits *= scale
+    slope = None
+    if softcap is not None:
+        logits /= softcap
+        logits.tanh_()
+        slope = 1.0 - logits.square()
+        logits *= softcap
+    rows = target_ids[:, None]
+    logits -= logits.amax(dim=-1, keepdim=True)
+    target_logits = logits.gather(1, rows)[:, 0]
+    raw = logits.exp_()
+    total = raw.sum(dim=-1)
+    raw.scatter_add_(1, rows, -total[:, None])
+    if slope is not None:
+        raw *= slope
+    if scale != 1.0:
+        raw *= scale
+    return target_logits - total.log(), raw, total
+
+
+def get_head(model: nn.Module) -> Head:
+    """Reads the head of a `transformers` causal language model, and how it treats its logits.
+
+    Raises:
+        ValueError: The model has no linear output embedding, or an adapter sits on it.
+    """
+    layer = model.get_output_embeddings()  # type: ignore[operator]
+    if hasattr(layer, "modules_to_save") and hasattr(layer, "active_adapters"):
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    if hasattr(layer, "base_layer"):
+        raise ValueError(
+            "a LoRA adapter sits on the output head, which cutlm scores by its weight; leave the head out of"
+            " lora_target_modules, or train it whole by lora_modules_to_save"
+        )
+    weight = getattr(layer, "weight", None)
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(f"expected a linear output head in floating point, got {type(layer).__name__}")
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    scale = 1.0
+    if getattr(config, "logit_scale", None):  # Cohere
+        scale = float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):  # Granite
+        scale = 1.0 / float(config.logits_scaling)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(weight, getattr(layer, "bias", None), softcap, scale)

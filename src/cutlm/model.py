@@ -1,0 +1,283 @@
+"""Models: load, quantize, adapt with LoRA, run over a micro-batch, merge.
+
+Training is left to `cutlm.trainer`, generating to `cutlm.generation`.
+"""
+
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cutlm.errors import ConfigError, UserError
+from cutlm.logprobs import get_head, token_logprobs
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a folder or a hub.
+
+    Raises:
+        UserError: There is none.
+    """
+    _check_folder(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer can be loaded from it ({_first_line(error)})") from error
+
+
+def load_model(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    quantization: "BitsAndBytesConfig | None" = None,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """Loads a causal language model from a folder or a hub. Code from a hub is never run.
+
+    Args:
+        path: A folder or a hub name.
+        revision: Branch, tag or commit on the hub.
+        dtype: "auto" for that of the checkpoint, or one by name.
+        attn_implementation: As of `transformers`; None lets it choose.
+        quantization: 8-bit or 4-bit loading by bitsandbytes.
+        device: Where a quantized model goes; None for this process's own.
+
+    Raises:
+        UserError: There is none, or bitsandbytes is missing.
+    """
+    _check_folder(path)
+    kwargs: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "revision": revision or "main",
+    }
+    if quantization is not None:
+        check_bitsandbytes()
+        kwargs |= {"quantization_config": quantization, "device_map": {"": device if device is not None else "cpu"}}
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no causal language model can be loaded from it ({_first_line(error)})") from error
+
+
+def check_bitsandbytes() -> None:
+    """Raises:
+    UserError: 8-bit or 4-bit loading was asked for and bitsandbytes is missing.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("load_in_8bit and load_in_4bit need bitsandbytes; run: pip install 'cutlm[quantization]'")
+
+
+def _check_folder(path: str | Path) -> None:
+    """Says what a local path lacks before `transformers` takes it for the name of a repository on a hub."""
+    folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"{path}: expected a model folder, got a file")
+    if folder.is_dir() and not any(folder.glob("*.json")):
+        raise UserError(f"{path}: expected a model folder with a config.json, found none in it")
+    is_name = not folder.is_absolute() and str(path).count("/") <= 1 and not str(path).startswith(".")
+    if not folder.exists() and not is_name:
+        raise UserError(f"{path}: no such folder; give a model folder, or a name on the hub such as owner/name")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def check_lora_targets(model: nn.Module, config: "LoraConfig") -> None:
+    """Refuses LoRA targets that match nothing, and names the modules that exist.
+
+    Raises:
+        ConfigError: As said.
+    """
+    targets = config.target_modules
+    if not targets or isinstance(targets, str):  # PEFT's own choice, "all-linear", or a regular expression
+        return
+    names = [name for name, module in model.named_modules() if module is not model]
+    missing = [target for target in targets if not any(name == target or name.endswith(f".{target}") for name in names)]
+    if missing:
+        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        raise ConfigError(
+            f"lora_target_modules: no module is named {', '.join(sorted(missing))}; this model's linear layers are"
+            f" {', '.join(sorted(linear)) or 'none'}"
+        )
+
+
+def unwrap_peft(model: nn.Module) -> PreTrainedModel:
+    """The `transformers` model inside a PEFT model, adapter layers in place; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def score_batch(model: nn.Module, batch: Mapping[str, Any], chunk_size: int | None = None) -> Tensor:
+    """Log-probability of every response token of a micro-batch.
+
+    Each sequence runs through the body by itself: no padding, so no token is computed that is not needed, and the
+    result does not depend on what else is in the batch. The head sees response positions only.
+
+    Args:
+        model: A causal language model, bare or with an adapter.
+        batch: As made by `CutCollator`.
+        chunk_size: Positions per chunk of the head.
+
+    Returns:
+        [R] float32, in the order of `batch["target_ids"]`.
+    """
+    language_model = unwrap_peft(model)
+    hidden = [
+        language_model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, -num_response:]
+        for ids, num_response in zip(
+            batch["input_ids"].split(batch["sequence_lengths"]), batch["response_lengths"], strict=True
+        )
+    ]
+    head = get_head(language_model)
+    return token_logprobs(
+        torch.cat(hidden),
+        head.weight,
+        batch["target_ids"],
+        chunk_size,
+        bias=head.bias,
+        softcap=head.softcap,
+        scale=head.scale,
+    )
+
+
+def run_inside(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls `function(module, *args)` inside the forward pass of what wraps the module.
+
+    DistributedDataParallel and FSDP prepare parameters and gradients only around their own forward; this lends it
+    to a computation that is not the module's forward.
+
+    Args:
+        wrapper: The wrapped module, or the module itself.
+        module: The module inside.
+        function: What to call.
+        *args: Its further arguments.
+    """
+    if wrapper is module:
+        return function(module, *args)
+    had_own_forward = "forward" in module.__dict__
+    forward = module.forward
+
+    def restore() -> None:
+        if had_own_forward:
+            module.forward = forward
+        else:
+            module.__dict__.pop("forward", None)
+
+    def call(*inner_args: Any) -> Any:
+        restore()
+        return function(module, *inner_args)
+
+    module.forward = call
+    try:
+        return wrapper(*args)
+    finally:
+        restore()
+
+
+def check_head(model: nn.Module) -> None:
+    """Compares our log-probs of a few tokens with the model's own logits.
+
+    A model that does something to its logits which `get_head` does not know would otherwise be trained on wrong
+    probabilities without a word.
+
+    Raises:
+        UserError: They differ.
+    """
+    language_model = unwrap_peft(model)
+    device = language_model.device
+    num_tokens = min(8, language_model.config.get_text_config().vocab_size)
+    ids = torch.arange(num_tokens, device=device)
+    batch = {
+        "input_ids": ids[:-1],
+        "target_ids": ids[1:],
+        "sequence_lengths": [num_tokens - 1],
+        "response_lengths": [num_tokens - 1],
+    }
+    was_training = language_model.training
+    language_model.eval()
+    try:
+        with torch.no_grad():
+            ours = score_batch(language_model, batch)
+            logits = language_model(input_ids=ids[None, :-1], use_cache=False).logits[0].float()
+    finally:
+        language_model.train(was_training)
+    theirs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.1
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= tolerance and torch.isfinite(theirs).all():
+        raise UserError(
+            f"{type(language_model).__name__}: log-probs from the head's weight differ from the model's own logits by"
+            f" {difference:.3g} (at most {tolerance} expected); the model treats its logits in a way that cutlm does"
+            " not know"
+        )
+
+
+def is_adapter_folder(path: str | Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def find_base_model(adapter: str | Path) -> str:
+    """The base model that an adapter folder names.
+
+    Raises:
+        UserError: The folder is missing, is no adapter, or names no base model or one that is gone.
+    """
+    folder = Path(adapter)
+    if not folder.is_dir():
+        raise UserError(f"{adapter}: no such folder; give the output_dir of a training with use_peft")
+    if not is_adapter_folder(folder):
+        what = "a whole model: nothing to merge" if (folder / "config.json").is_file() else "no adapter"
+        raise UserError(f"{adapter}: expected an adapter folder with {ADAPTER_CONFIG}, this one holds {what}")
+    try:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        raise UserError(f"{folder / ADAPTER_CONFIG}: not a JSON object; train again or restore the file") from None
+    if not base:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: names no base model; give it by --base")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise UserError(f"{folder / ADAPTER_CONFIG}: its base model {base} does not exist; give it by --base")
+    return base
+
+
+def load_trained(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", base: str | None = None, device: str | None = None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Loads a model to be used: a whole one, or an adapter on its base.
+
+    Returns:
+        The model in evaluation mode, and the tokenizer it was trained with.
+    """
+    if is_adapter_folder(path):
+        from peft import PeftModel
+
+        base_model = load_model(base or find_base_model(path), dtype=dtype)
+        model: nn.Module = PeftModel.from_pretrained(base_model, path)
+    else:
+        model = load_model(path, dtype=dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), load_tokenizer(path)
+
+
+def count_parameters(model: nn.Module) -> Counter[str]:
+    """Counts parameters as "trained" and "all"."""
+    counts = Counter({"trained": 0, "all": 0})
+    for parameter in model.parameters():
+        counts["all"] += parameter.numel()
+        counts["trained"] += parameter.numel() if parameter.requires_grad else 0
+    return counts

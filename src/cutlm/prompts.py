@@ -1,0 +1,119 @@
+"""Prompt templates: how an instruction, and a judgment of the response to it, become the text before a response.
+
+Two templates: `alpaca`, the text of the paper and its released code, and `chat`, the tokenizer's own chat template.
+Turning the text into token ids is left to `cutlm.encoding`.
+"""
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from cutlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TemplateName = Literal["alpaca", "chat"]
+TEMPLATES: tuple[TemplateName, ...] = ("alpaca", "chat")
+
+_ALPACA_TASK = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+_ALPACA_JUDGED_TASK = (
+    "Below is an instruction that describes a task. Write a response to the instruction and the response should match"
+    " the corresponding judgment.\n\n"
+)
+_ALPACA_INSTRUCTION = "### Instruction:\n"
+_ALPACA_JUDGMENT = "\n\n### Judgment:\n"
+_ALPACA_RESPONSE_MARK = "### Response:\n"
+_ALPACA_RESPONSE = "\n\n" + _ALPACA_RESPONSE_MARK
+
+# After the instruction, in the same turn, so that both contexts begin with the same tokens for as long as possible.
+_CHAT_JUDGMENT = "\n\nWrite a response that this judgment fits:\n"
+_STAND_IN = "[the text of the user]"
+
+
+class Prompt(NamedTuple):
+    """The text before a response.
+
+    Attributes:
+        text: All of it.
+        content_start: Where the text of the user begins; before it, and after `content_end`, special tokens of a
+            chat template count as such.
+        content_end: Where the text of the user ends. What follows is the same for every prompt of a template.
+    """
+
+    text: str
+    content_start: int
+    content_end: int
+
+    @property
+    def tail(self) -> str:
+        """What stands between the user's text and the response."""
+        return self.text[self.content_end :]
+
+
+def render_alpaca_prompt(instruction: str, judgment: str | None = None) -> Prompt:
+    """Renders the alpaca prompt, letter by letter that of the paper's code."""
+    if judgment is None:
+        start, content = _ALPACA_TASK + _ALPACA_INSTRUCTION, instruction
+    else:
+        start, content = _ALPACA_JUDGED_TASK + _ALPACA_INSTRUCTION, instruction + _ALPACA_JUDGMENT + judgment
+    return Prompt(start + content + _ALPACA_RESPONSE, len(start), len(start) + len(content))
+
+
+def render_chat_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str, judgment: str | None = None) -> Prompt:
+    """Renders one user turn, and the opening of the assistant's, by the tokenizer's own chat template.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template, or its template does not show the user's text as it is.
+    """
+    content = instruction if judgment is None else instruction + _CHAT_JUDGMENT + judgment
+    text = _apply_chat_template(tokenizer, content)
+    # Where the user's text stands is read off a rendering of a stand-in: a short instruction may well occur in the
+    # template's own words, and some templates trim what they are given.
+    start, _, end = _apply_chat_template(tokenizer, _STAND_IN).partition(_STAND_IN)
+    if text not in (start + content + end, start + content.strip() + end):
+        raise ConfigError("template: chat: the tokenizer's chat template changes the user's text; use template: alpaca")
+    return Prompt(text, len(start), len(text) - len(end))
+
+
+def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", content: str) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"template: chat: the tokenizer {tokenizer.name_or_path!r} has no chat template; use template: alpaca, or"
+            " a tokenizer with one"
+        )
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def build_alpaca_chat_template(has_bos: bool, gap: str = "") -> str:
+    """The alpaca prompt as a Jinja chat template, so that other tools prompt a trained model rightly.
+
+    One user turn gives exactly the training prompt. Further turns follow in the same style.
+
+    Args:
+        has_bos: Whether the tokenizer begins every text with a beginning-of-sequence token, which tools do not add
+            to a rendered chat template.
+        gap: What to put after it, for tokenizers that would otherwise split the first word differently.
+    """
+    start = f"{{{{ bos_token }}}}{gap}" if has_bos else ""
+    return (
+        start
+        + "{{ '"
+        + _escape(_ALPACA_TASK)
+        + "' }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '"
+        + _escape(_ALPACA_RESPONSE_MARK)
+        + "' + message['content'] + eos_token + '\\n\\n' }}{% elif message['role'] == 'user' %}{{ '"
+        + _escape(_ALPACA_INSTRUCTION)
+        + "' + message['content'] + '\\n\\n' }}{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}{% endfor %}"
+        + "{% if add_generation_prompt %}{{ '"
+        + _escape(_ALPACA_RESPONSE_MARK)
+        + "' }}{% endif %}"
+    )
+
+
+def _escape(text: str) -> str:
+    return text.replace("\n", "\\n")

@@ -1,0 +1,398 @@
+"""`CUTTrainer`: a `transformers.Trainer` whose loss is CUT's over the whole optimizer step.
+
+It prepares records, counts the tokens of all micro-batches and ranks of a step before the first is run, divides sums
+by those counts, and stops before the optimizer step when something is no number. The loss itself is
+`cutlm.objectives`, the passes through the model are `cutlm.model`, the checkpoints `cutlm.checkpoints`.
+"""
+
+import copy
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput
+
+from cutlm.checkpoints import publish_checkpoint, publish_files, staged
+from cutlm.collator import CutCollator, count_batch, find_non_finite, split_lengths
+from cutlm.config import CUTConfig
+from cutlm.encoding import Encoder, encode_records
+from cutlm.errors import ConfigError, DataError, NonFiniteError
+from cutlm.model import check_head, check_lora_targets, load_model, run_inside, score_batch
+from cutlm.objectives import CutLoss, combine_parts, cut_loss
+from cutlm.records import as_records
+from cutlm.tally import Tally
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_MAX_PLACES_NAMED = 20
+
+
+class StepCounts(NamedTuple):
+    """What the two parts of the loss are divided by: tokens (or records) of a whole optimizer step."""
+
+    num_contrast: float
+    num_likelihood: float
+
+
+class CUTTrainer(Trainer):
+    """Trains a causal language model on judged records by Contrastive Unlikelihood Training.
+
+    Args:
+        model: A model, or the folder or hub name of one.
+        args: Settings; None takes the defaults.
+        train_dataset: Records (`instruction`, optional `input`, `output`, `judgment`, optional `score` and `i_ans`) as
+            a list or a `datasets.Dataset`; or encoded rows with `prompt_ids`, `judged_prompt_ids` (None when
+            satisfactory) and `response_ids` (end-of-sequence included), for which no tokenizer is needed.
+        eval_dataset: Likewise.
+        processing_class: The tokenizer.
+        peft_config: An adapter to train instead of the whole model.
+        places: Where each record stands, for messages (`data.jsonl:17`); None numbers them.
+        **kwargs: As of `transformers.Trainer`.
+
+    Raises:
+        DataError: Bad records, or nothing left to train on.
+        ConfigError: Settings at odds with the tokenizer or the model.
+        NonFiniteError: By `train`, before the optimizer step, when the loss or gradient norm is no number.
+    """
+
+    # The loss is divided by counts over all of a step's micro-batches; the Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+    args: CUTConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: CUTConfig | None = None,
+        train_dataset: Dataset | Sequence[Any] | None = None,
+        eval_dataset: Dataset | Sequence[Any] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: "PeftConfig | None" = None,
+        places: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or CUTConfig()
+        if isinstance(model, str):
+            model = load_model(model)
+        set_seed(args.seed)  # before the adapter draws its first weights
+        if peft_config is not None:
+            model = _add_adapter(model, peft_config, args)
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ConfigError("peft_config: expected an adapter inside the model such as LoRA, got prompt learning")
+        check_head(model)
+        self.notices: list[str] = []
+        self.num_left_out = 0
+        self._chat_template: str | None = None
+        train_rows = eval_rows = None
+        if train_dataset is not None:
+            train_rows = self._prepare(train_dataset, args, processing_class, "train_dataset", places)
+            train_rows = self._downsample(train_rows, args)
+            if not len(train_rows):
+                raise DataError("train_dataset: nothing is left to train on", hint="\n".join(self.notices))
+        if eval_dataset is not None:
+            eval_rows = self._prepare(eval_dataset, args, processing_class, "eval_dataset", None)
+        if self._chat_template is not None and processing_class is not None:
+            # Saved with the model, so that every tool prompts it as it was trained.
+            processing_class = copy.deepcopy(processing_class)
+            processing_class.chat_template = self._chat_template
+        kwargs.setdefault("data_collator", CutCollator())
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self._tally = Tally(args.device)
+        self._eval_tally: Tally | None = None
+        self._step_logps: list[tuple[Tensor, Mapping[str, Any]]] = []
+        self._stop_requested = self._is_stopping = False
+        self._last_log_time = time.perf_counter()
+
+    # ---- Data ----
+
+    def _prepare(
+        self,
+        dataset: Dataset | Sequence[Any],
+        args: CUTConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        places: Sequence[str] | None,
+    ) -> Dataset:
+        """Encodes records, or takes encoded rows as they are."""
+        if len(dataset) and isinstance(dataset[0], Mapping) and "response_ids" in dataset[0]:
+            return _check_encoded(dataset, name)
+        check = as_records(list(dataset), name)
+        if tokenizer is None:
+            raise ConfigError(f"{name}: records need a tokenizer to be encoded; give processing_class")
+        encoder = Encoder(tokenizer, args.template)  # type: ignore[arg-type]
+        self._chat_template = encoder.build_chat_template()
+        encoded = encode_records(check.records, places or check.places, encoder, args.max_length)
+        self.notices += [f"{name}: {encoded.describe(args.max_length)}", *encoded.left_out]
+        if name == "train_dataset":
+            self.num_left_out += len(encoded.left_out)
+        return Dataset.from_list(encoded.rows)
+
+    def _downsample(self, rows: Dataset, args: CUTConfig) -> Dataset:
+        """Keeps at most `downsample` satisfactory records per unsatisfactory one (paper, section 5.2)."""
+        if args.downsample is None:
+            return rows
+        judged = rows["judged_prompt_ids"]
+        satisfactory = [index for index in range(len(rows)) if judged[index] is None]
+        num_kept = min(len(satisfactory), int(args.downsample * (len(rows) - len(satisfactory))))
+        kept = set(random.Random(args.seed).sample(satisfactory, num_kept))
+        num_dropped = len(satisfactory) - num_kept
+        self.num_left_out += num_dropped
+        self.notices.append(
+            f"train_dataset: downsample {args.downsample} keeps {num_kept} of {len(satisfactory)} satisfactory records;"
+            f" {num_dropped} left out, {len(rows) - num_dropped} to train on"
+        )
+        return rows.select([index for index in range(len(rows)) if judged[index] is not None or index in kept])
+
+    # ---- Loss ----
+
+    def get_batch_samples(  # type: ignore[override]
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], StepCounts | None]:
+        """Fetches the micro-batches of an optimizer step and counts them over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_logps = []
+        counts = torch.zeros(3, dtype=torch.float64)
+        for batch in batches:
+            counts[:2] += torch.tensor(count_batch(batch, self.args.normalization))
+        counts[2] = float(self._stop_requested)
+        if self.args.world_size > 1:
+            # MPS and some accelerators have no float64; a step's counts are exact in float32 up to 16 million.
+            counts = self.accelerator.reduce(counts.float().to(device), "sum").cpu().double()
+        # A request to stop reaches every rank with the counts, so that all of them save at the same step.
+        self._is_stopping = counts[2].item() > 0
+        return batches, StepCounts(counts[0].item(), counts[1].item())
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: StepCounts | None = None,
+    ) -> Any:
+        """CUT's loss of a micro-batch: its share of the loss of the optimizer step.
+
+        Args:
+            model: The model, wrapped or not.
+            inputs: A batch of `data_collator`.
+            return_outputs: Whether to return the `CutLoss` too.
+            num_items_in_batch: Counts of the whole step; None takes the batch for the step.
+        """
+        inputs = self._prepare_inputs(dict(inputs))
+        inner = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            logps = run_inside(model, inner, score_batch, inputs, self.args.head_chunk_size)
+        outputs = self._compute_sums(logps, inputs)
+        own_counts = count_batch(inputs, self.args.normalization)
+        loss = combine_parts(outputs.contrast, outputs.likelihood, *(num_items_in_batch or own_counts))
+        if num_items_in_batch is not None:
+            # The gradients of ranks are averaged, but their losses are shares of one sum.
+            loss = loss * self.args.world_size
+        if self._eval_tally is not None:
+            self._eval_tally.add(outputs, inputs, *own_counts)
+        elif model.training:
+            self._step_logps.append((logps.detach(), inputs))
+            self._tally.add(outputs, inputs, *own_counts)
+        return (loss, outputs) if return_outputs else loss
+
+    def _compute_sums(self, logps: Tensor, batch: Mapping[str, Any]) -> CutLoss:
+        num_tokens, num_satisfactory_tokens = split_lengths(batch)
+        without, with_judgment, satisfactory = logps.split([num_tokens, num_tokens, num_satisfactory_tokens])
+        weights, weights_satisfactory = self._batch_weights(batch, logps.device)
+        return cut_loss(
+            without,
+            with_judgment,
+            satisfactory,
+            threshold=self.args.threshold,
+            unlikelihood_weight=self.args.unlikelihood_weight,
+            gamma=self.args.gamma,
+            weights=weights,
+            weights_satisfactory=weights_satisfactory,
+        )
+
+    def _batch_weights(self, batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """1 / N for each token of a response of N tokens under `normalization: record`; None for ones."""
+        if self.args.normalization == "token":
+            return None, None
+        num_unsatisfactory, lengths = batch["num_unsatisfactory"], batch["response_lengths"]
+        unsatisfactory = [1 / n for n in lengths[:num_unsatisfactory] for _ in range(n)]
+        satisfactory = [1 / n for n in lengths[2 * num_unsatisfactory :] for _ in range(n)]
+        return torch.tensor(unsatisfactory, device=device), torch.tensor(satisfactory, device=device)
+
+    # ---- Stopping ----
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient norm, the last thing computed before the optimizer step: here a bad one is caught."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self._check_finite(grad_norm)
+        if self._is_stopping:
+            self.control.should_save = True
+            self.control.should_training_stop = True
+        return grad_norm
+
+    def _check_finite(self, grad_norm: Any) -> None:
+        """Stops before the optimizer step when a log-prob or the gradient norm is no number, and names the records.
+
+        Raises:
+            NonFiniteError: As said.
+        """
+        norm = torch.as_tensor(grad_norm, dtype=torch.float32).cpu()
+        # Under float16 an infinite norm is how the gradient scaler finds its scale; it skips the step itself.
+        is_scaled = self.accelerator.scaler is not None
+        bad_places = [
+            place
+            for logps, batch in self._step_logps
+            if not torch.isfinite(logps.sum())
+            for place in find_non_finite(logps, batch)
+        ]
+        if not bad_places and (is_scaled or torch.isfinite(norm)):
+            return
+        if bad_places:
+            who = f"the log-probs of {_join(bad_places)} are no numbers"
+        else:
+            places = [place for _, batch in self._step_logps for place in batch["places"]]
+            who = f"the gradient of this step's records is none: {_join(places)}"
+        raise NonFiniteError(
+            f"step {self.state.global_step + 1}: the gradient norm is {norm.item()}; {who}. Stopped before the"
+            " optimizer step, the weights are those of the last one; lower the learning rate, or look at these records"
+        )
+
+    def request_stop(self) -> None:
+        """Asks training to save a checkpoint and stop at the end of the next optimizer step, on all ranks."""
+        self._stop_requested = True
+
+    # ---- Logging and evaluation ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what was tallied since the last line of training to it."""
+        if "loss" in logs and self._tally.num_batches:
+            seconds = time.perf_counter() - self._last_log_time
+            metrics = self._tally.reduce(self.accelerator)
+            num_tokens = metrics.pop("num_tokens")
+            logs |= metrics | {"tokens_per_second": num_tokens / seconds, "records_left_out": self.num_left_out}
+            self._tally = Tally(self.args.device)
+            self._last_log_time = time.perf_counter()
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """One micro-batch of an evaluation; its sums go to the tally."""
+        with torch.no_grad():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluates by the same formula, over the whole data set as if it were one optimizer step."""
+        self._eval_tally = Tally(self.args.device)
+        try:
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+            metrics = self._eval_tally.reduce(self.accelerator)
+        finally:
+            self._eval_tally = None
+        metrics.pop("num_tokens")
+        merged = dict(output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return output._replace(metrics=merged)
+
+    # ---- Saving ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Saves a checkpoint beside its place, and moves it there when it is whole and on the disk."""
+        run_dir = super()._get_output_dir(trial)
+        with staged(run_dir, self.args.should_save, self.accelerator.wait_for_everyone) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish_checkpoint(staging, run_dir, self.state, self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
+
+    _staging: str | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model, the adapter or whole, so that a kill leaves the files that were there or the new ones."""
+        if _internal_call:  # inside a checkpoint, which is moved as a whole
+            super().save_model(output_dir, _internal_call)
+            return
+        target = output_dir or self.args.output_dir
+        assert target is not None
+        with staged(target, self.args.should_save, self.accelerator.wait_for_everyone) as staging:
+            super().save_model(staging, _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish_files(staging, target)
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = output_dir or self.args.output_dir
+        if self.args.should_save and folder:
+            # A pickle that nothing of ours reads; the command line saves its settings as YAML.
+            (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+def _add_adapter(model: nn.Module, peft_config: "PeftConfig", args: CUTConfig) -> nn.Module:
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    check_lora_targets(model, peft_config)  # type: ignore[arg-type]
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(
+            model, args.gradient_checkpointing, gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs
+        )
+    return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+
+
+def _check_encoded(dataset: Dataset | Sequence[Any], name: str) -> Dataset:
+    """Checks rows of token ids that were made elsewhere."""
+    problems = []
+    for index, row in enumerate(dataset):
+        for key in ("prompt_ids", "judged_prompt_ids", "response_ids"):
+            value = row.get(key)
+            if value is None and key == "judged_prompt_ids":
+                continue
+            if not value or not all(isinstance(token, int) and token >= 0 for token in value):
+                problems.append(f"{name}[{index}]: field {key!r}: expected a filled list of token ids, got {value!r}")
+    if problems:
+        raise DataError(problems)
+    if isinstance(dataset, Dataset):
+        return dataset
+    keys = ("prompt_ids", "judged_prompt_ids", "response_ids")
+    return Dataset.from_list(
+        [
+            {key: row.get(key) for key in keys} | {"place": row.get("place") or f"{name}[{index}]"}
+            for index, row in enumerate(dataset)
+        ]
+    )
+
+
+def _join(places: Sequence[str]) -> str:
+    shown = ", ".join(places[:_MAX_PLACES_NAMED])
+    return shown if len(places) <= _MAX_PLACES_NAMED else f"{shown} and {len(places) - _MAX_PLACES_NAMED} more"
