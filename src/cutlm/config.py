@@ -76,3 +76,5 @@ class CUTConfig(TrainingArguments):
         if problems:
             raise ConfigError(problems)
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin for

@@ -78,8 +78,8 @@ def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: expected UTF-8 text, got the byte 0x{data[error.start]:02x}") from None
+        number = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{number}: expected UTF-8 text, got the byte 0x{data[error.start]:02x}") from None
     start = text.lstrip()[:1]
     if start == "[":
         return _read_array(path, text), []

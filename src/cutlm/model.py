@@ -232,8 +232,8 @@ def is_adapter_folder(path: str | Path) -> bool:
     return (Path(path) / ADAPTER_CONFIG).is_file()
 
 
-def find_base_model(adapter: str | Path) -> str:
-    """The base model that an adapter folder names.
+def find_base_model(adapter: str | Path, base: str | None = None) -> str:
+    """The base model of an adapter folder: the one given, or else the one that the folder names.
 
     Raises:
         UserError: The folder is missing, is no adapter, or names no base model or one that is gone.
@@ -244,6 +244,8 @@ def find_base_model(adapter: str | Path) -> str:
     if not is_adapter_folder(folder):
         what = "a whole model: nothing to merge" if (folder / "config.json").is_file() else "no adapter"
         raise UserError(f"{adapter}: expected an adapter folder with {ADAPTER_CONFIG}, this one holds {what}")
+    if base is not None:
+        return base
     try:
         base = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError):
@@ -255,6 +257,13 @@ def find_base_model(adapter: str | Path) -> str:
     return base
 
 
+def load_own_tokenizer(path: str | Path, base: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that stands beside a model or adapter, or else its base model's."""
+    if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
+        return load_tokenizer(base)
+    return load_tokenizer(path)
+
+
 def load_trained(
     path: str | Path, *, dtype: str | torch.dtype = "auto", base: str | None = None, device: str | None = None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -263,15 +272,16 @@ def load_trained(
     Returns:
         The model in evaluation mode, and the tokenizer it was trained with.
     """
+    model: nn.Module
     if is_adapter_folder(path):
         from peft import PeftModel
 
-        base_model = load_model(base or find_base_model(path), dtype=dtype)
-        model: nn.Module = PeftModel.from_pretrained(base_model, path)
+        base = find_base_model(path, base)
+        model = PeftModel.from_pretrained(load_model(base, dtype=dtype), path)
     else:
         model = load_model(path, dtype=dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), load_tokenizer(path)
+    return model.to(device).eval(), load_own_tokenizer(path, base)
 
 
 def count_parameters(model: nn.Module) -> Counter[str]:

@@ -157,13 +157,15 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
 
 def _validate(row: SourceRow, problems: list[str]) -> JudgedRecord | None:
     if not isinstance(row.value, Mapping):
-        problems.append(f"{row.where}: expected an object with the fields {', '.join(FIELDS)}, got {_name(row.value)}")
+        problems.append(
+            f"{row.where}: expected an object with the fields {', '.join(FIELDS)}, got {describe_value(row.value)}"
+        )
         return None
     num_before = len(problems)
     for key in row.value:
         if key in FIELDS:
             continue
-        nearest = difflib.get_close_matches(str(key).lower(), FIELDS, n=1, cutoff=0.8)
+        nearest = difflib.get_close_matches(str(key).lower(), FIELDS, n=1, cutoff=0.81)
         if nearest and nearest[0] not in row.value:
             problems.append(f"{row.where}: unknown field {key!r}; did you mean {nearest[0]!r}?")
     try:
@@ -183,10 +185,10 @@ def _describe(row: SourceRow, detail: Any) -> str:
     expected = "a finite number or null" if name == "score" else "a string"
     if name in ("judgment", "i_ans", "input"):
         expected = "a string or null"
-    return f"{row.where}: field {name!r}: expected {expected}, got {_name(detail['input'])}"
+    return f"{row.where}: field {name!r}: expected {expected}, got {describe_value(detail['input'])}"
 
 
-def _name(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """Names a JSON value by its kind, and shows a short one."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     if value is None:

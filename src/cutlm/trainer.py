@@ -367,7 +367,7 @@ def _add_adapter(model: nn.Module, peft_config: "PeftConfig", args: CUTConfig) -
         model = prepare_model_for_kbit_training(
             model, args.gradient_checkpointing, gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs
         )
-    return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    return get_peft_model(model, peft_config)
 
 
 def _check_encoded(dataset: Dataset | Sequence[Any], name: str) -> Dataset:

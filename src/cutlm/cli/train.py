@@ -1,0 +1,204 @@
+"""Align a model with judged records by Contrastive Unlikelihood Training.
+
+Settings come from a flat YAML file (--config) and from options, which take precedence:
+
+  data              a file of judged records                  model_name_or_path  a folder, or a name on the hub
+  eval_data         records to evaluate on                    output_dir          where the adapter or model goes
+  eval_split        share of data to evaluate on instead      use_peft            LoRA (default); false: all weights
+  threshold         lambda of eq. 5           (default 1.1)   lora_r, lora_alpha  16, 16
+  unlikelihood_weight  alpha of eq. 6         (default 1)     lora_dropout        0.05
+  gamma             dynamic weight of eq. 6   (default 1)     lora_target_modules gate_proj down_proj up_proj
+  normalization     token (default) or record                 load_in_4bit, load_in_8bit   quantized base model
+  template          alpaca (default) or chat                  dtype               of the base model's weights
+  max_length        of prompt and response    (default 2048)  attn_implementation as of transformers
+  downsample        most satisfactory records per unsatisfactory one  (default: all are kept)
+  head_chunk_size   positions whose logits are held at a time
+
+and every field of transformers.TrainingArguments: per_device_train_batch_size, gradient_accumulation_steps,
+num_train_epochs, max_steps, learning_rate (default 4e-4), lr_scheduler_type (default cosine), warmup_steps, bf16,
+gradient_checkpointing, eval_strategy, eval_steps, save_steps, save_total_limit, logging_steps, report_to, seed, ...
+
+  cutlm train --config recipes/shepherd-13b.yaml --output_dir runs/shepherd
+  cutlm train --config my.yaml --resume_from_checkpoint last
+  torchrun --nproc_per_node 8 -m cutlm train --config my.yaml
+"""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cutlm.errors import DataError
+
+if TYPE_CHECKING:
+    from cutlm.settings import Settings
+    from cutlm.trainer import CUTTrainer
+
+SETTINGS_FILE = "cutlm_train.yaml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved settings and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    from cutlm.config import CUTConfig
+    from cutlm.settings import DataArguments, ModelArguments, read_settings
+
+    settings = read_settings((DataArguments, ModelArguments, CUTConfig), args.config, args.rest)
+    if args.dry_run:
+        print(settings.to_yaml(), end="")
+        return 0
+    return train(settings, ["--config", args.config, *args.rest] if args.config else args.rest)
+
+
+def train(settings: "Settings", options: list[str]) -> int:
+    """Trains, saves, and says how to go on.
+
+    Args:
+        settings: Data, model and training settings.
+        options: As given on the command line, for the message after an interruption.
+    """
+    from cutlm.checkpoints import check_output_dir, find_checkpoint
+    from cutlm.model import count_parameters
+
+    data_args, model_args, config = settings.parts
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    checkpoint = None
+    if config.resume_from_checkpoint:
+        checkpoint = find_checkpoint(config.output_dir, str(config.resume_from_checkpoint))
+    elif is_main:
+        check_output_dir(config.output_dir, data_args.overwrite_output_dir)
+    trainer = build_trainer(data_args, model_args, config)
+    if is_main:
+        for notice in trainer.notices:
+            print(notice)
+        counts = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
+        print(f"training {counts['trained']:,} of {counts['all']:,} parameters; output in {config.output_dir}")
+        if checkpoint is not None:
+            print(f"going on from {checkpoint}")
+        _save_settings(settings, Path(config.output_dir), is_resumed=checkpoint is not None)
+        sys.stdout.flush()
+    signals = _stop_on_signals(trainer, is_main)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if signals and trainer.state.global_step < trainer.state.max_steps:
+        if is_main:
+            print(
+                f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; saved"
+                f" {config.output_dir}/checkpoint-{trainer.state.global_step}. Go on with:\n"
+                f"  cutlm train {' '.join(_without_resume(options))} --resume_from_checkpoint last",
+                flush=True,
+            )
+        return 128 + signals[0]
+    trainer.save_model()
+    trainer.save_state()
+    if is_main:
+        what = "adapter" if model_args.use_peft else "model"
+        then = f"cutlm merge --adapter {config.output_dir} --out {config.output_dir}-merged"
+        if not model_args.use_peft:
+            then = f"cutlm generate --model {config.output_dir} --prompts FILE --out FILE"
+        print(f"Trained {trainer.state.global_step} steps; the {what} is in {config.output_dir}. Next:\n  {then}")
+    return 0
+
+
+def build_trainer(data_args: Any, model_args: Any, config: Any) -> "CUTTrainer":
+    """Loads records, tokenizer and model, and makes the trainer of them."""
+    from trl import get_peft_config, get_quantization_config
+
+    from cutlm.model import check_bitsandbytes, load_model, load_tokenizer
+    from cutlm.records import check_records, load_records, raise_problems
+    from cutlm.trainer import CUTTrainer
+
+    check = check_records(data_args.data)
+    raise_problems(check, data_args.data)
+    train, evaluate = _split(list(zip(check.records, check.places, strict=True)), data_args.eval_split, config.seed)
+    eval_records = load_records(data_args.eval_data) if data_args.eval_data else [record for record, _ in evaluate]
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        check_bitsandbytes()
+    path = model_args.model_name_or_path
+    if Path(path).is_dir():
+        path = str(Path(path).resolve())  # an adapter names its base model, and may be merged from elsewhere
+    tokenizer = load_tokenizer(path, revision=model_args.model_revision)
+    dtype = model_args.dtype or ("auto" if model_args.use_peft else "float32")
+    model_args.dtype = "bfloat16" if model_args.load_in_4bit and dtype == "auto" else dtype
+    model = load_model(
+        path,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization=get_quantization_config(model_args),
+        device=config.device,
+    )
+    return CUTTrainer(
+        model=model,
+        args=config,
+        train_dataset=[record for record, _ in train],
+        eval_dataset=eval_records or None,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        places=[place for _, place in train],
+    )
+
+
+def _split(records: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """Draws a share of the records to evaluate on; both parts keep the order of the file."""
+    import random
+
+    num_eval = round(share * len(records))
+    if share and not 0 < num_eval < len(records):
+        raise DataError(f"eval_split: {share} of {len(records)} records leaves none on one side; give another share")
+    chosen = set(random.Random(seed).sample(range(len(records)), num_eval))
+    return (
+        [record for index, record in enumerate(records) if index not in chosen],
+        [record for index, record in enumerate(records) if index in chosen],
+    )
+
+
+def _save_settings(settings: "Settings", folder: Path, is_resumed: bool) -> None:
+    """Writes the resolved settings beside the output; when resuming, says which differ from those before."""
+    import yaml
+
+    from cutlm.jsonl import open_atomic
+
+    path = folder / SETTINGS_FILE
+    if is_resumed and path.is_file():
+        before = yaml.safe_load(path.read_text("utf-8")) or {}
+        for name in sorted(before.keys() | settings.resolved.keys()):
+            old, new = before.get(name), settings.resolved.get(name)
+            if old != new and name not in ("resume_from_checkpoint", "overwrite_output_dir"):
+                print(f"{name} was {old!r} before this resume, and is {new!r} now")
+    with open_atomic(path) as file:
+        file.write(settings.to_yaml().encode("utf-8"))
+
+
+def _stop_on_signals(trainer: "CUTTrainer", is_main: bool) -> list[int]:
+    """Lets Ctrl-C and SIGTERM save first: returns a list that will hold the signal that came."""
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        trainer.request_stop()
+        if is_main:
+            print("\nStopping: this step is finished and saved first (once more to stop at once)", flush=True)
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return received
+
+
+def _without_resume(options: list[str]) -> list[str]:
+    """The options less those that say how to start."""
+    kept: list[str] = []
+    for option in options:
+        if option == "--overwrite_output_dir" or option.startswith("--resume_from_checkpoint="):
+            continue
+        if kept and kept[-1] == "--resume_from_checkpoint":
+            kept.pop()
+            continue
+        kept.append(option)
+    return kept

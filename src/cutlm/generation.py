@@ -1,0 +1,295 @@
+"""Responses to a list of instructions, by a local model: batches of like length, written down as they come.
+
+A run that is stopped goes on with the batches it has not finished; batches are the same either way, so the result is
+that of a run without a stop.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from cutlm.encoding import Encoder
+from cutlm.errors import DataError, UserError
+from cutlm.jsonl import read_bytes, read_rows, sync_directory, write_rows
+from cutlm.model import unwrap_peft
+
+ALPACA_EVAL = "alpaca_eval"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw responses.
+
+    Attributes:
+        max_new_tokens: Where a response is stopped at the latest; see `choose_max_new_tokens`.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Draw among the likeliest tokens of this total probability.
+        seed: Of the random numbers; each batch has its own, made from this and its number.
+        batch_size: Prompts at a time.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}: expected a whole number of at least 1, got {getattr(self, name)}")
+        if not self.temperature >= 0:
+            problems.append(f"temperature: expected a number of at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p: expected a number above 0 and at most 1, got {self.top_p}")
+        if problems:
+            raise UserError(problems)
+
+
+@dataclass
+class Counts:
+    """What happened on the way.
+
+    Attributes:
+        num_resumed: Responses taken over from a run that was stopped.
+        num_cut: Prompts cut from the left to fit the model's context.
+        num_unfinished: Responses stopped at `max_new_tokens`, without an end of their own.
+    """
+
+    num_resumed: int = 0
+    num_cut: int = 0
+    num_unfinished: int = 0
+    responses: dict[int, str] = field(default_factory=dict)
+
+
+def load_prompts(source: str) -> list[dict[str, Any]]:
+    """Reads instructions: a JSON array or JSON Lines with `instruction`, optional `input` and `dataset`.
+
+    Args:
+        source: A file, or "alpaca_eval" for the hub's set of 805 instructions.
+
+    Raises:
+        DataError: The file cannot be read, or a row has no instruction; all such rows are named.
+    """
+    if source == ALPACA_EVAL and not Path(source).exists():
+        source = _fetch_alpaca_eval()
+    rows, problems = read_rows(source)
+    for row in rows:
+        if not isinstance(row.value, dict):
+            problems.append(f"{row.where}: expected an object with 'instruction', got {type(row.value).__name__}")
+            continue
+        text = row.value.get("instruction")
+        if not isinstance(text, str) or not text.strip():
+            problems.append(f"{row.where}: field 'instruction': expected text, got {text!r}")
+        if not isinstance(row.value.get("input") or "", str):
+            problems.append(f"{row.where}: field 'input': expected text or null, got {row.value['input']!r}")
+    if problems:
+        raise DataError(problems)
+    if not rows:
+        raise DataError(f"{source}: no instructions; expected a JSON array or JSON Lines with at least one")
+    return [row.value for row in rows]
+
+
+def _fetch_alpaca_eval() -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval.json", repo_type="dataset")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"alpaca_eval: the instructions cannot be fetched from the hub ({reason}); give a file"
+        ) from None
+
+
+def generate_file(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    prompts: Sequence[dict[str, Any]],
+    out: str | Path,
+    sampling: Sampling,
+    *,
+    generator: str,
+    dataset: str,
+    fingerprint: str,
+) -> Counts:
+    """Answers prompts and writes AlpacaEval's format: `instruction`, `output`, `generator`, `dataset`.
+
+    Finished batches go to `OUT.partial` at once; it is removed when `out` is whole.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+        encoder: Makes the prompts' token ids.
+        prompts: Rows with `instruction`, optional `input` and `dataset`.
+        out: The file to write.
+        sampling: How to draw.
+        generator: The model's name in the output.
+        dataset: What rows without a `dataset` get.
+        fingerprint: Of the model; a partial file made with another one is refused.
+
+    Raises:
+        UserError: A partial file of another run is in the way.
+    """
+    instructions = [
+        f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"] for row in prompts
+    ]
+    header = {
+        "sampling": asdict(sampling),
+        "template": encoder.template,
+        "model": fingerprint,
+        "prompts": hashlib.sha256(json.dumps(instructions).encode()).hexdigest(),
+    }
+    partial = Path(f"{out}.partial")
+    counts = Counts()
+    for line in _open_partial(partial, header):
+        counts.responses[line["index"]] = line["output"]
+        counts.num_unfinished += line["is_unfinished"]
+    counts.num_resumed = len(counts.responses)
+    with open(partial, "a", encoding="utf-8") as journal:
+        progress = tqdm(total=len(prompts), initial=counts.num_resumed, desc="generating", unit="response")
+        for batch in generate_batches(model, tokenizer, encoder, instructions, sampling, counts):
+            lines = [
+                json.dumps({"index": index, "output": text, "is_unfinished": is_unfinished})
+                for index, text, is_unfinished in batch
+            ]
+            journal.write("".join(f"{line}\n" for line in lines))
+            journal.flush()
+            os.fsync(journal.fileno())
+            progress.update(len(batch))
+        progress.close()
+    rows = []
+    for index, row in enumerate(prompts):
+        answer = {"instruction": row["instruction"], "output": counts.responses[index], "generator": generator}
+        if row.get("input"):
+            answer["input"] = row["input"]
+        rows.append(answer | {"dataset": row.get("dataset") or dataset})
+    write_rows(out, rows)
+    partial.unlink()
+    sync_directory(partial.parent)
+    return counts
+
+
+def _open_partial(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """Reads what a stopped run had finished, or begins a new partial file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        # A kill can leave half a line at the end; it is cut off, and its batch is made again.
+        text = read_bytes(path).decode("utf-8", "replace")
+        whole = text[: text.rfind("\n") + 1]
+        lines = [json.loads(line) for line in whole.split("\n") if line]
+        if lines:
+            differing = [name for name in header if lines[0].get(name) != header[name]]
+            if differing:
+                raise UserError(
+                    f"{path}: begun with other settings ({', '.join(differing)} differ); give the same ones to go on,"
+                    " or remove it to start anew"
+                )
+            path.write_text(whole, "utf-8")
+            return lines[1:]
+    path.write_text(json.dumps(header) + "\n", "utf-8")
+    return []
+
+
+def generate_batches(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    instructions: Sequence[str],
+    sampling: Sampling,
+    counts: Counts,
+) -> Iterator[list[tuple[int, str, bool]]]:
+    """Generates batch by batch, longest prompts first, so that what does not fit the memory fails at once.
+
+    Yields:
+        For each prompt of a batch its index, the response, and whether it was stopped at `max_new_tokens`.
+    """
+    encoded = [encoder.encode_prompt(instruction) for instruction in instructions]
+    encoded, counts.num_cut = _fit_context(unwrap_peft(model), encoded, sampling.max_new_tokens)
+    order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
+    for number, start in enumerate(range(0, len(order), sampling.batch_size)):
+        batch = order[start : start + sampling.batch_size]
+        if all(index in counts.responses for index in batch):
+            continue
+        torch.manual_seed(sampling.seed + number)
+        texts = _generate_batch(model, tokenizer, [encoded[index] for index in batch], sampling)
+        answers = [(index, text, is_unfinished) for index, (text, is_unfinished) in zip(batch, texts, strict=True)]
+        # A batch of which a part had been written down is made again whole, but no response counts twice.
+        answers = [answer for answer in answers if answer[0] not in counts.responses]
+        counts.num_unfinished += sum(is_unfinished for _, _, is_unfinished in answers)
+        counts.responses |= {index: text for index, text, _ in answers}
+        yield answers
+
+
+def choose_max_new_tokens(model: nn.Module) -> int:
+    """2048 as in the paper, or half of the model's context where that is less."""
+    limit = getattr(unwrap_peft(model).config.get_text_config(), "max_position_embeddings", None)
+    return 2048 if limit is None else max(1, min(2048, limit // 2))
+
+
+def _fit_context(model: Any, encoded: list[list[int]], max_new_tokens: int) -> tuple[list[list[int]], int]:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return encoded, 0
+    room = limit - max_new_tokens
+    if room < 1:
+        raise UserError(f"max_new_tokens: expected fewer than the model's context of {limit}, got {max_new_tokens}")
+    return [ids[-room:] for ids in encoded], sum(len(ids) > room for ids in encoded)
+
+
+@torch.inference_mode()
+def _generate_batch(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], sampling: Sampling
+) -> list[tuple[str, bool]]:
+    device = unwrap_peft(model).device
+    width = max(map(len, prompts))
+    end_ids = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))}
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    is_sampled = sampling.temperature > 0
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=is_sampled,
+        temperature=sampling.temperature if is_sampled else None,
+        top_p=sampling.top_p if is_sampled else None,
+        top_k=0 if is_sampled else None,
+        eos_token_id=sorted(end_ids),
+        pad_token_id=pad_id,
+    )
+    output = model.generate(
+        input_ids=torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=device),
+        attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
+        generation_config=config,
+    )
+    results = []
+    for ids in output[:, width:].tolist():
+        length = next((place for place, token in enumerate(ids) if token in end_ids), None)
+        text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
+        results.append((text, length is None and len(ids) >= sampling.max_new_tokens))
+    return results
+
+
+def _as_list(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def fingerprint_model(path: str | Path) -> str:
+    """Names the state of a model: its place and, for a folder, the sizes and times of its weight files."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return str(path)
+    stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors"))
+    return f"{folder.resolve()} {hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]}"
