@@ -281,7 +281,7 @@ def load_trained(
     else:
         model = load_model(path, dtype=dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), load_own_tokenizer(path, base)
+    return nn.Module.to(model, device).eval(), load_own_tokenizer(path, base)
 
 
 def count_parameters(model: nn.Module) -> Counter[str]:

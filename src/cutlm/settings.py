@@ -104,7 +104,7 @@ class _Parser(TrlParser):
         raise ConfigError(message)
 
 
-def read_settings(types: Sequence[type], config: str | None, options: Sequence[str]) -> Settings:
+def read_settings(types: Sequence[Any], config: str | None, options: Sequence[str]) -> Settings:
     """Reads settings into dataclasses.
 
     Args:

@@ -112,6 +112,8 @@ class CUTTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if train_rows is not None:
+            self._note_repeats(len(train_rows))
         self._tally = Tally(args.device)
         self._eval_tally: Tally | None = None
         self._step_logps: list[tuple[Tensor, Mapping[str, Any]]] = []
@@ -157,6 +159,15 @@ class CUTTrainer(Trainer):
             f" {num_dropped} left out, {len(rows) - num_dropped} to train on"
         )
         return rows.select([index for index in range(len(rows)) if judged[index] is not None or index in kept])
+
+    def _note_repeats(self, num_rows: int) -> None:
+        """Says what Accelerate does so that every process gets as many batches as the others."""
+        group = self.args.train_batch_size * self.args.world_size
+        if self.args.world_size > 1 and num_rows % group and not self.args.dataloader_drop_last:
+            self.notices.append(
+                f"train_dataset: {group - num_rows % group} of {num_rows} records are seen twice in an epoch, to fill"
+                f" the last batches of {self.args.world_size} processes"
+            )
 
     # ---- Loss ----
 

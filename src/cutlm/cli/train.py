@@ -27,6 +27,8 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +84,8 @@ def train(settings: "Settings", options: list[str]) -> int:
             print(f"going on from {checkpoint}")
         _save_settings(settings, Path(config.output_dir), is_resumed=checkpoint is not None)
         sys.stdout.flush()
-    signals = _stop_on_signals(trainer, is_main)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with _stop_on_signals(trainer, is_main) as signals:
+        trainer.train(resume_from_checkpoint=checkpoint)
     if signals and trainer.state.global_step < trainer.state.max_steps:
         if is_main:
             print(
@@ -174,8 +176,9 @@ def _save_settings(settings: "Settings", folder: Path, is_resumed: bool) -> None
         file.write(settings.to_yaml().encode("utf-8"))
 
 
-def _stop_on_signals(trainer: "CUTTrainer", is_main: bool) -> list[int]:
-    """Lets Ctrl-C and SIGTERM save first: returns a list that will hold the signal that came."""
+@contextmanager
+def _stop_on_signals(trainer: "CUTTrainer", is_main: bool) -> Iterator[list[int]]:
+    """Lets Ctrl-C and SIGTERM save first: lends a list that will hold the signal that came."""
     received: list[int] = []
 
     def handle(number: int, frame: object) -> None:
@@ -186,9 +189,12 @@ def _stop_on_signals(trainer: "CUTTrainer", is_main: bool) -> list[int]:
         if is_main:
             print("\nStopping: this step is finished and saved first (once more to stop at once)", flush=True)
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
-    return received
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _without_resume(options: list[str]) -> list[str]:

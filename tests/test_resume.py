@@ -1,0 +1,193 @@
+"""Checkpoints survive a kill at any moment, and a run that was stopped ends bit for bit like one that was not."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny import save_tiny_model
+
+from cutlm.cli import main
+
+# Runs the command in a process that kills itself at the second checkpoint: in the middle of writing it, or when all of
+# it is written but not yet in its place.
+KILLED = """
+import os, signal, sys
+from {module} import {owner} as owner
+original, num_calls = owner.{function}, 0
+def killing(*args, **kwargs):
+    global num_calls
+    num_calls += 1
+    if num_calls == {calls}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+owner.{function} = killing
+from cutlm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    save_tiny_model(folder / "base")
+    rows = [
+        {
+            "instruction": f"Name a city, number {index}.",
+            "output": f"The capital is Sydney, a large city. {index}",
+            "judgment": None if index % 3 == 0 else f"Sydney is not the capital; mistake {index}.",
+        }
+        for index in range(20)
+    ]
+    (folder / "records.json").write_text(json.dumps(rows))
+    assert main(["train", *_options(folder, "uninterrupted")]) == 0
+    return folder
+
+
+def _options(folder: Path, name: str, **settings: object) -> list[str]:
+    # 20 records in steps of 4, two epochs: 10 steps, so that a resume lands within an epoch and at its border.
+    values = {
+        "model_name_or_path": folder / "base",
+        "data": folder / "records.json",
+        "output_dir": folder / name,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "lora_dropout": 0.2,
+        "save_steps": 3,
+        "logging_steps": 3,
+        "save_total_limit": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    } | settings
+    return [text for key, value in values.items() for text in (f"--{key}", str(value))]
+
+
+def _assert_same_end(folder: Path, name: str) -> None:
+    expected = load_file(folder / "uninterrupted" / "adapter_model.safetensors")
+    got = load_file(folder / name / "adapter_model.safetensors")
+    assert expected.keys() == got.keys()
+    assert all(expected[key].equal(got[key]) for key in expected), "not bit for bit the same"
+    assert any(value.abs().sum() > 0 for key, value in got.items() if "lora_B" in key), "nothing was trained"
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def _run_killed(folder: Path, name: str, owner: str, function: str, calls: int) -> None:
+    module, _, owner = owner.rpartition(".")
+    code = KILLED.format(module=module, owner=owner, function=function, calls=calls)
+    result = subprocess.run(
+        [sys.executable, "-c", code, "train", *_options(folder, name)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "function", "calls"),
+    [
+        # Half written: the second checkpoint's adapter is there, its optimizer is not.
+        ("half-written", "cutlm.trainer.CUTTrainer", "_save_optimizer_and_scheduler", 2),
+        # All written, not in its place.
+        ("not-renamed", "cutlm.checkpoints", "sync_tree", 2),
+        # Between two checkpoints, in the middle of an optimizer step.
+        ("mid-step", "cutlm.trainer.CUTTrainer", "_get_grad_norm", 5),
+    ],
+)
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(
+    workplace: Path, name: str, owner: str, function: str, calls: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run_killed(workplace, name, owner, function, calls)
+    assert _checkpoints(workplace / name) == ["checkpoint-3"]
+    assert main(["train", *_options(workplace, name, resume_from_checkpoint="last")]) == 0
+    assert "checkpoint-3" in capsys.readouterr().out
+    _assert_same_end(workplace, name)
+    assert _checkpoints(workplace / name) == ["checkpoint-10", "checkpoint-9"], "kept more than save_total_limit"
+    assert not (workplace / name / ".saving").exists(), "the half-written checkpoint was not cleared"
+
+
+def test_a_kill_while_the_final_model_is_saved_leaves_no_half_model(workplace: Path) -> None:
+    _run_killed(workplace, "final", "cutlm.trainer", "publish_files", 1)
+    assert not (workplace / "final" / "adapter_config.json").exists()
+    assert main(["train", *_options(workplace, "final", resume_from_checkpoint="last")]) == 0
+    _assert_same_end(workplace, "final")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    workplace: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"stopped-{number.name}"
+    options = _options(workplace, name, save_strategy="no", logging_steps=1)
+    command = [sys.executable, "-u", "-m", "cutlm", "train", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "'loss'" in line:
+                process.send_signal(number)
+                break
+        lines += process.stdout.readlines()
+    output = "".join(lines)
+    assert process.returncode == 128 + number, output
+    (checkpoint,) = _checkpoints(workplace / name)
+    step = int(checkpoint.removeprefix("checkpoint-"))
+    assert 0 < step < 10, "the run was over before the signal came"
+    assert f"Stopped at step {step} of 10" in output
+    assert f"cutlm train {' '.join(options)} --resume_from_checkpoint last" in output
+    assert "Traceback" not in output
+    assert main(["train", *options, "--resume_from_checkpoint", "last"]) == 0
+    _assert_same_end(workplace, name)
+
+
+def test_a_filled_output_folder_is_refused_and_left_as_it_was(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in (workplace / "uninterrupted").rglob("*"))
+    assert main(["train", *_options(workplace, "uninterrupted")]) == 2
+    message = capsys.readouterr().err
+    assert "holds checkpoint-10; go on with --resume_from_checkpoint last" in message
+    assert "--overwrite_output_dir" in message
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in (workplace / "uninterrupted").rglob("*"))
+
+
+def test_starting_anew_removes_the_old_runs_checkpoints(workplace: Path) -> None:
+    old = workplace / "anew" / "checkpoint-999"
+    old.mkdir(parents=True)
+    (old / "trainer_state.json").write_text("{}")
+    options = _options(workplace, "anew", overwrite_output_dir=True, max_steps=1)
+    assert main(["train", *options]) == 0
+    assert _checkpoints(workplace / "anew") == ["checkpoint-1"]
+
+
+def test_resuming_without_a_checkpoint_is_one_sentence(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *_options(workplace, "none", resume_from_checkpoint="last")]) == 2
+    assert "no checkpoint to go on from" in capsys.readouterr().err
+    missing = str(workplace / "nowhere")
+    assert main(["train", *_options(workplace, "none", resume_from_checkpoint=missing)]) == 2
+    assert "expected a checkpoint folder with trainer_state.json" in capsys.readouterr().err
+
+
+def test_resuming_with_other_settings_names_them(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *_options(workplace, "changed", max_steps=3)]) == 0
+    options = _options(workplace, "changed", max_steps=4, threshold=1.2, resume_from_checkpoint="last")
+    assert main(["train", *options]) == 0
+    output = capsys.readouterr().out
+    assert "threshold was 1.1 before this resume, and is 1.2 now" in output
+    assert "max_steps was 3 before this resume, and is 4 now" in output
+
+
+def test_the_best_checkpoint_is_known_by_its_lasting_name(workplace: Path) -> None:
+    settings = {"eval_split": 0.2, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 4}
+    options = _options(
+        workplace, "best", **settings, load_best_model_at_end=True, metric_for_best_model="loss", save_total_limit=1
+    )
+    assert main(["train", *options]) == 0
+    state = json.loads((workplace / "best" / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]).parent == workplace / "best"
+    assert Path(state["best_model_checkpoint"]).is_dir()
