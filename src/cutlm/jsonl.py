@@ -36,8 +36,6 @@ def read_bytes(path: str | Path) -> bytes:
         DataError: The file is missing, is a directory, cannot be opened, or its compression is broken.
     """
     path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path}: expected a file, got a directory; name the file inside it")
     try:
         raw = path.read_bytes()
         if raw.startswith(_GZIP_MAGIC):
@@ -47,6 +45,8 @@ def read_bytes(path: str | Path) -> bytes:
         return raw
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: expected a file, got a directory; name the file inside it") from None
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path}: the compressed file is damaged ({error}); fetch or compress it again") from None
     except OSError as error:

@@ -5,6 +5,7 @@ Training is left to `cutlm.trainer`, generating to `cutlm.generation`.
 
 import importlib.util
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from cutlm.errors import ConfigError, UserError
 from cutlm.logprobs import get_head, token_logprobs
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
     from transformers import BitsAndBytesConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -69,9 +70,15 @@ def load_model(
         check_bitsandbytes()
         kwargs |= {"quantization_config": quantization, "device_map": {"": device if device is not None else "cpu"}}
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no causal language model can be loaded from it ({_first_line(error)})") from error
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks 4-bit weights for good at the first evaluation, into a form through which
+        # no gradient flows, and training goes on without a word.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def check_bitsandbytes() -> None:
@@ -98,17 +105,22 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
-def check_lora_targets(model: nn.Module, config: "LoraConfig") -> None:
+def check_lora_targets(model: nn.Module, config: "PeftConfig") -> None:
     """Refuses LoRA targets that match nothing, and names the modules that exist.
 
     Raises:
         ConfigError: As said.
     """
-    targets = config.target_modules
-    if not targets or isinstance(targets, str):  # PEFT's own choice, "all-linear", or a regular expression
+    targets = getattr(config, "target_modules", None)
+    if not targets or targets == "all-linear":  # PEFT's own choice
         return
     names = [name for name, module in model.named_modules() if module is not model]
-    missing = [target for target in targets if not any(name == target or name.endswith(f".{target}") for name in names)]
+    if isinstance(targets, str):
+        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        missing = [
+            target for target in targets if not any(name == target or name.endswith(f".{target}") for name in names)
+        ]
     if missing:
         linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         raise ConfigError(

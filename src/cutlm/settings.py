@@ -116,9 +116,11 @@ def read_settings(types: Sequence[Any], config: str | None, options: Sequence[st
         ConfigError: Unknown keys, values of the wrong kind or out of range; all at once.
     """
     parser = _Parser(list(types))
-    actions = {action.dest: action for action in parser._actions}
+    actions: dict[str, Any] = {}
+    for action in parser._actions:
+        actions.setdefault(action.dest, action)  # a field that is true by default has a second one, `--no_field`
     problems = [] if config is None else _check_file(config, actions)
-    known = set(actions)
+    known = {text.removeprefix("--") for action in parser._actions for text in action.option_strings}
     problems += [
         _describe_unknown(f"option {option}", option.removeprefix("--").partition("=")[0], known)
         for option in options

@@ -85,8 +85,7 @@ class CUTTrainer(Trainer):
         set_seed(args.seed)  # before the adapter draws its first weights
         if peft_config is not None:
             model = _add_adapter(model, peft_config, args)
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise ConfigError("peft_config: expected an adapter inside the model such as LoRA, got prompt learning")
+        _refuse_prompt_learning(getattr(model, "active_peft_config", None))
         check_head(model)
         self.notices: list[str] = []
         self.num_left_out = 0
@@ -373,12 +372,19 @@ class CUTTrainer(Trainer):
 def _add_adapter(model: nn.Module, peft_config: "PeftConfig", args: CUTConfig) -> nn.Module:
     from peft import get_peft_model, prepare_model_for_kbit_training
 
-    check_lora_targets(model, peft_config)  # type: ignore[arg-type]
+    _refuse_prompt_learning(peft_config)
+    check_lora_targets(model, peft_config)
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(
-            model, args.gradient_checkpointing, gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs
+            model, bool(args.activation_checkpointing), args.activation_checkpointing_kwargs
         )
     return get_peft_model(model, peft_config)
+
+
+def _refuse_prompt_learning(peft_config: "PeftConfig | None") -> None:
+    """Prompt learning feeds a model more than the tokens that are scored here."""
+    if peft_config is not None and peft_config.is_prompt_learning:
+        raise ConfigError("peft_config: expected an adapter inside the model such as LoRA, got prompt learning")
 
 
 def _check_encoded(dataset: Dataset | Sequence[Any], name: str) -> Dataset:

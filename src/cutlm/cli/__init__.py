@@ -13,7 +13,11 @@ from cutlm import __version__
 from cutlm.errors import UserError
 
 COMMANDS = {
+    "convert": "turn published judgment data into records",
     "check": "report every bad row of a file of records, and counts",
+    "train": "align a model with judged records",
+    "merge": "fold a trained adapter into its base model",
+    "generate": "answer a file of instructions",
 }
 
 

@@ -1,0 +1,42 @@
+# Each target makes the environment it needs: a virtual environment in .venv, from pinned versions.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help setup demo test check format lint types clean
+.DEFAULT_GOAL := help
+
+help: ## say what there is to make
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(INSTALLED) ## make the environment in .venv
+
+# torch goes first and by its version: where a build for CPUs alone is offered, that is the one taken, and nothing that
+# follows asks for another with gigabytes of CUDA.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cutlm needs Python 3.11 or newer; give one by: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quantization]'
+	touch $@
+
+demo: setup ## train, merge and generate with a tiny model made on the spot (CPU, under 4 minutes)
+	$(BIN)/cutlm demo
+
+test: setup ## run the tests
+	$(BIN)/pytest
+
+check: format lint types test ## everything that must pass before a change lands
+
+format: setup ## check the formatting
+	$(BIN)/ruff format --check
+
+lint: setup ## check the style
+	$(BIN)/ruff check
+
+types: setup ## check the types
+	$(BIN)/mypy
+
+clean: ## remove what was made here
+	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

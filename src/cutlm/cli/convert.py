@@ -1,0 +1,113 @@
+"""Turn published judgment data into a file of records.
+
+  shepherd       Shepherd's human_data_for_model.jsonl and human_data_raw.jsonl, or the folder that holds both
+  critiques      OpenAI's critiques of summaries, one or more files
+  ultrafeedback  UltraFeedback with instruction and completions, one or more files; with --pairs, preference pairs
+  alpaca         rows that have instruction, input, output and judgment already, one or more files
+
+Prints how many were read, kept and left out, and why. Exits with 2 when a row is bad; then nothing is written."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cutlm.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from cutlm.convert import Conversion
+
+SOURCES = ("alpaca", "critiques", "shepherd", "ultrafeedback")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", choices=SOURCES, help=" | ".join(SOURCES))
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="JSON Lines or a JSON array, plain, .gz or .xz")
+    parser.add_argument(
+        "--out", metavar="FILE", required=True, help="an array where it ends in .json, else JSON Lines; also .gz, .xz"
+    )
+    parser.add_argument(
+        "--pairs", action="store_true", help="ultrafeedback: write prompt, chosen and rejected, as TRL's trainers read"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from cutlm.jsonl import write_rows
+    from cutlm.records import check_rows, raise_problems
+
+    if args.pairs and args.source != "ultrafeedback":
+        raise UserError(f"--pairs: expected the source 'ultrafeedback', got {args.source!r}; leave --pairs away")
+    paths = _find_files(args.source, args.inputs)
+    _refuse_overwriting(paths, args.out)
+    conversion = _convert(args.source, paths, args.pairs)
+
+    reasons = [f"{count} left out: {reason}" for reason, count in conversion.left_out.most_common()]
+    num_read, num_kept = conversion.num_read, len(conversion.rows)
+    if not num_kept:
+        raise DataError(
+            [f"{' '.join(args.inputs)}: nothing to write, {num_read} {conversion.unit} read and none kept", *reasons]
+        )
+    rows = [row.value for row in conversion.rows]
+    summary = ""
+    if not args.pairs:
+        check = check_rows(conversion.rows)
+        raise_problems(check, " ".join(args.inputs))
+        rows = [row | {"judgment": row.get("judgment")} for row in rows]
+        summary = f", {check.num_satisfactory} satisfactory, {check.num_unsatisfactory} unsatisfactory"
+        num_without = sum("judgment" not in record.model_fields_set for record in check.records)
+        if num_without:
+            reasons.append(f"{num_without} records have no field 'judgment' and count as satisfactory")
+    write_rows(args.out, rows)
+    print(f"{num_read} {conversion.unit} read, {num_kept} kept, {conversion.left_out.total()} left out")
+    for reason in reasons:
+        print(reason)
+    print(f"{args.out}: {num_kept} {'pairs' if args.pairs else 'records'}{summary}")
+    return 0
+
+
+def _find_files(source: str, inputs: Sequence[str]) -> list[Path]:
+    """Returns the files to read; for Shepherd a folder stands for its two files."""
+    from cutlm.convert import shepherd
+
+    paths = [Path(name) for name in inputs]
+    if source != "shepherd":
+        return paths
+    if len(paths) == 1 and paths[0].is_dir():
+        return [paths[0] / name for name in shepherd.FILE_NAMES]
+    if len(paths) != 2:
+        raise UserError(
+            f"shepherd: expected two files, {' and '.join(shepherd.FILE_NAMES)}, or the folder that holds both,"
+            f" got {len(paths)} inputs"
+        )
+    return paths
+
+
+def _refuse_overwriting(paths: Sequence[Path], out: str) -> None:
+    for path in paths:
+        if path.exists() and Path(out).exists() and path.samefile(out):
+            raise UserError(f"--out {out}: expected a file of its own, got one of the inputs; choose another name")
+
+
+def _convert(source: str, paths: Sequence[Path], pairs: bool) -> "Conversion":
+    """Reads the files and converts them.
+
+    Raises:
+        DataError: A file cannot be read, or lines of it are bad; all of them are named.
+    """
+    from cutlm.convert import alpaca, critiques, shepherd, ultrafeedback
+    from cutlm.jsonl import read_rows
+
+    files, problems = [], []
+    for path in paths:
+        rows, bad_lines = read_rows(path)
+        files.append(rows)
+        problems.extend(bad_lines)
+    # Before the rows are looked at: with a line missing, Shepherd's two files would not match from there on.
+    if problems:
+        raise DataError(problems)
+    if source == "shepherd":
+        return shepherd.convert(*files)
+    everything = [row for rows in files for row in rows]
+    if source == "ultrafeedback":
+        return ultrafeedback.convert_to_pairs(everything) if pairs else ultrafeedback.convert(everything)
+    return critiques.convert(everything) if source == "critiques" else alpaca.convert(everything)
