@@ -304,7 +304,6 @@ def test_an_adapter_is_trained_on_a_quantized_model(
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_gradients_flow_through_a_quantized_model_even_after_an_evaluation(tmp_path: Path) -> None:
-    import torch
     from bitsandbytes.functional import dequantize_4bit
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
