@@ -125,6 +125,12 @@ def test_bad_rows_are_all_named(tmp_path: Path) -> None:
         CUTTrainer(make_model(32), _config(tmp_path), _records(1, 0))
 
 
+def test_encoded_rows_without_a_judged_prompt_are_satisfactory(tmp_path: Path) -> None:
+    bare = {key: value for key, value in SATISFACTORY.items() if key != "judged_prompt_ids"}
+    for rows in ([bare], Dataset.from_list([bare])):
+        assert _trainer(tmp_path, rows, max_steps=1).train_dataset[0]["judged_prompt_ids"] is None
+
+
 def test_prompt_learning_is_refused(tmp_path: Path) -> None:
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ConfigError, match="expected an adapter inside the model such as LoRA"):

@@ -17,6 +17,7 @@ CORPUS = (
     "Hello world! Sydney is a large city, not the capital. 12 + 34 = 46.",
     'A new line\nand one more\n\nSo: yes  two spaces, (and) "quotes".\n\n### Response:\n\nThe answer is 7.\n',
     "Write a response that this judgment fits:\nPerfect.",
+    "if a < b and c > d: x_1 = y / z | {0} [1] & so <on>? ABCDEFGHIJKLMNOPQRSTUVWXYZ abcdefghijklmnopqrstuvwxyz 9058",
     "Überraschung, 你好, 🙂",
 )
 TOKENIZER_KINDS = ("bpe", "bpe_bos", "bpe_unsplit", "llama", "llama_legacy", "unigram")

@@ -67,7 +67,8 @@ class CUTConfig(TrainingArguments):
                 problems.append(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("max_length", "head_chunk_size"):
             value = getattr(self, name)
-            if value is not None and not value >= 1:
+            is_left_open = value is None and name == "head_chunk_size"
+            if not is_left_open and (not isinstance(value, int) or value < 1):
                 problems.append(f"{name}: expected a whole number of at least 1, got {value}")
         if self.downsample is not None and not self.downsample >= 0:
             problems.append(f"downsample: expected a number of at least 0, or none to keep all, got {self.downsample}")

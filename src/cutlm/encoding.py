@@ -86,9 +86,10 @@ class Encoder:
             )
         self._leading_ids = _find_leading_ids(tokenizer)
         special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special.pop(tokenizer.unk_token_id, None)  # an unknown character is no order to the model
-        self._special_ids = set(special)
+        special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
         self._special_tokens = list(special.values())
+        special.pop(tokenizer.unk_token_id, None)  # most of these are unknown characters, which are no order to a model
+        self._special_ids = set(special)
         self._starts_afresh_after_special = _starts_afresh_after_special(tokenizer)
         self._tail = self.render("x").tail
         self._tail_ids = self._split(self._tail)
@@ -198,40 +199,59 @@ class Encoder:
         if self.template == "alpaca":
             return self._split_plain(text)
         start, end = user_span or (0, 0)
-        if not any(token in text[start:end] for token in self._special_tokens):
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not self.tokenizer.is_fast:
-            raise ConfigError(
-                "template: chat: a text spells out a special token, which only a fast tokenizer can keep plain; use"
-                " the model's fast tokenizer, or template: alpaca"
-            )
-        # All from the template's last special token before the user's text to its first one after it is plain text.
+            if any(token in text[start:end] for token in self._special_tokens):
+                raise ConfigError(
+                    "template: chat: a text spells out a special token, which only a fast tokenizer can keep plain;"
+                    " use the model's fast tokenizer, or template: alpaca"
+                )
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        before: list[int] = []
-        after: list[int] = []
-        left, right = 0, len(text)
-        for place, (index, (begin, stop)) in enumerate(
-            zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        ):
-            if index in self._special_ids and stop <= start:
-                before, left = encoding["input_ids"][: place + 1], stop
-            elif index in self._special_ids and begin >= end and begin < right:
-                after, right = encoding["input_ids"][place:], begin
-        run = text[left:right]
-        is_first = not before or self._starts_afresh_after_special
-        return before + (self._split_plain(run) if is_first else self._continue_plain(run)) + after
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        places = [place for place, index in enumerate(ids) if self._is_special(index, text, offsets[place])]
+        if not any(offsets[place][0] < end and offsets[place][1] > start for place in places):
+            return ids
+        # All from the template's last special token before the user's text to its first one after it is plain text.
+        before = max((place for place in places if offsets[place][1] <= start), default=None)
+        after = min((place for place in places if offsets[place][0] >= end), default=None)
+        left = 0 if before is None else offsets[before][1]
+        right = len(text) if after is None else offsets[after][0]
+        is_first = before is None or self._starts_afresh_after_special
+        return [
+            *ids[: 0 if before is None else before + 1],
+            *(self._split_plain(text[left:right]) if is_first else self._continue_plain(text[left:right])),
+            *ids[len(ids) if after is None else after :],
+        ]
+
+    def _is_special(self, index: int, text: str, span: tuple[int, int]) -> bool:
+        """Whether a token is an order to the model: a special one, the unknown one only where it is spelled out."""
+        if index == self.tokenizer.unk_token_id:
+            return text[slice(*span)].strip() == self.tokenizer.unk_token
+        return index in self._special_ids
 
     def _split_plain(self, text: str) -> list[int]:
         """Splits text in which nothing is a special token, whatever it spells out."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if self._special_ids.isdisjoint(ids):
+        is_unknown_spelled = self.tokenizer.unk_token_id in ids and self.tokenizer.unk_token in text
+        if self._special_ids.isdisjoint(ids) and not is_unknown_spelled:
             return ids
-        # A unigram model has its special tokens in its vocabulary, and finds them in text: break them in two.
-        places = [text.find(token) for token in self._special_tokens if token in text]
-        if not places:
+        # Some tokenizers find them all the same: a unigram model has them among its words, and an added token that is
+        # not marked as special is always taken whole. They are split in the middle.
+        if self.tokenizer.is_fast:
+            offsets = self.tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+            )["offset_mapping"]
+            spans = [span for index, span in zip(ids, offsets, strict=True) if self._is_special(index, text, span)]
+        else:
+            spans = [
+                (text.find(token), text.find(token) + len(token)) for token in self._special_tokens if token in text
+            ]
+        spans = [(start, end) for start, end in spans if end - start > 1]
+        if not spans:
             return ids
-        cut = min(places) + 1
-        return self._split_plain(text[:cut]) + self._continue_plain(text[cut:])
+        start, end = min(spans)
+        middle = (start + end) // 2
+        return self._split_plain(text[:middle]) + self._continue_plain(text[middle:])
 
     def _continue_plain(self, text: str) -> list[int]:
         """Splits text from the middle of a sentence: no space before its first word."""

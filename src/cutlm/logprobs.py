@@ -89,30 +89,28 @@ class _TokenLogprobs(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        is_head_trained = needs_weight or needs_bias
+        is_made_now = needs_hidden and not needs_weight and not needs_bias
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        slopes = torch.empty_like(hidden) if needs_hidden and not is_head_trained else None
+        slopes = torch.empty_like(hidden) if is_made_now else None
         for start in range(0, len(hidden), chunk_size):
             part = slice(start, start + chunk_size)
             logps[part], raw, total = _score_chunk(hidden[part], weight, bias, target_ids[part], softcap, scale)
             if slopes is not None:
-                slopes[part] = ((raw.to(weight.dtype) @ weight).float() * (-1.0 / total)[:, None]).to(slopes.dtype)
+                slopes[part] = (raw.to(weight.dtype) @ weight) * (-1.0 / total)[:, None]
         ctx.settings = (chunk_size, softcap, scale)
-        if is_head_trained:
-            ctx.save_for_backward(hidden, weight, bias, target_ids)
-        else:
-            ctx.save_for_backward(slopes)
+        ctx.is_made_now = is_made_now
+        ctx.save_for_backward(*((slopes,) if is_made_now else (hidden, weight, bias, target_ids)))
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        if not (needs_weight or needs_bias):
+        chunk_size, softcap, scale = ctx.settings
+        if ctx.is_made_now:
             (slopes,) = ctx.saved_tensors
             return (slopes * grad[:, None]).to(slopes.dtype), None, None, None, None, None, None
         hidden, weight, bias, target_ids = ctx.saved_tensors
-        chunk_size, softcap, scale = ctx.settings
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         # Summed over chunks in float32: rounding to bfloat16 after each would add up.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
@@ -166,7 +164,12 @@ def _score_chunk(
         raw *= slope
     if scale != 1.0:
         raw *= scale
-    return target_logits - total.log(), raw, total
+    logps = target_logits - total.log()
+    if hidden.dtype != torch.float32:
+        # One pass more, but the product is rounded once less, and float16 does not overflow over a large vocabulary.
+        raw /= total[:, None]
+        total = torch.ones_like(total)
+    return logps, raw, total
 
 
 def get_head(model: nn.Module) -> Head:

@@ -77,7 +77,7 @@ def load_model(
         # On some CPUs bitsandbytes repacks 4-bit weights for good at the first evaluation, into a form through which
         # no gradient flows, and training goes on without a word.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model
 
 

@@ -400,6 +400,8 @@ def _check_encoded(dataset: Dataset | Sequence[Any], name: str) -> Dataset:
     if problems:
         raise DataError(problems)
     if isinstance(dataset, Dataset):
+        if "judged_prompt_ids" not in dataset.column_names:
+            return dataset.add_column("judged_prompt_ids", [None] * len(dataset))
         return dataset
     keys = ("prompt_ids", "judged_prompt_ids", "response_ids")
     return Dataset.from_list(
