@@ -169,6 +169,17 @@ def test_values_out_of_range_are_said_at_once(
         assert name in message
 
 
+def test_a_key_of_the_hub_is_no_setting(
+    tmp_path: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    canary = "hf_canary"
+    message = _expect_problem(tmp_path, settings | {"hub_token": canary}, capsys, "set HF_TOKEN in the environment")
+    assert canary not in message
+    assert _train(tmp_path, settings, "--hub_token", canary) == 2
+    assert canary not in "".join(capsys.readouterr())
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_settings_are_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _expect_problem(
         tmp_path, {"output_dir": "x", "use_cpu": True}, capsys, "data: expected", "model_name_or_path: expected"

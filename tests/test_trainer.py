@@ -131,6 +131,16 @@ def test_encoded_rows_without_a_judged_prompt_are_satisfactory(tmp_path: Path) -
         assert _trainer(tmp_path, rows, max_steps=1).train_dataset[0]["judged_prompt_ids"] is None
 
 
+def test_several_gpus_in_one_process_are_not_dealt_a_batch_by_rows(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    config._n_gpu = 2  # as on a machine with two, started without torchrun
+    trainer = CUTTrainer(make_model(32), config, [JUDGED])
+    assert config.n_gpu == 1
+    assert trainer.notices == [
+        "2 GPUs are here and one is used; for all of them start with: torchrun --nproc_per_node 2 -m cutlm train ..."
+    ]
+
+
 def test_prompt_learning_is_refused(tmp_path: Path) -> None:
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ConfigError, match="expected an adapter inside the model such as LoRA"):

@@ -212,6 +212,8 @@ def check_head(model: nn.Module) -> None:
     """
     language_model = unwrap_peft(model)
     device = language_model.device
+    if device.type == "meta" or any(hasattr(weight, "ds_id") for weight in language_model.parameters()):
+        return  # its weights are on other processes, or nowhere yet
     num_tokens = min(8, language_model.config.get_text_config().vocab_size)
     ids = torch.arange(num_tokens, device=device)
     batch = {

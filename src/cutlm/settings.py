@@ -126,6 +126,14 @@ def read_settings(types: Sequence[Any], config: str | None, options: Sequence[st
         for option in options
         if option.startswith("--") and option.removeprefix("--").partition("=")[0] not in known
     ]
+    given = {option.removeprefix("--").partition("=")[0] for option in options if option.startswith("--")}
+    if config is not None and not problems:
+        given |= _load_yaml(config).keys()
+    problems += [
+        f"{name}: a key in settings would be saved with them; set HF_TOKEN in the environment instead"
+        for name in sorted(given)
+        if str(name).endswith("hub_token")
+    ]
     if problems:
         raise ConfigError(problems)
     defaults = {dest: action.default for dest, action in actions.items()}

@@ -80,6 +80,14 @@ class CUTTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or CUTConfig()
+        self.notices: list[str] = []
+        if args.n_gpu > 1:
+            # torch's DataParallel would deal a batch's tensors out by rows, and they have none.
+            self.notices.append(
+                f"{args.n_gpu} GPUs are here and one is used; for all of them start with: torchrun --nproc_per_node"
+                f" {args.n_gpu} -m cutlm train ..."
+            )
+            args._n_gpu = 1
         if isinstance(model, str):
             model = load_model(model)
         set_seed(args.seed)  # before the adapter draws its first weights
@@ -87,7 +95,6 @@ class CUTTrainer(Trainer):
             model = _add_adapter(model, peft_config, args)
         _refuse_prompt_learning(getattr(model, "active_peft_config", None))
         check_head(model)
-        self.notices: list[str] = []
         self.num_left_out = 0
         self._chat_template: str | None = None
         train_rows = eval_rows = None
