@@ -123,7 +123,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 ) -> None:
     name = f"stopped-{number.name}"
     options = _options(workplace, name, save_strategy="no", logging_steps=1)
-    command = [sys.executable, "-u", "-m", "cutlm", "train", *options]
+    command = [sys.executable, "-u", "-m", "cutlm", "train", *options, "--overwrite_output_dir", "true"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         lines = []
@@ -139,7 +139,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     step = int(checkpoint.removeprefix("checkpoint-"))
     assert 0 < step < 10, "the run was over before the signal came"
     assert f"Stopped at step {step} of 10" in output
-    assert f"cutlm train {' '.join(options)} --resume_from_checkpoint last" in output
+    assert f"  cutlm train {' '.join(options)} --resume_from_checkpoint last" in output
     assert "Traceback" not in output
     assert main(["train", *options, "--resume_from_checkpoint", "last"]) == 0
     _assert_same_end(workplace, name)

@@ -25,6 +25,7 @@ gradient_checkpointing, eval_strategy, eval_steps, save_steps, save_total_limit,
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -88,10 +89,11 @@ def train(settings: "Settings", options: list[str]) -> int:
         trainer.train(resume_from_checkpoint=checkpoint)
     if signals and trainer.state.global_step < trainer.state.max_steps:
         if is_main:
+            command = "cutlm" if config.world_size == 1 else f"torchrun --nproc_per_node {config.world_size} -m cutlm"
             print(
                 f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; saved"
                 f" {config.output_dir}/checkpoint-{trainer.state.global_step}. Go on with:\n"
-                f"  cutlm train {' '.join(_without_resume(options))} --resume_from_checkpoint last",
+                f"  {command} train {shlex.join(_without_resume(options))} --resume_from_checkpoint last",
                 flush=True,
             )
         return 128 + signals[0]
@@ -200,11 +202,10 @@ def _stop_on_signals(trainer: "CUTTrainer", is_main: bool) -> Iterator[list[int]
 def _without_resume(options: list[str]) -> list[str]:
     """The options less those that say how to start."""
     kept: list[str] = []
+    is_kept = True
     for option in options:
-        if option == "--overwrite_output_dir" or option.startswith("--resume_from_checkpoint="):
-            continue
-        if kept and kept[-1] == "--resume_from_checkpoint":
-            kept.pop()
-            continue
-        kept.append(option)
+        if option.startswith("--"):
+            is_kept = option.partition("=")[0] not in ("--overwrite_output_dir", "--resume_from_checkpoint")
+        if is_kept:
+            kept.append(option)
     return kept
