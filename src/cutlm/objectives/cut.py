@@ -1,4 +1,4 @@
-"""Contrastive Unlikelihood Training (Xu et al. 2023, arXiv 2312.14591v4, section 4).
+"""Contrastive Unlikelihood Training (Xu et al. 2023, arXiv 2312.14591v4, eq. 5 to 7).
 
 Sums over tokens only: what they are divided by is the caller's affair, since only the trainer knows how many
 tokens the other micro-batches and ranks of an optimizer step hold.
