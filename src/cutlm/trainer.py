@@ -119,7 +119,9 @@ class CUTTrainer(Trainer):
             **kwargs,
         )
         if train_rows is not None:
-            self._note_repeats(len(train_rows))
+            self._note_repeats("train_dataset", len(train_rows), args.train_batch_size)
+        if eval_rows is not None:
+            self._note_repeats("eval_dataset", len(eval_rows), args.eval_batch_size)
         self._tally = Tally(args.device)
         self._eval_tally: Tally | None = None
         self._step_logps: list[tuple[Tensor, Mapping[str, Any]]] = []
@@ -166,13 +168,13 @@ class CUTTrainer(Trainer):
         )
         return rows.select([index for index in range(len(rows)) if judged[index] is not None or index in kept])
 
-    def _note_repeats(self, num_rows: int) -> None:
+    def _note_repeats(self, name: str, num_rows: int, batch_size: int) -> None:
         """Says what Accelerate does so that every process gets as many batches as the others."""
-        group = self.args.train_batch_size * self.args.world_size
-        if self.args.world_size > 1 and num_rows % group and not self.args.dataloader_drop_last:
+        num_repeats = -num_rows % (batch_size * self.args.world_size)
+        if self.args.world_size > 1 and num_repeats and not self.args.dataloader_drop_last:
             self.notices.append(
-                f"train_dataset: {group - num_rows % group} of {num_rows} records are seen twice in an epoch, to fill"
-                f" the last batches of {self.args.world_size} processes"
+                f"{name}: {num_repeats} of {num_rows} records are seen twice in a pass, to fill the last batches of"
+                f" {self.args.world_size} processes"
             )
 
     # ---- Loss ----
