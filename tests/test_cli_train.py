@@ -280,6 +280,55 @@ def test_lora_targets_that_match_nothing_name_those_that_exist(
     )
 
 
+def test_an_adapter_is_no_model_to_start_from(
+    tmp_path: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(tmp_path, settings) == 0
+    again = settings | {"model_name_or_path": str(tmp_path / "out"), "output_dir": str(tmp_path / "second")}
+    _expect_problem(tmp_path, again, capsys, "an adapter, not a whole model; fold it in first: cutlm merge --adapter")
+
+
+def test_a_run_of_no_step_is_no_success(
+    tmp_path: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = settings | {"max_steps": -1, "dataloader_drop_last": True, "per_device_train_batch_size": 16}
+    _expect_problem(tmp_path, nothing, capsys, "the records fill no batch")
+    nothing = settings | {"max_steps": -1, "num_train_epochs": 0, "overwrite_output_dir": True}
+    _expect_problem(tmp_path, nothing, capsys, "expected at least one step, got none")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("bad", "pattern"),
+    [
+        ({"lora_r": 0}, "lora_r: expected a whole number of at least 1, got 0"),
+        ({"lora_dropout": 2}, "lora_dropout: expected a share"),
+        ({"learning_rate": "nan"}, "learning_rate: expected a number of at least 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: expected a whole number of at least 1"),
+        ({"label_smoothing_factor": 0.5}, "label_smoothing_factor: expected 0"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: expected random or sequential"),
+        ({"lora_target_modules": ["lm_head"]}, "a LoRA adapter sits on the output head"),
+        ({"eval_strategy": "steps"}, "eval"),
+        ({"report_to": "foo"}, "foo"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_one_sentence(
+    tmp_path: Path,
+    settings: dict[str, object],
+    bad: dict[str, object],
+    pattern: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _expect_problem(tmp_path, settings | bad, capsys, pattern)
+
+
+def test_a_path_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    under_a_file = settings | {"output_dir": str(tmp_path / "records.json" / "out")}
+    _expect_problem(tmp_path, under_a_file, capsys, "Not a directory|is a file")
+
+
 def test_an_evaluation_split_that_leaves_nothing_is_one_sentence(
     tmp_path: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,6 +121,40 @@ def test_a_killed_run_goes_on_and_gives_what_an_uninterrupted_one_gives(
     assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
+def test_greedy_is_greedy_whatever_the_model_says_of_itself(tmp_path: Path, model: Path, prompts: Path) -> None:
+    other = tmp_path / "tiny"
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    loaded.generation_config.repetition_penalty = 5.0
+    loaded.generation_config.no_repeat_ngram_size = 2
+    loaded.save_pretrained(other)
+    AutoTokenizer.from_pretrained(model).save_pretrained(other)
+    assert main(_options(model, prompts, tmp_path / "a.json")) == 0
+    assert main(_options(other, prompts, tmp_path / "b.json")) == 0
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_the_prompts_are_never_written_over(model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = prompts.read_bytes()
+    assert main(_options(model, prompts, prompts, "--overwrite")) == 2
+    assert "expected a file of its own, got one of the inputs" in capsys.readouterr().err
+    assert prompts.read_bytes() == before
+
+
+def test_what_no_run_left_is_not_gone_on_with(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.json.partial").write_text("[]\n")
+    assert main(_options(model, prompts, tmp_path / "out.json")) == 2
+    assert "not what a stopped run leaves; remove it to start anew" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_one_sentence(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(_options(model, prompts, tmp_path / "out.json", "--device", "bogus")) == 2
+    assert "--device bogus: not to be had here" in capsys.readouterr().err
+
+
 def test_sampling_is_decided_by_the_seed(model: Path, prompts: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         assert main(_options(model, prompts, tmp_path / f"{name}.json", "--temperature", "1", "--seed", seed)) == 0
@@ -154,9 +188,9 @@ def test_bad_prompts_are_all_named(model: Path, tmp_path: Path, capsys: pytest.C
     path.write_text('{"instruction": "ok"}\n{"text": "x"}\n[1]\n{"instruction": "x", "input": 3}\nnot json\n')
     assert main(_options(model, path, tmp_path / "out.json")) == 2
     message = capsys.readouterr().err
-    assert "bad.jsonl:2: field 'instruction': expected text, got None" in message
-    assert "bad.jsonl:3: expected an object with 'instruction', got list" in message
-    assert "bad.jsonl:4: field 'input': expected text or null, got 3" in message
+    assert "bad.jsonl:2: field 'instruction' is missing; the row has 'text'" in message
+    assert "bad.jsonl:3: expected an object with the fields instruction, input, dataset, got a list" in message
+    assert "bad.jsonl:4: field 'input': expected a string or null, got a number (3)" in message
     assert "bad.jsonl:5: not JSON" in message
 
 

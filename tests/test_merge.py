@@ -115,6 +115,30 @@ def test_an_adapter_of_another_base_is_refused(
     assert "the adapter does not fit its base model" in capsys.readouterr().err
 
 
+def test_a_base_model_is_never_replaced_by_its_merge(
+    tmp_path: Path, adapter: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (base / "model.safetensors").read_bytes()
+    assert _merge(adapter, base, "--overwrite") == 2
+    assert f"is the base model of {adapter}; name another folder" in capsys.readouterr().err
+    assert (base / "model.safetensors").read_bytes() == before
+
+
+def test_an_adapter_that_lacks_weights_is_refused(
+    tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({name: value for name, value in weights.items() if "layers.1" not in name}, file)
+    assert _merge(adapter, tmp_path / "merged") == 2
+    assert "4 weights are missing or unknown" in capsys.readouterr().err
+    file.write_bytes(b"half")
+    assert _merge(adapter, tmp_path / "merged") == 2
+    file.unlink()
+    assert _merge(adapter, tmp_path / "merged") == 2
+    assert "expected adapter_model.safetensors beside its adapter_config.json" in capsys.readouterr().err
+
+
 def test_an_adapter_with_values_that_are_no_numbers_is_refused(
     tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -29,7 +30,8 @@ def check_one(row):
     [
         (None, None, True),
         ("Perfect.", None, True),
-        ("perfectly done", None, True),
+        (" perfect, nothing is wrong", None, True),
+        ("Perfectly wrong: the sum is 5.", None, False),
         ("PERFECT", None, True),
         ("Not perfect.", None, False),
         ("The sum is 3.", None, False),
@@ -48,7 +50,8 @@ def test_satisfactory_is_no_judgment_or_perfect_or_a_score_of_seven(judgment, sc
 @given(judgment=texts | st.none(), score=st.none() | st.floats(1, 10))
 def test_a_record_is_satisfactory_in_any_letter_case_or_not_at_all(judgment, score):
     record = JudgedRecord(instruction="x", output="y", judgment=judgment, score=score)
-    by_words = judgment is None or judgment[:7].lower() == "perfect"
+    word = re.split(r"\W", (judgment or "").strip(), maxsplit=1)[0]
+    by_words = judgment is None or word.lower() == "perfect"
     assert record.is_satisfactory is (by_words or (score is not None and score >= 7))
     if judgment is not None and judgment.isascii():
         shouted = record.model_copy(update={"judgment": judgment.upper()})
@@ -190,3 +193,28 @@ def test_the_published_judgments_are_read_whole(name, num_unsatisfactory, shared
     check = check_records(shared_data / "judgments" / f"{name}.json")
     assert (check.num_rows, check.problems, check.duplicates) == (1000, [], [])
     assert check.num_unsatisfactory == num_unsatisfactory
+
+
+def test_a_key_that_is_given_twice_is_an_error(tmp_path):
+    # The second one would win, and a bad response be learned as a good one.
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"instruction": "a", "output": "b", "judgment": "It is wrong.", "judgment": null}\n')
+    with pytest.raises(
+        DataError, match=r"records\.jsonl:1: not JSON \(the key 'judgment' is given twice in one object\)"
+    ):
+        load_records(path)
+
+
+def test_the_reason_is_given_even_where_every_row_is_bad(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"instruction": "a", "score": NaN}\n{"instruction": "a"\n')
+    with pytest.raises(DataError) as caught:
+        load_records(path)
+    assert "records.jsonl:1: not JSON (NaN is not JSON)" in str(caught.value)
+    assert "records.jsonl:2: not JSON" in str(caught.value)
+
+
+def test_a_key_that_is_no_text_is_one_sentence(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"instruction": "a", "output": "b", "\\ud800x": 1}\n')
+    assert len(check_records(path).problems) == 1

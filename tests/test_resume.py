@@ -173,6 +173,38 @@ def test_resuming_without_a_checkpoint_is_one_sentence(workplace: Path, capsys: 
     assert "expected a checkpoint folder with trainer_state.json" in capsys.readouterr().err
 
 
+def test_resuming_a_finished_run_changes_nothing(workplace: Path) -> None:
+    options = _options(workplace, "finished", max_steps=4, lr_scheduler_type="constant")
+    assert main(["train", *options]) == 0
+    before = (workplace / "finished" / "adapter_model.safetensors").read_bytes()
+    assert main(["train", *options, "--resume_from_checkpoint", "last"]) == 0
+    assert (workplace / "finished" / "adapter_model.safetensors").read_bytes() == before
+    assert _checkpoints(workplace / "finished") == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_starting_anew_leaves_no_model_of_the_old_run(workplace: Path) -> None:
+    assert main(["train", *_options(workplace, "twice", max_steps=1)]) == 0
+    assert main(["train", *_options(workplace, "twice", max_steps=1, overwrite_output_dir=True, use_peft=False)]) == 0
+    names = {path.name for path in (workplace / "twice").iterdir()}
+    assert "model.safetensors" in names
+    assert not any(name.startswith("adapter") for name in names)
+
+
+def test_resuming_with_other_records_or_batches_is_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *_options(workplace, "other", max_steps=3)]) == 0
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "max_length": 100}
+    assert main(["train", *_options(workplace, "other", **settings, resume_from_checkpoint="last")]) == 2
+    message = capsys.readouterr().err
+    assert "per_device_train_batch_size: the run to go on with has 2, got 4; give the same, or start anew" in message
+    assert "max_length: the run to go on with has 2048, got 100" in message
+
+
+def test_a_run_folder_is_no_checkpoint(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(workplace / "uninterrupted")
+    assert main(["train", *_options(workplace, "from-run", resume_from_checkpoint=folder)]) == 2
+    assert "expected a checkpoint folder with trainer_state.json" in capsys.readouterr().err
+
+
 def test_resuming_with_other_settings_names_them(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *_options(workplace, "changed", max_steps=3)]) == 0
     options = _options(workplace, "changed", max_steps=4, threshold=1.2, resume_from_checkpoint="last")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from cutlm.errors import UserError
@@ -37,9 +37,11 @@ def staged(run_dir: str, is_writer: bool, wait_for_everyone: Callable[[], None])
         shutil.rmtree(staging, ignore_errors=True)
         os.makedirs(staging)
     wait_for_everyone()
-    yield staging
-    if is_writer:
-        shutil.rmtree(staging, ignore_errors=True)
+    try:
+        yield staging
+    finally:
+        if is_writer:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish_checkpoint(staging: str, run_dir: str, state: TrainerState, save_total_limit: int | None) -> None:
@@ -96,7 +98,7 @@ def find_checkpoint(output_dir: str, wanted: str) -> str:
         if found is None:
             raise UserError(f"{output_dir}: no checkpoint to go on from; leave --resume_from_checkpoint out to start")
         return found
-    if not os.path.isfile(os.path.join(wanted, TRAINER_STATE_NAME)):
+    if not all(os.path.exists(os.path.join(wanted, name)) for name in (TRAINER_STATE_NAME, SCHEDULER_NAME)):
         raise UserError(
             f"{wanted}: expected a checkpoint folder with {TRAINER_STATE_NAME}, found none; give one, or 'last'"
         )
@@ -121,6 +123,11 @@ def check_output_dir(output_dir: str, overwrite: bool) -> None:
             f"output_dir: {output_dir} {what}; go on with --resume_from_checkpoint last, start anew with"
             " --overwrite_output_dir, or name another folder"
         )
-    # A checkpoint left by the old run would be newer than the first ones of this run, and be resumed from.
+    # A checkpoint left by the old run would be newer than the first ones of this run, and be resumed from; its adapter
+    # or model would be taken for this run's.
+    for name in (*_MARKERS, "adapter_model.safetensors", "model.safetensors.index.json", TRAINER_STATE_NAME):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("model*.safetensors"):
+        path.unlink()
     for path in [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), folder / _STAGING]:
         shutil.rmtree(path, ignore_errors=True)

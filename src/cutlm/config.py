@@ -72,6 +72,18 @@ class CUTConfig(TrainingArguments):
                 problems.append(f"{name}: expected a whole number of at least 1, got {value}")
         if self.downsample is not None and not self.downsample >= 0:
             problems.append(f"downsample: expected a number of at least 0, or none to keep all, got {self.downsample}")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if not getattr(self, name) >= 1:
+                problems.append(f"{name}: expected a whole number of at least 1, got {getattr(self, name)}")
+        if not 0 <= self.learning_rate < float("inf"):
+            problems.append(f"learning_rate: expected a number of at least 0, got {self.learning_rate}")
+        if self.label_smoothing_factor:
+            problems.append("label_smoothing_factor: expected 0, as CUT has no such thing, got another number")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            problems.append(
+                "train_sampling_strategy: expected random or sequential, as nothing is padded here and grouping by"
+                f" length would save nothing, got {self.train_sampling_strategy!r}"
+            )
         if self.remove_unused_columns:
             problems.append("remove_unused_columns: expected false, as the collator needs every column, got true")
         if problems:

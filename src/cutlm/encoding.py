@@ -149,13 +149,13 @@ class Encoder:
         judged_ids = None if record.is_satisfactory else self.encode_prompt(instruction, record.judgment)
         is_cut = len(prompt_ids) > room or (judged_ids is not None and len(judged_ids) > room)
         return EncodedRecord(
-            self._cut(prompt_ids, room),
-            None if judged_ids is None else self._cut(judged_ids, room),
+            self.cut(prompt_ids, room),
+            None if judged_ids is None else self.cut(judged_ids, room),
             response_ids,
             is_cut,
         )
 
-    def _cut(self, ids: list[int], room: int) -> list[int]:
+    def cut(self, ids: list[int], room: int) -> list[int]:
         """Cuts a prompt from the left; a beginning-of-sequence token stays, for models are lost without it."""
         if len(ids) <= room:
             return ids

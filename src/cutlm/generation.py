@@ -21,6 +21,7 @@ from cutlm.encoding import Encoder
 from cutlm.errors import DataError, UserError
 from cutlm.jsonl import read_bytes, read_rows, sync_directory, write_rows
 from cutlm.model import unwrap_peft
+from cutlm.records import InstructionRow, validate_row
 
 ALPACA_EVAL = "alpaca_eval"
 
@@ -85,14 +86,7 @@ def load_prompts(source: str) -> list[dict[str, Any]]:
         source = _fetch_alpaca_eval()
     rows, problems = read_rows(source)
     for row in rows:
-        if not isinstance(row.value, dict):
-            problems.append(f"{row.where}: expected an object with 'instruction', got {type(row.value).__name__}")
-            continue
-        text = row.value.get("instruction")
-        if not isinstance(text, str) or not text.strip():
-            problems.append(f"{row.where}: field 'instruction': expected text, got {text!r}")
-        if not isinstance(row.value.get("input") or "", str):
-            problems.append(f"{row.where}: field 'input': expected text or null, got {row.value['input']!r}")
+        validate_row(row, InstructionRow, problems)
     if problems:
         raise DataError(problems)
     if not rows:
@@ -189,7 +183,12 @@ def _open_partial(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
         # A kill can leave half a line at the end; it is cut off, and its batch is made again.
         text = read_bytes(path).decode("utf-8", "replace")
         whole = text[: text.rfind("\n") + 1]
-        lines = [json.loads(line) for line in whole.split("\n") if line]
+        try:
+            lines = [json.loads(line) for line in whole.split("\n") if line]
+        except ValueError:
+            lines = [None]
+        if not all(isinstance(line, dict) for line in lines):
+            raise UserError(f"{path}: not what a stopped run leaves; remove it to start anew")
         if lines:
             differing = [name for name in header if lines[0].get(name) != header[name]]
             if differing:
@@ -217,7 +216,7 @@ def generate_batches(
         For each prompt of a batch its index, the response, and whether it was stopped at `max_new_tokens`.
     """
     encoded = [encoder.encode_prompt(instruction) for instruction in instructions]
-    encoded, counts.num_cut = _fit_context(unwrap_peft(model), encoded, sampling.max_new_tokens)
+    encoded, counts.num_cut = _fit_context(unwrap_peft(model), encoder, encoded, sampling.max_new_tokens)
     order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
     for number, start in enumerate(range(0, len(order), sampling.batch_size)):
         batch = order[start : start + sampling.batch_size]
@@ -239,14 +238,16 @@ def choose_max_new_tokens(model: nn.Module) -> int:
     return 2048 if limit is None else max(1, min(2048, limit // 2))
 
 
-def _fit_context(model: Any, encoded: list[list[int]], max_new_tokens: int) -> tuple[list[list[int]], int]:
+def _fit_context(
+    model: Any, encoder: Encoder, encoded: list[list[int]], max_new_tokens: int
+) -> tuple[list[list[int]], int]:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
         return encoded, 0
     room = limit - max_new_tokens
     if room < 1:
         raise UserError(f"max_new_tokens: expected fewer than the model's context of {limit}, got {max_new_tokens}")
-    return [ids[-room:] for ids in encoded], sum(len(ids) > room for ids in encoded)
+    return [encoder.cut(ids, room) for ids in encoded], sum(len(ids) > room for ids in encoded)
 
 
 @torch.inference_mode()
@@ -264,6 +265,10 @@ def _generate_batch(
         temperature=sampling.temperature if is_sampled else None,
         top_p=sampling.top_p if is_sampled else None,
         top_k=0 if is_sampled else None,
+        # What is not said here is taken from the model's own settings: greedy would not be greedy.
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         eos_token_id=sorted(end_ids),
         pad_token_id=pad_id,
     )

@@ -57,8 +57,18 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the key {next(name for name in names if names.count(name) > 1)!r} is given twice in one object"
+        )
+    return value
+
+
 def _parse(text: str) -> Any:
-    return json.loads(text, parse_constant=_refuse_constant)
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated_keys)
 
 
 def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
@@ -120,9 +130,22 @@ def _describe_foreign_file(path: Path, text: str, problems: list[str]) -> str:
     try:
         value = _parse(text)
     except (ValueError, RecursionError):
+        if all(line.lstrip().startswith("{") for line in text.split("\n") if line.strip()):
+            return "\n".join(problems)
         return f"{path}: not JSON ({len(problems)} lines, none of them JSON); expected a JSON array or JSON Lines"
     kind = f"one JSON object with the keys {', '.join(map(repr, value))}" if isinstance(value, dict) else "one value"
     return f"{path}: JSON of another shape; expected an array of records or one record a line, got {kind}"
+
+
+def refuse_overwriting(inputs: Iterable[str | Path], out: str | Path) -> None:
+    """Refuses an output file that is one of the inputs.
+
+    Raises:
+        DataError: It is.
+    """
+    for path in inputs:
+        if Path(path).exists() and Path(out).exists() and Path(path).samefile(out):
+            raise DataError(f"--out {out}: expected a file of its own, got one of the inputs; choose another name")
 
 
 @contextmanager

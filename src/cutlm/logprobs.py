@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from cutlm.errors import ConfigError
 
 # Logits held at a time, in elements: 64 MiB of float32.
 _CHUNK_ELEMENTS = 2**24
@@ -103,6 +106,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -176,24 +180,26 @@ def get_head(model: nn.Module) -> Head:
     """Reads the head of a `transformers` causal language model, and how it treats its logits.
 
     Raises:
-        ValueError: The model has no linear output embedding, or an adapter sits on it.
+        ConfigError: The model has no linear output embedding, or an adapter sits on it.
     """
     layer = model.get_output_embeddings()  # type: ignore[operator]
     if hasattr(layer, "modules_to_save") and hasattr(layer, "active_adapters"):
         layer = layer.modules_to_save[layer.active_adapters[0]]
     if hasattr(layer, "base_layer"):
-        raise ValueError(
+        raise ConfigError(
             "a LoRA adapter sits on the output head, which cutlm scores by its weight; leave the head out of"
             " lora_target_modules, or train it whole by lora_modules_to_save"
         )
     weight = getattr(layer, "weight", None)
     if weight is None or weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(f"expected a linear output head in floating point, got {type(layer).__name__}")
+        raise ConfigError(f"expected a linear output head in floating point, got {type(layer).__name__}")
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     scale = 1.0
     if getattr(config, "logit_scale", None):  # Cohere
         scale = float(config.logit_scale)
     if getattr(config, "logits_scaling", None):  # Granite
         scale = 1.0 / float(config.logits_scaling)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    if getattr(config, "lm_head_multiplier", None):  # Falcon-H1
+        scale *= float(config.lm_head_multiplier)
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     return Head(weight, getattr(layer, "bias", None), softcap, scale)

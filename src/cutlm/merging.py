@@ -4,6 +4,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from cutlm.checkpoints import sync_tree
 from cutlm.errors import UserError
 from cutlm.jsonl import sync_directory
-from cutlm.model import find_base_model, load_model, load_own_tokenizer
+from cutlm.model import find_base_model, load_adapter, load_model, load_own_tokenizer
 
 # Largest difference of a logit, as a share of the largest logit. Rounding a merged weight to bfloat16 costs up to
 # 2^-9 of it, at every layer.
@@ -50,17 +51,14 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | None = No
         UserError: No adapter, no base model, a filled output folder, an adapter that does not fit its base or holds
             values that are no numbers, or logits that change more than rounding explains.
     """
-    from peft import PeftModel
-
     out = Path(out)
     base = find_base_model(adapter, base)
+    if out.exists() and Path(base).exists() and out.samefile(base):
+        raise UserError(f"{out}: is the base model of {adapter}; name another folder")
     _check_out(out, overwrite)
     base_model = load_model(base)
     dtype = base_model.dtype
-    try:
-        model = PeftModel.from_pretrained(base_model, str(adapter)).eval()
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{adapter}: the adapter does not fit its base model {base} ({error})") from error
+    model: Any = load_adapter(base_model, adapter).eval()
     tokenizer = load_own_tokenizer(adapter, base)
     probe = _make_probe(base_model.config.get_text_config().vocab_size)
     before = _read_logits(model, probe)

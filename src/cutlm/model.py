@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -61,6 +62,8 @@ def load_model(
         UserError: There is none, or bitsandbytes is missing.
     """
     _check_folder(path)
+    if Path(path).is_dir():
+        path = str(Path(path).resolve())  # an adapter names its base model, and may be merged from elsewhere
     kwargs: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": attn_implementation,
@@ -71,8 +74,12 @@ def load_model(
         kwargs |= {"quantization_config": quantization, "device_map": {"": device if device is not None else "cpu"}}
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"{path}: no causal language model can be loaded from it ({_first_line(error)})") from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"{path}: an adapter, not a whole model; fold it in first: cutlm merge --adapter {path} --out DIR"
+        )
     for module in model.modules():
         # On some CPUs bitsandbytes repacks 4-bit weights for good at the first evaluation, into a form through which
         # no gradient flows, and training goes on without a word.
@@ -264,11 +271,40 @@ def find_base_model(adapter: str | Path, base: str | None = None) -> str:
         base = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError):
         raise UserError(f"{folder / ADAPTER_CONFIG}: not a JSON object; train again or restore the file") from None
-    if not base:
+    if not base or not isinstance(base, str):
         raise UserError(f"{folder / ADAPTER_CONFIG}: names no base model; give it by --base")
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise UserError(f"{folder / ADAPTER_CONFIG}: its base model {base} does not exist; give it by --base")
     return base
+
+
+def load_adapter(model: PreTrainedModel, path: str | Path) -> nn.Module:
+    """Puts an adapter on its base model.
+
+    Raises:
+        UserError: It does not fit, or its file is damaged or lacks weights.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    file = Path(path) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(
+            f"{path}: expected {file.name} beside its {ADAPTER_CONFIG}, found none; train again or restore it"
+        )
+    try:
+        with safe_open(file, "pt") as weights:
+            stored = set(weights.keys())
+        adapted = PeftModel.from_pretrained(model, str(path))
+    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path}: the adapter does not fit its base model {model.name_or_path} ({error})") from error
+    # Of LoRA alone: other kinds save what they can make again.
+    differing = sorted(name for name in stored ^ set(get_peft_model_state_dict(adapted)) if "lora_" in name)
+    if differing:
+        raise UserError(
+            f"{file}: {len(differing)} weights are missing or unknown, the first is {differing[0]}; train again or"
+            " restore the file"
+        )
+    return adapted
 
 
 def load_own_tokenizer(path: str | Path, base: str | None = None) -> PreTrainedTokenizerBase:
@@ -288,14 +324,16 @@ def load_trained(
     """
     model: nn.Module
     if is_adapter_folder(path):
-        from peft import PeftModel
-
         base = find_base_model(path, base)
-        model = PeftModel.from_pretrained(load_model(base, dtype=dtype), path)
+        model = load_adapter(load_model(base, dtype=dtype), path)
     else:
         model = load_model(path, dtype=dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return nn.Module.to(model, device).eval(), load_own_tokenizer(path, base)
+    try:
+        nn.Module.to(model, device)  # a PEFT model and a whole one alike
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not to be had here ({_first_line(error)})") from error
+    return model.eval(), load_own_tokenizer(path, base)
 
 
 def count_parameters(model: nn.Module) -> Counter[str]:

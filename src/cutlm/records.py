@@ -5,10 +5,11 @@ them from other formats to `cutlm.convert`.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -17,6 +18,7 @@ from cutlm.errors import DataError
 from cutlm.jsonl import SourceRow, read_rows
 
 SATISFACTORY_SCORE = 7.0
+_PERFECT = re.compile(r"\s*perfect\b", re.IGNORECASE)
 
 
 def _check_text(text: str) -> str:
@@ -77,11 +79,11 @@ class JudgedRecord(BaseModel):
     def is_satisfactory(self) -> bool:
         """True when nothing is wrong with the response, so that it may be learned as it stands.
 
-        The judgment is null, or starts with "Perfect" in any letter case, or the score is 7 or more.
+        The judgment is null, or starts with the word "Perfect" in any letter case, or the score is 7 or more.
         """
         if self.score is not None and self.score >= SATISFACTORY_SCORE:
             return True
-        return self.judgment is None or self.judgment.lower().startswith("perfect")
+        return self.judgment is None or _PERFECT.match(self.judgment) is not None
 
     @property
     def full_instruction(self) -> str:
@@ -89,7 +91,24 @@ class JudgedRecord(BaseModel):
         return f"{self.instruction}\n{self.input}" if self.input else self.instruction
 
 
+class InstructionRow(BaseModel):
+    """An instruction to be answered; AlpacaEval's rows are such.
+
+    Attributes:
+        instruction: What is asked.
+        input: Further material for the instruction.
+        dataset: Where it comes from.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    instruction: FilledText
+    input: Annotated[Text, BeforeValidator(lambda value: "" if value is None else value)] = ""
+    dataset: Text | None = None
+
+
 FIELDS = tuple(JudgedRecord.model_fields)
+RowT = TypeVar("RowT", JudgedRecord, InstructionRow)
 
 
 @dataclass(frozen=True)
@@ -142,7 +161,7 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
         if isinstance(row.value, JudgedRecord):
             record: JudgedRecord | None = row.value
         else:
-            record = _validate(row, check.problems)
+            record = _validate_record(row, check.problems)
         if record is None:
             continue
         key = (record.instruction, record.input, record.output, record.judgment)
@@ -155,35 +174,41 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
     return RecordCheck(check.records, check.places, check.problems, check.duplicates, num_rows)
 
 
-def _validate(row: SourceRow, problems: list[str]) -> JudgedRecord | None:
-    if not isinstance(row.value, Mapping):
-        problems.append(
-            f"{row.where}: expected an object with the fields {', '.join(FIELDS)}, got {describe_value(row.value)}"
-        )
-        return None
+def _validate_record(row: SourceRow, problems: list[str]) -> JudgedRecord | None:
     num_before = len(problems)
-    for key in row.value:
+    for key in row.value if isinstance(row.value, Mapping) else ():
         if key in FIELDS:
             continue
         nearest = difflib.get_close_matches(str(key).lower(), FIELDS, n=1, cutoff=0.81)
         if nearest and nearest[0] not in row.value:
             problems.append(f"{row.where}: unknown field {key!r}; did you mean {nearest[0]!r}?")
-    try:
-        record = JudgedRecord.model_validate(dict(row.value))
-    except ValidationError as error:
-        problems.extend(_describe(row, detail) for detail in error.errors())
-        return None
+    record = validate_row(row, JudgedRecord, problems)
     return record if len(problems) == num_before else None
 
 
+def validate_row(row: SourceRow, kind: type[RowT], problems: list[str]) -> RowT | None:
+    """Reads a row as one of its kind; where it does not fit, adds a sentence per field to `problems`."""
+    if not isinstance(row.value, Mapping):
+        fields = ", ".join(kind.model_fields)
+        problems.append(f"{row.where}: expected an object with the fields {fields}, got {describe_value(row.value)}")
+        return None
+    try:
+        return kind.model_validate(dict(row.value))
+    except ValidationError as error:
+        problems.extend(_describe(row, detail) for detail in error.errors())
+        return None
+
+
 def _describe(row: SourceRow, detail: Any) -> str:
+    if not detail["loc"]:
+        return f"{row.where}: the row cannot be used ({detail['msg']})"
     name = detail["loc"][0]
     if detail["type"] == "missing":
         return f"{row.where}: field {name!r} is missing; the row has {', '.join(map(repr, row.value)) or 'no fields'}"
     if detail["type"] in ("null_byte", "surrogate", "empty"):
         return f"{row.where}: field {name!r}: {detail['msg']}"
     expected = "a finite number or null" if name == "score" else "a string"
-    if name in ("judgment", "i_ans", "input"):
+    if name in ("judgment", "i_ans", "input", "dataset"):
         expected = "a string or null"
     return f"{row.where}: field {name!r}: expected {expected}, got {describe_value(detail['input'])}"
 

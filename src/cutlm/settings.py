@@ -70,6 +70,10 @@ class ModelArguments(ModelConfig):
         problems = []
         if not self.model_name_or_path:
             problems.append("model_name_or_path: expected a model folder or hub name, got none")
+        if self.lora_r < 1:
+            problems.append(f"lora_r: expected a whole number of at least 1, got {self.lora_r}")
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(f"lora_dropout: expected a share from 0 to below 1, got {self.lora_dropout}")
         if self.load_in_4bit and self.load_in_8bit:
             problems.append("load_in_4bit and load_in_8bit: expected one of them, got both")
         if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:

@@ -6,6 +6,7 @@ by those counts, and stops before the optimizer step when something is no number
 """
 
 import copy
+import logging
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ from cutlm.tally import Tally
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+logger = logging.getLogger(__name__)
+
 _MAX_PLACES_NAMED = 20
 
 
@@ -58,6 +61,8 @@ class CUTTrainer(Trainer):
         places: Where each record stands, for messages (`data.jsonl:17`); None numbers them.
         **kwargs: As of `transformers.Trainer`.
 
+    What was cut, left out or downsampled is logged, and stands in `notices`.
+
     Raises:
         DataError: Bad records, or nothing left to train on.
         ConfigError: Settings at odds with the tokenizer or the model.
@@ -70,7 +75,7 @@ class CUTTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module,
+        model: str | Path | PreTrainedModel | nn.Module,
         args: CUTConfig | None = None,
         train_dataset: Dataset | Sequence[Any] | None = None,
         eval_dataset: Dataset | Sequence[Any] | None = None,
@@ -88,8 +93,10 @@ class CUTTrainer(Trainer):
                 f" {args.n_gpu} -m cutlm train ..."
             )
             args._n_gpu = 1
-        if isinstance(model, str):
+        if isinstance(model, str | Path):
             model = load_model(model)
+        if not any(weight.requires_grad for weight in model.parameters()) and peft_config is None:
+            raise ConfigError("model: no weight of it is to be trained; unfreeze some, or give a peft_config")
         set_seed(args.seed)  # before the adapter draws its first weights
         if peft_config is not None:
             model = _add_adapter(model, peft_config, args)
@@ -105,6 +112,8 @@ class CUTTrainer(Trainer):
                 raise DataError("train_dataset: nothing is left to train on", hint="\n".join(self.notices))
         if eval_dataset is not None:
             eval_rows = self._prepare(eval_dataset, args, processing_class, "eval_dataset", None)
+            if not len(eval_rows):
+                raise DataError("eval_dataset: nothing is left to evaluate on", hint="\n".join(self.notices))
         if self._chat_template is not None and processing_class is not None:
             # Saved with the model, so that every tool prompts it as it was trained.
             processing_class = copy.deepcopy(processing_class)
@@ -122,6 +131,9 @@ class CUTTrainer(Trainer):
             self._note_repeats("train_dataset", len(train_rows), args.train_batch_size)
         if eval_rows is not None:
             self._note_repeats("eval_dataset", len(eval_rows), args.eval_batch_size)
+        if self.is_world_process_zero():
+            for notice in self.notices:
+                logger.warning(notice)
         self._tally = Tally(args.device)
         self._eval_tally: Tally | None = None
         self._step_logps: list[tuple[Tensor, Mapping[str, Any]]] = []
@@ -254,6 +266,13 @@ class CUTTrainer(Trainer):
 
     # ---- Stopping ----
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """One epoch; none when resumed from the last step, where the Trainer would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient norm, the last thing computed before the optimizer step: here a bad one is caught."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -322,7 +341,10 @@ class CUTTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluates by the same formula, over the whole data set as if it were one optimizer step."""
+        """Evaluates by the same formula, over the whole data set as if it were one optimizer step.
+
+        On several processes the records that fill up the last batches count twice, as `notices` says.
+        """
         self._eval_tally = Tally(self.args.device)
         try:
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
@@ -382,6 +404,10 @@ def _add_adapter(model: nn.Module, peft_config: "PeftConfig", args: CUTConfig) -
     from peft import get_peft_model, prepare_model_for_kbit_training
 
     _refuse_prompt_learning(peft_config)
+    if hasattr(model, "peft_config"):
+        raise ConfigError(
+            "peft_config: expected a model without an adapter, got one that has one; merge it, or give no config"
+        )
     check_lora_targets(model, peft_config)
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(
@@ -391,9 +417,13 @@ def _add_adapter(model: nn.Module, peft_config: "PeftConfig", args: CUTConfig) -
 
 
 def _refuse_prompt_learning(peft_config: "PeftConfig | None") -> None:
-    """Prompt learning feeds a model more than the tokens that are scored here."""
-    if peft_config is not None and peft_config.is_prompt_learning:
-        raise ConfigError("peft_config: expected an adapter inside the model such as LoRA, got prompt learning")
+    """These work by PEFT's own forward pass, which is not the one that is scored here."""
+    if peft_config is None:
+        return
+    if peft_config.is_prompt_learning or getattr(peft_config, "alora_invocation_tokens", None):
+        raise ConfigError(
+            "peft_config: expected an adapter inside the model such as LoRA, got prompt learning or an activated LoRA"
+        )
 
 
 def _check_encoded(dataset: Dataset | Sequence[Any], name: str) -> Dataset:

@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 something the user can mend, said without a traceback; 130
 """
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -13,11 +14,26 @@ from cutlm import __version__
 from cutlm.errors import UserError
 
 COMMANDS = {
+    "demo": "train, merge and generate with a tiny model made on the spot, on a CPU",
     "convert": "turn published judgment data into records",
     "check": "report every bad row of a file of records, and counts",
     "train": "align a model with judged records",
     "merge": "fold a trained adapter into its base model",
     "generate": "answer a file of instructions",
+}
+
+# What a user can mend about a path or a disk.
+_USERS_ERRORS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
 }
 
 
@@ -58,7 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ncutlm {args.command}: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`): nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output has gone (`| head`): nobody is left to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if error.errno not in _USERS_ERRORS:
+            raise
+        print(f"cutlm {args.command}: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        return 2

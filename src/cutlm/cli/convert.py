@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.jsonl import write_rows
+    from cutlm.jsonl import refuse_overwriting, write_rows
     from cutlm.records import check_rows, raise_problems
 
     if args.pairs and args.source != "ultrafeedback":
         raise UserError(f"--pairs: expected the source 'ultrafeedback', got {args.source!r}; leave --pairs away")
     paths = _find_files(args.source, args.inputs)
-    _refuse_overwriting(paths, args.out)
+    refuse_overwriting(paths, args.out)
     conversion = _convert(args.source, paths, args.pairs)
 
     reasons = [f"{count} left out: {reason}" for reason, count in conversion.left_out.most_common()]
@@ -80,12 +80,6 @@ def _find_files(source: str, inputs: Sequence[str]) -> list[Path]:
             f" got {len(paths)} inputs"
         )
     return paths
-
-
-def _refuse_overwriting(paths: Sequence[Path], out: str) -> None:
-    for path in paths:
-        if path.exists() and Path(out).exists() and path.samefile(out):
-            raise UserError(f"--out {out}: expected a file of its own, got one of the inputs; choose another name")
 
 
 def _convert(source: str, paths: Sequence[Path], pairs: bool) -> "Conversion":

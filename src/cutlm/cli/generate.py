@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from cutlm.errors import UserError
+    from cutlm.jsonl import refuse_overwriting
 
+    refuse_overwriting([args.prompts], args.out)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
 

@@ -3,6 +3,7 @@ kept, and the tokenizer is saved with the template of training as its chat templ
 model rightly."""
 
 import argparse
+import shlex
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,5 +21,5 @@ def run(args: argparse.Namespace) -> int:
     print(f"largest change of a logit by merging: {merge.difference:.1e} of the largest logit")
     if not merge.has_template:
         print("the tokenizer has no chat template; give other tools the template of training yourself")
-    print(f"Next:\n  cutlm generate --model {args.out} --prompts FILE --out FILE")
+    print(f"Next:\n  cutlm generate --model {shlex.quote(args.out)} --prompts FILE --out FILE")
     return 0

@@ -24,6 +24,7 @@ gradient_checkpointing, eval_strategy, eval_steps, save_steps, save_total_limit,
 """
 
 import argparse
+import logging
 import os
 import shlex
 import signal
@@ -33,7 +34,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutlm.errors import DataError
+from cutlm.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
     from cutlm.settings import Settings
@@ -75,10 +76,11 @@ def train(settings: "Settings", options: list[str]) -> int:
         checkpoint = find_checkpoint(config.output_dir, str(config.resume_from_checkpoint))
     elif is_main:
         check_output_dir(config.output_dir, data_args.overwrite_output_dir)
-    trainer = build_trainer(data_args, model_args, config)
+    with _log_to_stdout():
+        trainer = build_trainer(data_args, model_args, config)
+    if not len(trainer.get_train_dataloader()):
+        raise ConfigError("dataloader_drop_last: the records fill no batch; give a smaller per_device_train_batch_size")
     if is_main:
-        for notice in trainer.notices:
-            print(notice)
         counts = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
         print(f"training {counts['trained']:,} of {counts['all']:,} parameters; output in {config.output_dir}")
         if checkpoint is not None:
@@ -97,13 +99,16 @@ def train(settings: "Settings", options: list[str]) -> int:
                 flush=True,
             )
         return 128 + signals[0]
+    if not trainer.state.global_step:
+        raise ConfigError("num_train_epochs, max_steps: expected at least one step, got none; nothing was saved")
     trainer.save_model()
     trainer.save_state()
     if is_main:
+        out = shlex.quote(config.output_dir)
         what = "adapter" if model_args.use_peft else "model"
-        then = f"cutlm merge --adapter {config.output_dir} --out {config.output_dir}-merged"
+        then = f"cutlm merge --adapter {out} --out {out}-merged"
         if not model_args.use_peft:
-            then = f"cutlm generate --model {config.output_dir} --prompts FILE --out FILE"
+            then = f"cutlm generate --model {out} --prompts FILE --out FILE"
         print(f"Trained {trainer.state.global_step} steps; the {what} is in {config.output_dir}. Next:\n  {then}")
     return 0
 
@@ -123,8 +128,6 @@ def build_trainer(data_args: Any, model_args: Any, config: Any) -> "CUTTrainer":
     if model_args.load_in_4bit or model_args.load_in_8bit:
         check_bitsandbytes()
     path = model_args.model_name_or_path
-    if Path(path).is_dir():
-        path = str(Path(path).resolve())  # an adapter names its base model, and may be merged from elsewhere
     tokenizer = load_tokenizer(path, revision=model_args.model_revision)
     dtype = model_args.dtype or ("auto" if model_args.use_peft else "float32")
     model_args.dtype = "bfloat16" if model_args.load_in_4bit and dtype == "auto" else dtype
@@ -136,15 +139,20 @@ def build_trainer(data_args: Any, model_args: Any, config: Any) -> "CUTTrainer":
         quantization=get_quantization_config(model_args),
         device=config.device,
     )
-    return CUTTrainer(
-        model=model,
-        args=config,
-        train_dataset=[record for record, _ in train],
-        eval_dataset=eval_records or None,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        places=[place for _, place in train],
-    )
+    try:
+        return CUTTrainer(
+            model=model,
+            args=config,
+            train_dataset=[record for record, _ in train],
+            eval_dataset=eval_records or None,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+            places=[place for _, place in train],
+        )
+    except UserError:
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:  # what the libraries say of settings that are theirs
+        raise ConfigError(str(error).strip().split("\n")[0]) from error
 
 
 def _split(records: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
@@ -161,8 +169,38 @@ def _split(records: list[Any], share: float, seed: int) -> tuple[list[Any], list
     )
 
 
+# With another one of these a resumed run would skip records or see others.
+_SETTINGS_OF_A_RUN = (
+    "data",
+    "downsample",
+    "eval_split",
+    "gradient_accumulation_steps",
+    "max_length",
+    "per_device_train_batch_size",
+    "seed",
+    "template",
+)
+
+
+@contextmanager
+def _log_to_stdout() -> Iterator[None]:
+    """Lets what the trainer logs of the data stand among the rest of the output."""
+    logger, handler = logging.getLogger("cutlm"), logging.StreamHandler(sys.stdout)
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
+
+
 def _save_settings(settings: "Settings", folder: Path, is_resumed: bool) -> None:
-    """Writes the resolved settings beside the output; when resuming, says which differ from those before."""
+    """Writes the resolved settings beside the output; when resuming, says which differ from those before.
+
+    Raises:
+        ConfigError: One differs that decides which records come when.
+    """
     import yaml
 
     from cutlm.jsonl import open_atomic
@@ -170,8 +208,15 @@ def _save_settings(settings: "Settings", folder: Path, is_resumed: bool) -> None
     path = folder / SETTINGS_FILE
     if is_resumed and path.is_file():
         before = yaml.safe_load(path.read_text("utf-8")) or {}
-        for name in sorted(before.keys() | settings.resolved.keys()):
-            old, new = before.get(name), settings.resolved.get(name)
+        pairs = {name: (before.get(name), settings.resolved.get(name)) for name in before | settings.resolved}
+        problems = [
+            f"{name}: the run to go on with has {old!r}, got {new!r}; give the same, or start anew"
+            for name, (old, new) in sorted(pairs.items())
+            if old != new and name in _SETTINGS_OF_A_RUN
+        ]
+        if problems:
+            raise ConfigError(problems)
+        for name, (old, new) in sorted(pairs.items()):
             if old != new and name not in ("resume_from_checkpoint", "overwrite_output_dir"):
                 print(f"{name} was {old!r} before this resume, and is {new!r} now")
     with open_atomic(path) as file:
