@@ -6,6 +6,7 @@ from pathlib import Path
 # The models are so small that a second thread costs more than it brings; before torch is imported, and inherited by
 # every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from hypothesis import settings
