@@ -131,6 +131,13 @@ def test_encoded_rows_without_a_judged_prompt_are_satisfactory(tmp_path: Path) -
         assert _trainer(tmp_path, rows, max_steps=1).train_dataset[0]["judged_prompt_ids"] is None
 
 
+def test_a_tokenizer_that_is_not_the_models_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"train_dataset: expected token ids below 32, .* got 40; give the model's own"
+    ):
+        _trainer(tmp_path, [JUDGED | {"response_ids": [40, 2]}])
+
+
 def test_several_gpus_in_one_process_are_not_dealt_a_batch_by_rows(tmp_path: Path) -> None:
     config = _config(tmp_path)
     config._n_gpu = 2  # as on a machine with two, started without torchrun

@@ -26,7 +26,7 @@ from cutlm.collator import CutCollator, count_batch, find_non_finite, split_leng
 from cutlm.config import CUTConfig
 from cutlm.encoding import Encoder, encode_records
 from cutlm.errors import ConfigError, DataError, NonFiniteError
-from cutlm.model import check_head, check_lora_targets, load_model, run_inside, score_batch
+from cutlm.model import check_head, check_lora_targets, load_model, run_inside, score_batch, unwrap_peft
 from cutlm.objectives import CutLoss, combine_parts, cut_loss
 from cutlm.records import as_records
 from cutlm.tally import Tally
@@ -118,6 +118,9 @@ class CUTTrainer(Trainer):
             # Saved with the model, so that every tool prompts it as it was trained.
             processing_class = copy.deepcopy(processing_class)
             processing_class.chat_template = self._chat_template
+        for name, rows in (("train_dataset", train_rows), ("eval_dataset", eval_rows)):
+            if rows is not None:
+                _check_vocabulary(model, rows, name)
         kwargs.setdefault("data_collator", CutCollator())
         super().__init__(
             model=model,
@@ -449,6 +452,18 @@ def _check_encoded(dataset: Dataset | Sequence[Any], name: str) -> Dataset:
             for index, row in enumerate(dataset)
         ]
     )
+
+
+def _check_vocabulary(model: nn.Module, rows: Dataset, name: str) -> None:
+    """Refuses token ids that the model has no embedding for, as of a tokenizer that is not its own."""
+    num_embeddings = next(unwrap_peft(model).get_input_embeddings().parameters()).shape[0]
+    columns = (rows[key] for key in ("prompt_ids", "judged_prompt_ids", "response_ids"))
+    largest = max(token for column in columns for ids in column for token in ids or ())
+    if 0 < num_embeddings <= largest:  # none are here where they are sharded over processes
+        raise ConfigError(
+            f"{name}: expected token ids below {num_embeddings}, the size of the model's vocabulary, got {largest};"
+            " give the model's own tokenizer"
+        )
 
 
 def _join(places: Sequence[str]) -> str:
