@@ -1,13 +1,12 @@
 """`CUTTrainer`: a `transformers.Trainer` whose loss is CUT's over the whole optimizer step.
 
-It prepares records, counts the tokens of all micro-batches and ranks of a step before the first is run, divides sums
-by those counts, and stops before the optimizer step when something is no number. The loss itself is
-`cutlm.objectives`, the passes through the model are `cutlm.model`, the checkpoints `cutlm.checkpoints`.
+It counts the tokens of all micro-batches and ranks of a step before the first is run, divides sums by those counts, and
+stops before the optimizer step when something is no number. The loss itself is `cutlm.objectives`, the data
+`cutlm.preparation`, the passes through the model are `cutlm.model`, the checkpoints `cutlm.checkpoints`.
 """
 
 import copy
 import logging
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +23,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from cutlm.checkpoints import publish_checkpoint, publish_files, staged
 from cutlm.collator import CutCollator, count_batch, find_non_finite, split_lengths
 from cutlm.config import CUTConfig
-from cutlm.encoding import Encoder, encode_records
 from cutlm.errors import ConfigError, DataError, NonFiniteError
-from cutlm.model import check_head, check_lora_targets, load_model, run_inside, score_batch, unwrap_peft
+from cutlm.model import check_head, check_lora_targets, load_model, run_inside, score_batch
 from cutlm.objectives import CutLoss, combine_parts, cut_loss
-from cutlm.records import as_records
+from cutlm.preparation import PreparedData, check_vocabulary, downsample, prepare_data
 from cutlm.tally import Tally
 
 if TYPE_CHECKING:
@@ -103,37 +101,37 @@ class CUTTrainer(Trainer):
         _refuse_prompt_learning(getattr(model, "active_peft_config", None))
         check_head(model)
         self.num_left_out = 0
-        self._chat_template: str | None = None
-        train_rows = eval_rows = None
-        if train_dataset is not None:
-            train_rows = self._prepare(train_dataset, args, processing_class, "train_dataset", places)
-            train_rows = self._downsample(train_rows, args)
-            if not len(train_rows):
-                raise DataError("train_dataset: nothing is left to train on", hint="\n".join(self.notices))
-        if eval_dataset is not None:
-            eval_rows = self._prepare(eval_dataset, args, processing_class, "eval_dataset", None)
-            if not len(eval_rows):
-                raise DataError("eval_dataset: nothing is left to evaluate on", hint="\n".join(self.notices))
-        if self._chat_template is not None and processing_class is not None:
-            # Saved with the model, so that every tool prompts it as it was trained.
-            processing_class = copy.deepcopy(processing_class)
-            processing_class.chat_template = self._chat_template
-        for name, rows in (("train_dataset", train_rows), ("eval_dataset", eval_rows)):
-            if rows is not None:
-                _check_vocabulary(model, rows, name)
+        prepared: dict[str, PreparedData] = {}
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is None:
+                continue
+            is_training = name == "train_dataset"
+            data = prepare_data(dataset, name, args, processing_class, places if is_training else None)
+            if is_training and args.downsample is not None:
+                downsample(data, name, args.downsample, args.seed)
+            if not len(data.rows):
+                use = "train" if is_training else "evaluate"
+                raise DataError(f"{name}: nothing is left to {use} on", hint="\n".join(data.notices))
+            check_vocabulary(model, data.rows, name)
+            self.notices += data.notices
+            self.num_left_out += data.num_left_out if is_training else 0
+            prepared[name] = data
+            if data.chat_template is not None and processing_class is not None:
+                # Saved with the model, so that every tool prompts it as it was trained.
+                processing_class = copy.deepcopy(processing_class)
+                processing_class.chat_template = data.chat_template
         kwargs.setdefault("data_collator", CutCollator())
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
+            train_dataset=prepared["train_dataset"].rows if "train_dataset" in prepared else None,
+            eval_dataset=prepared["eval_dataset"].rows if "eval_dataset" in prepared else None,
             processing_class=processing_class,
             **kwargs,
         )
-        if train_rows is not None:
-            self._note_repeats("train_dataset", len(train_rows), args.train_batch_size)
-        if eval_rows is not None:
-            self._note_repeats("eval_dataset", len(eval_rows), args.eval_batch_size)
+        for name, data in prepared.items():
+            batch_size = args.train_batch_size if name == "train_dataset" else args.eval_batch_size
+            self._note_repeats(name, len(data.rows), batch_size)
         if self.is_world_process_zero():
             for notice in self.notices:
                 logger.warning(notice)
@@ -142,46 +140,6 @@ class CUTTrainer(Trainer):
         self._step_logps: list[tuple[Tensor, Mapping[str, Any]]] = []
         self._stop_requested = self._is_stopping = False
         self._last_log_time = time.perf_counter()
-
-    # ---- Data ----
-
-    def _prepare(
-        self,
-        dataset: Dataset | Sequence[Any],
-        args: CUTConfig,
-        tokenizer: PreTrainedTokenizerBase | None,
-        name: str,
-        places: Sequence[str] | None,
-    ) -> Dataset:
-        """Encodes records, or takes encoded rows as they are."""
-        if len(dataset) and isinstance(dataset[0], Mapping) and "response_ids" in dataset[0]:
-            return _check_encoded(dataset, name)
-        check = as_records(list(dataset), name)
-        if tokenizer is None:
-            raise ConfigError(f"{name}: records need a tokenizer to be encoded; give processing_class")
-        encoder = Encoder(tokenizer, args.template)  # type: ignore[arg-type]
-        self._chat_template = encoder.build_chat_template()
-        encoded = encode_records(check.records, places or check.places, encoder, args.max_length)
-        self.notices += [f"{name}: {encoded.describe(args.max_length)}", *encoded.left_out]
-        if name == "train_dataset":
-            self.num_left_out += len(encoded.left_out)
-        return Dataset.from_list(encoded.rows)
-
-    def _downsample(self, rows: Dataset, args: CUTConfig) -> Dataset:
-        """Keeps at most `downsample` satisfactory records per unsatisfactory one (paper, section 5.2)."""
-        if args.downsample is None:
-            return rows
-        judged = rows["judged_prompt_ids"]
-        satisfactory = [index for index in range(len(rows)) if judged[index] is None]
-        num_kept = min(len(satisfactory), int(args.downsample * (len(rows) - len(satisfactory))))
-        kept = set(random.Random(args.seed).sample(satisfactory, num_kept))
-        num_dropped = len(satisfactory) - num_kept
-        self.num_left_out += num_dropped
-        self.notices.append(
-            f"train_dataset: downsample {args.downsample} keeps {num_kept} of {len(satisfactory)} satisfactory records;"
-            f" {num_dropped} left out, {len(rows) - num_dropped} to train on"
-        )
-        return rows.select([index for index in range(len(rows)) if judged[index] is not None or index in kept])
 
     def _note_repeats(self, name: str, num_rows: int, batch_size: int) -> None:
         """Says what Accelerate does so that every process gets as many batches as the others."""
@@ -426,43 +384,6 @@ def _refuse_prompt_learning(peft_config: "PeftConfig | None") -> None:
     if peft_config.is_prompt_learning or getattr(peft_config, "alora_invocation_tokens", None):
         raise ConfigError(
             "peft_config: expected an adapter inside the model such as LoRA, got prompt learning or an activated LoRA"
-        )
-
-
-def _check_encoded(dataset: Dataset | Sequence[Any], name: str) -> Dataset:
-    """Checks rows of token ids that were made elsewhere."""
-    problems = []
-    for index, row in enumerate(dataset):
-        for key in ("prompt_ids", "judged_prompt_ids", "response_ids"):
-            value = row.get(key)
-            if value is None and key == "judged_prompt_ids":
-                continue
-            if not value or not all(isinstance(token, int) and token >= 0 for token in value):
-                problems.append(f"{name}[{index}]: field {key!r}: expected a filled list of token ids, got {value!r}")
-    if problems:
-        raise DataError(problems)
-    if isinstance(dataset, Dataset):
-        if "judged_prompt_ids" not in dataset.column_names:
-            return dataset.add_column("judged_prompt_ids", [None] * len(dataset))
-        return dataset
-    keys = ("prompt_ids", "judged_prompt_ids", "response_ids")
-    return Dataset.from_list(
-        [
-            {key: row.get(key) for key in keys} | {"place": row.get("place") or f"{name}[{index}]"}
-            for index, row in enumerate(dataset)
-        ]
-    )
-
-
-def _check_vocabulary(model: nn.Module, rows: Dataset, name: str) -> None:
-    """Refuses token ids that the model has no embedding for, as of a tokenizer that is not its own."""
-    num_embeddings = next(unwrap_peft(model).get_input_embeddings().parameters()).shape[0]
-    columns = (rows[key] for key in ("prompt_ids", "judged_prompt_ids", "response_ids"))
-    largest = max(token for column in columns for ids in column for token in ids or ())
-    if 0 < num_embeddings <= largest:  # none are here where they are sharded over processes
-        raise ConfigError(
-            f"{name}: expected token ids below {num_embeddings}, the size of the model's vocabulary, got {largest};"
-            " give the model's own tokenizer"
         )
 
 
