@@ -16,7 +16,7 @@ Settings come from a flat YAML file (--config) and from options, which take prec
 
 and every field of transformers.TrainingArguments: per_device_train_batch_size, gradient_accumulation_steps,
 num_train_epochs, max_steps, learning_rate (default 4e-4), lr_scheduler_type (default cosine), warmup_steps, bf16,
-gradient_checkpointing, eval_strategy, eval_steps, save_steps, save_total_limit, logging_steps, report_to, seed, ...
+activation_checkpointing, eval_strategy, eval_steps, save_steps, save_total_limit, logging_steps, report_to, seed, ...
 
   cutlm train --config recipes/shepherd-13b.yaml --output_dir runs/shepherd
   cutlm train --config my.yaml --resume_from_checkpoint last
