@@ -190,6 +190,14 @@ def test_starting_anew_leaves_no_model_of_the_old_run(workplace: Path) -> None:
     assert not any(name.startswith("adapter") for name in names)
 
 
+def test_starting_anew_with_bad_input_loses_nothing(workplace: Path) -> None:
+    assert main(["train", *_options(workplace, "kept", max_steps=1)]) == 0
+    before = sorted((path, path.stat().st_mtime_ns) for path in (workplace / "kept").rglob("*"))
+    options = _options(workplace, "kept", overwrite_output_dir=True, data=workplace / "nowhere.json")
+    assert main(["train", *options]) == 2
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in (workplace / "kept").rglob("*"))
+
+
 def test_resuming_with_other_records_or_batches_is_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *_options(workplace, "other", max_steps=3)]) == 0
     settings = {"max_steps": 6, "per_device_train_batch_size": 4, "max_length": 100}

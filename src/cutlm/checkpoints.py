@@ -106,7 +106,7 @@ def find_checkpoint(output_dir: str, wanted: str) -> str:
 
 
 def check_output_dir(output_dir: str, overwrite: bool) -> None:
-    """Refuses to write among files that another run made, or with `overwrite` removes that run's checkpoints.
+    """Refuses to write among files that another run made, unless they are to be overwritten.
 
     Raises:
         UserError: The folder is not empty, or a file.
@@ -123,6 +123,11 @@ def check_output_dir(output_dir: str, overwrite: bool) -> None:
             f"output_dir: {output_dir} {what}; go on with --resume_from_checkpoint last, start anew with"
             " --overwrite_output_dir, or name another folder"
         )
+
+
+def clear_output_dir(output_dir: str) -> None:
+    """Removes what an earlier run left: its checkpoints and its model, and nothing else."""
+    folder = Path(output_dir)
     # A checkpoint left by the old run would be newer than the first ones of this run, and be resumed from; its adapter
     # or model would be taken for this run's.
     for name in (*_MARKERS, "adapter_model.safetensors", "model.safetensors.index.json", TRAINER_STATE_NAME):

@@ -65,6 +65,7 @@ class Counts:
         num_resumed: Responses taken over from a run that was stopped.
         num_cut: Prompts cut from the left to fit the model's context.
         num_unfinished: Responses stopped at `max_new_tokens`, without an end of their own.
+        responses: The responses, by the index of their prompt.
     """
 
     num_resumed: int = 0

@@ -66,7 +66,7 @@ def train(settings: "Settings", options: list[str]) -> int:
         settings: Data, model and training settings.
         options: As given on the command line, for the message after an interruption.
     """
-    from cutlm.checkpoints import check_output_dir, find_checkpoint
+    from cutlm.checkpoints import check_output_dir, clear_output_dir, find_checkpoint
     from cutlm.model import count_parameters
 
     data_args, model_args, config = settings.parts
@@ -81,6 +81,8 @@ def train(settings: "Settings", options: list[str]) -> int:
     if not len(trainer.get_train_dataloader()):
         raise ConfigError("dataloader_drop_last: the records fill no batch; give a smaller per_device_train_batch_size")
     if is_main:
+        if checkpoint is None:
+            clear_output_dir(config.output_dir)  # not before everything that can be wrong has been looked at
         counts = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
         print(f"training {counts['trained']:,} of {counts['all']:,} parameters; output in {config.output_dir}")
         if checkpoint is not None:
