@@ -17,6 +17,8 @@ from cutlm.prompts import (
     build_alpaca_chat_template,
     render_alpaca_prompt,
     render_chat_prompt,
+    render_chat_refinement_prompt,
+    render_refinement_prompt,
 )
 from cutlm.records import JudgedRecord
 
@@ -102,7 +104,15 @@ class Encoder:
 
     def encode_prompt(self, instruction: str, judgment: str | None = None) -> list[int]:
         """Token ids of a prompt, as they are fed to the model when it generates."""
-        prompt = self.render(instruction, judgment)
+        return self._encode_prompt(self.render(instruction, judgment))
+
+    def encode_refinement_prompt(self, instruction: str, response: str, judgment: str) -> list[int]:
+        """Token ids of the request to rewrite a response so that its judgment no longer holds."""
+        if self.template == "alpaca":
+            return self._encode_prompt(render_refinement_prompt(instruction, response, judgment))
+        return self._encode_prompt(render_chat_refinement_prompt(self.tokenizer, instruction, response, judgment))
+
+    def _encode_prompt(self, prompt: Prompt) -> list[int]:
         if self.template == "alpaca":
             return self._leading_ids + self._split(prompt.text)
         # A chat template writes its own beginning-of-sequence.

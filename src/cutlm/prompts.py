@@ -26,8 +26,16 @@ _ALPACA_JUDGMENT = "\n\n### Judgment:\n"
 _ALPACA_RESPONSE_MARK = "### Response:\n"
 _ALPACA_RESPONSE = "\n\n" + _ALPACA_RESPONSE_MARK
 
+_ALPACA_REFINEMENT_TASK = (
+    "Below is an instruction that describes a task, a response to it, and a judgment of that response. Write an improved"
+    " response that leaves the judgment nothing to object to.\n\n"
+)
+_ALPACA_DRAFT = "\n\n### Draft:\n"
+
 # After the instruction, in the same turn, so that both contexts begin with the same tokens for as long as possible.
 _CHAT_JUDGMENT = "\n\nWrite a response that this judgment fits:\n"
+_CHAT_DRAFT, _CHAT_OBJECTION = "\n\nA draft of the response:\n", "\n\nWhat was said about the draft:\n"
+_CHAT_REFINE = "\n\nWrite an improved response, and nothing else."
 _STAND_IN = "[the text of the user]"
 
 
@@ -60,6 +68,16 @@ def render_alpaca_prompt(instruction: str, judgment: str | None = None) -> Promp
     return Prompt(start + content + _ALPACA_RESPONSE, len(start), len(start) + len(content))
 
 
+def render_refinement_prompt(instruction: str, response: str, judgment: str) -> Prompt:
+    """Renders, in the alpaca style, the request to rewrite a response so that its judgment no longer holds.
+
+    The text is our own: the paper's code has none (its ILF baselines take refinements that came with the data).
+    """
+    start = _ALPACA_REFINEMENT_TASK + _ALPACA_INSTRUCTION
+    content = instruction + _ALPACA_DRAFT + response + _ALPACA_JUDGMENT + judgment
+    return Prompt(start + content + _ALPACA_RESPONSE, len(start), len(start) + len(content))
+
+
 def render_chat_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str, judgment: str | None = None) -> Prompt:
     """Renders one user turn, and the opening of the assistant's, by the tokenizer's own chat template.
 
@@ -87,6 +105,14 @@ def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", content: str) -> 
     )
     assert isinstance(text, str)
     return text
+
+
+def render_chat_refinement_prompt(
+    tokenizer: "PreTrainedTokenizerBase", instruction: str, response: str, judgment: str
+) -> Prompt:
+    """Renders the same request as one user turn of the tokenizer's own chat template."""
+    content = f"{instruction}{_CHAT_DRAFT}{response}{_CHAT_OBJECTION}{judgment}{_CHAT_REFINE}"
+    return render_chat_prompt(tokenizer, content)
 
 
 def build_alpaca_chat_template(has_bos: bool, gap: str = "") -> str:

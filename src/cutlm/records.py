@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from cutlm.errors import DataError
@@ -47,6 +56,22 @@ def _check_judgment(text: str) -> str:
     return _check_text(text)
 
 
+def _check_spans(value: Any) -> tuple[tuple[int, int], ...] | None:
+    if value is None:
+        return None
+    is_list_of_pairs = isinstance(value, list | tuple) and all(
+        isinstance(span, list | tuple)
+        and len(span) == 2
+        and all(isinstance(place, int) and not isinstance(place, bool) for place in span)
+        for span in value
+    )
+    if not is_list_of_pairs:
+        raise PydanticCustomError(
+            "spans", "expected a list of [start, end] in characters of output, or null, got something else"
+        )
+    return tuple((start, end) for start, end in value)
+
+
 Text = Annotated[str, AfterValidator(_check_text)]
 FilledText = Annotated[str, AfterValidator(_check_filled)]
 JudgmentText = Annotated[str, AfterValidator(_check_judgment)]
@@ -62,6 +87,8 @@ class JudgedRecord(BaseModel):
         judgment: What is wrong with the response, in words; None when nothing is.
         score: A rating of the response, 1 to 10; 7 or more means satisfactory.
         i_ans: An improved response, where the source has one.
+        wrong_spans: Where the response is wrong: [start, end) in characters of `output`. An empty span [n, n] is the
+            token that starts there; at the very end, that the response ends too soon.
 
     Other fields of a row are kept as they are, but one that is a misspelling of a field above is an error.
     """
@@ -74,6 +101,22 @@ class JudgedRecord(BaseModel):
     judgment: JudgmentText | None = None
     score: Annotated[float, Field(allow_inf_nan=False)] | None = None
     i_ans: Text | None = None
+    wrong_spans: Annotated[tuple[tuple[int, int], ...] | None, BeforeValidator(_check_spans)] = None
+
+    @field_validator("wrong_spans")
+    @classmethod
+    def _check_places(
+        cls, spans: tuple[tuple[int, int], ...] | None, info: ValidationInfo
+    ) -> tuple[tuple[int, int], ...] | None:
+        length = len(info.data.get("output") or "")
+        bad = [span for span in spans or () if not 0 <= span[0] <= span[1] <= length]
+        if bad and "output" in info.data:
+            raise PydanticCustomError(
+                "spans",
+                "expected 0 <= start <= end <= {length}, the length of output, got {span}",
+                {"length": length, "span": str(list(bad[0]))},
+            )
+        return spans
 
     @property
     def is_satisfactory(self) -> bool:
@@ -205,7 +248,7 @@ def _describe(row: SourceRow, detail: Any) -> str:
     name = detail["loc"][0]
     if detail["type"] == "missing":
         return f"{row.where}: field {name!r} is missing; the row has {', '.join(map(repr, row.value)) or 'no fields'}"
-    if detail["type"] in ("null_byte", "surrogate", "empty"):
+    if detail["type"] in ("null_byte", "surrogate", "empty", "spans"):
         return f"{row.where}: field {name!r}: {detail['msg']}"
     expected = "a finite number or null" if name == "score" else "a string"
     if name in ("judgment", "i_ans", "input", "dataset"):

@@ -1,5 +1,16 @@
 """Objectives: pure functions of token log-probabilities, without config, device or state."""
 
-from cutlm.objectives.cut import CutLoss, combine_parts, cut_loss
+from cutlm.objectives.cut import CutLoss, Parts, blame_tokens, combine_parts, cut_loss
+from cutlm.objectives.dual_cut import dual_cut_loss
+from cutlm.objectives.unlikelihood import Blame, unlikelihood_loss
 
-__all__ = ["CutLoss", "combine_parts", "cut_loss"]
+__all__ = [
+    "Blame",
+    "CutLoss",
+    "Parts",
+    "blame_tokens",
+    "combine_parts",
+    "cut_loss",
+    "dual_cut_loss",
+    "unlikelihood_loss",
+]

@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from cutlm.objectives.unlikelihood import Blame, unlikelihood_loss
+
 Number = TypeVar("Number", float, Tensor)
 
 
@@ -31,6 +33,42 @@ class CutLoss:
     log_ratios: Tensor
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Which parts of the loss are in: all of them, but for the paper's ablations (Table 4) and frozen detection.
+
+    Attributes:
+        contrast: L1 (eq. 6).
+        satisfactory: L2 (eq. 7) over satisfactory responses.
+        unsatisfactory: L2 over unsatisfactory responses, with the judgment.
+    """
+
+    contrast: bool = True
+    satisfactory: bool = True
+    unsatisfactory: bool = True
+
+
+def blame_tokens(
+    logps_without: Tensor, logps_with: Tensor, *, threshold: float, unlikelihood_weight: float, gamma: float
+) -> Blame:
+    """Finds the inappropriate tokens (eq. 5) and the weights of their unlikelihood terms (eq. 6).
+
+    Args:
+        logps_without: [U] log p(y_t | x, y_<t).
+        logps_with: [U] log p(y_t | x, j, y_<t) of the same tokens.
+        threshold: lambda of eq. 5, at least 1; 0 flags every token.
+        unlikelihood_weight: alpha of eq. 6.
+        gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6; 0 switches it off.
+
+    Returns:
+        Flags and weights, without gradient.
+    """
+    logps_with = logps_with.detach()
+    is_flagged = logps_with - logps_without.detach() > (math.log(threshold) if threshold else -math.inf)
+    weights = unlikelihood_weight * torch.exp(gamma * logps_with)
+    return Blame(is_flagged, torch.where(is_flagged, weights, torch.zeros_like(weights)))
+
+
 def cut_loss(
     logps_without: Tensor,
     logps_with: Tensor,
@@ -41,6 +79,9 @@ def cut_loss(
     gamma: float,
     weights: Tensor | None = None,
     weights_satisfactory: Tensor | None = None,
+    blame: Blame | None = None,
+    blame_satisfactory: Blame | None = None,
+    parts: Parts = Parts(),
 ) -> CutLoss:
     """CUT's loss over the response tokens of a batch (eq. 5, 6 and 7).
 
@@ -50,38 +91,42 @@ def cut_loss(
     Args:
         logps_without: [U] log p(y_t | x, y_<t) of unsatisfactory responses.
         logps_with: [U] log p(y_t | x, j, y_<t) of the same tokens.
-        logps_satisfactory: [S] log p(y_t | x, y_<t) of satisfactory responses.
-        threshold: lambda of eq. 5, at least 1.
+        logps_satisfactory: [S] log p(y_t | x, y_<t) of satisfactory responses, and of whatever else is learned from
+            one context alone.
+        threshold: lambda of eq. 5, at least 1; 0 flags every token.
         unlikelihood_weight: alpha of eq. 6.
         gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6; 0 switches it off.
         weights: [U] a factor on each token of an unsatisfactory response, in both parts; None for ones.
         weights_satisfactory: [S] likewise for satisfactory responses.
+        blame: Flags and weights [U] found before, by a frozen detector; None finds them now.
+        blame_satisfactory: Flags and weights [S]; None for none.
+        parts: Which parts are in.
 
     Returns:
         Sums, flags and log ratios. Detection and the dynamic weight carry no gradient.
     """
+    if blame is None:
+        blame = blame_tokens(
+            logps_without, logps_with, threshold=threshold, unlikelihood_weight=unlikelihood_weight, gamma=gamma
+        )
     log_ratios = (logps_with - logps_without).detach()
-    is_flagged = log_ratios > math.log(threshold)
-    dynamic_weight = unlikelihood_weight * torch.exp(gamma * logps_with.detach())
-    # Unflagged tokens get a harmless stand-in: the gradient of log(1 - p) at p = 1 is infinite, and 0 * inf is nan.
-    stand_in = torch.full_like(logps_without, -1.0)
-    log_unlikelihood = log1mexp(torch.where(is_flagged, logps_without, stand_in))
-    contrast = -torch.where(is_flagged, dynamic_weight * log_unlikelihood, logps_without)
+    contrast = unlikelihood_loss(logps_without, blame)
+    satisfactory = -logps_satisfactory
+    if blame_satisfactory is not None:
+        satisfactory = unlikelihood_loss(logps_satisfactory, blame_satisfactory)
     if weights is not None:
         contrast = contrast * weights
         logps_with = logps_with * weights
     if weights_satisfactory is not None:
-        logps_satisfactory = logps_satisfactory * weights_satisfactory
-    return CutLoss(
-        contrast=contrast.sum(),
-        likelihood=-(logps_with.sum() + logps_satisfactory.sum()),
-        is_flagged=is_flagged,
-        log_ratios=log_ratios,
-    )
+        satisfactory = satisfactory * weights_satisfactory
+    likelihood = satisfactory.sum() * parts.satisfactory
+    if parts.unsatisfactory:
+        likelihood = likelihood - logps_with.sum()
+    return CutLoss(contrast.sum() * parts.contrast, likelihood, blame.is_flagged, log_ratios)
 
 
 def combine_parts(contrast: Number, likelihood: Number, num_contrast: float, num_likelihood: float) -> Number:
-    """One loss from the two sums: the mean of their means, or L2 alone where there is nothing to contrast.
+    """One loss from the two sums: the mean of their means, or the one part alone where the other has no tokens.
 
     The released code's formula, over whatever the counts are of; with those of a whole optimizer step the result does
     not depend on how the step is cut into micro-batches and ranks.
@@ -94,13 +139,6 @@ def combine_parts(contrast: Number, likelihood: Number, num_contrast: float, num
     """
     if not num_contrast:
         return likelihood / num_likelihood
+    if not num_likelihood:
+        return contrast / num_contrast
     return (contrast / num_contrast + likelihood / num_likelihood) / 2
-
-
-def log1mexp(logp: Tensor) -> Tensor:
-    """log(1 - p) from log p < 0, exact at both ends (Maechler 2012, "Accurately computing log(1 - exp(-|a|))")."""
-    is_likely = logp > -math.log(2.0)
-    # Each branch sees only values it is safe for, so that the other's infinite slope never meets a zero.
-    likely = torch.log(-torch.expm1(torch.where(is_likely, logp, torch.full_like(logp, -0.5))))
-    unlikely = torch.log1p(-torch.exp(torch.where(is_likely, torch.full_like(logp, -1.0), logp)))
-    return torch.where(is_likely, likely, unlikely)
