@@ -14,7 +14,8 @@ from safetensors import safe_open
 from tiny import make_model, make_tokenizer, save_tiny_model
 
 from cutlm.cli import main
-from cutlm.config import CUTConfig
+from cutlm.config import OBJECTIVES, CUTConfig
+from cutlm.records import FIELDS
 from cutlm.settings import DataArguments, ModelArguments
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -404,7 +405,7 @@ def test_help_is_quick_and_names_fields_that_exist() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     fields = {field.name for kind in (CUTConfig, DataArguments, ModelArguments) for field in dataclasses.fields(kind)}
     named = set(re.findall(r"\b[a-z]+(?:_[a-z0-9]+)+\b", result.stdout)) - {"nproc_per_node", "dry_run"}
-    named -= {"gate_proj", "down_proj", "up_proj"}
+    named -= {"gate_proj", "down_proj", "up_proj", *OBJECTIVES, *FIELDS}
     assert named <= fields, named - fields
-    for name in ("threshold", "unlikelihood_weight", "gamma", "normalization", "template", "downsample"):
+    for name in ("objective", "detector", *OBJECTIVES, "threshold", "unlikelihood_weight", "gamma", "normalization", "template", "downsample"):
         assert name in result.stdout

@@ -10,7 +10,7 @@ from tiny import make_model
 from torch import Tensor, nn
 
 from cutlm.collator import CutCollator, count_batch, find_non_finite, split_lengths
-from cutlm.model import run_inside, score_batch
+from cutlm.model import _group_by_length, run_inside, score_batch
 
 VOCAB_SIZE = 50
 collate = CutCollator()
@@ -190,8 +190,9 @@ def test_a_satisfactory_record_costs_one_forward_pass_and_an_unsatisfactory_one_
     try:
         for batch_rows, expected in [
             ([SATISFACTORY], [2 + 1]),
-            ([UNSATISFACTORY], [2 + 2, 3 + 2]),
-            ([SATISFACTORY, UNSATISFACTORY, SATISFACTORY], [2 + 2, 3 + 2, 2 + 1, 2 + 1]),
+            # 2 + 2 and 3 + 2 tokens go together, one of them padded; 2 + 1 would need too much of it.
+            ([UNSATISFACTORY], [2 * 5]),
+            ([SATISFACTORY, UNSATISFACTORY, SATISFACTORY], [2 * 5, 2 * 3]),
         ]:
             calls.clear()
             with torch.no_grad():
@@ -199,6 +200,43 @@ def test_a_satisfactory_record_costs_one_forward_pass_and_an_unsatisfactory_one_
             assert calls == expected  # tokens of each pass: a prompt, and a response less its last token
     finally:
         hook.remove()
+
+
+@given(st.lists(st.integers(1, 3000), max_size=40), st.integers(1, 2000))
+def test_groups_hold_every_sequence_once_within_the_limit_and_with_little_padding(lengths, limit):
+    groups = list(_group_by_length(range(len(lengths)), lengths, limit))
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    for group in groups:
+        padded = len(group) * max(lengths[index] for index in group)
+        assert len(group) == 1 or padded <= limit
+        assert padded <= 9 / 8 * sum(lengths[index] for index in group)
+
+
+def test_nothing_flows_back_through_a_context_from_which_nothing_is_learned(model):
+    batch = collate([UNSATISFACTORY, SATISFACTORY])
+    whole = score_batch(model, batch)
+    logps = score_batch(model, batch, needs_judged_grad=False)
+    torch.testing.assert_close(logps, whole)
+    without, with_judgment, satisfactory = logps.split([3, 3, 2])
+    weight = next(model.base_model.layers.parameters())
+    assert torch.autograd.grad(with_judgment.sum(), weight, retain_graph=True)[0].abs().sum() == 0
+    (got,) = torch.autograd.grad(without.sum() + satisfactory.sum(), weight)
+    (want,) = torch.autograd.grad(whole.split([3, 3, 2])[0].sum() + whole.split([3, 3, 2])[2].sum(), weight)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+
+
+def test_blame_goes_with_the_plain_contexts_in_their_order():
+    judged = UNSATISFACTORY | {"is_flagged": [False, True, False], "weights": [0.0, 0.5, 0.0]}
+    alone = judged | {"judged_prompt_ids": None, "is_flagged": [True, False, False], "weights": [0.25, 0.0, 0.0]}
+    batch = collate([SATISFACTORY, alone, judged])
+    # the judged record, then the satisfactory one, then the one that is blamed and has one context
+    assert batch["is_flagged"].tolist() == [*[False, True, False], *[False, False], *[True, False, False]]
+    assert batch["flag_weights"].tolist() == [*[0, 0.5, 0], *[0, 0], *[0.25, 0, 0]]
+
+
+def test_praise_goes_with_the_records_that_are_run_twice():
+    praised = UNSATISFACTORY | {"is_praised": True}
+    assert collate([SATISFACTORY, UNSATISFACTORY, praised])["is_praised"] == [False, True]
 
 
 def test_a_computation_lent_a_wrappers_forward_leaves_the_module_as_it_was(model):

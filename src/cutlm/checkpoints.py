@@ -17,6 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from cutlm.errors import UserError
 from cutlm.jsonl import sync_directory
 
+# Token scores of a frozen detector: checked against the data and the model before they are used again.
+SCORES_FILE = "token_scores.jsonl"
 _STAGING = ".saving"
 _REPLACED = ".replaced"
 # Tools take a folder for a model by these; they arrive last.
@@ -114,7 +116,8 @@ def check_output_dir(output_dir: str, overwrite: bool) -> None:
     folder = Path(output_dir)
     if folder.is_file():
         raise UserError(f"output_dir: {output_dir} is a file; name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    kept = (SCORES_FILE, f"{SCORES_FILE}.partial")
+    if not folder.is_dir() or all(path.name in kept for path in folder.iterdir()):
         return
     if not overwrite:
         last = get_last_checkpoint(output_dir)

@@ -1,6 +1,7 @@
 """Encoded records to one micro-batch, without padding.
 
-Sequences stand end to end in one tensor; how the model is run over them is left to `cutlm.model`.
+Sequences stand end to end in one tensor; how the model is run over them is left to `cutlm.model`, what is learned from
+which of them to `cutlm.batch_loss`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from cutlm.objectives import ALL_PARTS, Parts
 
 
 class CutCollator:
@@ -34,7 +37,12 @@ class CutCollator:
          'num_unsatisfactory': 1,
          'places': ['record 0 of the batch', 'record 1 of the batch']}
 
-    `places` names the records, unsatisfactory ones first, for messages.
+    `places` names the records, unsatisfactory ones first, for messages. "Unsatisfactory" is every row with
+    `judged_prompt_ids`, "satisfactory" every other, which is learned from one context alone.
+
+    Rows with blame from elsewhere, `is_flagged` and `weights` for each token of the response, add the tensors
+    `is_flagged` and `flag_weights`, which go with the plain contexts in the order above. Rows with `is_praised` add
+    that, as a list for the records that are run in both contexts.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -46,7 +54,7 @@ class CutCollator:
             *((rows[index]["prompt_ids"], rows[index]["response_ids"]) for index in satisfactory),
         ]
         inputs = [[*prompt, *response[:-1]] for prompt, response in sequences]
-        return {
+        batch = {
             "input_ids": torch.tensor([token for ids in inputs for token in ids], dtype=torch.long),
             "target_ids": torch.tensor([token for _, ids in sequences for token in ids], dtype=torch.long),
             "sequence_lengths": [len(ids) for ids in inputs],
@@ -56,6 +64,15 @@ class CutCollator:
                 rows[index].get("place") or f"record {index} of the batch" for index in unsatisfactory + satisfactory
             ],
         }
+        in_order = [rows[index] for index in unsatisfactory + satisfactory]
+        if any(row.get("is_flagged") is not None for row in rows):
+            flags = [row.get("is_flagged") or [False] * len(row["response_ids"]) for row in in_order]
+            weights = [row.get("weights") or [0.0] * len(row["response_ids"]) for row in in_order]
+            batch["is_flagged"] = torch.tensor([flag for part in flags for flag in part], dtype=torch.bool)
+            batch["flag_weights"] = torch.tensor([weight for part in weights for weight in part])
+        if any("is_praised" in row for row in rows):
+            batch["is_praised"] = [bool(rows[index].get("is_praised")) for index in unsatisfactory]
+        return batch
 
 
 def split_lengths(batch: Mapping[str, Any]) -> tuple[int, int]:
@@ -64,12 +81,16 @@ def split_lengths(batch: Mapping[str, Any]) -> tuple[int, int]:
     return sum(lengths[:num_unsatisfactory]), sum(lengths[2 * num_unsatisfactory :])
 
 
-def count_batch(batch: Mapping[str, Any], normalization: str) -> tuple[float, float]:
+def count_batch(batch: Mapping[str, Any], normalization: str, parts: Parts = ALL_PARTS) -> tuple[float, float]:
     """What a batch adds to the counts that L1 and L2 are divided by: tokens, or records of weight 1."""
+    num_unsatisfactory, num_satisfactory = split_lengths(batch)
     if normalization == "record":
-        return batch["num_unsatisfactory"], len(batch["places"])
-    num_unsatisfactory_tokens, num_satisfactory_tokens = split_lengths(batch)
-    return num_unsatisfactory_tokens, num_unsatisfactory_tokens + num_satisfactory_tokens
+        num_unsatisfactory = batch["num_unsatisfactory"]
+        num_satisfactory = len(batch["places"]) - num_unsatisfactory
+    return (
+        num_unsatisfactory * parts.contrast,
+        num_unsatisfactory * parts.unsatisfactory + num_satisfactory * parts.satisfactory,
+    )
 
 
 def find_non_finite(logps: Tensor, batch: Mapping[str, Any]) -> list[str]:

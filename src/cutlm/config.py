@@ -5,9 +5,22 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from cutlm.errors import ConfigError
+from cutlm.objectives import Parts
 from cutlm.prompts import TEMPLATES
 
 NORMALIZATIONS = ("token", "record")
+OBJECTIVES = (
+    "cut",
+    "dual_cut",
+    "likelihood",
+    "hindsight",
+    "forward_prediction",
+    "ilf_mle",
+    "unlikelihood",
+    "dpo",
+    "ilf_dpo",
+)
+DETECTORS = ("current", "frozen", "spans", "off")
 
 
 @dataclass
@@ -15,6 +28,19 @@ class CUTConfig(TrainingArguments):
     """Settings of `CUTTrainer`. The learning rate and its schedule are the paper's for LoRA.
 
     Attributes:
+        objective: "cut"; "dual_cut"; one of the paper's baselines "likelihood", "hindsight", "forward_prediction",
+            "ilf_mle", "unlikelihood"; or "dpo" and "ilf_dpo", which TRL's `DPOTrainer` trains.
+        detector: Of CUT. "current": by the model as it is trained, as in the paper; "frozen": by the model as it was
+            before, once per record; "spans": the records' own `wrong_spans`; "off": every token of an unsatisfactory
+            response is taken for inappropriate. None: "frozen" where the data are token scores, else "current".
+        use_l1: Whether eq. 6 is in the loss; off for an ablation.
+        use_l2_satisfactory: Whether eq. 7 is, over satisfactory responses.
+        use_l2_unsatisfactory: Whether eq. 7 is, over unsatisfactory ones with their judgment. None: as in the paper,
+            but not for flags that are known beforehand ("frozen", "spans"), which then need the plain context only.
+        satisfactory_only: Whether "likelihood" leaves unsatisfactory records out.
+        praise_weight: What a praised token weighs more than others under "dual_cut".
+        dpo_beta: beta of DPO.
+        map_spans: Whether token scores of another tokenizer are taken over by their character spans.
         threshold: lambda of eq. 5: a token is inappropriate when the judgment makes it more than this many times as
             likely. The paper uses 1.1 or 1.2.
         unlikelihood_weight: alpha of eq. 6: 0.25, 0.5 or 1 in the paper.
@@ -30,6 +56,19 @@ class CUTConfig(TrainingArguments):
         head_chunk_size: Positions whose logits are held at a time; None chooses by the size of the vocabulary.
     """
 
+    objective: str = field(default="cut", metadata={"help": "what is learned", "choices": list(OBJECTIVES)})
+    detector: str | None = field(
+        default=None, metadata={"help": "which model finds inappropriate tokens", "choices": list(DETECTORS)}
+    )
+    use_l1: bool = field(default=True, metadata={"help": "eq. 6"})
+    use_l2_satisfactory: bool = field(default=True, metadata={"help": "eq. 7 over satisfactory responses"})
+    use_l2_unsatisfactory: bool | None = field(
+        default=None, metadata={"help": "eq. 7 over unsatisfactory responses; none: not with detector frozen or spans"}
+    )
+    satisfactory_only: bool = field(default=False, metadata={"help": "objective likelihood: of these records alone"})
+    praise_weight: float = field(default=1.0, metadata={"help": "objective dual_cut: extra weight of praised tokens"})
+    dpo_beta: float = field(default=0.1, metadata={"help": "beta of DPO"})
+    map_spans: bool = field(default=False, metadata={"help": "take token scores of another tokenizer by their spans"})
     threshold: float = field(default=1.1, metadata={"help": "lambda of eq. 5, at least 1"})
     unlikelihood_weight: float = field(default=1.0, metadata={"help": "alpha of eq. 6"})
     gamma: float = field(default=1.0, metadata={"help": "exponent of the dynamic weight of eq. 6; 0: off"})
@@ -59,9 +98,10 @@ class CUTConfig(TrainingArguments):
             problems.append(
                 f"threshold: expected a number of at least 1 (the paper uses 1.1 or 1.2), got {self.threshold}"
             )
-        for name in ("unlikelihood_weight", "gamma"):
+        for name in ("unlikelihood_weight", "gamma", "praise_weight", "dpo_beta"):
             if not getattr(self, name) >= 0:
                 problems.append(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        problems += self._check_objective()
         for name, choices in (("normalization", NORMALIZATIONS), ("template", TEMPLATES)):
             if getattr(self, name) not in choices:
                 problems.append(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
@@ -91,3 +131,43 @@ class CUTConfig(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for
+
+    def _check_objective(self) -> list[str]:
+        problems = []
+        if self.objective not in OBJECTIVES:
+            return [f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}"]
+        if self.detector is not None and self.detector not in DETECTORS:
+            problems.append(f"detector: expected one of {', '.join(DETECTORS)}, got {self.detector!r}")
+        if self.objective != "cut":
+            changed = [
+                name
+                for name, default in (
+                    ("detector", None),
+                    ("use_l1", True),
+                    ("use_l2_satisfactory", True),
+                    ("use_l2_unsatisfactory", None),
+                )
+                if getattr(self, name) is not default
+            ]
+            if changed:
+                problems.append(f"{', '.join(changed)}: of objective cut only; got objective {self.objective}")
+        if self.satisfactory_only and self.objective != "likelihood":
+            problems.append(f"satisfactory_only: of objective likelihood only; got objective {self.objective}")
+        if not (self.use_l1 or self.use_l2_satisfactory or self.use_l2_unsatisfactory is not False):
+            problems.append("use_l1, use_l2_satisfactory, use_l2_unsatisfactory: expected one of them on, got none")
+        return problems
+
+    @property
+    def has_known_flags(self) -> bool:
+        """Whether the inappropriate tokens are known before training begins."""
+        return self.detector in ("frozen", "spans")
+
+    @property
+    def parts(self) -> Parts:
+        """Which parts of CUT's loss are in."""
+        is_unsatisfactory_in = self.use_l2_unsatisfactory
+        if is_unsatisfactory_in is None:
+            is_unsatisfactory_in = not self.has_known_flags
+        if self.has_known_flags and not is_unsatisfactory_in:
+            return Parts(unsatisfactory=False)  # one pool of tokens; records of a part that is off are left out of it
+        return Parts(self.use_l1, self.use_l2_satisfactory, is_unsatisfactory_in)

@@ -6,8 +6,9 @@ starts with no second beginning-of-sequence. Special tokens that a user's text s
 Batching is left to `cutlm.collator`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cutlm.errors import ConfigError
@@ -21,6 +22,7 @@ from cutlm.prompts import (
     render_refinement_prompt,
 )
 from cutlm.records import JudgedRecord
+from cutlm.token_spans import locate_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,15 +33,17 @@ class EncodedRecord:
     """One record as token ids.
 
     Attributes:
-        prompt_ids: The prompt without the judgment.
-        judged_prompt_ids: The prompt with the judgment; None for a satisfactory record.
+        prompt_ids: The prompt without the judgment, or the only one that a view has.
+        judged_prompt_ids: The prompt with the judgment; None where one context is enough.
         response_ids: The response, end-of-sequence included.
+        extra: Further columns of the row.
         is_cut: Whether a prompt was cut from the left to fit.
     """
 
     prompt_ids: list[int]
     judged_prompt_ids: list[int] | None
     response_ids: list[int]
+    extra: dict[str, Any] = field(default_factory=dict)
     is_cut: bool = False
 
 
@@ -48,22 +52,33 @@ class EncodedRecords:
     """All records of a data set that could be encoded, as rows, and what became of the rest.
 
     Attributes:
-        rows: Dictionaries with `prompt_ids`, `judged_prompt_ids`, `response_ids` and `place`.
+        rows: Dictionaries with `prompt_ids`, `judged_prompt_ids`, `response_ids`, `place`, `is_satisfactory` and
+            what else a view adds.
         num_cut: Records of which a prompt was cut from the left.
-        left_out: A sentence for each record left out.
+        left_out: A sentence for each record left out for its length.
+        skipped: How many records a view leaves out, by its reason.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     num_cut: int = 0
     left_out: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_left_out(self) -> int:
+        return len(self.left_out) + self.skipped.total()
+
+    def describe_left_out(self) -> list[str]:
+        """A sentence for each reason of a view, and for each record that is too long."""
+        return [f"{num} records left out: {reason}" for reason, num in self.skipped.items()] + self.left_out
 
     def describe(self, max_length: int) -> str:
         """One line of counts, fit to be printed."""
-        num_satisfactory = sum(row["judged_prompt_ids"] is None for row in self.rows)
+        num_satisfactory = sum(row["is_satisfactory"] for row in self.rows)
         return (
             f"{len(self.rows)} records encoded ({num_satisfactory} satisfactory,"
             f" {len(self.rows) - num_satisfactory} unsatisfactory); {self.num_cut} prompts cut from the left to fit"
-            f" max_length {max_length}; {len(self.left_out)} records left out"
+            f" max_length {max_length}; {self.num_left_out} records left out"
         )
 
 
@@ -128,6 +143,20 @@ class Encoder:
             ids = self._split_after_boundary(response, joint)
         return [*ids, self.tokenizer.eos_token_id]
 
+    def locate_tokens(self, response: str, response_ids: list[int]) -> list[tuple[int, int]]:
+        """The characters of `response` that each token of `encode_response(response)` stands for.
+
+        White space around a token's characters is left out, so " word" spans "word"; a token of white space alone
+        keeps it. Each token of a character of several tokens spans the whole character. Starts and ends never go back,
+        and every character but white space lies in a span.
+
+        Args:
+            response: The response.
+            response_ids: Its token ids, end-of-sequence included, whose span is the empty one at the very end.
+        """
+        spans = locate_tokens(self.tokenizer, self._tail, self._tail_ids, response, response_ids[:-1])
+        return [*spans, (len(response), len(response))]
+
     def _split_after_boundary(self, response: str, joint: list[int]) -> list[int]:
         """Splits a response whose first characters would merge with the prompt's last ones.
 
@@ -150,19 +179,20 @@ class Encoder:
         Returns:
             None where the response, which is never cut, leaves no room for a prompt.
         """
-        response_ids = self.encode_response(record.output)
-        room = max_length - len(response_ids)
+        return self.fit(view_both_contexts(record, self), max_length)
+
+    def fit(self, record: EncodedRecord, max_length: int) -> EncodedRecord | None:
+        """Cuts an encoded record's prompts from the left to fit; None where the response leaves them no room."""
+        room = max_length - len(record.response_ids)
         if room < 1:
             return None
-        instruction = record.full_instruction
-        prompt_ids = self.encode_prompt(instruction)
-        judged_ids = None if record.is_satisfactory else self.encode_prompt(instruction, record.judgment)
-        is_cut = len(prompt_ids) > room or (judged_ids is not None and len(judged_ids) > room)
-        return EncodedRecord(
-            self.cut(prompt_ids, room),
-            None if judged_ids is None else self.cut(judged_ids, room),
-            response_ids,
-            is_cut,
+        judged_ids = record.judged_prompt_ids
+        is_cut = len(record.prompt_ids) > room or (judged_ids is not None and len(judged_ids) > room)
+        return replace(
+            record,
+            prompt_ids=self.cut(record.prompt_ids, room),
+            judged_prompt_ids=None if judged_ids is None else self.cut(judged_ids, room),
+            is_cut=is_cut,
         )
 
     def cut(self, ids: list[int], room: int) -> list[int]:
@@ -283,8 +313,22 @@ def _find_leading_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return []
 
 
+def view_both_contexts(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+    """The response without the judgment and, where it is unsatisfactory, with it: what CUT learns from."""
+    instruction = record.full_instruction
+    return EncodedRecord(
+        encoder.encode_prompt(instruction),
+        None if record.is_satisfactory else encoder.encode_prompt(instruction, record.judgment),
+        encoder.encode_response(record.output),
+    )
+
+
 def encode_records(
-    records: Sequence[JudgedRecord], places: Sequence[str], encoder: Encoder, max_length: int
+    records: Sequence[JudgedRecord],
+    places: Sequence[str],
+    encoder: Encoder,
+    max_length: int,
+    view: Callable[[JudgedRecord, Encoder], EncodedRecord | str] = view_both_contexts,
 ) -> EncodedRecords:
     """Encodes records; what does not fit is named, not dropped in silence.
 
@@ -293,10 +337,15 @@ def encode_records(
         places: Where each stands, for messages: `data.jsonl:17`.
         encoder: Tokenizer and template.
         max_length: Most tokens of a prompt and the response together.
+        view: What of a record is learned from (`cutlm.views`); a text instead says why a record is left out.
     """
     encoded = EncodedRecords()
     for record, place in zip(records, places, strict=True):
-        row = encoder.encode_record(record, max_length)
+        viewed = view(record, encoder)
+        if isinstance(viewed, str):
+            encoded.skipped[viewed] += 1
+            continue
+        row = encoder.fit(viewed, max_length)
         if row is None:
             encoded.left_out.append(f"{place}: the response alone fills max_length {max_length}; left out")
             continue
@@ -307,8 +356,13 @@ def encode_records(
                 "judged_prompt_ids": row.judged_prompt_ids,
                 "response_ids": row.response_ids,
                 "place": place,
+                "is_satisfactory": record.is_satisfactory,
+                **row.extra,
             }
         )
+    names = {name for row in encoded.rows for name in row}
+    # A table takes its columns from the first row.
+    encoded.rows = [dict.fromkeys(sorted(names)) | row for row in encoded.rows]
     return encoded
 
 

@@ -6,7 +6,6 @@ that of a run without a stop.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +18,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from cutlm.encoding import Encoder
 from cutlm.errors import DataError, UserError
-from cutlm.jsonl import read_bytes, read_rows, sync_directory, write_rows
+from cutlm.journal import Journal
+from cutlm.jsonl import read_rows, write_rows
 from cutlm.model import unwrap_peft
 from cutlm.records import InstructionRow, validate_row
 
@@ -147,22 +147,18 @@ def generate_file(
         "model": fingerprint,
         "prompts": hashlib.sha256(json.dumps(instructions).encode()).hexdigest(),
     }
-    partial = Path(f"{out}.partial")
+    journal = Journal(out, header)
     counts = Counts()
-    for line in _open_partial(partial, header):
+    for line in journal.lines:
         counts.responses[line["index"]] = line["output"]
         counts.num_unfinished += line["is_unfinished"]
     counts.num_resumed = len(counts.responses)
-    with open(partial, "a", encoding="utf-8") as journal:
+    with journal:
         progress = tqdm(total=len(prompts), initial=counts.num_resumed, desc="generating", unit="response")
         for batch in generate_batches(model, tokenizer, encoder, instructions, sampling, counts):
-            lines = [
-                json.dumps({"index": index, "output": text, "is_unfinished": is_unfinished})
-                for index, text, is_unfinished in batch
-            ]
-            journal.write("".join(f"{line}\n" for line in lines))
-            journal.flush()
-            os.fsync(journal.fileno())
+            journal.append(
+                {"index": index, "output": text, "is_unfinished": is_unfinished} for index, text, is_unfinished in batch
+            )
             progress.update(len(batch))
         progress.close()
     rows = []
@@ -172,35 +168,8 @@ def generate_file(
             answer["input"] = row["input"]
         rows.append(answer | {"dataset": row.get("dataset") or dataset})
     write_rows(out, rows)
-    partial.unlink()
-    sync_directory(partial.parent)
+    journal.remove()
     return counts
-
-
-def _open_partial(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """Reads what a stopped run had finished, or begins a new partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        # A kill can leave half a line at the end; it is cut off, and its batch is made again.
-        text = read_bytes(path).decode("utf-8", "replace")
-        whole = text[: text.rfind("\n") + 1]
-        try:
-            lines = [json.loads(line) for line in whole.split("\n") if line]
-        except ValueError:
-            lines = [None]
-        if not all(isinstance(line, dict) for line in lines):
-            raise UserError(f"{path}: not what a stopped run leaves; remove it to start anew")
-        if lines:
-            differing = [name for name in header if lines[0].get(name) != header[name]]
-            if differing:
-                raise UserError(
-                    f"{path}: begun with other settings ({', '.join(differing)} differ); give the same ones to go on,"
-                    " or remove it to start anew"
-                )
-            path.write_text(whole, "utf-8")
-            return lines[1:]
-    path.write_text(json.dumps(header) + "\n", "utf-8")
-    return []
 
 
 def generate_batches(

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,27 +141,41 @@ def unwrap_peft(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
-def score_batch(model: nn.Module, batch: Mapping[str, Any], chunk_size: int | None = None) -> Tensor:
+def score_batch(
+    model: nn.Module, batch: Mapping[str, Any], chunk_size: int | None = None, *, needs_judged_grad: bool = True
+) -> Tensor:
     """Log-probability of every response token of a micro-batch.
 
-    Each sequence runs through the body by itself: no padding, so no token is computed that is not needed, and the
-    result does not depend on what else is in the batch. The head sees response positions only.
+    Long sequences run through the body by themselves; short ones in groups of nearly one length, padded on the right,
+    where no token of a causal model looks. So next to nothing is computed that is not needed, and what a sequence gets
+    does not depend on what else is in the batch. The head sees response positions only.
 
     Args:
         model: A causal language model, bare or with an adapter.
         batch: As made by `CutCollator`.
         chunk_size: Positions per chunk of the head.
+        needs_judged_grad: False where nothing is learned from the context with the judgment, which then costs a
+            forward pass only.
 
     Returns:
         [R] float32, in the order of `batch["target_ids"]`.
     """
     language_model = unwrap_peft(model)
-    hidden = [
-        language_model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, -num_response:]
-        for ids, num_response in zip(
-            batch["input_ids"].split(batch["sequence_lengths"]), batch["response_lengths"], strict=True
-        )
-    ]
+    sequences = batch["input_ids"].split(batch["sequence_lengths"])
+    num_judged = batch.get("num_unsatisfactory", 0)
+    judged = range(num_judged, 2 * num_judged)
+    others = [index for index in range(len(sequences)) if index not in judged]
+    limit = _GROUP_TOKENS["cuda" if batch["input_ids"].device.type == "cuda" else "cpu"]
+    hidden: list[Tensor] = [batch["input_ids"]] * len(sequences)
+    passes = [([*others, *judged], True)] if needs_judged_grad else [(others, True), ([*judged], False)]
+    for indices, needs_grad in passes:
+        with torch.set_grad_enabled(needs_grad and torch.is_grad_enabled()):
+            for group in _group_by_length(indices, batch["sequence_lengths"], limit):
+                ids = nn.utils.rnn.pad_sequence([sequences[index] for index in group], batch_first=True)
+                states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                for row, index in enumerate(group):
+                    length = batch["sequence_lengths"][index]
+                    hidden[index] = states[row, length - batch["response_lengths"][index] : length]
     head = get_head(language_model)
     return token_logprobs(
         torch.cat(hidden),
@@ -172,6 +186,27 @@ def score_batch(model: nn.Module, batch: Mapping[str, Any], chunk_size: int | No
         softcap=head.softcap,
         scale=head.scale,
     )
+
+
+# Tokens that are enough to keep the device busy: a longer sequence gains nothing from company.
+_GROUP_TOKENS = {"cpu": 1024, "cuda": 16384}
+_MAX_PADDING = 1 / 8
+
+
+def _group_by_length(indices: Sequence[int], lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Groups sequences, longest first, so that a group's padded tokens stay within `limit` and are few."""
+    group: list[int] = []
+    num_tokens = 0
+    for index in sorted(indices, key=lambda index: -lengths[index]):
+        if group:
+            size = (len(group) + 1) * lengths[group[0]]
+            if size > limit or size > (1 + _MAX_PADDING) * (num_tokens + lengths[index]):
+                yield group
+                group, num_tokens = [], 0
+        group.append(index)
+        num_tokens += lengths[index]
+    if group:
+        yield group
 
 
 def run_inside(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:

@@ -1,22 +1,27 @@
-"""Data sets for the trainer: records encoded, or encoded rows checked, downsampled, and every loss of a record noted.
+"""Data sets for the trainer: records, token scores or encoded rows to rows, blamed and downsampled, every loss noted.
 
-Batching is left to `cutlm.collator`.
+What an objective sees of a record is `cutlm.views`, scoring them beforehand `cutlm.scoring`. Batching is
+left to `cutlm.collator`.
 """
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from cutlm.config import CUTConfig
-from cutlm.encoding import Encoder, encode_records
+from cutlm.encoding import EncodedRecord, Encoder, encode_records
 from cutlm.errors import ConfigError, DataError
 from cutlm.model import unwrap_peft
-from cutlm.records import as_records
+from cutlm.objectives import blame_tokens
+from cutlm.records import JudgedRecord, as_records
+from cutlm.scoring import score_rows
+from cutlm.token_scores import TokenScores, fingerprint_tokenizer, map_to_tokenizer
+from cutlm.views import View, choose_view, view_both_contexts
 
 _ID_COLUMNS = ("prompt_ids", "judged_prompt_ids", "response_ids")
 
@@ -26,7 +31,8 @@ class PreparedData:
     """A data set that can be batched, and what became of the rest.
 
     Attributes:
-        rows: Rows with `prompt_ids`, `judged_prompt_ids` and `response_ids`.
+        rows: Rows with `prompt_ids`, `judged_prompt_ids`, `response_ids`, `is_satisfactory` and, where the tokens to
+            unlearn are known beforehand, `is_flagged` and `weights`.
         notices: Sentences on what was cut, left out or downsampled.
         num_left_out: Records left out, for whatever reason.
         chat_template: The template by which other tools give the model the prompts of these rows, where it is known.
@@ -45,10 +51,10 @@ def prepare_data(
     tokenizer: PreTrainedTokenizerBase | None,
     places: Sequence[str] | None = None,
 ) -> PreparedData:
-    """Encodes records, or takes encoded rows as they are.
+    """Encodes records or token scores by the view of the objective, or takes encoded rows as they are.
 
     Args:
-        dataset: Records or encoded rows.
+        dataset: Records, token scores or encoded rows.
         name: What to call it in messages.
         args: Template and length.
         tokenizer: For records.
@@ -60,28 +66,125 @@ def prepare_data(
     """
     if len(dataset) and isinstance(dataset[0], Mapping) and "response_ids" in dataset[0]:
         return PreparedData(_check_encoded(dataset, name))
-    check = as_records(list(dataset), name)
     if tokenizer is None:
         raise ConfigError(f"{name}: records need a tokenizer to be encoded; give processing_class")
     encoder = Encoder(tokenizer, args.template)  # type: ignore[arg-type]
-    encoded = encode_records(check.records, places or check.places, encoder, args.max_length)
+    if len(dataset) and isinstance(dataset[0], TokenScores):
+        records = [scores.record for scores in dataset]
+        places = places or [f"{name}[{index}]" for index in range(len(dataset))]
+        view: View = _view_scores(dataset, places, encoder, args)
+    else:
+        check = as_records(list(dataset), name)
+        records, places = check.records, places or check.places
+        view = choose_view(args.objective, args.detector, args.unlikelihood_weight, args.satisfactory_only)
+    encoded = encode_records(records, places, encoder, args.max_length, view)
     return PreparedData(
         Dataset.from_list(encoded.rows),
-        [f"{name}: {encoded.describe(args.max_length)}", *encoded.left_out],
-        len(encoded.left_out),
+        [f"{name}: {encoded.describe(args.max_length)}", *encoded.describe_left_out()],
+        encoded.num_left_out,
         encoder.build_chat_template(),
     )
 
 
+def _view_scores(
+    dataset: Sequence[TokenScores], places: Sequence[str], encoder: Encoder, args: CUTConfig
+) -> Callable[[JudgedRecord, Encoder], EncodedRecord]:
+    """A view that takes flags and weights from token scores.
+
+    Raises:
+        ConfigError: Other settings than for known flags.
+        DataError: Scores of another tokenizer, and `map_spans` is off.
+    """
+    if args.objective != "cut" or args.detector not in (None, "frozen"):
+        raise ConfigError(
+            "the data are token scores, whose flags are for objective cut and detector frozen; got objective"
+            f" {args.objective}, detector {args.detector}"
+        )
+    args.detector = "frozen"
+    own = fingerprint_tokenizer(encoder.tokenizer)
+    problems, by_record = [], {}
+    for scores, place in zip(dataset, places, strict=True):
+        if scores.tokenizer != own and scores.token_ids != encoder.encode_response(scores.record.output):
+            if not args.map_spans:
+                problems.append(f"{place}: field 'tokenizer': made with another tokenizer than the model's")
+            scores = map_to_tokenizer(scores, encoder)
+        by_record[id(scores.record)] = scores
+    if problems:
+        raise DataError(problems, hint="set map_spans: true to take flags and weights over by their characters")
+
+    def view(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+        scores = by_record[id(record)]
+        extra = {"is_flagged": list(scores.is_flagged), "weights": list(scores.weights)}
+        return replace(view_both_contexts(record, encoder), response_ids=list(scores.token_ids), extra=extra)
+
+    return view
+
+
+def blame_beforehand(data: PreparedData, name: str, model: nn.Module, args: CUTConfig) -> None:
+    """Finds the inappropriate tokens by the model as it is now, unless they are known, and leaves the plain context.
+
+    Rows of a part of the loss that is off are left out. The context with the judgment stays where something is learned
+    from it.
+    """
+    columns = {key: data.rows[key] for key in data.rows.column_names}
+    num_rows = len(data.rows)
+    if "is_flagged" not in columns:
+        is_flagged: list[list[bool] | None] = [None] * num_rows
+        weights: list[list[float] | None] = [None] * num_rows
+        judged = [index for index, ids in enumerate(columns["judged_prompt_ids"]) if ids is not None]
+        for batch in score_rows(model, data.rows.select(judged).to_list(), show_progress=not args.disable_tqdm):
+            for number, without, with_judgment in batch:
+                assert with_judgment is not None
+                index = judged[number]
+                blame = blame_tokens(
+                    without,
+                    with_judgment,
+                    threshold=args.threshold,
+                    unlikelihood_weight=args.unlikelihood_weight,
+                    gamma=args.gamma,
+                )
+                is_flagged[index], weights[index] = blame.is_flagged.tolist(), blame.weights.tolist()
+        columns |= {"is_flagged": is_flagged, "weights": weights}
+    num_tokens = sum(
+        len(ids) for ids, good in zip(columns["response_ids"], columns["is_satisfactory"], strict=True) if not good
+    )
+    num_flagged = sum(sum(flags or ()) for flags in columns["is_flagged"])
+    data.notices.append(
+        f"{name}: {num_flagged} of {num_tokens} tokens of unsatisfactory responses are blamed before training"
+    )
+    if not args.parts.unsatisfactory:
+        columns["judged_prompt_ids"] = [None] * num_rows
+        kept = [args.use_l2_satisfactory if good else args.use_l1 for good in columns["is_satisfactory"]]
+        if not all(kept):
+            data.num_left_out += num_rows - sum(kept)
+            data.notices.append(f"{name}: {num_rows - sum(kept)} records of a part that is off are left out")
+            columns = {
+                key: [value for value, is_kept in zip(values, kept, strict=True) if is_kept]
+                for key, values in columns.items()
+            }
+    data.rows = Dataset.from_dict(columns, features=_known_features(data.rows))
+
+
+def _known_features(rows: Dataset) -> Features:
+    """Column types, said so that a column of nothing but None has one."""
+    ids = List(Value("int64"))
+    known = {
+        "judged_prompt_ids": ids,
+        "is_flagged": List(Value("bool")),
+        "weights": List(Value("float64")),
+    }
+    return Features({**rows.features, **known})
+
+
 def downsample(data: PreparedData, name: str, share: float, seed: int) -> None:
     """Keeps at most `share` satisfactory records per unsatisfactory one (paper, section 5.2), drawn by `seed`."""
-    judged = data.rows["judged_prompt_ids"]
-    satisfactory = [index for index in range(len(data.rows)) if judged[index] is None]
+    is_satisfactory = data.rows["is_satisfactory"]
+    satisfactory = [index for index in range(len(data.rows)) if is_satisfactory[index]]
     num_kept = min(len(satisfactory), int(share * (len(data.rows) - len(satisfactory))))
     kept = set(random.Random(seed).sample(satisfactory, num_kept))
     num_dropped = len(satisfactory) - num_kept
     data.rows = data.rows.select(
-        [index for index in range(len(data.rows)) if judged[index] is not None or index in kept]
+        [index for index in range(len(data.rows)) if not is_satisfactory[index] or index in kept]
     )
     data.num_left_out += num_dropped
     data.notices.append(
@@ -119,11 +222,18 @@ def _check_encoded(dataset: Dataset | Sequence[Any], name: str) -> Dataset:
         raise DataError(problems)
     if isinstance(dataset, Dataset):
         if "judged_prompt_ids" not in dataset.column_names:
-            return dataset.add_column("judged_prompt_ids", [None] * len(dataset))
+            dataset = dataset.add_column("judged_prompt_ids", [None] * len(dataset))
+        if "is_satisfactory" not in dataset.column_names:
+            dataset = dataset.add_column("is_satisfactory", [ids is None for ids in dataset["judged_prompt_ids"]])
         return dataset
+    extra = [key for key in ("is_flagged", "weights", "is_praised") if any(key in row for row in dataset)]
     return Dataset.from_list(
         [
-            {key: row.get(key) for key in _ID_COLUMNS} | {"place": row.get("place") or f"{name}[{index}]"}
+            {key: row.get(key) for key in (*_ID_COLUMNS, *extra)}
+            | {
+                "place": row.get("place") or f"{name}[{index}]",
+                "is_satisfactory": row.get("is_satisfactory", row.get("judged_prompt_ids") is None),
+            }
             for index, row in enumerate(dataset)
         ]
     )

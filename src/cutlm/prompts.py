@@ -27,8 +27,8 @@ _ALPACA_RESPONSE_MARK = "### Response:\n"
 _ALPACA_RESPONSE = "\n\n" + _ALPACA_RESPONSE_MARK
 
 _ALPACA_REFINEMENT_TASK = (
-    "Below is an instruction that describes a task, a response to it, and a judgment of that response. Write an improved"
-    " response that leaves the judgment nothing to object to.\n\n"
+    "Below is an instruction that describes a task, a response to it, and a judgment of that response. Write an"
+    " improved response that leaves the judgment nothing to object to.\n\n"
 )
 _ALPACA_DRAFT = "\n\n### Draft:\n"
 

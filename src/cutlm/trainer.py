@@ -1,8 +1,8 @@
-"""`CUTTrainer`: a `transformers.Trainer` whose loss is CUT's over the whole optimizer step.
+"""`CUTTrainer`: a `transformers.Trainer` whose loss is one of cutlm's objectives over the whole optimizer step.
 
 It counts the tokens of all micro-batches and ranks of a step before the first is run, divides sums by those counts, and
-stops before the optimizer step when something is no number. The loss itself is `cutlm.objectives`, the data
-`cutlm.preparation`, the passes through the model are `cutlm.model`, the checkpoints `cutlm.checkpoints`.
+stops before the optimizer step when something is no number. The loss itself is `cutlm.batch_loss`, the data
+`cutlm.preparation`, the passes through the model are `cutlm.model`, stopping and saving `cutlm.safe_trainer`.
 """
 
 import copy
@@ -16,17 +16,17 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from cutlm.checkpoints import publish_checkpoint, publish_files, staged
-from cutlm.collator import CutCollator, count_batch, find_non_finite, split_lengths
+from cutlm.batch_loss import compute_batch_loss
+from cutlm.collator import CutCollator, count_batch, find_non_finite
 from cutlm.config import CUTConfig
 from cutlm.errors import ConfigError, DataError, NonFiniteError
 from cutlm.model import check_head, check_lora_targets, load_model, run_inside, score_batch
-from cutlm.objectives import CutLoss, combine_parts, cut_loss
-from cutlm.preparation import PreparedData, check_vocabulary, downsample, prepare_data
+from cutlm.objectives import combine_parts
+from cutlm.preparation import PreparedData, blame_beforehand, check_vocabulary, downsample, prepare_data
+from cutlm.safe_trainer import SafeTrainer
 from cutlm.tally import Tally
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class StepCounts(NamedTuple):
     num_likelihood: float
 
 
-class CUTTrainer(Trainer):
+class CUTTrainer(SafeTrainer):
     """Trains a causal language model on judged records by Contrastive Unlikelihood Training.
 
     Args:
@@ -113,6 +113,10 @@ class CUTTrainer(Trainer):
                 use = "train" if is_training else "evaluate"
                 raise DataError(f"{name}: nothing is left to {use} on", hint="\n".join(data.notices))
             check_vocabulary(model, data.rows, name)
+            if args.has_known_flags:
+                blame_beforehand(data, name, model, args)
+                if not len(data.rows):
+                    raise DataError(f"{name}: nothing is left to learn from", hint="\n".join(data.notices))
             self.notices += data.notices
             self.num_left_out += data.num_left_out if is_training else 0
             prepared[name] = data
@@ -138,7 +142,6 @@ class CUTTrainer(Trainer):
         self._tally = Tally(args.device)
         self._eval_tally: Tally | None = None
         self._step_logps: list[tuple[Tensor, Mapping[str, Any]]] = []
-        self._stop_requested = self._is_stopping = False
         self._last_log_time = time.perf_counter()
 
     def _note_repeats(self, name: str, num_rows: int, batch_size: int) -> None:
@@ -158,15 +161,12 @@ class CUTTrainer(Trainer):
         """Fetches the micro-batches of an optimizer step and counts them over all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_logps = []
-        counts = torch.zeros(3, dtype=torch.float64)
+        counts = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
-            counts[:2] += torch.tensor(count_batch(batch, self.args.normalization))
-        counts[2] = float(self._stop_requested)
+            counts += torch.tensor(count_batch(batch, self.args.normalization, self.args.parts))
         if self.args.world_size > 1:
             # MPS and some accelerators have no float64; a step's counts are exact in float32 up to 16 million.
             counts = self.accelerator.reduce(counts.float().to(device), "sum").cpu().double()
-        # A request to stop reaches every rank with the counts, so that all of them save at the same step.
-        self._is_stopping = counts[2].item() > 0
         return batches, StepCounts(counts[0].item(), counts[1].item())
 
     def compute_loss(  # type: ignore[override]
@@ -187,9 +187,9 @@ class CUTTrainer(Trainer):
         inputs = self._prepare_inputs(dict(inputs))
         inner = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            logps = run_inside(model, inner, score_batch, inputs, self.args.head_chunk_size)
-        outputs = self._compute_sums(logps, inputs)
-        own_counts = count_batch(inputs, self.args.normalization)
+            logps = run_inside(model, inner, self._score, inputs)
+        outputs = compute_batch_loss(logps, inputs, self.args)
+        own_counts = count_batch(inputs, self.args.normalization, self.args.parts)
         loss = combine_parts(outputs.contrast, outputs.likelihood, *(num_items_in_batch or own_counts))
         if num_items_in_batch is not None:
             # The gradients of ranks are averaged, but their losses are shares of one sum.
@@ -201,47 +201,9 @@ class CUTTrainer(Trainer):
             self._tally.add(outputs, inputs, *own_counts)
         return (loss, outputs) if return_outputs else loss
 
-    def _compute_sums(self, logps: Tensor, batch: Mapping[str, Any]) -> CutLoss:
-        num_tokens, num_satisfactory_tokens = split_lengths(batch)
-        without, with_judgment, satisfactory = logps.split([num_tokens, num_tokens, num_satisfactory_tokens])
-        weights, weights_satisfactory = self._batch_weights(batch, logps.device)
-        return cut_loss(
-            without,
-            with_judgment,
-            satisfactory,
-            threshold=self.args.threshold,
-            unlikelihood_weight=self.args.unlikelihood_weight,
-            gamma=self.args.gamma,
-            weights=weights,
-            weights_satisfactory=weights_satisfactory,
-        )
-
-    def _batch_weights(self, batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """1 / N for each token of a response of N tokens under `normalization: record`; None for ones."""
-        if self.args.normalization == "token":
-            return None, None
-        num_unsatisfactory, lengths = batch["num_unsatisfactory"], batch["response_lengths"]
-        unsatisfactory = [1 / n for n in lengths[:num_unsatisfactory] for _ in range(n)]
-        satisfactory = [1 / n for n in lengths[2 * num_unsatisfactory :] for _ in range(n)]
-        return torch.tensor(unsatisfactory, device=device), torch.tensor(satisfactory, device=device)
-
-    # ---- Stopping ----
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """One epoch; none when resumed from the last step, where the Trainer would take one step more."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient norm, the last thing computed before the optimizer step: here a bad one is caught."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        self._check_finite(grad_norm)
-        if self._is_stopping:
-            self.control.should_save = True
-            self.control.should_training_stop = True
-        return grad_norm
+    def _score(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        is_learned = self.args.parts.unsatisfactory
+        return score_batch(model, batch, self.args.head_chunk_size, needs_judged_grad=is_learned)
 
     def _check_finite(self, grad_norm: Any) -> None:
         """Stops before the optimizer step when a log-prob or the gradient norm is no number, and names the records.
@@ -269,10 +231,6 @@ class CUTTrainer(Trainer):
             f"step {self.state.global_step + 1}: the gradient norm is {norm.item()}; {who}. Stopped before the"
             " optimizer step, the weights are those of the last one; lower the learning rate, or look at these records"
         )
-
-    def request_stop(self) -> None:
-        """Asks training to save a checkpoint and stop at the end of the next optimizer step, on all ranks."""
-        self._stop_requested = True
 
     # ---- Logging and evaluation ----
 
@@ -315,50 +273,6 @@ class CUTTrainer(Trainer):
         metrics.pop("num_tokens")
         merged = dict(output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics=merged)
-
-    # ---- Saving ----
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Saves a checkpoint beside its place, and moves it there when it is whole and on the disk."""
-        run_dir = super()._get_output_dir(trial)
-        with staged(run_dir, self.args.should_save, self.accelerator.wait_for_everyone) as staging:
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish_checkpoint(staging, run_dir, self.state, self.args.save_total_limit)
-            self.accelerator.wait_for_everyone()
-
-    _staging: str | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging or super()._get_output_dir(trial)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model, the adapter or whole, so that a kill leaves the files that were there or the new ones."""
-        if _internal_call:  # inside a checkpoint, which is moved as a whole
-            super().save_model(output_dir, _internal_call)
-            return
-        target = output_dir or self.args.output_dir
-        assert target is not None
-        with staged(target, self.args.should_save, self.accelerator.wait_for_everyone) as staging:
-            super().save_model(staging, _internal_call=True)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish_files(staging, target)
-            self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        folder = output_dir or self.args.output_dir
-        if self.args.should_save and folder:
-            # A pickle that nothing of ours reads; the command line saves its settings as YAML.
-            (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
 
 def _add_adapter(model: nn.Module, peft_config: "PeftConfig", args: CUTConfig) -> nn.Module:

@@ -1,10 +1,14 @@
-"""Align a model with judged records by Contrastive Unlikelihood Training.
+"""Align a model with judged records: by Contrastive Unlikelihood Training, or by a method to compare it with.
 
 Settings come from a flat YAML file (--config) and from options, which take precedence:
 
   data              a file of judged records                  model_name_or_path  a folder, or a name on the hub
   eval_data         records to evaluate on                    output_dir          where the adapter or model goes
   eval_split        share of data to evaluate on instead      use_peft            LoRA (default); false: all weights
+  objective         cut (default), dual_cut, likelihood, hindsight, forward_prediction, ilf_mle, unlikelihood; by TRL:
+                    dpo (several responses an instruction), ilf_dpo (i_ans over output)
+  detector          which model finds the inappropriate tokens: current (default; the paper's), frozen (the model before
+                    training, once; also for a file of cutlm blame), spans (the records' wrong_spans), off (all tokens)
   threshold         lambda of eq. 5           (default 1.1)   lora_r, lora_alpha  16, 16
   unlikelihood_weight  alpha of eq. 6         (default 1)     lora_dropout        0.05
   gamma             dynamic weight of eq. 6   (default 1)     lora_target_modules gate_proj down_proj up_proj
@@ -32,13 +36,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cutlm.errors import ConfigError, DataError, UserError
+from cutlm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cutlm.safe_trainer import SafeTrainer
     from cutlm.settings import Settings
-    from cutlm.trainer import CUTTrainer
 
 SETTINGS_FILE = "cutlm_train.yaml"
 
@@ -66,6 +70,7 @@ def train(settings: "Settings", options: list[str]) -> int:
         settings: Data, model and training settings.
         options: As given on the command line, for the message after an interruption.
     """
+    from cutlm.assembly import build_trainer
     from cutlm.checkpoints import check_output_dir, clear_output_dir, find_checkpoint
     from cutlm.model import count_parameters
 
@@ -115,72 +120,21 @@ def train(settings: "Settings", options: list[str]) -> int:
     return 0
 
 
-def build_trainer(data_args: Any, model_args: Any, config: Any) -> "CUTTrainer":
-    """Loads records, tokenizer and model, and makes the trainer of them."""
-    from trl import get_peft_config, get_quantization_config
-
-    from cutlm.model import check_bitsandbytes, load_model, load_tokenizer
-    from cutlm.records import check_records, load_records, raise_problems
-    from cutlm.trainer import CUTTrainer
-
-    check = check_records(data_args.data)
-    raise_problems(check, data_args.data)
-    train, evaluate = _split(list(zip(check.records, check.places, strict=True)), data_args.eval_split, config.seed)
-    eval_records = load_records(data_args.eval_data) if data_args.eval_data else [record for record, _ in evaluate]
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        check_bitsandbytes()
-    path = model_args.model_name_or_path
-    tokenizer = load_tokenizer(path, revision=model_args.model_revision)
-    dtype = model_args.dtype or ("auto" if model_args.use_peft else "float32")
-    model_args.dtype = "bfloat16" if model_args.load_in_4bit and dtype == "auto" else dtype
-    model = load_model(
-        path,
-        revision=model_args.model_revision,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        quantization=get_quantization_config(model_args),
-        device=config.device,
-    )
-    try:
-        return CUTTrainer(
-            model=model,
-            args=config,
-            train_dataset=[record for record, _ in train],
-            eval_dataset=eval_records or None,
-            processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
-            places=[place for _, place in train],
-        )
-    except UserError:
-        raise
-    except (ValueError, ImportError, RuntimeError) as error:  # what the libraries say of settings that are theirs
-        raise ConfigError(str(error).strip().split("\n")[0]) from error
-
-
-def _split(records: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """Draws a share of the records to evaluate on; both parts keep the order of the file."""
-    import random
-
-    num_eval = round(share * len(records))
-    if share and not 0 < num_eval < len(records):
-        raise DataError(f"eval_split: {share} of {len(records)} records leaves none on one side; give another share")
-    chosen = set(random.Random(seed).sample(range(len(records)), num_eval))
-    return (
-        [record for index, record in enumerate(records) if index not in chosen],
-        [record for index, record in enumerate(records) if index in chosen],
-    )
-
-
 # With another one of these a resumed run would skip records or see others.
 _SETTINGS_OF_A_RUN = (
     "data",
+    "detector",
     "downsample",
     "eval_split",
     "gradient_accumulation_steps",
     "max_length",
+    "objective",
     "per_device_train_batch_size",
+    "satisfactory_only",
     "seed",
     "template",
+    "use_l1",
+    "use_l2_satisfactory",
 )
 
 
@@ -226,7 +180,7 @@ def _save_settings(settings: "Settings", folder: Path, is_resumed: bool) -> None
 
 
 @contextmanager
-def _stop_on_signals(trainer: "CUTTrainer", is_main: bool) -> Iterator[list[int]]:
+def _stop_on_signals(trainer: "SafeTrainer", is_main: bool) -> Iterator[list[int]]:
     """Lets Ctrl-C and SIGTERM save first: lends a list that will hold the signal that came."""
     received: list[int] = []
 

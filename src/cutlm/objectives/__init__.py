@@ -1,10 +1,11 @@
 """Objectives: pure functions of token log-probabilities, without config, device or state."""
 
-from cutlm.objectives.cut import CutLoss, Parts, blame_tokens, combine_parts, cut_loss
+from cutlm.objectives.cut import ALL_PARTS, CutLoss, Parts, blame_tokens, combine_parts, cut_loss
 from cutlm.objectives.dual_cut import dual_cut_loss
 from cutlm.objectives.unlikelihood import Blame, unlikelihood_loss
 
 __all__ = [
+    "ALL_PARTS",
     "Blame",
     "CutLoss",
     "Parts",

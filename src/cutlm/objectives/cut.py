@@ -48,6 +48,9 @@ class Parts:
     unsatisfactory: bool = True
 
 
+ALL_PARTS = Parts()
+
+
 def blame_tokens(
     logps_without: Tensor, logps_with: Tensor, *, threshold: float, unlikelihood_weight: float, gamma: float
 ) -> Blame:
@@ -81,7 +84,7 @@ def cut_loss(
     weights_satisfactory: Tensor | None = None,
     blame: Blame | None = None,
     blame_satisfactory: Blame | None = None,
-    parts: Parts = Parts(),
+    parts: Parts = ALL_PARTS,
 ) -> CutLoss:
     """CUT's loss over the response tokens of a batch (eq. 5, 6 and 7).
 
@@ -137,6 +140,8 @@ def combine_parts(contrast: Number, likelihood: Number, num_contrast: float, num
         num_contrast: What L1 is divided by: tokens, or records where each token weighs 1/N.
         num_likelihood: Likewise for L2.
     """
+    if not num_contrast and not num_likelihood:
+        return contrast + likelihood  # nothing to learn from here: both are 0
     if not num_contrast:
         return likelihood / num_likelihood
     if not num_likelihood:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 # Beyond this slope for log p, reached at p = 0.9999, the loss goes on as a straight line: log(1 - p) of a float that
 # rounds to 1 is infinite. For the logit, the slope is at most the weight in any case.
 MAX_SLOPE = 1e4

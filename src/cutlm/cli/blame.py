@@ -1,0 +1,189 @@
+"""Find the tokens that a judgment blames (eq. 5 of the paper), by a frozen model, and write them down to be looked at,
+edited and trained on.
+
+Each response is scored without and with its judgment; a token that the judgment makes likelier by the threshold is
+flagged. The output is JSON Lines: the records with their tokens, log-probs, flags and weights. A run that was stopped
+goes on where it was when started again with the same settings.
+
+  cutlm blame --model MODEL --data records.jsonl --out scores.jsonl
+  cutlm blame --server http://localhost:8000 --model NAME --tokenizer MODEL --data records.jsonl --out scores.jsonl
+
+A server must return the log-probs of a prompt's own tokens (prompt_logprobs), as vLLM's does; a key to it is read from
+the environment variable OPENAI_API_KEY."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cutlm.scoring import Scorer
+
+# Options that mean something to one of the two backends alone, and their defaults.
+_LOCAL = {"base": None, "dtype": "auto", "device": None, "bf16": False, "max_tokens_per_batch": 8192}
+_SERVER = {"tokenizer": None, "concurrency": 8, "timeout": 120.0, "max_retries": 5}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="MODEL", help="a model or adapter folder, or a hub name")
+    parser.add_argument("--data", required=True, metavar="FILE", help="records: JSON array or JSON Lines")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--threshold", type=float, default=1.1, help="lambda of eq. 5 (default: 1.1)")
+    parser.add_argument("--unlikelihood_weight", type=float, default=1.0, help="alpha of eq. 6 (default: 1)")
+    parser.add_argument("--gamma", type=float, default=1.0, help="dynamic weight of eq. 6; 0: off (default: 1)")
+    parser.add_argument(
+        "--template", choices=("alpaca", "chat"), default="alpaca", help="as in training (default: alpaca)"
+    )
+    parser.add_argument("--max_length", type=int, default=2048, help="of prompt and response (default: 2048)")
+    parser.add_argument(
+        "--with_praise",
+        action="store_true",
+        help="score satisfactory records with their praise too, as thresholds are calibrated on; they get no flags",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
+    local = parser.add_argument_group("a model at hand")
+    local.add_argument("--base", metavar="MODEL", help="an adapter's base model (default: the one that it names)")
+    local.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
+    local.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    local.add_argument("--bf16", action="store_true", default=None, help="run in bfloat16 by autocast")
+    local.add_argument("--max_tokens_per_batch", type=int, metavar="N", help="default: 8192")
+    server = parser.add_argument_group("a model on a server")
+    server.add_argument(
+        "--server", metavar="URL", help="address of an OpenAI-compatible server; --model is its name there"
+    )
+    server.add_argument(
+        "--tokenizer", metavar="MODEL", help="the model's tokenizer, folder or hub name (default: --model)"
+    )
+    server.add_argument("--concurrency", type=int, metavar="N", help="requests at a time (default: 8)")
+    server.add_argument("--timeout", type=float, metavar="SECONDS", help="without a byte of an answer (default: 120)")
+    server.add_argument("--max_retries", type=int, metavar="N", help="further attempts (default: 5)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from cutlm.errors import UserError
+    from cutlm.jsonl import refuse_overwriting
+
+    _fill_options(args)
+    refuse_overwriting([args.data], args.out)
+    if Path(args.out).exists() and not args.overwrite:
+        raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
+
+    from cutlm.blame import BlameSettings, blame_file
+    from cutlm.encoding import Encoder
+    from cutlm.records import check_records, raise_problems
+
+    settings = BlameSettings(args.threshold, args.unlikelihood_weight, args.gamma, args.max_length, args.with_praise)
+    check = check_records(args.data)
+    raise_problems(check, args.data)
+    tokenizer, score, detector, backend = _prepare_server(args) if args.server else _prepare_model(args)
+    try:
+        counts = blame_file(
+            check.records,
+            check.places,
+            args.out,
+            Encoder(tokenizer, args.template),
+            score,
+            settings,
+            detector=detector,
+            backend=backend,
+        )
+    except KeyboardInterrupt:
+        if Path(f"{args.out}.partial").exists():
+            print(f"\nwhat is finished is in {args.out}.partial; start again with the same options", file=sys.stderr)
+        raise
+    for sentence in counts.left_out:
+        print(sentence)
+    if counts.num_resumed:
+        print(f"{counts.num_resumed} records were there from a run that was stopped")
+    print(f"{counts.describe()}\n{args.out} holds the token scores; next: {_suggest_training(args)}")
+    return 0
+
+
+def _fill_options(args: argparse.Namespace) -> None:
+    """Refuses options of the other backend, and puts in the defaults of those that were not given."""
+    from cutlm.errors import ConfigError
+
+    others = _LOCAL if args.server else _SERVER
+    given = [name for name in others if getattr(args, name) is not None]
+    if given:
+        names = ", ".join(f"--{name}" for name in given)
+        raise ConfigError(
+            f"{names}: of no use with --server; leave out the one or the other"
+            if args.server
+            else f"{names}: of use with --server alone; give its address, or leave these out"
+        )
+    for name, default in (_LOCAL | _SERVER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+
+
+def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
+    from cutlm.errors import ConfigError
+    from cutlm.generation import fingerprint_model
+    from cutlm.model import check_head, find_base_model, is_adapter_folder, load_trained, unwrap_peft
+    from cutlm.scoring import score_rows
+
+    if args.max_tokens_per_batch < 1:
+        raise ConfigError(
+            f"max_tokens_per_batch: expected a whole number of at least 1, got {args.max_tokens_per_batch}"
+        )
+    model, tokenizer = load_trained(args.model, dtype=args.dtype, base=args.base, device=args.device)
+    check_head(model)
+    detector = fingerprint_model(args.model)
+    if is_adapter_folder(args.model):
+        detector += f" on {fingerprint_model(find_base_model(args.model, args.base))}"
+    language_model = unwrap_peft(model)
+    backend = {
+        "dtype": f"{language_model.dtype}",
+        "bf16": args.bf16,
+        "device": language_model.device.type,
+        "max_tokens_per_batch": args.max_tokens_per_batch,
+    }
+
+    def score(rows: Any, done: Any) -> Any:
+        _check_context(language_model, rows, args.max_length)
+        return score_rows(model, rows, max_tokens_per_batch=args.max_tokens_per_batch, done=done, is_bf16=args.bf16)
+
+    return tokenizer, score, detector, backend
+
+
+def _check_context(model: Any, rows: Any, max_length: int) -> None:
+    """Refuses rows that are longer than what the model can read."""
+    from cutlm.errors import ConfigError
+
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    prompts = ([row["prompt_ids"], row["judged_prompt_ids"] or []] for row in rows)
+    longest = max(max(map(len, pair)) + len(row["response_ids"]) for pair, row in zip(prompts, rows, strict=True))
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"max_length: expected at most the model's context of {limit} tokens, got {max_length}, and a record of"
+            f" {longest}; give --max_length {limit}"
+        )
+
+
+def _prepare_server(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
+    from cutlm.model import load_tokenizer
+    from cutlm.prompt_logprobs import Server, read_key, score_rows_by_server
+
+    server = Server(args.server, args.model, args.concurrency, args.timeout, args.max_retries)
+    read_key()  # what is wrong with it is said before anything else is loaded
+    tokenizer = load_tokenizer(args.tokenizer or args.model)
+
+    def score(rows: Any, done: Any) -> Any:
+        return score_rows_by_server(server, rows, done=done)
+
+    return tokenizer, score, f"{server.endpoint} {server.model}", {}
+
+
+def _suggest_training(args: argparse.Namespace) -> str:
+    import shlex
+
+    # The model's name on a server may be of no use elsewhere.
+    command = ["cutlm", "train", "--data", args.out, "--model_name_or_path", args.tokenizer or args.model]
+    if args.template != "alpaca":
+        command += ["--template", args.template]
+    if args.max_length != 2048:
+        command += ["--max_length", str(args.max_length)]
+    return shlex.join(command)

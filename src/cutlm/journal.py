@@ -1,0 +1,89 @@
+"""The journal of a long run: what is finished stands in `OUT.partial` at once, so that a stopped run can go on.
+
+The first line is a header of the settings that the results depend on; a run with other ones is refused. What the lines
+after it mean, and the file that is made of them in the end, are left to the caller.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from cutlm.errors import UserError
+from cutlm.jsonl import read_bytes, sync_directory
+
+
+class Journal:
+    """Goes on with the partial file of a stopped run, or begins a new one.
+
+    Args:
+        out: The file that the run will have made in the end.
+        header: The settings that the results depend on, by name.
+
+    Attributes:
+        path: The partial file.
+        lines: What a stopped run had finished, in the order in which it was appended.
+
+    Raises:
+        UserError: A partial file of a run with other settings, or no such file at all, is in the way.
+
+    Example:
+
+        >>> with Journal("out.jsonl", {"seed": 1}) as journal:
+        ...     journal.append([{"index": 0, "output": "Yes."}])
+        >>> journal.remove()  # once out.jsonl is whole
+    """
+
+    def __init__(self, out: str | Path, header: dict[str, Any]) -> None:
+        self.path = Path(f"{out}.partial")
+        self.lines = _read_or_begin(self.path, header)
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> "Journal":
+        self._file = open(self.path, "a", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def append(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Writes lines down and sees them to the disk."""
+        assert self._file is not None, "a journal is written to inside `with`"
+        self._file.write("".join(f"{json.dumps(line)}\n" for line in lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def remove(self) -> None:
+        """Removes the partial file, when what it was kept for is whole and on the disk."""
+        self.path.unlink()
+        sync_directory(self.path.parent)
+
+
+def _read_or_begin(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        # A kill can leave half a line at the end; it is cut off, and its batch is made again.
+        text = read_bytes(path).decode("utf-8", "replace")
+        whole = text[: text.rfind("\n") + 1]
+        try:
+            lines = [json.loads(line) for line in whole.split("\n") if line]
+        except ValueError:
+            lines = [None]
+        if not all(isinstance(line, dict) for line in lines):
+            raise UserError(f"{path}: not what a stopped run leaves; remove it to start anew")
+        if lines:
+            differing = [name for name in header if lines[0].get(name) != header[name]]
+            if differing:
+                raise UserError(
+                    f"{path}: begun with other settings ({', '.join(differing)} differ); give the same ones to go on,"
+                    " or remove it to start anew"
+                )
+            path.write_text(whole, "utf-8")
+            return lines[1:]
+    path.write_text(json.dumps(header) + "\n", "utf-8")
+    return []

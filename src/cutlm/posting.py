@@ -1,0 +1,140 @@
+"""JSON to a server and back, asked again where it failed for a reason that may pass.
+
+Too many requests, a server's own errors, timeouts, cut connections and half an answer may pass; a refusal does not.
+What the answers mean is left to the caller. The standard library alone: which client comes with others changes.
+"""
+
+import email.utils
+import http.client
+import json
+import random
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+FIRST_WAIT = 1.0
+LONGEST_WAIT = 60.0
+LONGEST_ASKED_WAIT = 600.0
+# Beside the server's own errors: timeout, too early, too many requests.
+_PASSING = (408, 425, 429)
+
+
+class Refused(Exception):
+    """The server refuses the request, and would again.
+
+    Attributes:
+        status: Of HTTP; 0 where the connection itself is refused on our side.
+        said: What the server says of it, one line, without the key.
+    """
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(f"{status} {said}")
+        self.status, self.said = status, said
+
+
+class Unreachable(Exception):
+    """No answer after all attempts; says why the last one failed."""
+
+
+class Stopped(Exception):
+    """Whoever asked does not wait for the answer any more."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would become a GET, and the key would go to an address that nobody named."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+def post_json(
+    url: str,
+    request: Any,
+    *,
+    key: str | None,
+    timeout: float,
+    max_retries: int,
+    stop: threading.Event,
+) -> Any:
+    """Posts JSON and returns the JSON of the answer.
+
+    Args:
+        url: Where to.
+        request: What to send.
+        key: Sent as a bearer token.
+        timeout: Seconds without a byte after which an attempt is given up.
+        max_retries: Attempts after the first.
+        stop: Ends the waiting between attempts.
+
+    Raises:
+        Refused: The server answered with a status that another attempt would not change.
+        Unreachable: All attempts failed.
+        Stopped: `stop` was set.
+    """
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    body = json.dumps(request).encode()
+    opener = urllib.request.build_opener(_NoRedirect)
+    reason = ""
+    for attempt in range(max_retries + 1):
+        wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
+        try:
+            with opener.open(urllib.request.Request(url, body, headers, method="POST"), timeout=timeout) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            said = _read_message(error, key)
+            if error.code not in _PASSING and error.code < 500:
+                raise Refused(error.code, said) from None
+            reason = f"the server answered {error.code}{f' ({said})' if said else ''}"
+            wait = max(wait, min(LONGEST_ASKED_WAIT, _read_retry_after(error.headers.get("Retry-After"))))
+        except (TimeoutError, urllib.error.URLError, http.client.HTTPException, OSError) as error:
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                raise Refused(0, "its certificate cannot be verified") from None
+            is_late = isinstance(cause, TimeoutError)
+            reason = f"no answer within {timeout:g} seconds" if is_late else f"no answer ({_describe(cause)})"
+        except ValueError:
+            reason = "the server's answer is not JSON"
+        if stop.is_set() or (attempt < max_retries and stop.wait(wait)):
+            raise Stopped
+    raise Unreachable(f"{reason}, after {max_retries + 1} attempts")
+
+
+def _describe(cause: Any) -> str:
+    return getattr(cause, "strerror", None) or type(cause).__name__
+
+
+def _read_message(error: urllib.error.HTTPError, key: str | None) -> str:
+    """What a server says of an error: one short line, in which the key is not to be seen."""
+    try:
+        text = error.read(20_000).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+    try:
+        value = json.loads(text)
+        for name in ("error", "message", "detail"):
+            value = value.get(name, value) if isinstance(value, dict) else value
+        text = value if isinstance(value, str) else json.dumps(value)
+    except ValueError:
+        pass
+    if key:
+        text = text.replace(key, "...")
+    return " ".join(text.split())[:200].rstrip(".")
+
+
+def _read_retry_after(value: str | None) -> float:
+    """Seconds to wait, of a header that gives these or a date."""
+    if not value:
+        return 0.0
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return 0.0

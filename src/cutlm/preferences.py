@@ -1,0 +1,158 @@
+"""Pairs of a better and a worse response, and TRL's `DPOTrainer` over them: the baselines `dpo` and `ilf_dpo`.
+
+The pairs are token ids of our own encoder, so that DPO sees the prompts and responses that all other objectives see.
+The loss, the reference model and the metrics are TRL's.
+"""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from trl import DPOConfig, DPOTrainer
+
+from cutlm.config import CUTConfig
+from cutlm.encoding import Encoder
+from cutlm.errors import DataError
+from cutlm.records import JudgedRecord
+from cutlm.safe_trainer import SafeTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+
+logger = logging.getLogger(__name__)
+
+
+class Pair(NamedTuple):
+    """Two responses to one instruction."""
+
+    instruction: str
+    chosen: str
+    rejected: str
+    place: str
+
+
+def pair_responses(records: Sequence[JudgedRecord], places: Sequence[str]) -> tuple[list[Pair], list[str]]:
+    """Pairs each unsatisfactory response with a satisfactory one to the same instruction.
+
+    Where an instruction has several of them, they are taken in turn; a response counts once however often it was
+    sampled.
+
+    Returns:
+        The pairs, and sentences on what has none.
+    """
+    better: dict[str, dict[str, str]] = {}
+    worse: dict[str, dict[str, str]] = {}
+    for record, place in zip(records, places, strict=True):
+        responses = better if record.is_satisfactory else worse
+        responses.setdefault(record.full_instruction, {}).setdefault(record.output, place)
+    pairs, num_alone = [], {"satisfactory": 0, "unsatisfactory": 0}
+    for instruction in dict.fromkeys(record.full_instruction for record in records):
+        chosen, rejected = better.get(instruction, {}), worse.get(instruction, {})
+        if not chosen or not rejected:
+            num_alone["satisfactory" if chosen else "unsatisfactory"] += 1
+            continue
+        for number, (response, place) in enumerate(rejected.items()):
+            pairs.append(Pair(instruction, list(chosen)[number % len(chosen)], response, place))
+    return pairs, [f"{num} instructions left out: every response is {kind}" for kind, num in num_alone.items() if num]
+
+
+def pair_refinements(records: Sequence[JudgedRecord], places: Sequence[str]) -> tuple[list[Pair], list[str]]:
+    """Pairs the improved response of each unsatisfactory record with the one that was judged."""
+    pairs, num_satisfactory, num_unrefined = [], 0, 0
+    for record, place in zip(records, places, strict=True):
+        if record.is_satisfactory:
+            num_satisfactory += 1
+        elif not record.i_ans or record.i_ans == record.output:
+            num_unrefined += 1
+        else:
+            pairs.append(Pair(record.full_instruction, record.i_ans, record.output, place))
+    left_out = [f"{num_satisfactory} records left out: satisfactory, so there is no pair"] if num_satisfactory else []
+    if num_unrefined:
+        left_out.append(
+            f"{num_unrefined} records left out: without another response in i_ans (cutlm refine makes them)"
+        )
+    return pairs, left_out
+
+
+def encode_pairs(pairs: Sequence[Pair], encoder: Encoder, max_length: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Encodes pairs; prompts are cut from the left to fit, responses never.
+
+    Returns:
+        Rows with `prompt_ids`, `chosen_ids` and `rejected_ids`, and a sentence for each pair that does not fit.
+    """
+    rows, left_out = [], []
+    for pair in pairs:
+        chosen_ids, rejected_ids = encoder.encode_response(pair.chosen), encoder.encode_response(pair.rejected)
+        room = max_length - max(len(chosen_ids), len(rejected_ids))
+        if room < 1:
+            left_out.append(f"{pair.place}: a response alone fills max_length {max_length}; left out")
+            continue
+        prompt_ids = encoder.cut(encoder.encode_prompt(pair.instruction), room)
+        rows.append({"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids})
+    return rows, left_out
+
+
+class PairTrainer(SafeTrainer, DPOTrainer):
+    """TRL's `DPOTrainer` on pairs that are token ids already, with cutlm's stopping and saving.
+
+    Args:
+        model: The model.
+        args: cutlm's settings; those of DPO are taken from them.
+        train_dataset: Judged records: several responses an instruction under "dpo", `i_ans` under "ilf_dpo".
+        processing_class: The tokenizer.
+        peft_config: An adapter to train instead of the whole model.
+        places: Where each record stands, for messages.
+        **kwargs: As of TRL's `DPOTrainer`.
+
+    Raises:
+        DataError: There is no pair.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        args: CUTConfig,
+        train_dataset: Sequence[JudgedRecord],
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: "PeftConfig | None" = None,
+        places: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        places = places or [f"record {number}" for number in range(len(train_dataset))]
+        make_pairs = pair_responses if args.objective == "dpo" else pair_refinements
+        pairs, left_out = make_pairs(train_dataset, places)
+        encoder = Encoder(processing_class, args.template)  # type: ignore[arg-type]
+        rows, too_long = encode_pairs(pairs, encoder, args.max_length)
+        if not rows:
+            what = "responses of both kinds to one instruction" if args.objective == "dpo" else "improved responses"
+            raise DataError(f"{args.objective}: expected {what}, got none", hint="\n".join(left_out + too_long))
+        self.num_tokens_trained = sum(len(ids) for row in rows for ids in row.values())
+        self.notices = [f"{len(rows)} pairs of {len(train_dataset)} records", *left_out, *too_long]
+        if peft_config is None and not hasattr(model, "peft_config"):
+            # TRL would load it from the model's path once more, which a model in memory may not have.
+            kwargs.setdefault("ref_model", copy.deepcopy(model))
+        for notice in self.notices:
+            logger.warning(notice)
+        super().__init__(
+            model=model,
+            args=to_dpo_config(args),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset  # encoded already
+
+
+def to_dpo_config(args: CUTConfig) -> DPOConfig:
+    """TRL's settings from ours: every field of `TrainingArguments`, and beta."""
+    shared = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainingArguments) if field.init}
+    return DPOConfig(**shared | {"beta": args.dpo_beta, "max_length": args.max_length})
