@@ -537,8 +537,9 @@ def test_every_record_is_encoded_or_named_as_left_out(lengths, max_length):
 
 
 def test_counts_are_told_in_one_line():
-    row = {"prompt_ids": [1], "judged_prompt_ids": [1], "response_ids": [2], "place": "data.jsonl:1", "is_satisfactory": False}
-    encoded = EncodedRecords([row, row | {"judged_prompt_ids": None, "is_satisfactory": True}, row], 1, ["data.jsonl:9: ..."])
+    row = {"prompt_ids": [1], "judged_prompt_ids": [1], "response_ids": [2], "is_satisfactory": False}
+    rows = [row, row | {"judged_prompt_ids": None, "is_satisfactory": True}, row]
+    encoded = EncodedRecords(rows, 1, ["data.jsonl:9: ..."])
     assert encoded.describe(64) == (
         "3 records encoded (1 satisfactory, 2 unsatisfactory); 1 prompts cut from the left to fit max_length 64; 1"
         " records left out"

@@ -36,7 +36,7 @@ from cutlm.demo_report import Report
 from cutlm.demo_world import RECORDS_FILE, judge, list_held_out, make_corpus
 from cutlm.encoding import Encoder
 from cutlm.errors import UserError
-from cutlm.generation import Counts, Sampling, fingerprint_model, generate_batches, generate_file
+from cutlm.generation import Sampling, fingerprint_model, generate_file, generate_responses
 from cutlm.jsonl import open_atomic, write_rows
 from cutlm.merging import merge_adapter
 from cutlm.model import count_parameters, load_model, load_trained
@@ -115,10 +115,8 @@ def _run(out: Path, size: Size, report: Report) -> dict[str, Any]:
     held_out = [held_out[i] for i in sorted(random.Random(_SEED).sample(range(len(held_out)), size.num_held_out))]
     prompts = [{"instruction": instruction} for _, instruction in held_out]
     write_rows(out / "prompts.json", prompts)
-    counts = Counts()
-    for _ in generate_batches(base, tokenizer, encoder, [row["instruction"] for row in prompts], _SAMPLING, counts):
-        pass
-    answers = [counts.responses[index] for index in range(len(prompts))]
+    encoded = [encoder.encode_prompt(str(row["instruction"])) for row in prompts]
+    answers = generate_responses(base, tokenizer, encoder, encoded, _SAMPLING)
     scores = score_records(base, encoder, records)
     is_flagged = scores.cut.is_flagged  # fixed here: the same tokens are measured after training
     before = measure(scores, is_flagged) | rate_answers(held_out, answers)

@@ -119,6 +119,7 @@ def generate_file(
     generator: str,
     dataset: str,
     fingerprint: str,
+    judgment: str | None = None,
 ) -> Counts:
     """Answers prompts and writes AlpacaEval's format: `instruction`, `output`, `generator`, `dataset`.
 
@@ -134,6 +135,7 @@ def generate_file(
         generator: The model's name in the output.
         dataset: What rows without a `dataset` get.
         fingerprint: Of the model; a partial file made with another one is refused.
+        judgment: What the responses shall deserve to be told, for models that learned from hindsight.
 
     Raises:
         UserError: A partial file of another run is in the way.
@@ -145,22 +147,11 @@ def generate_file(
         "sampling": asdict(sampling),
         "template": encoder.template,
         "model": fingerprint,
-        "prompts": hashlib.sha256(json.dumps(instructions).encode()).hexdigest(),
+        "prompts": hashlib.sha256(json.dumps([instructions, judgment]).encode()).hexdigest(),
     }
+    encoded = [encoder.encode_prompt(instruction, judgment) for instruction in instructions]
     journal = Journal(out, header)
-    counts = Counts()
-    for line in journal.lines:
-        counts.responses[line["index"]] = line["output"]
-        counts.num_unfinished += line["is_unfinished"]
-    counts.num_resumed = len(counts.responses)
-    with journal:
-        progress = tqdm(total=len(prompts), initial=counts.num_resumed, desc="generating", unit="response")
-        for batch in generate_batches(model, tokenizer, encoder, instructions, sampling, counts):
-            journal.append(
-                {"index": index, "output": text, "is_unfinished": is_unfinished} for index, text, is_unfinished in batch
-            )
-            progress.update(len(batch))
-        progress.close()
+    counts = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
     rows = []
     for index, row in enumerate(prompts):
         answer = {"instruction": row["instruction"], "output": counts.responses[index], "generator": generator}
@@ -172,11 +163,65 @@ def generate_file(
     return counts
 
 
+def generate_with_journal(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    encoded: Sequence[list[int]],
+    sampling: Sampling,
+    journal: Journal,
+) -> Counts:
+    """Generates what a journal does not hold yet, and writes it there batch by batch.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+        encoder: Cuts prompts that do not fit.
+        encoded: Token ids of the prompts.
+        sampling: How to draw.
+        journal: Of this run or of one that was stopped.
+    """
+    counts = Counts()
+    for line in journal.lines:
+        counts.responses[line["index"]] = line["output"]
+        counts.num_unfinished += line["is_unfinished"]
+    counts.num_resumed = len(counts.responses)
+    with journal, tqdm(total=len(encoded), initial=counts.num_resumed, desc="generating", unit="response") as progress:
+        for batch in generate_batches(model, tokenizer, encoder, encoded, sampling, counts):
+            journal.append(
+                {"index": index, "output": text, "is_unfinished": is_unfinished} for index, text, is_unfinished in batch
+            )
+            progress.update(len(batch))
+    return counts
+
+
+def generate_responses(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    encoded: Sequence[list[int]],
+    sampling: Sampling,
+) -> list[str]:
+    """Generates a response to each prompt, in their order; nothing is written down.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+        encoder: Cuts prompts that do not fit.
+        encoded: Token ids of the prompts.
+        sampling: How to draw.
+    """
+    counts = Counts()
+    for _ in generate_batches(model, tokenizer, encoder, encoded, sampling, counts):
+        pass
+    return [counts.responses[index] for index in range(len(encoded))]
+
+
 def generate_batches(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder,
-    instructions: Sequence[str],
+    encoded: Sequence[list[int]],
     sampling: Sampling,
     counts: Counts,
 ) -> Iterator[list[tuple[int, str, bool]]]:
@@ -185,7 +230,6 @@ def generate_batches(
     Yields:
         For each prompt of a batch its index, the response, and whether it was stopped at `max_new_tokens`.
     """
-    encoded = [encoder.encode_prompt(instruction) for instruction in instructions]
     encoded, counts.num_cut = _fit_context(unwrap_peft(model), encoder, encoded, sampling.max_new_tokens)
     order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
     for number, start in enumerate(range(0, len(order), sampling.batch_size)):
@@ -209,8 +253,8 @@ def choose_max_new_tokens(model: nn.Module) -> int:
 
 
 def _fit_context(
-    model: Any, encoder: Encoder, encoded: list[list[int]], max_new_tokens: int
-) -> tuple[list[list[int]], int]:
+    model: Any, encoder: Encoder, encoded: Sequence[list[int]], max_new_tokens: int
+) -> tuple[Sequence[list[int]], int]:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
         return encoded, 0

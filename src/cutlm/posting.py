@@ -122,7 +122,7 @@ def _read_message(error: urllib.error.HTTPError, key: str | None) -> str:
     except ValueError:
         pass
     if key:
-        text = text.replace(key, "...")
+        text = text.replace(key, "[key]")
     return " ".join(text.split())[:200].rstrip(".")
 
 

@@ -123,7 +123,10 @@ def score_rows_by_server(
                 results.put((index, _score_row(server, rows[index], key, stop)))
             except Stopped:
                 return
-            except Exception as error:  # raised again, or counted, by whoever waits for the result
+            except Unreachable as error:
+                results.put((index, error))
+            except Exception as error:  # raised again by whoever waits for the result; nobody is to ask for more
+                stop.set()
                 results.put((index, error))
 
     # No pool of the standard library: those wait for their threads at the end, and so would Ctrl-C for each request.

@@ -72,7 +72,7 @@ def score_rows(
                 continue
             # A batch that was written down in part is made again whole: its numbers may depend on what is in it.
             tensors = CutCollator()([rows[index] for index in batch])
-            tensors |= {name: tensors[name].to(device) for name in ("input_ids", "target_ids")}
+            tensors |= {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=is_bf16)
             with _evaluate(model), torch.inference_mode(), autocast:
                 logps = score_batch(model, tensors)

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "align a model with judged records",
     "merge": "fold a trained adapter into its base model",
     "generate": "answer a file of instructions",
+    "refine": "rewrite unsatisfactory responses by what was said about them",
     "world": "the tiny world: build its base model, compare methods on it",
     "blame": "find the tokens that a judgment blames, by a frozen model",
 }

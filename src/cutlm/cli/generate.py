@@ -15,6 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", choices=("alpaca", "chat"), help="default: the tokenizer's chat template, which training saves"
     )
+    parser.add_argument(
+        "--judgment",
+        metavar="TEXT",
+        help='what the responses shall deserve to be told, such as "Perfect.": for models that learned from hindsight',
+    )
     parser.add_argument("--max_new_tokens", type=int, help="stop here (default: 2048, or half of the model's context)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="total probability to draw from (default: 1)")
@@ -54,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         generator=args.generator or Path(args.model).resolve().name,
         dataset=Path(args.prompts).name.partition(".")[0],
         fingerprint=fingerprint_model(args.model),
+        judgment=args.judgment,
     )
     if counts.num_resumed:
         print(f"{counts.num_resumed} responses were there from a run that was stopped")

@@ -1,0 +1,65 @@
+"""Let a model rewrite its unsatisfactory responses, given the judgments: the improved responses (i_ans) that the
+objectives ilf_mle and ilf_dpo learn from.
+
+  cutlm refine --model MODEL --data records.jsonl --out refined.jsonl
+
+A run that was stopped goes on where it was when started again with the same settings."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="MODEL", help="a model or adapter folder, or a hub name")
+    parser.add_argument("--data", required=True, metavar="FILE", help="records: JSON array or JSON Lines")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument(
+        "--template", choices=("alpaca", "chat"), default="alpaca", help="as in training (default: alpaca)"
+    )
+    parser.add_argument("--max_new_tokens", type=int, help="stop here (default: 2048, or half of the model's context)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="total probability to draw from (default: 1)")
+    parser.add_argument("--seed", type=int, default=42, help="of the random numbers (default: 42)")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time (default: 16)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
+
+
+def run(args: argparse.Namespace) -> int:
+    from cutlm.errors import DataError, UserError
+    from cutlm.jsonl import refuse_overwriting
+
+    refuse_overwriting([args.data], args.out)
+    if Path(args.out).exists() and not args.overwrite:
+        raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
+
+    from cutlm.encoding import Encoder
+    from cutlm.generation import Sampling, choose_max_new_tokens, fingerprint_model
+    from cutlm.model import load_trained
+    from cutlm.records import load_records
+    from cutlm.refinement import refine_file
+
+    records = load_records(args.data)
+    if all(record.is_satisfactory or record.i_ans for record in records):
+        raise DataError(f"{args.data}: nothing to refine: every record is satisfactory or has an i_ans")
+    model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
+    max_new_tokens = choose_max_new_tokens(model) if args.max_new_tokens is None else args.max_new_tokens
+    counts = refine_file(
+        model,
+        tokenizer,
+        Encoder(tokenizer, args.template),
+        records,
+        args.out,
+        Sampling(max_new_tokens, args.temperature, args.top_p, args.seed, args.batch_size),
+        fingerprint=fingerprint_model(args.model),
+    )
+    if counts.num_resumed:
+        print(f"{counts.num_resumed} responses were there from a run that was stopped")
+    if counts.num_cut:
+        print(f"{counts.num_cut} prompts were cut from the left to fit the model's context")
+    print(
+        f"{len(counts.responses)} of {len(records)} responses rewritten in {args.out}; {counts.num_unfinished} of them"
+        f" stopped at {max_new_tokens} tokens. Next:\n  cutlm train --objective ilf_mle --data {args.out} ..."
+    )
+    return 0
