@@ -16,11 +16,12 @@ import torch
 from tiny import make_model, make_tokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cutlm.blame import BlameSettings
+from cutlm.blame import BlameSettings, blame_file
 from cutlm.cli import main
 from cutlm.encoding import Encoder
 from cutlm.errors import UserError
-from cutlm.records import load_records
+from cutlm.journal import Journal
+from cutlm.records import JudgedRecord, load_records
 from cutlm.scoring import score_rows
 from cutlm.token_scores import read_token_scores
 
@@ -43,7 +44,6 @@ def killing(*args, **kwargs):
     if num_calls == 3:
         SIGNAL
     return original(*args, **kwargs)
-from cutlm.model import check_head
 scoring.score_batch = killing
 from cutlm.cli import main
 sys.exit(main(sys.argv[1:]))
@@ -100,9 +100,7 @@ def test_blame_is_equation_5_spelled_out_in_float64(model: Path, data: Path, tmp
             assert scores.logps_with is None
             assert not any(scores.is_flagged)
             continue
-        judged = score_alone(
-            twin, encoder.encode_prompt(record.full_instruction, record.judgment), scores.token_ids
-        )
+        judged = score_alone(twin, encoder.encode_prompt(record.full_instruction, record.judgment), scores.token_ids)
         assert scores.logps_with == pytest.approx(judged, abs=1e-5)
         for place, flag in enumerate(scores.is_flagged):
             assert flag == (math.exp(judged[place]) > 1.3 * math.exp(without[place]))
@@ -150,7 +148,9 @@ def test_counts_and_the_next_command_are_printed(
     assert main(list_options(model, data, out, "--max_length", str(lengths[2]), "--template", "chat")) == 0
     printed = capsys.readouterr().out
     assert f"data.jsonl:3: the response alone fills max_length {lengths[2]}; left out" in printed
-    assert re.search(r"6 records scored \(2 satisfactory, 4 unsatisfactory\); \d with a prompt cut .*; 1 left out", printed)
+    assert re.search(
+        r"6 records scored \(2 satisfactory, 4 unsatisfactory\); \d with a prompt cut .*; 1 left out", printed
+    )
     scores = [scores for scores in read_token_scores(out) if not scores.record.is_satisfactory]
     num_flagged, num_tokens = sum(sum(one.is_flagged) for one in scores), sum(len(one.tokens) for one in scores)
     num_none = sum(not any(one.is_flagged) for one in scores)
@@ -193,7 +193,6 @@ def test_an_interrupted_run_says_how_to_go_on(model: Path, data: Path, tmp_path:
 def test_a_finished_batch_is_not_scored_again(model: Path, data: Path, tmp_path: Path) -> None:
     options = list_options(model, data, tmp_path / "out.jsonl")
     subprocess.run([sys.executable, "-c", KILL, *options], capture_output=True, check=False)
-    # Two more batches would be the third call, and this process would end there.
     partial = tmp_path / "out.jsonl.partial"
     num_before = len(partial.read_text().splitlines())
     subprocess.run([sys.executable, "-c", KILL, *options], capture_output=True, check=False)
@@ -247,9 +246,7 @@ def test_what_is_wrong_with_the_settings_is_said_at_once(
     assert "--device, --max_tokens_per_batch: of no use with --server" in capsys.readouterr().err
 
 
-def test_nothing_is_written_over(
-    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_written_over(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("precious")
     assert main(list_options(model, data, out)) == 2
@@ -268,9 +265,7 @@ def test_token_scores_can_be_blamed_again(model: Path, data: Path, tmp_path: Pat
     assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "c.jsonl").read_bytes()
 
 
-def test_fields_that_would_be_lost_are_refused(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fields_that_would_be_lost_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "data.jsonl", [RECORDS[0] | {"model": "gpt"}, RECORDS[1] | {"tokenizer": "x", "tokens": 3}])
     assert main(list_options(model, path, tmp_path / "out.jsonl")) == 2
     message = capsys.readouterr().err
@@ -280,7 +275,9 @@ def test_fields_that_would_be_lost_are_refused(
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
-def test_nothing_to_score_is_an_error(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_score_is_an_error(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(list_options(model, data, tmp_path / "out.jsonl", "--max_length", "2")) == 2
     message = capsys.readouterr().err
     assert "data.jsonl:7: the response alone fills max_length 2; left out" in message
@@ -299,6 +296,23 @@ def test_records_longer_than_the_models_context_are_said(
     assert re.search(r"max_length: expected at most the model's context of 64 tokens, got 2048, and .*64", message)
     assert main(list_options(tmp_path / "short", data, tmp_path / "out.jsonl", "--max_length", "64")) == 2
     assert "begun with other settings (max_length differ)" in capsys.readouterr().err
+
+
+def test_what_is_written_can_be_read_however_small_or_near_to_certain(tmp_path: Path) -> None:
+    def score(rows: Any, done: Any) -> Any:
+        logps = torch.full((len(rows[0]["response_ids"]),), -9999.0, dtype=torch.float64)
+        certain = torch.full_like(logps, 1e-9)  # a probability above 1, by rounding
+        yield [(0, logps, logps / 2), (1, certain, None)]
+
+    records = [JudgedRecord(**RECORDS[0]), JudgedRecord(**(RECORDS[0] | {"judgment": None}))]
+    encoder = Encoder(make_tokenizer("bpe"), "alpaca")
+    out = tmp_path / "out.jsonl"
+    counts = blame_file(records, ["a:1", "a:2"], out, encoder, score, BlameSettings(), detector="m", backend={})
+    assert counts.num_flagged == counts.num_tokens > 0
+    flagged, certain = read_token_scores(out)
+    assert all(flagged.is_flagged)
+    assert all(weight > 0 for weight in flagged.weights), "the smallest number there is, and not 0"
+    assert certain.logps_without == [0.0] * len(certain.token_ids)
 
 
 # ---- score_rows ----
@@ -331,12 +345,36 @@ def test_rows_are_scored_the_longest_first_within_the_budget(max_tokens: int) ->
             assert judged.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_rows_that_are_done_are_left_out_and_the_others_are_what_they_would_be() -> None:
+    model = make_model(64)
+    whole = {index: scores for batch in score_rows(model, ROWS, show_progress=False) for index, *scores in batch}
+    (batch,) = score_rows(model, ROWS, done={0, 1}, show_progress=False)
+    assert [index for index, _, _ in batch] == [2, 3]
+    for index, without, judged in batch:
+        assert torch.equal(without, whole[index][0])
+        assert torch.equal(judged, whole[index][1])
+    assert list(score_rows(model, ROWS, done={0, 1, 2, 3}, show_progress=False)) == []
+
+
+def test_half_a_line_of_a_journal_is_cut_off(tmp_path: Path) -> None:
+    for number in range(3):
+        with Journal(tmp_path / "out", {"seed": 1}) as journal:
+            assert journal.lines == [{"index": index} for index in range(number)]
+            journal.append([{"index": number}])
+        with open(journal.path, "a") as file:
+            file.write('{"index": ')
+
+
 def test_dropout_is_off_and_each_module_is_left_as_it_was() -> None:
     model = make_model(64, attention_dropout=0.9).train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     first, again = (
-        {index: without.tolist() for batch in score_rows(model, ROWS, show_progress=False) for index, without, _ in batch}
+        {
+            index: without.tolist()
+            for batch in score_rows(model, ROWS, show_progress=False)
+            for index, without, _ in batch
+        }
         for _ in range(2)
     )
     assert first == again
@@ -365,7 +403,9 @@ def test_autocast_is_on_request() -> None:
 def test_log_probs_that_are_no_numbers_name_their_rows() -> None:
     model = make_model(64)
     model.model.embed_tokens.weight.data[16] = float("nan")
-    with pytest.raises(UserError, match=r"a:3.*a:4: log-probs that are no numbers, 2 records in all; .* --dtype float32"):
+    with pytest.raises(
+        UserError, match=r"a:3.*a:4: log-probs that are no numbers, 2 records in all; .* --dtype float32"
+    ):
         list(score_rows(model, ROWS, show_progress=False))
 
 

@@ -2,8 +2,10 @@
 
 import functools
 import gzip
+import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,21 @@ KINDS = (*TOKENIZER_KINDS, "wordpiece", "slow")
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 WORDS = (
     *(" ", "  ", "\n", "\n\n", "\t", "Hello", " world", "The capital", ". ", ", ", "12 + 34", "a", ":", "x_1"),
-    *("é", "e\u0301", "你好", "🙂", "👩‍👩‍👧", " 🙂", "\u00a0", "ﬁ", "\u3000", "</s>", "<eos>", "<s>", "### Response:\n"),
+    *(
+        "é",
+        "e\u0301",
+        "你好",
+        "🙂",
+        "👩‍👩‍👧",
+        " 🙂",
+        "\u00a0",
+        "ﬁ",
+        "\u3000",
+        "</s>",
+        "<eos>",
+        "<s>",
+        "### Response:\n",
+    ),
 )
 # A null byte is refused in records, and a lower one-eighth block is how SentencePiece writes a space.
 LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0▁\ufffd")
@@ -136,11 +152,13 @@ def test_decoding_ever_more_tokens_finds_what_the_tokenizers_own_offsets_say(kin
     ids = encoder.encode_response(response)
     words = (encoder.tokenizer, encoder._tail_ids, response, ids[:-1])
     by_offsets = _read_offsets(encoder.tokenizer, encoder._tail, *words[1:])
-    if by_offsets is None or kind == "wordpiece" and not re.fullmatch(r"[a-z ]+", response):
+    # What is decoded of an unknown character, and of words in one case without spaces, says less than the offsets do.
+    is_unclear = encoder.tokenizer.unk_token_id in ids or (
+        kind == "wordpiece" and not re.fullmatch(r"[a-z ]+", response)
+    )
+    if by_offsets is None or is_unclear:
         return
-    pieces = [
-        [response[start:end].strip() for start, end in spans] for spans in (by_offsets, _decode_prefixes(*words))
-    ]
+    pieces = [[response[start:end].strip() for start, end in spans] for spans in (by_offsets, _decode_prefixes(*words))]
     assert pieces[0] == pieces[1]
 
 
@@ -178,11 +196,9 @@ def test_words_in_lower_case_without_spaces_are_found_in_the_text() -> None:
     cuts=st.lists(st.integers(0, 20), min_size=1, max_size=8).map(sorted),
     marks=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)).map(lambda pair: tuple(sorted(pair))), max_size=4),
 )
-def test_a_token_is_flagged_if_it_shares_a_character_with_a_mark(
-    cuts: list[int], marks: list[tuple[int, int]]
-) -> None:
+def test_a_token_is_flagged_if_it_shares_a_character_with_a_mark(cuts: list[int], marks: list[tuple[int, int]]) -> None:
     edges = [0, *cuts, 20]
-    spans = [*zip(edges, edges[1:], strict=False), (20, 20)]
+    spans = [*itertools.pairwise(edges), (20, 20)]
     filled = [mark for mark in marks if mark[0] < mark[1]]
     marked = {place for start, end in filled for place in range(start, end)}
     flags = flag_spans(spans, filled)
@@ -217,7 +233,7 @@ def test_flags_carried_over_are_those_that_share_a_character(target: str, data: 
     output = data.draw(RESPONSES)
     source = make_scores(output=output)
     flags = data.draw(st.lists(st.booleans(), min_size=len(source.token_ids), max_size=len(source.token_ids)))
-    weights = [(place + 1) / 8 if flag else 0.0 for place, flag in enumerate(flags)]
+    weights = [1 / (place + 1) if flag else 0.0 for place, flag in enumerate(flags)]
     scores = make_scores(output=output, is_flagged=flags, weights=weights)
     encoder = get_encoder(target)
     mapped = map_to_tokenizer(scores, encoder)
@@ -233,11 +249,29 @@ def test_flags_carried_over_are_those_that_share_a_character(target: str, data: 
         expected = 0.0
         for (left, right), source_weight in zip(scores.spans, scores.weights, strict=True):
             is_space = not output[left:right].strip()
-            shared = {place for place in range(max(start, left), min(end, right))}
+            shared = range(max(start, left), min(end, right))
             if any(is_space or not output[place].isspace() for place in shared) or start == left == len(output):
                 expected = max(expected, source_weight)
         if start < end or start == len(output):
             assert weight == expected
+
+
+def test_a_flag_whose_span_has_spaces_in_it_is_carried_over_to_the_words() -> None:
+    # As of scores that were made by something else: "is a" and " city." in one piece each.
+    output, encoder = "is a city.", get_encoder("slow")
+    spans = [(0, 4), (4, 10), (10, 10)]
+    scores = make_scores(output=output)
+    for flags, expected in (
+        ([True, False, False], "is a"),
+        ([False, True, False], "city."),
+        ([True, True, True], output),
+    ):
+        weights = [0.25 if flag else 0.0 for flag in flags]
+        changed = replace(scores, spans=spans, is_flagged=flags, weights=weights)
+        mapped = map_to_tokenizer(changed, encoder)
+        pieces = zip(mapped.spans, mapped.is_flagged, strict=True)
+        assert "".join(output[slice(*span)] for span, flag in pieces if flag) == expected.replace(" ", "")
+        assert mapped.is_flagged[-1] == flags[-1]
 
 
 def test_a_tokenizer_is_known_by_what_it_does() -> None:
@@ -304,7 +338,9 @@ def test_a_file_of_plain_records_is_no_file_of_token_scores(tmp_path: Path) -> N
     }.items():
         (tmp_path / name).write_text(text)
         assert not is_token_scores(tmp_path / name)
-    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf\n" + json.dumps(make_scores().to_row()).encode()))
+    (tmp_path / "packed.jsonl.gz").write_bytes(
+        gzip.compress(b"\xef\xbb\xbf\n" + json.dumps(make_scores().to_row()).encode())
+    )
     assert is_token_scores(tmp_path / "packed.jsonl.gz")
     with pytest.raises(DataError, match=r"gone: no such file"):
         is_token_scores(tmp_path / "gone")
@@ -345,7 +381,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "threshold": ({"threshold": "1.1"}, r"field 'threshold': expected a number of at least 0, got a string"),
     "other judgment": (
         {"judgment": "Perfect."},
-        r"field 'is_satisfactory': expected true by the row's judgment and score, got false; change the one or the other",
+        r"field 'is_satisfactory': expected true by the row's judgment and score, got false; change the one or",
     ),
     "no version": ({"schema_version": None}, r"field 'schema_version': expected 1, got null; make the file by cutlm"),
     "record": ({"output": 3}, r"field 'output': expected a string, got a number \(3\)"),
@@ -389,7 +425,9 @@ def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
 def test_a_later_version_is_refused_in_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     path.write_text(json.dumps({"schema_version": 2, "new": [1]}) + "\n")
-    with pytest.raises(DataError, match=r"expected token scores of schema_version 1, got 2, .*; upgrade cutlm, or") as error:
+    with pytest.raises(
+        DataError, match=r"expected token scores of schema_version 1, got 2, .*; upgrade cutlm, or"
+    ) as error:
         read_token_scores(path)
     assert len(error.value.problems) == 1
 
