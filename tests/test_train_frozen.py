@@ -200,6 +200,18 @@ def test_scores_of_another_tokenizer_are_refused_or_taken_by_their_characters(wo
     assert any(any(row["is_flagged"]) for row in trainer.train_dataset)
 
 
+def test_scores_of_another_prompt_are_refused(workplace, tmp_path):
+    tokenizer = make_tokenizer("bpe", chat=True)
+    args = CUTConfig(output_dir=str(tmp_path), template="chat", **SETTINGS)
+    with pytest.raises(DataError, match=r"train_dataset\[0\]: field 'template': made with alpaca.*, the training's is"):
+        CUTTrainer(
+            make_model(len(tokenizer)),
+            args,
+            train_dataset=read_token_scores(workplace / "s.jsonl"),
+            processing_class=tokenizer,
+        )
+
+
 @pytest.mark.parametrize("settings", [{"detector": "current"}, {"objective": "hindsight"}])
 def test_token_scores_are_for_known_flags_only(workplace, capsys, settings):
     assert _train(workplace, "refused", data="s.jsonl", **settings) == 2

@@ -20,7 +20,7 @@ from cutlm.model import unwrap_peft
 from cutlm.objectives import blame_tokens
 from cutlm.records import JudgedRecord, as_records
 from cutlm.scoring import score_rows
-from cutlm.token_scores import TokenScores, fingerprint_tokenizer, map_to_tokenizer
+from cutlm.token_scores import TokenScores, fingerprint_template, fingerprint_tokenizer, map_to_tokenizer
 from cutlm.views import View, choose_view, view_both_contexts
 
 _ID_COLUMNS = ("prompt_ids", "judged_prompt_ids", "response_ids")
@@ -93,7 +93,7 @@ def _view_scores(
 
     Raises:
         ConfigError: Other settings than for known flags.
-        DataError: Scores of another tokenizer, and `map_spans` is off.
+        DataError: Scores of another tokenizer or template, and `map_spans` is off.
     """
     if args.objective != "cut" or args.detector not in (None, "frozen"):
         raise ConfigError(
@@ -101,16 +101,19 @@ def _view_scores(
             f" {args.objective}, detector {args.detector}"
         )
     args.detector = "frozen"
-    own = fingerprint_tokenizer(encoder.tokenizer)
+    tokenizer, template = fingerprint_tokenizer(encoder.tokenizer), fingerprint_template(encoder)
     problems, by_record = [], {}
     for scores, place in zip(dataset, places, strict=True):
-        if scores.tokenizer != own and scores.token_ids != encoder.encode_response(scores.record.output):
+        if not args.map_spans and scores.template != template:
+            problems.append(f"{place}: field 'template': made with {scores.template}, the training's is {template}")
+        if scores.tokenizer != tokenizer and scores.token_ids != encoder.encode_response(scores.record.output):
             if not args.map_spans:
                 problems.append(f"{place}: field 'tokenizer': made with another tokenizer than the model's")
             scores = map_to_tokenizer(scores, encoder)
         by_record[id(scores.record)] = scores
     if problems:
-        raise DataError(problems, hint="set map_spans: true to take flags and weights over by their characters")
+        hint = "set map_spans: true to take flags and weights over by their characters"
+        raise DataError(problems, hint=hint)
 
     def view(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
         scores = by_record[id(record)]
