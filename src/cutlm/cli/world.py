@@ -1,0 +1,86 @@
+"""The tiny world: instructions with verifiable answers, an oracle that judges, and a base model with known flaws, to
+study alignment by judgments on a CPU."""
+
+import argparse
+import os
+
+TABLES = ("methods", "ablations", "iterations", "rewards", "detection")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    build = actions.add_parser(
+        "build",
+        help="train the world's base model from nothing, on a CPU",
+        description="Train the world's base model from nothing, on a CPU: the one that comes with the package.",
+        allow_abbrev=False,
+    )
+    build.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    build.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and corpus (default: 0)")
+    build.add_argument("--num-steps", type=int, metavar="N", help="stop early, to try that everything runs")
+    build.set_defaults(run_action=_build)
+    compare = actions.add_parser(
+        "compare",
+        help="train by each method on the same responses, and measure",
+        description="Train by each method on the same responses, and measure: tables, plots and JSON in a folder.\n"
+        "What was run once is kept, and not run again; remove the cache after a change of the code.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    compare.add_argument("table", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)} (default: all)")
+    compare.add_argument("--out", default="experiments", metavar="DIR", help="where to (default: experiments)")
+    compare.add_argument("--quick", action="store_true", help="one seed, a few steps: to see that everything runs")
+    compare.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    compare.add_argument("--cache", metavar="DIR", help="where results of runs are kept (default: OUT/.runs)")
+    compare.set_defaults(run_action=_compare)
+
+
+def run(args: argparse.Namespace) -> int:
+    # Where others use the processor too, threads that wait by spinning make this three times as slow. Read by the
+    # OpenMP library when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return args.run_action(args)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from cutlm.errors import UserError
+    from cutlm.world.base import NUM_STEPS, build_base
+
+    num_steps = NUM_STEPS if args.num_steps is None else args.num_steps
+    if num_steps < 1:
+        raise UserError(f"--num-steps: expected a whole number of at least 1, got {num_steps}")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed: expected a whole number from 0 to {2**32 - 1}, got {args.seed}")
+    if build_base(args.out, args.seed, num_steps):
+        print(f"the base model is in {args.out}")
+    else:
+        print(f"{args.out} holds this base model already, by the same recipe; nothing was done")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from cutlm.errors import UserError
+
+    unknown = [name for name in args.table if name not in TABLES]
+    if unknown:
+        raise UserError(f"TABLE: expected some of {', '.join(TABLES)}, got {', '.join(unknown)}")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers: expected a whole number of at least 1, got {args.workers}")
+
+    from cutlm.world.base import base_path
+    from cutlm.world.compare import QUICK, Size, compare_table
+    from cutlm.world.pool import Pool, hash_folder
+    from cutlm.world.tables import write_results
+
+    out, size = Path(args.out), QUICK if args.quick else Size()
+    base = hash_folder(base_path())
+    pool = Pool(Path(args.cache) if args.cache else out / ".runs", base, args.workers)
+    for name in args.table or TABLES:
+        rows = compare_table(name, pool.run_all, size)
+        command = f"cutlm world compare {name}" + " --quick" * args.quick
+        write_results(out, name, rows, size.seeds, command, base)
+        print((out / f"{name}.md").read_text("utf-8"))
+    print(f"tables, plots and JSON are in {out}")
+    return 0

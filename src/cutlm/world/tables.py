@@ -1,0 +1,213 @@
+"""Results of the comparison as files: JSON for machines, a Markdown table and a plot for people.
+
+Which results there are is left to `cutlm.world.compare`.
+"""
+
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from cutlm.jsonl import open_atomic
+
+# Student's t at 97.5%, by degrees of freedom.
+_T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+_PACKAGES = ("cutlm", "torch", "transformers", "trl")
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind people too
+
+
+def summarize(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and half the width of its 95% interval (Student's t); None for the latter of a single value."""
+    if len(values) < 2:
+        return mean(values), None
+    return mean(values), _T_QUANTILES.get(len(values) - 1, 1.96) * stdev(values) / math.sqrt(len(values))
+
+
+def write_results(
+    folder: Path, name: str, rows: Sequence[dict[str, Any]], seeds: Sequence[int], command: str, base: str
+) -> None:
+    """Writes `NAME.json`, `NAME.md` and `NAME.png`.
+
+    Args:
+        folder: Where to.
+        name: Of the table.
+        rows: Its results.
+        seeds: Of the test runs, in the order of lists of results.
+        command: That made it.
+        base: Hash of the base model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "seeds": list(seeds),
+        "command": command,
+        "base_model": base,
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {platform.system()}, CPU",
+        "versions": {package: version(package) for package in _PACKAGES},
+    }
+    _write(folder / f"{name}.json", json.dumps({"results": list(rows)} | about, indent=1) + "\n")
+    title, make_table, plot = _TABLES[name]
+    note = f"Made by `{command}` on {about['date']}; {_describe_seeds(seeds)}. Remade by the same command."
+    _write(folder / f"{name}.md", f"# {title}\n\n{make_table(rows)}\n\n{note}\n")
+    _draw(folder / f"{name}.png", title, rows, plot)
+
+
+def _write(path: Path, text: str) -> None:
+    with open_atomic(path) as file:
+        file.write(text.encode())
+
+
+def _describe_seeds(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return "one seed, so no intervals"
+    return f"means and 95% intervals over {len(seeds)} seeds"
+
+
+def _show(values: Sequence[float]) -> str:
+    middle, half = summarize(values)
+    return f"{middle:.3f}" if half is None else f"{middle:.3f} ± {half:.3f}"
+
+
+def _join(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def _tabulate_methods(rows: Sequence[dict[str, Any]]) -> str:
+    families = list(rows[0]["by_family"])
+    header = ["method", "test accuracy", "lr", *families, "seconds", "tokens generated", "trained on", "blamed"]
+    cells = [
+        [
+            f"`{row['method']}` {row['about']}",
+            _show(row["test_accuracy"]),
+            "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
+            *(f"{row['by_family'][family]:.2f}" for family in families),
+            f"{mean(row['seconds']):.1f}",
+            *(f"{row[name]:,}" for name in ("tokens_generated", "tokens_trained", "tokens_blamed")),
+        ]
+        for row in rows
+    ]
+    return _join(header, cells)
+
+
+def _tabulate_steps(key: str, title: str) -> Callable[[Sequence[dict[str, Any]]], str]:
+    def tabulate(rows: Sequence[dict[str, Any]]) -> str:
+        columns = list(dict.fromkeys(row[key] for row in rows))
+        names = list(dict.fromkeys(row["method"] for row in rows))
+        found = {(row["method"], row[key]): row for row in rows}
+        cells = [[f"`{name}`", *(_show(found[name, column]["test_accuracy"]) for column in columns)] for name in names]
+        return _join([title, *map(str, columns)], cells)
+
+    return tabulate
+
+
+def _tabulate_detection(rows: Sequence[dict[str, Any]]) -> str:
+    header = ["detector, family", "threshold", "precision", "recall", "F1"]
+    return _join(
+        header,
+        [
+            [
+                f"{row['detector']}, {row['family']}",
+                f"{row['threshold']:g}",
+                *(f"{row[name]:.3f}" for name in ("precision", "recall", "f1")),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _draw(path: Path, title: str, rows: Sequence[dict[str, Any]], plot: Callable[[Any, Any], None]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.6), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    plot(axes, rows)
+    with open_atomic(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def _plot_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    places = range(len(rows))[::-1]
+    summaries = [summarize(row["test_accuracy"]) for row in rows]
+    colors = [_COLORS[0] if row["method"].startswith("cut") else "#9a9a9a" for row in rows]
+    axes.barh(
+        places, [middle for middle, _ in summaries], xerr=[half or 0 for _, half in summaries], color=colors, capsize=3
+    )
+    axes.set_yticks(places, [row["method"] for row in rows], fontsize=8)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("accuracy on test tasks, mean over families")
+
+
+def _plot_lines(key: str, label: str, is_log: bool = False) -> Callable[[Any, Any], None]:
+    def plot(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+        for number, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            part = [row for row in rows if row["method"] == name]
+            summaries = [summarize(row["test_accuracy"]) for row in part]
+            axes.errorbar(
+                [row[key] for row in part],
+                [middle for middle, _ in summaries],
+                yerr=[half or 0 for _, half in summaries],
+                marker="osD^v"[number % 5],
+                color=_COLORS[number % len(_COLORS)],
+                capsize=3,
+                label=name,
+            )
+        if is_log:
+            axes.set_xscale("log", base=2)
+        ticks = list(dict.fromkeys(row[key] for row in rows))
+        axes.set_xticks(ticks, list(map(str, ticks)))
+        axes.minorticks_off()
+        axes.set_xlabel(label)
+        axes.set_ylabel("accuracy on test tasks")
+        axes.legend()
+
+    return plot
+
+
+def _plot_detection(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    for number, name in enumerate(dict.fromkeys(row["detector"] for row in rows)):
+        part = [row for row in rows if row["detector"] == name and row["family"] == "micro"]
+        color = _COLORS[number % len(_COLORS)]
+        axes.plot(
+            [row["threshold"] for row in part],
+            [row["recall"] for row in part],
+            "o-",
+            color=color,
+            label=f"{name}: recall",
+        )
+        axes.plot(
+            [row["threshold"] for row in part],
+            [row["precision"] for row in part],
+            "s--",
+            color=color,
+            label=f"{name}: precision",
+        )
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("threshold")
+    axes.legend()
+
+
+_Table = tuple[str, Callable[[Sequence[dict[str, Any]]], str], Callable[[Any, Any], None]]
+_TABLES: dict[str, _Table] = {
+    "methods": ("Methods on the tiny world", _tabulate_methods, _plot_bars),
+    "ablations": ("CUT without one of its parts", _tabulate_methods, _plot_bars),
+    "iterations": (
+        "Online iterations",
+        _tabulate_steps("iteration", "after iteration"),
+        _plot_lines("iteration", "iteration"),
+    ),
+    "rewards": (
+        "Judgments against rewards",
+        _tabulate_steps("num_responses", "judged responses"),
+        _plot_lines("num_responses", "judged responses", is_log=True),
+    ),
+    "detection": ("Detection of wrong tokens", _tabulate_detection, _plot_detection),
+}
