@@ -65,7 +65,8 @@ def test_every_bad_alpaca_row_is_named_and_nothing_is_written(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == [
         f"cutlm convert: {file}:2: field 'output': expected text, got an empty string",
         f"{file}:3: field 'judgment': expected a string or null, got a list",
-        f"{file}:4: expected an object with the fields instruction, input, output, judgment, score, i_ans, got a list",
+        f"{file}:4: expected an object with the fields instruction, input, output, judgment, score, i_ans, wrong_spans,"
+        " got a list",
         f"3 problems in {file}; mend them, nothing was skipped",
     ]
     assert not (tmp_path / "out.jsonl").exists()

@@ -131,7 +131,7 @@ def test_committed_metrics_hold_what_the_base_model_is_for():
     assert metrics["accuracy_when_praised"]["macro"] >= 0.65
     found = metrics["detection"]["1.1"]
     assert found["micro"]["f1"] >= 0.93
-    assert min(by_family["recall"] for by_family in found.values()) >= 0.85
+    assert min(by_family["recall"] for by_family in found.values()) >= 0.8
 
 
 def test_packaged_base_model_has_the_committed_metrics(base):
