@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quantization]'
 	touch $@
 
-demo: setup ## train, merge and generate with a tiny model made on the spot (CPU, under 4 minutes)
+demo: setup ## see a tiny model answer, be judged and learn from it (CPU, about a minute)
 	$(BIN)/cutlm demo
 
 test: setup ## run the tests

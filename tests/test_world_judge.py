@@ -112,3 +112,13 @@ def test_judging_by_the_instruction_alone_says_the_same_and_refuses_others():
         assert judge(task.instruction, task.right_answers[0]) is None
     with pytest.raises(UserError, match="its own tasks only, got 'Who are you"):
         judge("Who are you?", "no")
+
+
+def test_whatever_is_left_of_an_answer_can_be_judged():
+    for task in list_tasks("test")[::7]:
+        for right in task.right_answers:
+            for end in range(1, len(right)):
+                for text in (right[:end], right[end:], f"{right[:end]}.", f"{right[:end]} 7{right[end:]}"):
+                    verdict = judge_task(task, text)
+                    for start, stop in verdict.wrong_spans:
+                        assert 0 <= start <= stop <= len(text), (task, text)

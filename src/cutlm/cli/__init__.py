@@ -14,7 +14,7 @@ from cutlm import __version__
 from cutlm.errors import UserError
 
 COMMANDS = {
-    "demo": "train, merge and generate with a tiny model made on the spot, on a CPU",
+    "demo": "see a tiny model answer, be judged and learn from it, on a CPU",
     "convert": "turn published judgment data into records",
     "check": "report every bad row of a file of records, and counts",
     "train": "align a model with judged records",

@@ -161,8 +161,8 @@ def _name_own_flaw(task: Task, text: str, turn: _Turn) -> str | None:
         return "carry" if habit is not None and text == habit.response else "digit"
     if task.family == "sorting" and text == swap_last(sorted(task.item.split())):
         return "swap"
-    if task.family == "lists" and turn.expected.isalpha() and turn.got == ".":
-        words = task.item.split()
+    words = task.item.split()
+    if task.family == "lists" and turn.expected in words and turn.got == ".":
         return "omission" if text == join_words("The list", words[: words.index(turn.expected)]) else None
     if task.family == "style" and text == apply_rule(load_questions()[task.item].answer, None):
         return "rule"

@@ -216,6 +216,7 @@ def _load_base() -> "tuple[LlamaForCausalLM, PreTrainedTokenizerBase]":
 def _quieten() -> None:
     """A run is one of hundreds; what it would log is in its result."""
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     logging.getLogger("cutlm").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
