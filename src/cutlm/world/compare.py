@@ -60,30 +60,42 @@ def choose_rates(run_all: RunAll, templates: Sequence[Run], size: Size) -> list[
     ]
 
 
-def compare_methods(run_all: RunAll, size: Size, methods: Sequence[Method] = METHODS) -> list[dict[str, Any]]:
+def compare_methods(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
     """Table 2 of the paper, on the tiny world: each method trained once on the base model's responses."""
-    templates = [Run(method.name, 0.0, 0, "test", size.num_steps, num_eval=size.num_eval) for method in methods]
+    templates = [Run(method.name, 0.0, 0, "test", size.num_steps, num_eval=size.num_eval) for method in METHODS]
     rates = choose_rates(run_all, templates, size)
     bases = [Run(method.name, 0.0, 0, "test", 0, num_eval=size.num_eval) for method in BASES]
-    runs = [
-        replace(run, learning_rate=rate, seed=seed)
-        for run, rate in zip(templates, rates, strict=True)
-        for seed in size.seeds
-    ]
-    results = run_all([*bases, *runs], "testing methods")
-    num = len(size.seeds)
     rows = [
-        _describe(method, None, [result] * num) for method, result in zip(BASES, results[: len(bases)], strict=True)
+        _describe(method, None, [result] * len(size.seeds))
+        for method, result in zip(BASES, run_all(bases, "testing the base model"), strict=True)
     ]
-    results = results[len(bases) :]
-    for place, (method, rate) in enumerate(zip(methods, rates, strict=True)):
-        rows.append(_describe(method, rate, results[place * num : (place + 1) * num]))
-    return rows
+    return rows + _test(run_all, size, METHODS, rates)
 
 
 def compare_ablations(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
-    """Table 4: CUT without one of its parts, by the paper's detector and by the frozen one."""
-    return compare_methods(run_all, size, ABLATIONS)
+    """Table 4: CUT without one of its parts, by the paper's detector and by the frozen one.
+
+    One thing is changed at a time: the learning rate is the one chosen for the whole method.
+    """
+    whole = [Run(name, 0.0, 0, "test", size.num_steps, num_eval=size.num_eval) for name in ("cut", "cut_frozen")]
+    rate, rate_frozen = choose_rates(run_all, whole, size)
+    rates = [rate_frozen if method.name.startswith("cut_frozen") else rate for method in ABLATIONS]
+    return _test(run_all, size, ABLATIONS, rates)
+
+
+def _test(run_all: RunAll, size: Size, methods: Sequence[Method], rates: Sequence[float]) -> list[dict[str, Any]]:
+    """A row of test results for each method."""
+    runs = [
+        Run(method.name, rate, seed, "test", size.num_steps, num_eval=size.num_eval)
+        for method, rate in zip(methods, rates, strict=True)
+        for seed in size.seeds
+    ]
+    results = run_all(runs, "testing methods")
+    num = len(size.seeds)
+    return [
+        _describe(method, rate, results[place * num : (place + 1) * num])
+        for place, (method, rate) in enumerate(zip(methods, rates, strict=True))
+    ]
 
 
 def compare_iterations(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
