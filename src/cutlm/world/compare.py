@@ -35,7 +35,7 @@ class Size:
     num_steps: int = NUM_STEPS
     num_eval: int | None = None
     num_iterations: int = 5
-    num_responses: tuple[int, ...] = (80, 160, 320, 640)
+    num_responses: tuple[int, ...] = (80, 240, 720)
 
 
 QUICK = Size((1,), (5e-4,), 12, 70, 2, (64,))

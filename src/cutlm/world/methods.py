@@ -70,13 +70,10 @@ ABLATIONS = (
     Method("cut_gamma_0", {"gamma": 0.0}, about="without dynamic weighting"),
     Method("cut_threshold_1.05", {"threshold": 1.05}, about="threshold 1.05"),
     Method("cut_threshold_1.2", {"threshold": 1.2}, about="threshold 1.2"),
-    Method("cut_threshold_1.5", {"threshold": 1.5}, about="threshold 1.5"),
     Method("cut_frozen", _FROZEN, about="frozen detector"),
     Method("cut_frozen_with_l2", _FROZEN | {"use_l2_unsatisfactory": True}, about="frozen detector, with all of L2"),
-    Method("cut_frozen_gamma_0", _FROZEN | {"gamma": 0.0}, about="frozen detector, without dynamic weighting"),
     Method("cut_frozen_threshold_1.05", _FROZEN | {"threshold": 1.05}, about="frozen detector, threshold 1.05"),
     Method("cut_frozen_threshold_1.2", _FROZEN | {"threshold": 1.2}, about="frozen detector, threshold 1.2"),
-    Method("cut_frozen_threshold_1.5", _FROZEN | {"threshold": 1.5}, about="frozen detector, threshold 1.5"),
 )
 ONLINE = ("cut", "cut_frozen", "hindsight", "dpo")
 REWARDS = ("cut", "cut_frozen", "dpo")
