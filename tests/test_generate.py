@@ -13,6 +13,7 @@ import torch
 from tiny import make_model, make_tokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import cutlm.generation as generation
 from cutlm.cli import main
 from cutlm.encoding import Encoder
 
@@ -257,3 +258,25 @@ def test_without_a_network_the_hubs_instructions_are_one_sentence(tmp_path: Path
     assert result.returncode == 2, result.stderr
     assert "alpaca_eval: the instructions cannot be fetched from the hub" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_judgment_is_put_into_the_prompt_that_the_model_was_trained_with(tmp_path, prompts):
+    folder = save_tiny_model(tmp_path / "alpaca")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoder = Encoder(tokenizer, "alpaca")
+    tokenizer.chat_template = encoder.build_chat_template()  # as training saves it
+    tokenizer.save_pretrained(folder)
+    seen: list[list[int]] = []
+    generate = generation._generate_batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "_generate_batch", lambda *args: (seen.extend(args[2]), generate(*args))[1])
+        assert main(_options(folder, prompts, tmp_path / "out.json", "--judgment", "Perfect.")) == 0
+    expected = [
+        encoder.encode_prompt(f"{row['instruction']}\n{row['input']}".rstrip("\n"), "Perfect.") for row in PROMPTS
+    ]
+    assert sorted(seen) == sorted(expected)
+
+
+def test_an_empty_judgment_is_refused(model, prompts, tmp_path, capsys):
+    assert main(_options(model, prompts, tmp_path / "out.json", "--judgment", " ")) == 2
+    assert "--judgment: expected text" in capsys.readouterr().err

@@ -1,16 +1,20 @@
 """Pairs for DPO, and TRL's trainer on them."""
 
+import json
 import math
 
 import pytest
 import torch
-from tiny import make_model, make_tokenizer
+from tiny import make_model, make_tokenizer, save_tiny_model
 
+from cutlm import CUTTrainer
+from cutlm.cli import main
 from cutlm.config import CUTConfig
 from cutlm.encoding import Encoder
-from cutlm.errors import DataError
+from cutlm.errors import ConfigError, DataError
 from cutlm.preferences import Pair, PairTrainer, encode_pairs, pair_refinements, pair_responses
 from cutlm.records import JudgedRecord
+from cutlm.token_scores import read_token_scores
 
 
 def record(instruction: str, output: str, is_right: bool, i_ans: str | None = None) -> JudgedRecord:
@@ -105,7 +109,7 @@ def test_the_first_loss_is_that_of_a_policy_that_is_its_own_reference(tmp_path):
     trainer.train()
     # -log sigmoid(beta * 0)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert trainer.notices[0] == "2 pairs of 7 records"
+    assert trainer.notices[0] == "2 pairs of 7 records; 4 different responses stand in them"
 
 
 def test_the_loss_of_a_moved_policy_is_that_of_the_equation(tmp_path):
@@ -133,6 +137,51 @@ def test_the_loss_of_a_moved_policy_is_that_of_the_equation(tmp_path):
         ]
         losses.append(math.log1p(math.exp(-0.3 * (margins[0] - margins[1]))))
     assert got == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+
+
+def test_a_response_that_was_judged_both_ways_is_not_preferred_to_itself():
+    pairs, left_out = pair_responses([record("A city?", "So.", True), record("A city?", "So.", False)], PLACES[:2])
+    assert pairs == []
+    assert left_out == ["1 pairs left out: one and the same response, judged both ways"]
+
+
+def test_other_tools_prompt_a_model_of_pairs_as_it_was_trained(tmp_path):
+    trainer = make_trainer(tmp_path, RECORDS)
+    tokenizer = trainer.processing_class
+    encoder = Encoder(tokenizer, "alpaca")
+    assert tokenizer.chat_template == encoder.build_chat_template() is not None
+
+
+def test_pairs_run_through_the_command_and_are_saved_whole(tmp_path, capsys):
+    save_tiny_model(tmp_path / "base")
+    rows = [row.model_dump(exclude_unset=True) for row in RECORDS]
+    (tmp_path / "records.json").write_text(json.dumps(rows))
+    command = ["train", "--objective", "dpo", "--model_name_or_path", str(tmp_path / "base"), "--use_cpu", "true"]
+    command += ["--data", str(tmp_path / "records.json"), "--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
+    command += ["--per_device_train_batch_size", "2", "--disable_tqdm", "true", "--save_steps", "1"]
+    assert main(command) == 0
+    assert "2 pairs of 7 records" in capsys.readouterr().out
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+    assert main([*command, "--resume_from_checkpoint", "last"]) == 0
+    (tmp_path / "prompts.json").write_text('[{"instruction": "A city?"}]')
+    options = ["--model", str(tmp_path / "out"), "--prompts", str(tmp_path / "prompts.json"), "--max_new_tokens", "4"]
+    assert main(["generate", *options, "--out", str(tmp_path / "responses.json")]) == 0
+
+
+def test_pairs_cannot_be_made_of_token_scores(tmp_path):
+    save_tiny_model(tmp_path / "base")
+    (tmp_path / "records.json").write_text(json.dumps([RECORDS[0].model_dump(exclude_unset=True)]))
+    paths = ["--model", str(tmp_path / "base"), "--data", str(tmp_path / "records.json")]
+    assert main(["blame", *paths, "--out", str(tmp_path / "s.jsonl")]) == 0
+    with pytest.raises(ConfigError, match="objective dpo learns from records; got token scores, which are for cut"):
+        make_trainer(tmp_path, read_token_scores(tmp_path / "s.jsonl"))
+
+
+def test_the_other_trainer_names_the_right_one(tmp_path):
+    args = CUTConfig(output_dir=str(tmp_path), objective="dpo", use_cpu=True)
+    with pytest.raises(ConfigError, match=r"dpo is trained by cutlm\.preferences\.PairTrainer"):
+        CUTTrainer(make_model(64), args, train_dataset=[{}])
 
 
 @pytest.mark.parametrize(

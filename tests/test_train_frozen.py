@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tiny import make_model, make_tokenizer, save_tiny_model
 
 from cutlm import CUTConfig, CUTTrainer
 from cutlm.cli import main
-from cutlm.errors import DataError
+from cutlm.errors import ConfigError, DataError
 from cutlm.records import as_records
 from cutlm.token_scores import read_token_scores, write_token_scores
 
@@ -198,6 +199,54 @@ def test_scores_of_another_tokenizer_are_refused_or_taken_by_their_characters(wo
     assert "set map_spans: true" in str(caught.value)
     trainer = CUTTrainer(model, CUTConfig(map_spans=True, **settings), train_dataset=scores, processing_class=other)
     assert any(any(row["is_flagged"]) for row in trainer.train_dataset)
+
+
+def test_scores_that_do_not_belong_to_their_text_are_refused(workplace, tmp_path):
+    scores = read_token_scores(workplace / "s.jsonl")
+    scores[1] = replace(scores[1], record=scores[1].record.model_copy(update={"output": "Canberra is."}))
+    with pytest.raises(DataError, match=r"train_dataset\[1\]: field 'token_ids': expected those of output"):
+        _make_trainer(tmp_path, scores)
+
+
+def test_scores_to_evaluate_on_do_not_change_what_is_trained(workplace, tmp_path):
+    scores = read_token_scores(workplace / "s.jsonl")
+    args = CUTConfig(output_dir=str(tmp_path), **SETTINGS)
+    tokenizer = make_tokenizer("bpe")
+    model = make_model(len(tokenizer))
+    with pytest.raises(ConfigError, match=r"the data are token scores, whose flags are for .* detector frozen"):
+        CUTTrainer(model, args, train_dataset=RECORDS, eval_dataset=scores, processing_class=tokenizer)
+    trainer = CUTTrainer(model, args, train_dataset=scores, eval_dataset=scores, processing_class=tokenizer)
+    assert trainer.args.detector == "frozen"
+    assert args.detector is None, "the caller's settings are the caller's"
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "likelihood"}, "encoded rows are for objective cut and dual_cut"),
+        ({"objective": "dual_cut"}, "encoded rows for objective dual_cut need the column is_praised"),
+        ({"detector": "spans"}, "encoded rows for detector spans need the column is_flagged"),
+    ],
+)
+def test_encoded_rows_are_refused_where_they_hold_something_else_than_is_learned(tmp_path, settings, message):
+    rows = [{"prompt_ids": [1, 5], "judged_prompt_ids": [1, 5, 9], "response_ids": [7, 8, 2]}]
+    with pytest.raises(ConfigError, match=message):
+        _make_trainer(tmp_path, rows, **settings)
+
+
+def test_evaluation_without_l2_does_not_depend_on_the_batch_size(tmp_path):
+    losses = []
+    for batch_size in (1, 3, 8):
+        trainer = _make_trainer(
+            tmp_path,
+            RECORDS,
+            use_l2_satisfactory=False,
+            use_l2_unsatisfactory=False,
+            per_device_eval_batch_size=batch_size,
+        )
+        losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
 def test_scores_of_another_prompt_are_refused(workplace, tmp_path):

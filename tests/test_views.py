@@ -71,6 +71,25 @@ def test_each_objective_learns_its_own_sequences(encoder, objective, record, pro
     assert seen["response"] == response
 
 
+@pytest.mark.parametrize("objective", ["dual_cut", "hindsight", "forward_prediction"])
+def test_an_objection_to_a_response_that_its_score_makes_satisfactory_is_not_taken_for_praise(encoder, objective):
+    seen = read(encoder, WRONG.model_copy(update={"score": 8.0}), objective)
+    assert "It is wrong." not in str(seen)
+    assert "Perfect." in str(seen)
+
+
+def test_praise_is_kept_in_its_own_words(encoder):
+    praised = RIGHT.model_copy(update={"judgment": "Perfect, thank you."})
+    assert read(encoder, praised, "hindsight")["prompt"] == prompt_of("Perfect, thank you.")
+
+
+def test_spans_that_meet_no_token_leave_the_record_out(encoder):
+    blank = WRONG.model_copy(update={"output": "So  is.", "wrong_spans": ((3, 4),)})
+    assert choose_view("cut", "spans", 1.0, False)(blank, encoder) == (
+        "unsatisfactory, and its wrong_spans meet no token"
+    )
+
+
 def test_dual_cut_knows_praise_from_objection(encoder):
     assert read(encoder, WRONG, "dual_cut")["is_praised"] is False
     assert read(encoder, RIGHT, "dual_cut")["is_praised"] is True
@@ -154,6 +173,15 @@ def test_the_request_for_a_better_response_is_one_turn_of_a_chat():
             r"use_l1, use_l2_satisfactory, use_l2_unsatisfactory: expected one of them on, got none",
         ),
         ({"praise_weight": -1}, r"praise_weight: expected a number of at least 0, got -1"),
+        ({"praise_weight": 2.0}, r"praise_weight: of objective dual_cut only; got objective cut"),
+        ({"dpo_beta": 0.3}, r"dpo_beta: of objective dpo or ilf_dpo only; got objective cut"),
+        ({"objective": "dpo", "dpo_beta": 0.0}, r"dpo_beta: expected a number above 0, got 0"),
+        ({"gamma": float("inf")}, r"gamma: expected a number of at least 0, got inf"),
+        ({"threshold": float("inf")}, r"threshold: expected a number of at least 1 .*, got inf"),
+        (
+            {"objective": "dpo", "downsample": 0.5, "normalization": "record"},
+            r"downsample, normalization: not for objective dpo, which TRL trains",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path, settings, message):

@@ -94,13 +94,15 @@ class CUTConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         problems = []
-        if not self.threshold >= 1:
+        if not 1 <= self.threshold < float("inf"):
             problems.append(
                 f"threshold: expected a number of at least 1 (the paper uses 1.1 or 1.2), got {self.threshold}"
             )
-        for name in ("unlikelihood_weight", "gamma", "praise_weight", "dpo_beta"):
-            if not getattr(self, name) >= 0:
+        for name in ("unlikelihood_weight", "gamma", "praise_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
                 problems.append(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        if not 0 < self.dpo_beta < float("inf"):
+            problems.append(f"dpo_beta: expected a number above 0, got {self.dpo_beta}")
         problems += self._check_objective()
         for name, choices in (("normalization", NORMALIZATIONS), ("template", TEMPLATES)):
             if getattr(self, name) not in choices:
@@ -151,11 +153,27 @@ class CUTConfig(TrainingArguments):
             ]
             if changed:
                 problems.append(f"{', '.join(changed)}: of objective cut only; got objective {self.objective}")
+        for name, default, owner in (("praise_weight", 1.0, "dual_cut"), ("dpo_beta", 0.1, "dpo or ilf_dpo")):
+            if getattr(self, name) != default and self.objective not in owner.split(" or "):
+                problems.append(f"{name}: of objective {owner} only; got objective {self.objective}")
+        if self.is_of_pairs:
+            ignored = [
+                name
+                for name, default in (("downsample", None), ("normalization", "token"), ("head_chunk_size", None))
+                if getattr(self, name) != default
+            ]
+            if ignored:
+                problems.append(f"{', '.join(ignored)}: not for objective {self.objective}, which TRL trains")
         if self.satisfactory_only and self.objective != "likelihood":
             problems.append(f"satisfactory_only: of objective likelihood only; got objective {self.objective}")
         if not (self.use_l1 or self.use_l2_satisfactory or self.use_l2_unsatisfactory is not False):
             problems.append("use_l1, use_l2_satisfactory, use_l2_unsatisfactory: expected one of them on, got none")
         return problems
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether pairs of responses are learned from, by TRL's trainer."""
+        return self.objective in ("dpo", "ilf_dpo")
 
     @property
     def has_known_flags(self) -> bool:

@@ -371,3 +371,12 @@ def _starts_afresh_after_special(tokenizer: "PreTrainedTokenizerBase") -> bool:
     special = tokenizer.eos_token
     joint = tokenizer(f"{special}a", add_special_tokens=False)["input_ids"]
     return joint[1:] == tokenizer("a", add_special_tokens=False)["input_ids"]
+
+
+def choose_template(tokenizer: "PreTrainedTokenizerBase") -> TemplateName:
+    """The template that a model with this tokenizer was trained with, by the chat template that is saved with it.
+
+    One that is the alpaca prompt knows nothing of judgments: "alpaca" then gives the same prompts, and judged ones too.
+    """
+    is_alpaca = tokenizer.chat_template == Encoder(tokenizer, "alpaca").build_chat_template()
+    return "alpaca" if is_alpaca and tokenizer.chat_template else "chat"

@@ -16,9 +16,11 @@ from trl import DPOConfig, DPOTrainer
 
 from cutlm.config import CUTConfig
 from cutlm.encoding import Encoder
-from cutlm.errors import DataError
+from cutlm.errors import ConfigError, DataError
+from cutlm.preparation import check_vocabulary
 from cutlm.records import JudgedRecord
 from cutlm.safe_trainer import SafeTrainer
+from cutlm.token_scores import TokenScores
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -51,15 +53,22 @@ def pair_responses(records: Sequence[JudgedRecord], places: Sequence[str]) -> tu
     for record, place in zip(records, places, strict=True):
         responses = better if record.is_satisfactory else worse
         responses.setdefault(record.full_instruction, {}).setdefault(record.output, place)
-    pairs, num_alone = [], {"satisfactory": 0, "unsatisfactory": 0}
+    pairs, num_alike, num_alone = [], 0, {"satisfactory": 0, "unsatisfactory": 0}
     for instruction in dict.fromkeys(record.full_instruction for record in records):
         chosen, rejected = better.get(instruction, {}), worse.get(instruction, {})
         if not chosen or not rejected:
             num_alone["satisfactory" if chosen else "unsatisfactory"] += 1
             continue
         for number, (response, place) in enumerate(rejected.items()):
-            pairs.append(Pair(instruction, list(chosen)[number % len(chosen)], response, place))
-    return pairs, [f"{num} instructions left out: every response is {kind}" for kind, num in num_alone.items() if num]
+            best = list(chosen)[number % len(chosen)]
+            if best == response:  # judged both ways
+                num_alike += 1
+                continue
+            pairs.append(Pair(instruction, best, response, place))
+    alike = [f"{num_alike} pairs left out: one and the same response, judged both ways"] if num_alike else []
+    return pairs, alike + [
+        f"{num} instructions left out: every response is {kind}" for kind, num in num_alone.items() if num
+    ]
 
 
 def pair_refinements(records: Sequence[JudgedRecord], places: Sequence[str]) -> tuple[list[Pair], list[str]]:
@@ -124,6 +133,8 @@ class PairTrainer(SafeTrainer, DPOTrainer):
         places: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        if train_dataset and isinstance(train_dataset[0], TokenScores):
+            raise ConfigError(f"objective {args.objective} learns from records; got token scores, which are for cut")
         places = places or [f"record {number}" for number in range(len(train_dataset))]
         make_pairs = pair_responses if args.objective == "dpo" else pair_refinements
         pairs, left_out = make_pairs(train_dataset, places)
@@ -132,17 +143,28 @@ class PairTrainer(SafeTrainer, DPOTrainer):
         if not rows:
             what = "responses of both kinds to one instruction" if args.objective == "dpo" else "improved responses"
             raise DataError(f"{args.objective}: expected {what}, got none", hint="\n".join(left_out + too_long))
-        self.num_tokens_trained = sum(len(ids) for row in rows for ids in row.values())
-        self.notices = [f"{len(rows)} pairs of {len(train_dataset)} records", *left_out, *too_long]
+        num_used = len({(pair.instruction, text) for pair in pairs for text in (pair.chosen, pair.rejected)})
+        self.notices = [
+            f"{len(rows)} pairs of {len(train_dataset)} records; {num_used} different responses stand in them",
+            *left_out,
+            *too_long,
+        ]
+        data = Dataset.from_list(rows)
+        check_vocabulary(model, data, "train_dataset", ("prompt_ids", "chosen_ids", "rejected_ids"))
+        template = encoder.build_chat_template()
+        if template is not None:
+            # Saved with the model, so that every tool prompts it as it was trained.
+            processing_class = copy.deepcopy(processing_class)
+            processing_class.chat_template = template
         if peft_config is None and not hasattr(model, "peft_config"):
             # TRL would load it from the model's path once more, which a model in memory may not have.
             kwargs.setdefault("ref_model", copy.deepcopy(model))
-        for notice in self.notices:
+        for notice in self.notices if args.process_index == 0 else ():
             logger.warning(notice)
         super().__init__(
             model=model,
             args=to_dpo_config(args),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=data,
             processing_class=processing_class,
             peft_config=peft_config,
             **kwargs,

@@ -65,7 +65,9 @@ def prepare_data(
         ConfigError: Records without a tokenizer, or one that does not fit the template.
     """
     if len(dataset) and isinstance(dataset[0], Mapping) and "response_ids" in dataset[0]:
-        return PreparedData(_check_encoded(dataset, name))
+        rows = _check_encoded(dataset, name)
+        _refuse_other_objectives(rows, name, args)
+        return PreparedData(rows)
     if tokenizer is None:
         raise ConfigError(f"{name}: records need a tokenizer to be encoded; give processing_class")
     encoder = Encoder(tokenizer, args.template)  # type: ignore[arg-type]
@@ -95,20 +97,23 @@ def _view_scores(
         ConfigError: Other settings than for known flags.
         DataError: Scores of another tokenizer or template, and `map_spans` is off.
     """
-    if args.objective != "cut" or args.detector not in (None, "frozen"):
+    if args.objective != "cut" or args.detector != "frozen":
         raise ConfigError(
             "the data are token scores, whose flags are for objective cut and detector frozen; got objective"
             f" {args.objective}, detector {args.detector}"
         )
-    args.detector = "frozen"
     tokenizer, template = fingerprint_tokenizer(encoder.tokenizer), fingerprint_template(encoder)
     problems, by_record = [], {}
     for scores, place in zip(dataset, places, strict=True):
         if not args.map_spans and scores.template != template:
             problems.append(f"{place}: field 'template': made with {scores.template}, the training's is {template}")
-        if scores.tokenizer != tokenizer and scores.token_ids != encoder.encode_response(scores.record.output):
+        if scores.token_ids != encoder.encode_response(scores.record.output):
+            if scores.tokenizer == tokenizer:
+                problems.append(f"{place}: field 'token_ids': expected those of output, got others; blame it again")
+                continue
             if not args.map_spans:
                 problems.append(f"{place}: field 'tokenizer': made with another tokenizer than the model's")
+                continue
             scores = map_to_tokenizer(scores, encoder)
         by_record[id(scores.record)] = scores
     if problems:
@@ -135,7 +140,8 @@ def blame_beforehand(data: PreparedData, name: str, model: nn.Module, args: CUTC
         is_flagged: list[list[bool] | None] = [None] * num_rows
         weights: list[list[float] | None] = [None] * num_rows
         judged = [index for index, ids in enumerate(columns["judged_prompt_ids"]) if ids is not None]
-        for batch in score_rows(model, data.rows.select(judged).to_list(), show_progress=not args.disable_tqdm):
+        rows = data.rows.select(judged).to_list()
+        for batch in score_rows(model, rows, is_bf16=bool(args.bf16), show_progress=not args.disable_tqdm):
             for number, without, with_judgment in batch:
                 assert with_judgment is not None
                 index = judged[number]
@@ -196,19 +202,33 @@ def downsample(data: PreparedData, name: str, share: float, seed: int) -> None:
     )
 
 
-def check_vocabulary(model: nn.Module, rows: Dataset, name: str) -> None:
+def check_vocabulary(model: nn.Module, rows: Dataset, name: str, columns: Sequence[str] = _ID_COLUMNS) -> None:
     """Refuses token ids that the model has no embedding for, as of a tokenizer that is not its own.
 
     Raises:
         ConfigError: There are such.
     """
     num_embeddings = next(unwrap_peft(model).get_input_embeddings().parameters()).shape[0]
-    largest = max(token for key in _ID_COLUMNS for ids in rows[key] for token in ids or ())
+    largest = max(token for key in columns for ids in rows[key] for token in ids or ())
     if 0 < num_embeddings <= largest:  # none are here where they are sharded over processes
         raise ConfigError(
             f"{name}: expected token ids below {num_embeddings}, the size of the model's vocabulary, got {largest};"
             " give the model's own tokenizer"
         )
+
+
+def _refuse_other_objectives(rows: Dataset, name: str, args: CUTConfig) -> None:
+    """Refuses encoded rows for objectives that see something else of a record than these rows hold."""
+    if args.objective not in ("cut", "dual_cut"):
+        raise ConfigError(
+            f"{name}: encoded rows are for objective cut and dual_cut; give records for objective {args.objective}"
+        )
+    for wanted, column, setting in (
+        (args.objective == "dual_cut", "is_praised", "objective dual_cut"),
+        (args.detector == "spans", "is_flagged", "detector spans"),
+    ):
+        if wanted and column not in rows.column_names:
+            raise ConfigError(f"{name}: encoded rows for {setting} need the column {column}")
 
 
 def _check_encoded(dataset: Dataset | Sequence[Any], name: str) -> Dataset:

@@ -27,6 +27,7 @@ from cutlm.errors import DataError
 from cutlm.jsonl import SourceRow, read_rows
 
 SATISFACTORY_SCORE = 7.0
+PRAISE = "Perfect."
 _PERFECT = re.compile(r"\s*perfect\b", re.IGNORECASE)
 
 
@@ -127,6 +128,17 @@ class JudgedRecord(BaseModel):
         if self.score is not None and self.score >= SATISFACTORY_SCORE:
             return True
         return self.judgment is None or _PERFECT.match(self.judgment) is not None
+
+    @property
+    def stated_judgment(self) -> str:
+        """What a model is told of the response: the judgment of an unsatisfactory one, praise for any other.
+
+        The judgment of a response that its score makes satisfactory may well object to something.
+        """
+        if not self.is_satisfactory or (self.judgment is not None and _PERFECT.match(self.judgment)):
+            assert self.judgment is not None
+            return self.judgment
+        return PRAISE
 
     @property
     def full_instruction(self) -> str:

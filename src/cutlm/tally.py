@@ -36,11 +36,15 @@ class Tally:
         self.num_batches += 1
         sums = (loss.contrast, loss.likelihood, loss.is_flagged.sum(), loss.log_ratios.sum())
         self._sums += torch.stack([part.detach().to(self._dtype) for part in sums])
-        counts = (num_contrast, num_likelihood, len(loss.is_flagged), len(batch["input_ids"]))
-        self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
         lengths = batch["response_lengths"][: batch["num_unsatisfactory"]]
-        if lengths:
-            self._flagged_shares.append(torch.stack([part.float().mean() for part in loss.is_flagged.split(lengths)]))
+        praised = batch.get("is_praised") or [False] * len(lengths)
+        num_judged = sum(length for length, is_praised in zip(lengths, praised, strict=True) if not is_praised)
+        counts = (num_contrast, num_likelihood, num_judged, len(batch["input_ids"]))
+        self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
+        parts = loss.is_flagged.split(lengths) if lengths else ()
+        shares = [part.float().mean() for part, is_praised in zip(parts, praised, strict=True) if not is_praised]
+        if shares:
+            self._flagged_shares.append(torch.stack(shares))
 
     def reduce(self, accelerator: "Accelerator") -> dict[str, float]:
         """Means over all that was added, on all ranks.
@@ -61,11 +65,13 @@ class Tally:
             totals.tolist()
         )
         metrics = {"num_tokens": num_tokens}
-        if num_likelihood:
+        if num_contrast or num_likelihood:
             metrics["loss"] = combine_parts(contrast, likelihood, num_contrast, num_likelihood)
+        if num_likelihood:
             metrics["loss_likelihood"] = likelihood / num_likelihood
         if num_contrast:
             metrics["loss_contrast"] = contrast / num_contrast
+        if num_judged:
             metrics["flagged_share"] = flagged / num_judged
             metrics["mean_log_ratio"] = log_ratios / num_judged
             for name, quantile in _QUANTILES.items():

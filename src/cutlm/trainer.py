@@ -28,6 +28,7 @@ from cutlm.objectives import combine_parts
 from cutlm.preparation import PreparedData, blame_beforehand, check_vocabulary, downsample, prepare_data
 from cutlm.safe_trainer import SafeTrainer
 from cutlm.tally import Tally
+from cutlm.token_scores import TokenScores
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -95,6 +96,11 @@ class CUTTrainer(SafeTrainer):
             model = load_model(model)
         if not any(weight.requires_grad for weight in model.parameters()) and peft_config is None:
             raise ConfigError("model: no weight of it is to be trained; unfreeze some, or give a peft_config")
+        if args.is_of_pairs:
+            raise ConfigError(f"objective: {args.objective} is trained by cutlm.preferences.PairTrainer")
+        if args.detector is None and train_dataset and isinstance(train_dataset[0], TokenScores):
+            args = copy.copy(args)  # it is the caller's, who may have other data for it
+            args.detector = "frozen"
         set_seed(args.seed)  # before the adapter draws its first weights
         if peft_config is not None:
             model = _add_adapter(model, peft_config, args)
@@ -114,6 +120,8 @@ class CUTTrainer(SafeTrainer):
                 raise DataError(f"{name}: nothing is left to {use} on", hint="\n".join(data.notices))
             check_vocabulary(model, data.rows, name)
             if args.has_known_flags:
+                if not (args.fsdp or args.deepspeed or getattr(model, "is_quantized", False)):
+                    nn.Module.to(model, args.device)  # the Trainer would only do so later
                 blame_beforehand(data, name, model, args)
                 if not len(data.rows):
                     raise DataError(f"{name}: nothing is left to learn from", hint="\n".join(data.notices))

@@ -10,7 +10,6 @@ from cutlm.encoding import EncodedRecord, Encoder, view_both_contexts
 from cutlm.records import JudgedRecord
 from cutlm.token_scores import flag_spans
 
-PRAISE = "Perfect."
 _FORWARD_MARK = "\n\n### Judgment:\n"
 
 View = Callable[[JudgedRecord, Encoder], EncodedRecord | str]
@@ -18,7 +17,7 @@ View = Callable[[JudgedRecord, Encoder], EncodedRecord | str]
 
 def view_praise_too(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
     """Both contexts of every record, satisfactory ones with the praise they got: what DualCUT learns from."""
-    judged_ids = encoder.encode_prompt(record.full_instruction, record.judgment or PRAISE)
+    judged_ids = encoder.encode_prompt(record.full_instruction, record.stated_judgment)
     extra = {"is_praised": record.is_satisfactory}
     return EncodedRecord(
         encoder.encode_prompt(record.full_instruction), judged_ids, encoder.encode_response(record.output), extra
@@ -43,7 +42,7 @@ def view_hindsight(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
     To be prompted for its best, such a model is given the judgment "Perfect.".
     """
     return EncodedRecord(
-        encoder.encode_prompt(record.full_instruction, record.judgment or PRAISE),
+        encoder.encode_prompt(record.full_instruction, record.stated_judgment),
         None,
         encoder.encode_response(record.output),
     )
@@ -55,7 +54,7 @@ def view_forward(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
     An end-of-sequence token stands behind the response too, so that the model answers as it would without this.
     """
     ids = encoder.encode_response(record.output)
-    ids += encoder.encode_response(_FORWARD_MARK + (record.judgment or PRAISE))
+    ids += encoder.encode_response(_FORWARD_MARK + record.stated_judgment)
     return EncodedRecord(encoder.encode_prompt(record.full_instruction), None, ids)
 
 
@@ -82,11 +81,7 @@ def view_blamed_whole(weight: float) -> View:
 
 
 def view_wrong_spans(weight: float) -> View:
-    """Both contexts, and the tokens that a record's `wrong_spans` name in place of detected ones.
-
-    Raises:
-        DataError: An unsatisfactory record has none.
-    """
+    """Both contexts, and the tokens that a record's `wrong_spans` name in place of detected ones."""
 
     def view(record: JudgedRecord, encoder: Encoder) -> EncodedRecord | str:
         encoded = view_both_contexts(record, encoder)
@@ -95,6 +90,8 @@ def view_wrong_spans(weight: float) -> View:
         if not record.wrong_spans:
             return "unsatisfactory, and without wrong_spans"
         is_flagged = flag_spans(encoder.locate_tokens(record.output, encoded.response_ids), record.wrong_spans)
+        if not any(is_flagged):
+            return "unsatisfactory, and its wrong_spans meet no token"
         encoded.extra.update(is_flagged=is_flagged, weights=[weight * flag for flag in is_flagged])
         return encoded
 

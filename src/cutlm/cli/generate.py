@@ -39,10 +39,12 @@ def run(args: argparse.Namespace) -> int:
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
 
-    from cutlm.encoding import Encoder
+    from cutlm.encoding import Encoder, choose_template
     from cutlm.generation import Sampling, choose_max_new_tokens, fingerprint_model, generate_file, load_prompts
     from cutlm.model import load_trained
 
+    if args.judgment is not None and not args.judgment.strip():
+        raise UserError('--judgment: expected text such as "Perfect.", got an empty one; leave the option out for none')
     prompts = load_prompts(args.prompts)
     model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
     if args.template is None and not tokenizer.chat_template:
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     counts = generate_file(
         model,
         tokenizer,
-        Encoder(tokenizer, args.template or "chat"),
+        Encoder(tokenizer, args.template or choose_template(tokenizer)),
         prompts,
         args.out,
         sampling,
