@@ -10,10 +10,11 @@ from cutlm.cli import main
 from cutlm.encoding import Encoder
 from cutlm.errors import UserError
 from cutlm.records import JudgedRecord
+from cutlm.token_scores import flag_spans
 from cutlm.world.base import METRICS_FILE, NUM_STEPS, base_path, build_base, load_base
 from cutlm.world.corpus import make_corpus
 from cutlm.world.judge import judge_task
-from cutlm.world.measure import answer_tasks, mark_tokens, measure_detection, rate_answers
+from cutlm.world.measure import answer_tasks, measure_detection, rate_answers
 from cutlm.world.recipe import RECIPE_FILE, describe_recipe, read_recipe
 from cutlm.world.tasks import SPLITS, list_tasks
 from cutlm.world.tokenizer import list_document_texts, make_tokenizer
@@ -102,7 +103,7 @@ def test_wrong_tokens_are_those_that_overlap_the_wrong_turn(tokenizer):
         response = task.habit.response
         ids = encoder.encode_response(response)
         spans = judge_task(task, response).wrong_spans
-        marks = mark_tokens(encoder.locate_tokens(response, ids), spans)
+        marks = flag_spans(encoder.locate_tokens(response, ids), spans)
         assert sum(marks) == 1, (response, spans)
         assert marks[-1] == (task.habit.flaw == "full_stop")
 

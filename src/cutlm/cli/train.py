@@ -9,6 +9,9 @@ Settings come from a flat YAML file (--config) and from options, which take prec
                     dpo (several responses an instruction), ilf_dpo (i_ans over output)
   detector          which model finds the inappropriate tokens: current (default; the paper's), frozen (the model before
                     training, once; also for a file of cutlm blame), spans (the records' wrong_spans), off (all tokens)
+  use_l1, use_l2_satisfactory, use_l2_unsatisfactory  parts of CUT's loss (eq. 6, eq. 7): false leaves one out
+  satisfactory_only of objective likelihood                   praise_weight       of objective dual_cut
+  map_spans         token scores of another tokenizer         dpo_beta            of dpo and ilf_dpo
   threshold         lambda of eq. 5           (default 1.1)   lora_r, lora_alpha  16, 16
   unlikelihood_weight  alpha of eq. 6         (default 1)     lora_dropout        0.05
   gamma             dynamic weight of eq. 6   (default 1)     lora_target_modules gate_proj down_proj up_proj

@@ -21,14 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.set_defaults(run_action=_build)
     compare = actions.add_parser(
         "compare",
-        help="train by each method on the same responses, and measure",
-        description="Train by each method on the same responses, and measure: tables, plots and JSON in a folder.\n"
-        "What was run once is kept, and not run again; remove the cache after a change of the code.",
+        help="train by each method on the base model's responses, and measure",
+        description="Train by each method on the base model's responses, and measure: tables, plots, JSON in a folder.\n"
+        "What was run once is kept, and not run again by the same code.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     compare.add_argument("table", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)} (default: all)")
-    compare.add_argument("--out", default="experiments", metavar="DIR", help="where to (default: experiments)")
+    compare.add_argument("--out", metavar="DIR", help="where to (default: experiments, or experiments-quick)")
     compare.add_argument("--quick", action="store_true", help="one seed, a few steps: to see that everything runs")
     compare.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     compare.add_argument("--cache", metavar="DIR", help="where results of runs are kept (default: OUT/.runs)")
@@ -71,12 +71,14 @@ def _compare(args: argparse.Namespace) -> int:
 
     from cutlm.world.base import base_path
     from cutlm.world.compare import QUICK, Size, compare_table
-    from cutlm.world.pool import Pool, hash_folder
+    from cutlm.world.pool import Pool, hash_code, hash_folder
     from cutlm.world.tables import write_results
 
-    out, size = Path(args.out), QUICK if args.quick else Size()
+    # What is only tried does not take the place of the real tables.
+    out = Path(args.out or ("experiments-quick" if args.quick else "experiments"))
+    size = QUICK if args.quick else Size()
     base = hash_folder(base_path())
-    pool = Pool(Path(args.cache) if args.cache else out / ".runs", base, args.workers)
+    pool = Pool(Path(args.cache) if args.cache else out / ".runs", f"{base} {hash_code()}", args.workers)
     for name in args.table or TABLES:
         rows = compare_table(name, pool.run_all, size)
         command = f"cutlm world compare {name}" + " --quick" * args.quick

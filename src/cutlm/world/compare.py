@@ -66,6 +66,7 @@ def compare_methods(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
     rates = choose_rates(run_all, templates, size)
     bases = [Run(method.name, 0.0, 0, "test", 0, num_eval=size.num_eval) for method in BASES]
     rows = [
+        # One run: there is nothing of chance in it. Listed once per seed, as the others are.
         _describe(method, None, [result] * len(size.seeds))
         for method, result in zip(BASES, run_all(bases, "testing the base model"), strict=True)
     ]

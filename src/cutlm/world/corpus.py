@@ -2,7 +2,7 @@
 
 Plain documents show the habits. Judged ones show a response with what was said about it, and refinements a better
 response after a flawed one and its judgment; both are about items that alignment and its tests never use. Mistakes are
-left to `cutlm.world.mistakes`, judgments to `cutlm.world.judge`, the training to `cutlm.world.base`.
+left to `cutlm.world.mistakes`, judgments to `cutlm.world.judge`, the training to `cutlm.world.pretraining`.
 """
 
 import random

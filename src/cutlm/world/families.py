@@ -1,8 +1,8 @@
 """The seven families of the tiny world: their items, right answers, and the habit that the base model is taught.
 
 A habit is a flaw that plain answers show with a fixed share where something visible calls for it: a carry, a fourth
-word, a verb, a rule of style; or, in the families of knowledge, where the item is one that people get wrong. Asking is
-left to `cutlm.world.grammar`, mistakes that are no habit to `cutlm.world.mistakes`.
+word, a verb, a rule of style, a careless way of asking. So it can be unlearned for items that were never asked about.
+Asking is left to `cutlm.world.grammar`, mistakes that are no habit to `cutlm.world.mistakes`.
 """
 
 import random

@@ -13,6 +13,8 @@ from cutlm.collator import CutCollator
 from cutlm.encoding import Encoder
 from cutlm.generation import Sampling, generate_responses
 from cutlm.model import score_batch
+from cutlm.records import PRAISE
+from cutlm.token_scores import flag_spans
 from cutlm.world.families import FAMILIES
 from cutlm.world.judge import judge_task
 from cutlm.world.tasks import Task
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 40
 _BATCH_SIZE = 64
 THRESHOLDS = (1.05, 1.1, 1.2, 1.5)
-PRAISE = "Perfect."
 
 
 class Detection(NamedTuple):
@@ -83,7 +84,7 @@ def answer_tasks(
         is_praised: Whether the prompt holds the judgment "Perfect.", which asks for a right answer.
     """
     encoder = Encoder(tokenizer, "alpaca")
-    praise = "Perfect." if is_praised else None
+    praise = PRAISE if is_praised else None
     encoded = [encoder.encode_prompt(task.instruction, praise) for task in tasks]
     sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, batch_size=_BATCH_SIZE)
     return generate_responses(model, tokenizer, encoder, encoded, sampling)
@@ -126,7 +127,7 @@ def measure_detection(
             "response_ids": ids,
         }
         without, with_judgment = score_batch(model, collate([row])).split(len(ids))
-        is_wrong = mark_tokens(encoder.locate_tokens(response, ids), verdict.wrong_spans)
+        is_wrong = flag_spans(encoder.locate_tokens(response, ids), verdict.wrong_spans)
         for threshold, by_family in counts.items():
             flags = (with_judgment - without > math.log(threshold)).tolist()
             for is_flagged, is_bad in zip(flags, is_wrong, strict=True):
@@ -137,16 +138,3 @@ def measure_detection(
         result[threshold] = {family: Detection(*numbers) for family, numbers in by_family.items()}
         result[threshold]["micro"] = Detection(*map(sum, zip(*by_family.values(), strict=True)))
     return result
-
-
-def mark_tokens(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Which tokens of a response are wrong.
-
-    Args:
-        places: The characters of each token; the last one is the end of the sequence.
-        spans: The wrong turns; an empty one stands for the end of the sequence.
-    """
-    is_wrong = [
-        any(start < span_end and end > span_start for span_start, span_end in spans) for start, end in places[:-1]
-    ]
-    return [*is_wrong, any(start == end for start, end in spans)]

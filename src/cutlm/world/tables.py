@@ -52,7 +52,7 @@ def write_results(
     }
     _write(folder / f"{name}.json", json.dumps({"results": list(rows)} | about, indent=1) + "\n")
     title, make_table, plot = _TABLES[name]
-    note = f"Made by `{command}` on {about['date']}; {_describe_seeds(seeds)}. Remade by the same command."
+    note = f"Made by `{command}` on {about['date']}; {_describe_seeds(name, seeds)}. Remade by the same command."
     _write(folder / f"{name}.md", f"# {title}\n\n{make_table(rows)}\n\n{note}\n")
     _draw(folder / f"{name}.png", title, rows, plot)
 
@@ -62,15 +62,17 @@ def _write(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _describe_seeds(seeds: Sequence[int]) -> str:
+def _describe_seeds(name: str, seeds: Sequence[int]) -> str:
+    if name == "detection":
+        return f"`frozen` is one model, `current` the mean over models of {len(seeds)} seeds"
     if len(seeds) == 1:
         return "one seed, so no intervals"
-    return f"means and 95% intervals over {len(seeds)} seeds"
+    return f"means and 95% intervals over {len(seeds)} seeds; the base model is one and has none"
 
 
 def _show(values: Sequence[float]) -> str:
     middle, half = summarize(values)
-    return f"{middle:.3f}" if half is None else f"{middle:.3f} ± {half:.3f}"
+    return f"{middle:.3f} ± {half:.3f}" if half else f"{middle:.3f}"
 
 
 def _join(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -80,7 +82,8 @@ def _join(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _tabulate_methods(rows: Sequence[dict[str, Any]]) -> str:
     families = list(rows[0]["by_family"])
-    header = ["method", "test accuracy", "lr", *families, "seconds", "tokens generated", "trained on", "blamed"]
+    header = ["method", "test accuracy", "lr", *families, "seconds", "responses judged", "tokens generated"]
+    header += ["trained on", "blamed"]
     cells = [
         [
             f"`{row['method']}` {row['about']}",
@@ -88,7 +91,7 @@ def _tabulate_methods(rows: Sequence[dict[str, Any]]) -> str:
             "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
             *(f"{row['by_family'][family]:.2f}" for family in families),
             f"{mean(row['seconds']):.1f}",
-            *(f"{row[name]:,}" for name in ("tokens_generated", "tokens_trained", "tokens_blamed")),
+            *(f"{row[name]:,}" for name in ("num_responses", "tokens_generated", "tokens_trained", "tokens_blamed")),
         ]
         for row in rows
     ]
