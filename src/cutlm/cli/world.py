@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare = actions.add_parser(
         "compare",
         help="train by each method on the base model's responses, and measure",
-        description="Train by each method on the base model's responses, and measure: tables, plots, JSON in a folder.\n"
+        description="Train by each method on the base model's responses, and measure: tables, plots and JSON.\n"
         "What was run once is kept, and not run again by the same code.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
