@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_tokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cutlm.blame import BlameSettings, blame_file
+from cutlm.blame import BlameSettings, blame_file, describe_run
 from cutlm.cli import main
 from cutlm.encoding import Encoder
-from cutlm.errors import UserError
+from cutlm.errors import ConfigError, UserError
 from cutlm.journal import Journal
 from cutlm.records import JudgedRecord, load_records
 from cutlm.scoring import score_rows
@@ -209,7 +210,6 @@ def test_other_settings_do_not_mix_with_a_stopped_run(
     subprocess.run([sys.executable, "-c", KILL, *options], capture_output=True, check=False)
     before = (tmp_path / "out.jsonl.partial").read_bytes()
     for further, names in (
-        (["--threshold", "1.5", "--gamma", "0"], "threshold, gamma"),
         (["--with_praise"], "with_praise"),
         (["--template", "chat"], "template"),
         (["--bf16"], "bf16"),
@@ -226,6 +226,110 @@ def test_other_settings_do_not_mix_with_a_stopped_run(
     assert main(options) == 2
     assert "begun with other settings (model differ)" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl.partial").read_bytes() == before
+
+
+def test_overwriting_replaces_a_partial_file_of_other_settings_and_goes_on_with_one_of_the_same(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = list_options(model, data, tmp_path / "out.jsonl")
+    subprocess.run([sys.executable, "-c", KILL, *options], capture_output=True, check=False)
+    partial = (tmp_path / "out.jsonl.partial").read_text()
+    assert main([*options, "--template", "chat"]) == 2
+    assert main([*options, "--template", "chat", "--overwrite"]) == 0
+    assert "were there from a run that was stopped" not in capsys.readouterr().out
+    (tmp_path / "out.jsonl.partial").write_text(partial)
+    assert main([*options, "--overwrite"]) == 0
+    assert "were there from a run that was stopped" in capsys.readouterr().out
+
+
+def test_flags_are_made_anew_of_the_log_probs_of_a_stopped_run(model: Path, data: Path, tmp_path: Path) -> None:
+    options = list_options(model, data, tmp_path / "out.jsonl")
+    subprocess.run([sys.executable, "-c", KILL, *options], capture_output=True, check=False)
+    further = ["--threshold", "1.5", "--unlikelihood_weight", "0.5", "--gamma", "0"]
+    assert main([*options, *further]) == 0
+    assert main([*list_options(model, data, tmp_path / "whole.jsonl"), *further]) == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+BROKEN_LINES = {
+    "no index": '{"logps_without": [-1.0], "logps_with": null}',
+    "no log-probs": '{"index": 0}',
+    "another length": '{"index": 0, "logps_without": [-1.0], "logps_with": [-1.0]}',
+    "no numbers": '{"index": 0, "logps_without": null, "logps_with": null}',
+    "an index beyond": '{"index": 99, "logps_without": [-1.0], "logps_with": [-1.0]}',
+    "nested": "[" * 200_000,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_LINES)
+def test_a_partial_file_with_a_line_of_something_else_is_refused_in_a_sentence(
+    model: Path, data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    records, encoder = load_records(data), Encoder(AutoTokenizer.from_pretrained(model), "alpaca")
+    header = describe_run(records, encoder, BlameSettings(), "m", {})
+    (tmp_path / "out.jsonl.partial").write_text(f"{json.dumps(header)}\n{BROKEN_LINES[name]}\n")
+    with pytest.raises(UserError, match=r"out.jsonl.partial: not what a stopped run leaves; remove it to start anew"):
+        blame_file(records, ["a"] * 7, out, encoder, lambda *_: iter(()), BlameSettings(), detector="m", backend={})  # type: ignore[arg-type, return-value]
+
+
+def test_a_journal_without_finished_lines_is_in_nobodys_way(tmp_path: Path) -> None:
+    path = tmp_path / "out.partial"
+    path.write_text('{"seed": 1}\n{"index": ')
+    assert Journal(tmp_path / "out", {"seed": 2}).lines == []
+    assert path.read_text() == '{"seed": 2}\n'
+    path.write_text('{"of": "somebody else"}\n')
+    with pytest.raises(UserError, match="begun with other settings"):
+        Journal(tmp_path / "out", {"seed": 2})
+
+
+def test_a_run_that_fails_before_its_first_batch_leaves_no_partial_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no"), Journal(tmp_path / "out", {"seed": 1}):
+        raise UserError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", ["inf", "nan"])
+def test_settings_of_blame_are_finite_numbers(number: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        BlameSettings(float(number), float(number), float(number))
+    assert [problem.partition(":")[0] for problem in error.value.problems] == [
+        "threshold",
+        "unlikelihood_weight",
+        "gamma",
+    ]
+
+
+def test_tokens_that_the_model_has_no_embedding_for_are_refused_before_scoring(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = make_tokenizer("bpe")
+    make_model(len(tokenizer) - 200).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    assert main(list_options(tmp_path / "small", data, tmp_path / "out.jsonl")) == 2
+    message = capsys.readouterr().err
+    assert f"tokenizer: expected token ids below {len(tokenizer) - 200}, the size of the model's vocab" in message
+
+
+def test_a_base_of_a_whole_model_is_refused(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(list_options(model, data, tmp_path / "out.jsonl", "--base", str(model))) == 2
+    assert f"--base: of use with an adapter alone, and {model} is none; leave it out" in capsys.readouterr().err
+
+
+def test_after_an_adapter_the_next_command_merges_it_first(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, out = tmp_path / "adapter", tmp_path / "out.jsonl"
+    base = AutoModelForCausalLM.from_pretrained(model)
+    get_peft_model(base, LoraConfig(target_modules=["up_proj"])).save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(model).save_pretrained(adapter)
+    assert main(list_options(adapter, data, out, "--base", str(model))) == 0
+    assert (
+        f"next: cutlm merge --adapter {adapter} --out {adapter}-merged --base {model}, then: cutlm train"
+        f" --data {out} --model_name_or_path {adapter}-merged" in capsys.readouterr().out
+    )
 
 
 def test_what_is_wrong_with_the_settings_is_said_at_once(
@@ -294,8 +398,9 @@ def test_records_longer_than_the_models_context_are_said(
     assert main(list_options(tmp_path / "short", data, tmp_path / "out.jsonl")) == 2
     message = capsys.readouterr().err
     assert re.search(r"max_length: expected at most the model's context of 64 tokens, got 2048, and .*64", message)
-    assert main(list_options(tmp_path / "short", data, tmp_path / "out.jsonl", "--max_length", "64")) == 2
-    assert "begun with other settings (max_length differ)" in capsys.readouterr().err
+    # The advice can be followed.
+    assert not (tmp_path / "out.jsonl.partial").exists()
+    assert main(list_options(tmp_path / "short", data, tmp_path / "out.jsonl", "--max_length", "64")) == 0
 
 
 def test_what_is_written_can_be_read_however_small_or_near_to_certain(tmp_path: Path) -> None:

@@ -272,6 +272,12 @@ REFUSALS: dict[str, tuple[int, Any, str]] = {
         {"error": {"message": "too long"}},
         "refuses the request (400: too long); if the prompt is too long",
     ),
+    "controls": (
+        400,
+        {"error": {"message": "bad\x1b[2J\x07 \u202enews"}},
+        "refuses the request (400: bad\ufffd[2J\ufffd \ufffdnews)",
+    ),
+    "nested": (400, b"[" * 19_000, "refuses the request (400: [[["),
     "elsewhere": (302, b"", "the server names another address (302); give that one by --server"),
 }
 

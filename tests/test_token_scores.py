@@ -335,6 +335,7 @@ def test_a_file_of_plain_records_is_no_file_of_token_scores(tmp_path: Path) -> N
         "none.json": "[]",
         "text": "hello",
         "number": "1\n",
+        "nested": '{"a":' + "[" * 200_000,
     }.items():
         (tmp_path / name).write_text(text)
         assert not is_token_scores(tmp_path / name)
@@ -383,6 +384,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"judgment": "Perfect."},
         r"field 'is_satisfactory': expected true by the row's judgment and score, got false; change the one or",
     ),
+    "token beyond": (
+        {"token_ids": [2**70] * 100},
+        r"field 'token_ids\[0\]': expected whole numbers from 0 to 2147483647",
+    ),
+    "threshold beyond": ({"threshold": 10**400}, r"field 'threshold': expected a number of at least 0, got a number"),
     "no version": ({"schema_version": None}, r"field 'schema_version': expected 1, got null; make the file by cutlm"),
     "record": ({"output": 3}, r"field 'output': expected a string, got a number \(3\)"),
 }

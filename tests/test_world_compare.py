@@ -149,6 +149,7 @@ def test_the_command_makes_every_table_and_does_nothing_twice(tmp_path):
     ("options", "message"),
     [
         (["tables"], "TABLE: expected some of methods, ablations, iterations, rewards, detection, got tables"),
+        (["--seeds", "0"], "--seeds: expected a whole number of at least 1, got 0"),
         (["--workers", "0"], "--workers: expected a whole number of at least 1, got 0"),
     ],
 )

@@ -6,10 +6,11 @@ made of them here. What a file of token scores is, is left to `cutlm.token_score
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from cutlm.encoding import Encoder
 from cutlm.errors import ConfigError, DataError
-from cutlm.journal import Journal
+from cutlm.journal import Journal, refuse_foreign
 from cutlm.objectives import blame_tokens
 from cutlm.records import JudgedRecord
 from cutlm.scoring import Scorer
@@ -55,11 +56,11 @@ class BlameSettings:
 
     def __post_init__(self) -> None:
         problems = []
-        if not self.threshold >= 1:
+        if not 1 <= self.threshold < math.inf:
             problems.append(f"threshold: expected a number of at least 1, got {self.threshold}")
-        if not self.unlikelihood_weight > 0:
+        if not 0 < self.unlikelihood_weight < math.inf:
             problems.append(f"unlikelihood_weight: expected a number above 0, got {self.unlikelihood_weight}")
-        if not self.gamma >= 0:
+        if not 0 <= self.gamma < math.inf:
             problems.append(f"gamma: expected a number of at least 0, got {self.gamma}")
         if self.max_length < 2:
             problems.append(f"max_length: expected a whole number of at least 2, got {self.max_length}")
@@ -113,6 +114,7 @@ def blame_file(
     *,
     detector: str,
     backend: Mapping[str, Any],
+    overwrite: bool = False,
 ) -> BlameCounts:
     """Scores records and writes their token scores, in the order of the records.
 
@@ -127,6 +129,7 @@ def blame_file(
         settings: Flags, weights and lengths.
         detector: Fingerprint of the model.
         backend: What else the numbers may depend on, by name, such as the dtype.
+        overwrite: Whether a partial file of another run gives way.
 
     Returns:
         Counts.
@@ -137,32 +140,22 @@ def blame_file(
     """
     records = [strip_scores(record) for record in records]
     _refuse_clashes(records, places)
-    header = {
-        **asdict(settings),
-        **backend,
-        "model": detector,
-        "tokenizer": fingerprint_tokenizer(encoder.tokenizer),
-        "template": fingerprint_template(encoder),
-        "data": hashlib.sha256(json.dumps([record.model_dump(mode="json") for record in records]).encode()).hexdigest(),
-    }
     counts = BlameCounts()
     rows, kept = _encode(records, places, encoder, settings, counts)
-    journal = Journal(out, header)
+    journal = Journal(out, describe_run(records, encoder, settings, detector, backend), overwrite=overwrite)
+    if not all(_fits(line, rows) for line in journal.lines):
+        refuse_foreign(journal.path)
     finished = {line["index"]: (line["logps_without"], line["logps_with"]) for line in journal.lines}
     counts.num_resumed = len(finished)
     with journal, closing(score(rows, frozenset(finished))) as batches:
         for batch in batches:
-            lines = [
-                {"index": index, "logps_without": _round(without), "logps_with": _round(judged)}
-                for index, without, judged in batch
-            ]
-            journal.append(lines)
-            finished |= {line["index"]: (line["logps_without"], line["logps_with"]) for line in lines}
-    texts = fingerprint_tokenizer(encoder.tokenizer), fingerprint_template(encoder)
+            rounded = {index: (_round(without), _round(judged)) for index, without, judged in batch}
+            journal.append({"index": key, "logps_without": a, "logps_with": b} for key, (a, b) in rounded.items())
+            finished |= rounded
 
-    def make_scores() -> Iterator[TokenScores]:
+    def make_all() -> Iterator[TokenScores]:
         for index, (row, record) in enumerate(zip(rows, kept, strict=True)):
-            scores = _make_scores(record, row["response_ids"], *finished[index], encoder, settings, detector, *texts)
+            scores = make_scores(record, row["response_ids"], *finished[index], encoder, settings, detector)
             counts.num_records += 1
             counts.num_satisfactory += record.is_satisfactory
             if not record.is_satisfactory:
@@ -171,9 +164,44 @@ def blame_file(
                 counts.num_without_flag += not any(scores.is_flagged)
             yield scores
 
-    write_token_scores(out, make_scores())
+    write_token_scores(out, make_all())
     journal.remove()
     return counts
+
+
+def describe_run(
+    records: Sequence[JudgedRecord],
+    encoder: Encoder,
+    settings: BlameSettings,
+    detector: str,
+    backend: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All that the log-probs depend on, by name; what is made of them at the end is not among it."""
+    rows = [strip_scores(record).model_dump(mode="json") for record in records]
+    return {
+        "max_length": settings.max_length,
+        "with_praise": settings.with_praise,
+        **backend,
+        "model": detector,
+        "tokenizer": fingerprint_tokenizer(encoder.tokenizer),
+        "template": fingerprint_template(encoder),
+        "data": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+    }
+
+
+def _fits(line: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a line of a journal holds the log-probs of one of these rows."""
+    index = line["index"]
+    if type(index) is not int or not 0 <= index < len(rows) or not {"logps_without", "logps_with"} <= set(line):
+        return False
+    row = rows[index]
+    is_judged = row["judged_prompt_ids"] is not None
+    columns = [line["logps_without"], *([line["logps_with"]] if is_judged else [])]
+    if not all(isinstance(logps, list) and len(logps) == len(row["response_ids"]) for logps in columns):
+        return False
+    return (is_judged or line["logps_with"] is None) and all(
+        isinstance(logp, float) and math.isfinite(logp) for logps in columns for logp in logps
+    )
 
 
 def _refuse_clashes(records: Sequence[JudgedRecord], places: Sequence[str]) -> None:
@@ -226,7 +254,7 @@ def _round(logps: Tensor | None) -> list[float] | None:
     return None if logps is None else [min(0.0, round(value, 6)) + 0.0 for value in logps.tolist()]
 
 
-def _make_scores(
+def make_scores(
     record: JudgedRecord,
     response_ids: list[int],
     logps_without: list[float],
@@ -234,9 +262,8 @@ def _make_scores(
     encoder: Encoder,
     settings: BlameSettings,
     detector: str,
-    tokenizer: str,
-    template: str,
 ) -> TokenScores:
+    """Flags and weights by eq. 5 and 6, of the log-probs as they stand in the file."""
     is_flagged, weights = [False] * len(response_ids), [0.0] * len(response_ids)
     if logps_with is not None and not record.is_satisfactory:
         without, judged = (torch.tensor(logps, dtype=torch.float64) for logps in (logps_without, logps_with))
@@ -267,6 +294,6 @@ def _make_scores(
         unlikelihood_weight=settings.unlikelihood_weight,
         gamma=settings.gamma,
         detector=detector,
-        tokenizer=tokenizer,
-        template=template,
+        tokenizer=fingerprint_tokenizer(encoder.tokenizer),
+        template=fingerprint_template(encoder),
     )

@@ -19,6 +19,8 @@ from cutlm.jsonl import sync_directory
 
 # Token scores of a frozen detector: checked against the data and the model before they are used again.
 SCORES_FILE = "token_scores.jsonl"
+# What these depend on, and a hash of them.
+SCORES_HEADER_FILE = "token_scores.json"
 _STAGING = ".saving"
 _REPLACED = ".replaced"
 # Tools take a folder for a model by these; they arrive last.
@@ -116,7 +118,7 @@ def check_output_dir(output_dir: str, overwrite: bool) -> None:
     folder = Path(output_dir)
     if folder.is_file():
         raise UserError(f"output_dir: {output_dir} is a file; name a folder")
-    kept = (SCORES_FILE, f"{SCORES_FILE}.partial")
+    kept = (SCORES_FILE, SCORES_HEADER_FILE, f"{SCORES_FILE}.partial")
     if not folder.is_dir() or all(path.name in kept for path in folder.iterdir()):
         return
     if not overwrite:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from cutlm.errors import UserError
 from cutlm.jsonl import read_bytes, sync_directory
@@ -21,6 +21,7 @@ class Journal:
     Args:
         out: The file that the run will have made in the end.
         header: The settings that the results depend on, by name.
+        overwrite: Whether a partial file that cannot be gone on with gives way.
 
     Attributes:
         path: The partial file.
@@ -36,9 +37,10 @@ class Journal:
         >>> journal.remove()  # once out.jsonl is whole
     """
 
-    def __init__(self, out: str | Path, header: dict[str, Any]) -> None:
+    def __init__(self, out: str | Path, header: dict[str, Any], *, overwrite: bool = False) -> None:
         self.path = Path(f"{out}.partial")
-        self.lines = _read_or_begin(self.path, header)
+        self.lines = _read_or_begin(self.path, header, overwrite)
+        self._is_empty = not self.lines
         self._file: TextIO | None = None
 
     def __enter__(self) -> "Journal":
@@ -50,11 +52,15 @@ class Journal:
     ) -> None:
         if self._file is not None:
             self._file.close()
+        if kind is not None and self._is_empty:
+            self.remove()  # there is nothing in it to go on with
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
         """Writes lines down and sees them to the disk."""
         assert self._file is not None, "a journal is written to inside `with`"
-        self._file.write("".join(f"{json.dumps(line)}\n" for line in lines))
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        self._is_empty = self._is_empty and not text
+        self._file.write(text)
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -64,26 +70,46 @@ class Journal:
         sync_directory(self.path.parent)
 
 
-def _read_or_begin(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+def refuse_foreign(path: Path) -> NoReturn:
+    """Says that a partial file cannot be read as one.
+
+    Raises:
+        UserError: Always.
+    """
+    raise UserError(f"{path}: not what a stopped run leaves; remove it to start anew")
+
+
+def _read_or_begin(path: Path, header: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        # A kill can leave half a line at the end; it is cut off, and its batch is made again.
-        text = read_bytes(path).decode("utf-8", "replace")
-        whole = text[: text.rfind("\n") + 1]
-        try:
-            lines = [json.loads(line) for line in whole.split("\n") if line]
-        except ValueError:
-            lines = [None]
-        if not all(isinstance(line, dict) for line in lines):
-            raise UserError(f"{path}: not what a stopped run leaves; remove it to start anew")
-        if lines:
-            differing = [name for name in header if lines[0].get(name) != header[name]]
-            if differing:
-                raise UserError(
-                    f"{path}: begun with other settings ({', '.join(differing)} differ); give the same ones to go on,"
-                    " or remove it to start anew"
-                )
-            path.write_text(whole, "utf-8")
-            return lines[1:]
-    path.write_text(json.dumps(header) + "\n", "utf-8")
-    return []
+    try:
+        lines = _read_finished(path, header) if path.exists() else None
+    except UserError:
+        if not overwrite:
+            raise
+        lines = None
+    if lines is None:
+        path.write_text(json.dumps(header) + "\n", "utf-8")
+    return lines or []
+
+
+def _read_finished(path: Path, header: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """What a stopped run had finished; None where it finished nothing, with whatever settings."""
+    # A kill can leave half a line at the end; it is cut off, and its batch is made again.
+    text = read_bytes(path).decode("utf-8", "replace")
+    whole = text[: text.rfind("\n") + 1]
+    try:
+        lines = [json.loads(line) for line in whole.split("\n") if line]
+    except (ValueError, RecursionError):
+        lines = [None]
+    if not all(isinstance(line, dict) for line in lines) or not all("index" in line for line in lines[1:]):
+        refuse_foreign(path)
+    if not lines or (len(lines) == 1 and set(lines[0]) & set(header)):
+        return None
+    differing = [name for name in header if lines[0].get(name) != header[name]]
+    if differing:
+        raise UserError(
+            f"{path}: begun with other settings ({', '.join(differing)} differ); give the same ones to go on,"
+            " or remove it to start anew"
+        )
+    path.write_text(whole, "utf-8")
+    return lines[1:]

@@ -97,7 +97,7 @@ def post_json(
                 raise Refused(0, "its certificate cannot be verified") from None
             is_late = isinstance(cause, TimeoutError)
             reason = f"no answer within {timeout:g} seconds" if is_late else f"no answer ({_describe(cause)})"
-        except ValueError:
+        except (ValueError, RecursionError):
             reason = "the server's answer is not JSON"
         if stop.is_set() or (attempt < max_retries and stop.wait(wait)):
             raise Stopped
@@ -119,11 +119,13 @@ def _read_message(error: urllib.error.HTTPError, key: str | None) -> str:
         for name in ("error", "message", "detail"):
             value = value.get(name, value) if isinstance(value, dict) else value
         text = value if isinstance(value, str) else json.dumps(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     if key:
         text = text.replace(key, "[key]")
-    return " ".join(text.split())[:200].rstrip(".")
+    # Nothing of it may steer the terminal on which it is shown.
+    line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
+    return line[:200].rstrip(".")
 
 
 def _read_retry_after(value: str | None) -> float:

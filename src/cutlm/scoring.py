@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cutlm.collator import CutCollator, find_non_finite
-from cutlm.errors import UserError
+from cutlm.errors import ConfigError, UserError
 from cutlm.model import score_batch, unwrap_peft
 
 MAX_TOKENS_PER_BATCH = 8192
@@ -92,6 +92,38 @@ def score_rows(
             scored = [item for item in scored if item[0] not in done]
             progress.update(len(scored))
             yield scored
+
+
+def check_rows(model: nn.Module, rows: Sequence[Mapping[str, Any]], max_length: int) -> None:
+    """Refuses rows that the model cannot read: token ids that it has no embedding for, or too many of them.
+
+    Raises:
+        ConfigError: There are such.
+    """
+    language_model = unwrap_peft(model)
+    sequences = [
+        [*prompt, *row["response_ids"]]
+        for row in rows
+        for prompt in (row["prompt_ids"], row["judged_prompt_ids"])
+        if prompt is not None
+    ]
+    problems = []
+    num_embeddings = next(language_model.get_input_embeddings().parameters()).shape[0]
+    largest = max(map(max, sequences))
+    if 0 < num_embeddings <= largest:  # none are here where they are sharded over processes
+        problems.append(
+            f"tokenizer: expected token ids below {num_embeddings}, the size of the model's vocabulary, got {largest};"
+            " give the model's own tokenizer"
+        )
+    limit = getattr(language_model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, sequences))
+    if limit is not None and longest > limit:
+        problems.append(
+            f"max_length: expected at most the model's context of {limit} tokens, got {max_length}, and a record of"
+            f" {longest}; give --max_length {limit}"
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def count_tokens(row: Mapping[str, Any]) -> int:

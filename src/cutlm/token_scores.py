@@ -29,6 +29,7 @@ SCHEMA_VERSION = 1
 _PROBE = "The naïve  answer: 12,345 + x_1?\n\n\tif (a) { return 'ok'; } 你好 🙂 ANTIDISESTABLISHMENT"
 # Logarithms of probabilities are rounded in the file; a sum of probabilities may pass 1 by rounding.
 MAX_LOGP = 1e-6
+LARGEST_TOKEN = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,18 @@ class TokenScores:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_token(value: Any) -> bool:
+    return _is_whole(value) and value <= LARGEST_TOKEN
 
 
 def _is_logp(value: Any) -> bool:
@@ -94,7 +102,7 @@ def _is_pair(value: Any) -> bool:
 
 # Of each column: what an element must be, in words too, and whether the column may be null.
 _COLUMNS: dict[str, tuple[Callable[[Any], bool], str, bool]] = {
-    "token_ids": (_is_whole, "whole numbers of at least 0", False),
+    "token_ids": (_is_token, f"whole numbers from 0 to {LARGEST_TOKEN}", False),
     "tokens": (lambda value: isinstance(value, str), "strings", False),
     "spans": (_is_pair, "pairs of whole numbers [start, end]", False),
     "logps_without": (_is_logp, "finite numbers of at most 0", True),
@@ -125,7 +133,7 @@ def is_token_scores(path: str | Path) -> bool:
     else:
         try:
             first = json.loads(text.partition("\n")[0])
-        except ValueError:
+        except (ValueError, RecursionError):
             return False  # whoever reads the file says what is wrong with it
     return isinstance(first, dict) and {"schema_version", "token_ids"} <= set(first)
 

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="score satisfactory records with their praise too, as thresholds are calibrated on; they get no flags",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the output file, and a partial one of other settings"
+    )
     local = parser.add_argument_group("a model at hand")
     local.add_argument("--base", metavar="MODEL", help="an adapter's base model (default: the one that it names)")
     local.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
@@ -88,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
             settings,
             detector=detector,
             backend=backend,
+            overwrite=args.overwrite,
         )
     except KeyboardInterrupt:
         if Path(f"{args.out}.partial").exists():
@@ -123,12 +126,14 @@ def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, 
     from cutlm.errors import ConfigError
     from cutlm.generation import fingerprint_model
     from cutlm.model import check_head, find_base_model, is_adapter_folder, load_trained, unwrap_peft
-    from cutlm.scoring import score_rows
+    from cutlm.scoring import check_rows, score_rows
 
     if args.max_tokens_per_batch < 1:
         raise ConfigError(
             f"max_tokens_per_batch: expected a whole number of at least 1, got {args.max_tokens_per_batch}"
         )
+    if args.base is not None and not is_adapter_folder(args.model):
+        raise ConfigError(f"--base: of use with an adapter alone, and {args.model} is none; leave it out")
     model, tokenizer = load_trained(args.model, dtype=args.dtype, base=args.base, device=args.device)
     check_head(model)
     detector = fingerprint_model(args.model)
@@ -143,24 +148,10 @@ def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, 
     }
 
     def score(rows: Any, done: Any) -> Any:
-        _check_context(language_model, rows, args.max_length)
+        check_rows(model, rows, args.max_length)
         return score_rows(model, rows, max_tokens_per_batch=args.max_tokens_per_batch, done=done, is_bf16=args.bf16)
 
     return tokenizer, score, detector, backend
-
-
-def _check_context(model: Any, rows: Any, max_length: int) -> None:
-    """Refuses rows that are longer than what the model can read."""
-    from cutlm.errors import ConfigError
-
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    prompts = ([row["prompt_ids"], row["judged_prompt_ids"] or []] for row in rows)
-    longest = max(max(map(len, pair)) + len(row["response_ids"]) for pair, row in zip(prompts, rows, strict=True))
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            f"max_length: expected at most the model's context of {limit} tokens, got {max_length}, and a record of"
-            f" {longest}; give --max_length {limit}"
-        )
 
 
 def _prepare_server(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
@@ -180,10 +171,20 @@ def _prepare_server(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase,
 def _suggest_training(args: argparse.Namespace) -> str:
     import shlex
 
+    from cutlm.model import is_adapter_folder
+
     # The model's name on a server may be of no use elsewhere.
-    command = ["cutlm", "train", "--data", args.out, "--model_name_or_path", args.tokenizer or args.model]
+    model, merging = args.tokenizer or args.model, ""
+    if not args.server and is_adapter_folder(args.model):
+        # Training starts from a whole model.
+        model = f"{args.model.rstrip('/')}-merged"
+        command = ["cutlm", "merge", "--adapter", args.model, "--out", model]
+        if args.base is not None:
+            command += ["--base", args.base]
+        merging = f"{shlex.join(command)}, then: "
+    command = ["cutlm", "train", "--data", args.out, "--model_name_or_path", model]
     if args.template != "alpaca":
         command += ["--template", args.template]
     if args.max_length != 2048:
         command += ["--max_length", str(args.max_length)]
-    return shlex.join(command)
+    return merging + shlex.join(command)

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("table", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)} (default: all)")
     compare.add_argument("--out", metavar="DIR", help="where to (default: experiments, or experiments-quick)")
     compare.add_argument("--quick", action="store_true", help="one seed, a few steps: to see that everything runs")
+    compare.add_argument("--seeds", type=int, metavar="N", help="seeds to test (default: 5; with --quick: 1)")
     compare.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     compare.add_argument("--cache", metavar="DIR", help="where results of runs are kept (default: OUT/.runs)")
     compare.set_defaults(run_action=_compare)
@@ -69,6 +70,11 @@ def _compare(args: argparse.Namespace) -> int:
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers: expected a whole number of at least 1, got {args.workers}")
 
+    if args.seeds is not None and args.seeds < 1:
+        raise UserError(f"--seeds: expected a whole number of at least 1, got {args.seeds}")
+
+    from dataclasses import replace
+
     from cutlm.world.base import base_path
     from cutlm.world.compare import QUICK, Size, compare_table
     from cutlm.world.pool import Pool, hash_code, hash_folder
@@ -77,11 +83,14 @@ def _compare(args: argparse.Namespace) -> int:
     # What is only tried does not take the place of the real tables.
     out = Path(args.out or ("experiments-quick" if args.quick else "experiments"))
     size = QUICK if args.quick else Size()
+    if args.seeds is not None:
+        size = replace(size, seeds=tuple(range(1, args.seeds + 1)))
     base = hash_folder(base_path())
     pool = Pool(Path(args.cache) if args.cache else out / ".runs", f"{base} {hash_code()}", args.workers)
     for name in args.table or TABLES:
         rows = compare_table(name, pool.run_all, size)
         command = f"cutlm world compare {name}" + " --quick" * args.quick
+        command += "" if args.seeds is None else f" --seeds {args.seeds}"
         write_results(out, name, rows, size.seeds, command, base)
         print((out / f"{name}.md").read_text("utf-8"))
     print(f"tables, plots and JSON are in {out}")
