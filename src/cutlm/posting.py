@@ -2,24 +2,74 @@
 
 Too many requests, a server's own errors, timeouts, cut connections and half an answer may pass; a refusal does not.
 What the answers mean is left to the caller. The standard library alone: which client comes with others changes.
+Addresses, the key, waits and what servers say of errors are read here for those who ask by another client, too.
 """
 
 import email.utils
 import http.client
 import json
+import os
 import random
+import re
 import ssl
 import threading
 import time
 import urllib.error
 import urllib.request
 from typing import Any
+from urllib.parse import urlsplit
 
+from cutlm.errors import UserError
+
+KEY_VARIABLE = "OPENAI_API_KEY"
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 60.0
 LONGEST_ASKED_WAIT = 600.0
 # Beside the server's own errors: timeout, too early, too many requests.
 _PASSING = (408, 425, 429)
+
+
+def describe_bad_address(url: str, option: str) -> str | None:
+    """Says what is wrong with the address of a server; None where nothing is.
+
+    Args:
+        url: Such as http://localhost:8000, with or without /v1.
+        option: By which it was given, for the sentence.
+    """
+    if "@" in url:  # and it is not shown either
+        return f"{option}: expected no name or password in the address; give a key by {KEY_VARIABLE}"
+    try:
+        parts = urlsplit(url)
+        is_address = bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
+    except ValueError:
+        is_address = False
+    if not re.fullmatch(r"https?://[!-~]+", url) or not is_address:
+        return f"{option}: expected an address such as http://localhost:8000, got {url!r}"
+    return None
+
+
+def read_key() -> str | None:
+    """The key to the server, if there is one.
+
+    Raises:
+        UserError: It holds characters that no request can carry.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not all("!" <= letter <= "~" for letter in key):
+        # Said here: an error of the HTTP client's would quote it.
+        raise UserError(f"{KEY_VARIABLE}: expected letters, digits and signs alone; set it again")
+    return key or None
+
+
+def is_passing(status: int) -> bool:
+    """Whether another attempt may change what a server answered with this status of HTTP."""
+    return status in _PASSING or status >= 500
+
+
+def choose_wait(attempt: int, retry_after: str | None = None) -> float:
+    """Seconds to wait after an attempt, the first being 0: doubled each time, at random, no less than was asked for."""
+    wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
+    return max(wait, min(LONGEST_ASKED_WAIT, _read_retry_after(retry_after)))
 
 
 class Refused(Exception):
@@ -81,16 +131,16 @@ def post_json(
     opener = urllib.request.build_opener(_NoRedirect)
     reason = ""
     for attempt in range(max_retries + 1):
-        wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
+        wait = choose_wait(attempt)
         try:
             with opener.open(urllib.request.Request(url, body, headers, method="POST"), timeout=timeout) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             said = _read_message(error, key)
-            if error.code not in _PASSING and error.code < 500:
+            if not is_passing(error.code):
                 raise Refused(error.code, said) from None
             reason = f"the server answered {error.code}{f' ({said})' if said else ''}"
-            wait = max(wait, min(LONGEST_ASKED_WAIT, _read_retry_after(error.headers.get("Retry-After"))))
+            wait = choose_wait(attempt, error.headers.get("Retry-After"))
         except (TimeoutError, urllib.error.URLError, http.client.HTTPException, OSError) as error:
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
             if isinstance(cause, ssl.SSLCertVerificationError):
@@ -109,11 +159,15 @@ def _describe(cause: Any) -> str:
 
 
 def _read_message(error: urllib.error.HTTPError, key: str | None) -> str:
-    """What a server says of an error: one short line, in which the key is not to be seen."""
     try:
         text = error.read(20_000).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
         return ""
+    return shorten_message(text, key)
+
+
+def shorten_message(text: str, key: str | None) -> str:
+    """What a server says of an error: one short line, in which the key is not to be seen."""
     try:
         value = json.loads(text)
         for name in ("error", "message", "detail"):

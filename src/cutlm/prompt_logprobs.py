@@ -5,23 +5,26 @@ endpoint with `prompt_logprobs: 0`. What is made of the numbers is left to `cutl
 environment variable OPENAI_API_KEY alone and is shown nowhere.
 """
 
-import os
 import queue
-import re
 import threading
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
 
 from cutlm.errors import ConfigError, UserError
-from cutlm.posting import Refused, Stopped, Unreachable, post_json
+from cutlm.posting import (
+    KEY_VARIABLE,
+    Refused,
+    Stopped,
+    Unreachable,
+    describe_bad_address,
+    post_json,
+    read_key,
+)
 from cutlm.scoring import Scored, count_tokens
-
-KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,8 @@ class Server:
 
     def __post_init__(self) -> None:
         problems = []
-        if "@" in self.url:  # and it is not shown either
-            problems.append(f"server: expected no name or password in the address; give a key by {KEY_VARIABLE}")
-        elif not re.fullmatch(r"https?://[!-~]+", self.url) or not _is_address(self.url):
-            problems.append(f"server: expected an address such as http://localhost:8000, got {self.url!r}")
+        if (problem := describe_bad_address(self.url, "server")) is not None:
+            problems.append(problem)
         if self.concurrency < 1:
             problems.append(f"concurrency: expected a whole number of at least 1, got {self.concurrency}")
         if not self.timeout > 0:
@@ -60,27 +61,6 @@ class Server:
     @property
     def endpoint(self) -> str:
         return f"{self.url.rstrip('/').removesuffix('/v1')}/v1/completions"
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
-    except ValueError:
-        return False
-
-
-def read_key() -> str | None:
-    """The key to the server, if there is one.
-
-    Raises:
-        UserError: It holds characters that no request can carry.
-    """
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not all("!" <= letter <= "~" for letter in key):
-        # Said here: an error of the HTTP client's would quote it.
-        raise UserError(f"{KEY_VARIABLE}: expected letters, digits and signs alone; set it again")
-    return key or None
 
 
 def score_rows_by_server(

@@ -127,7 +127,7 @@ class JudgedRecord(BaseModel):
         """
         if self.score is not None and self.score >= SATISFACTORY_SCORE:
             return True
-        return self.judgment is None or _PERFECT.match(self.judgment) is not None
+        return self.judgment is None or is_praise(self.judgment)
 
     @property
     def stated_judgment(self) -> str:
@@ -160,6 +160,11 @@ class InstructionRow(BaseModel):
     instruction: FilledText
     input: Annotated[Text, BeforeValidator(lambda value: "" if value is None else value)] = ""
     dataset: Text | None = None
+
+
+def is_praise(judgment: str) -> bool:
+    """Whether a judgment says that nothing is wrong: it starts with the word "Perfect" in any letter case."""
+    return _PERFECT.match(judgment) is not None
 
 
 FIELDS = tuple(JudgedRecord.model_fields)

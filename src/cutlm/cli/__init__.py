@@ -1,6 +1,7 @@
 """The `cutlm` command: one short module per subcommand, heavy imports inside their `run`.
 
-Exit codes: 0 done; 2 something the user can mend, said without a traceback; 130 stopped by Ctrl-C; 1 our fault.
+Exit codes: 0 done; 2 something the user can mend, said without a traceback; 130 stopped by Ctrl-C; 1 our fault, or of
+`judge`, that not every response could be judged.
 """
 
 import argparse
@@ -20,6 +21,7 @@ COMMANDS = {
     "train": "align a model with judged records",
     "merge": "fold a trained adapter into its base model",
     "generate": "answer a file of instructions",
+    "judge": "say what is wrong with responses: by a server, by rules, or by a person",
     "refine": "rewrite unsatisfactory responses by what was said about them",
     "world": "the tiny world: build its base model, compare methods on it",
     "blame": "find the tokens that a judgment blames, by a frozen model",

@@ -1,0 +1,179 @@
+"""Say what is wrong with responses, and write records to be trained on: judged by a server, by rules, or by a person.
+
+  cutlm judge --responses FILE --judge http --base_url URL --judge_model NAME --out FILE
+  cutlm judge --responses FILE --judge rules --rules package.module:function --out FILE
+  cutlm judge --responses FILE --judge human --out FILE                 lists to be filled, then the same with --todo
+
+Responses come as `cutlm generate` writes them: instruction, input, output; other fields are kept. A satisfactory
+response gets the judgment null. One whose judgment could not be had is no record: it is left out, counted, and listed
+with the reason in OUT.failures.jsonl.
+
+http: an OpenAI-compatible chat endpoint; a key to it is read from the environment variable OPENAI_API_KEY. Judgments
+are kept in a cache as they come: a run that was stopped, or had failures, asks only for the missing ones when started
+again. At --max_tokens_total nothing more is asked, but what is under way is still answered, and counts.
+
+Exits with 0 when every response has its judgment, with 2 when something must be mended first, and with 1 when
+judgments are missing although nothing is wrong with what was given: not all is done, and another try may do it."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cutlm.judges import Outcome, Response
+    from cutlm.judges.chat import ChatServer
+
+JUDGES = ("http", "rules", "human")
+# Options that mean something to one judge alone; their defaults.
+_HTTP: dict[str, Any] = {
+    "base_url": None,
+    "judge_model": None,
+    "prompt_file": None,
+    "temperature": 0.0,
+    "max_tokens": 1024,
+    "fields": "{}",
+    "cache": None,
+    "concurrency": 8,
+    "timeout": 120.0,
+    "max_retries": 5,
+    "max_requests": None,
+    "max_tokens_total": None,
+}
+_OPTIONS: dict[str, dict[str, Any]] = {"http": _HTTP, "rules": {"rules": None}, "human": {"todo": None}}
+_NEEDED = {"http": ("base_url", "judge_model"), "rules": ("rules",), "human": ()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--responses", required=True, metavar="FILE", help="JSON array or JSON Lines, not judged yet")
+    parser.add_argument("--judge", required=True, choices=JUDGES, help="who judges")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file of records to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
+    http = parser.add_argument_group("--judge http")
+    http.add_argument("--base_url", metavar="URL", help="such as http://localhost:8000/v1")
+    http.add_argument("--judge_model", metavar="NAME", help="the model's name on the server")
+    http.add_argument("--prompt_file", metavar="FILE", help="another question, with {instruction} and {response}")
+    http.add_argument("--temperature", type=float, help="0 takes the likeliest answer (default)")
+    http.add_argument("--max_tokens", type=int, metavar="N", help="of an answer (default: 1024)")
+    http.add_argument(
+        "--fields",
+        metavar="JSON",
+        help="""further fields of every request; null takes one away: '{"max_tokens": null, "seed": 1}'""",
+    )
+    http.add_argument("--cache", metavar="FILE", help="where judgments are kept (default: OUT.cache.sqlite)")
+    http.add_argument("--concurrency", type=int, metavar="N", help="requests at a time (default: 8)")
+    http.add_argument("--timeout", type=float, metavar="SECONDS", help="without a byte of an answer (default: 120)")
+    http.add_argument("--max_retries", type=int, metavar="N", help="further attempts (default: 5)")
+    http.add_argument("--max_requests", type=int, metavar="N", help="most attempts of this run (default: no limit)")
+    http.add_argument("--max_tokens_total", type=int, metavar="N", help="most tokens of this run (default: no limit)")
+    rules = parser.add_argument_group("--judge rules")
+    rules.add_argument("--rules", metavar="NAME", help="a function of instruction and response: module:function")
+    human = parser.add_argument_group("--judge human")
+    human.add_argument("--todo", metavar="FILE", help="OUT.todo.csv or OUT.todo.jsonl, with every judgment filled")
+
+
+def run(args: argparse.Namespace) -> int:
+    from cutlm.errors import UserError
+    from cutlm.jsonl import refuse_overwriting
+
+    _fill_options(args)
+    refuse_overwriting([args.responses, *filter(None, (args.todo, args.prompt_file))], args.out)
+    if Path(args.out).exists() and not args.overwrite:
+        raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
+
+    from cutlm.judges.responses import describe_outcome, read_responses, write_outcome
+
+    server = _make_server(args) if args.judge == "http" else None
+    responses = read_responses(args.responses)
+    if args.judge == "human" and args.todo is None:
+        return _write_todo(args, responses)
+    outcome = _judge(args, responses, server)
+    write_outcome(responses, outcome, args.out)
+    print(describe_outcome(outcome, args.out))
+    if not outcome.failures:
+        return 0
+    if server is not None:
+        print("start again with the same options and --overwrite to ask only for what is missing")
+    return 1
+
+
+def _fill_options(args: argparse.Namespace) -> None:
+    """Refuses options of other judges, asks for those of this one, and puts in the defaults."""
+    from cutlm.errors import ConfigError
+
+    problems = []
+    for judge, options in _OPTIONS.items():
+        given = [f"--{name}" for name in options if getattr(args, name) is not None]
+        if judge != args.judge and given:
+            problems.append(f"{', '.join(given)}: of use with --judge {judge} alone; leave out the one or the other")
+        for name, default in options.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+    missing = [f"--{name}" for name in _NEEDED[args.judge] if getattr(args, name) is None]
+    if missing:
+        problems.append(f"--judge {args.judge}: expected {' and '.join(missing)} too, got none; name what to judge by")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _make_server(args: argparse.Namespace) -> "ChatServer":
+    import json
+
+    from cutlm.errors import ConfigError
+    from cutlm.judges.chat import ChatServer
+
+    try:
+        fields = json.loads(args.fields)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"""--fields: expected a JSON object such as '{{"seed": 1}}', got {args.fields!r}""")
+    return ChatServer(
+        args.base_url,
+        args.judge_model,
+        temperature=args.temperature,
+        max_tokens=args.max_tokens,
+        fields=fields,
+        concurrency=args.concurrency,
+        timeout=args.timeout,
+        max_retries=args.max_retries,
+        max_requests=args.max_requests,
+        max_tokens_total=args.max_tokens_total,
+    )
+
+
+def _judge(args: argparse.Namespace, responses: "list[Response]", server: "ChatServer | None") -> "Outcome":
+    if server is not None:
+        from cutlm.judges.http import judge_by_server
+        from cutlm.judges.prompt import DEFAULT_PROMPT, read_prompt_file
+
+        template = DEFAULT_PROMPT if args.prompt_file is None else read_prompt_file(args.prompt_file)
+        cache = args.cache or f"{args.out}.cache.sqlite"
+        try:
+            return judge_by_server(responses, server, cache, template=template)
+        except KeyboardInterrupt:
+            print(f"\nwhat was judged is in {cache}; start again with the same options", file=sys.stderr)
+            raise
+    if args.judge == "rules":
+        from cutlm.judges.rules import judge_by_rules, load_rules
+
+        return judge_by_rules(responses, load_rules(args.rules))
+    from cutlm.judges.human import read_todo
+
+    return read_todo(responses, args.todo)
+
+
+def _write_todo(args: argparse.Namespace, responses: "list[Response]") -> int:
+    from cutlm.judges.human import name_todo_files, write_todo
+
+    num_rows = write_todo(responses, args.out)
+    lines, table = name_todo_files(args.out)
+    num_empty = len(responses) - num_rows
+    if num_empty:
+        print(f"{num_empty} responses are empty and are left out")
+    print(
+        f"{num_rows} responses to judge in {lines} and {table}: fill the column 'judgment' of one of them, with"
+        f' "Perfect." where nothing is wrong; then:\n  cutlm judge --responses {args.responses} --judge human'
+        f" --todo {table} --out {args.out}"
+    )
+    return 0

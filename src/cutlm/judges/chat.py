@@ -1,0 +1,273 @@
+"""One question to an OpenAI-compatible chat endpoint, by the `openai` package, asked again where that may help.
+
+What may pass is asked again as in `cutlm.posting`; a refusal is not. Every attempt is counted, and none is made beyond
+what may be spent. The key is read from the environment variable OPENAI_API_KEY alone and is shown nowhere. What an
+answer means is left to `cutlm.judges.prompt`.
+"""
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from cutlm.errors import ConfigError, UserError
+from cutlm.posting import (
+    KEY_VARIABLE,
+    Refused,
+    Stopped,
+    Unreachable,
+    choose_wait,
+    describe_bad_address,
+    is_passing,
+    shorten_message,
+)
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+_BYTES_PER_TOKEN = 4
+# Answers are read whole, one to a question.
+_FIXED_FIELDS = ("model", "messages", "stream", "n")
+
+
+@dataclass(frozen=True)
+class ChatServer:
+    """Whom to ask, and how.
+
+    Attributes:
+        base_url: Such as http://localhost:8000/v1; without any path, /v1 is meant.
+        model: The model's name on the server.
+        temperature: 0 takes the likeliest answer.
+        max_tokens: Of an answer.
+        fields: Further fields of every request; None takes one of ours away.
+        concurrency: Requests at a time.
+        timeout: Seconds without a byte after which a request is given up and made again.
+        max_retries: Further attempts after one that failed for a reason that may pass.
+        max_requests: Attempts in all.
+        max_tokens_total: Tokens of questions and answers after which nothing more is asked.
+    """
+
+    base_url: str
+    model: str
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: int = 8
+    timeout: float = 120.0
+    max_retries: int = 5
+    max_requests: int | None = None
+    max_tokens_total: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if (problem := describe_bad_address(self.base_url, "base_url")) is not None:
+            problems.append(problem)
+        for name, least in (
+            ("max_tokens", 1),
+            ("concurrency", 1),
+            ("max_retries", 0),
+            ("max_requests", 1),
+            ("max_tokens_total", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                problems.append(f"{name}: expected a whole number of at least {least}, got {value}")
+        if not self.timeout > 0:
+            problems.append(f"timeout: expected a number of seconds above 0, got {self.timeout}")
+        if not 0 <= self.temperature < float("inf"):
+            problems.append(f"temperature: expected a number of at least 0, got {self.temperature}")
+        fixed = [name for name in _FIXED_FIELDS if name in self.fields]
+        if fixed:
+            problems.append(
+                f"fields: expected other fields than {', '.join(fixed)}, which are set here; leave these out"
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def url(self) -> str:
+        """The address that requests go below."""
+        url = self.base_url.rstrip("/")
+        return url if urlsplit(url).path else f"{url}/v1"
+
+    def make_request(self, prompt: str) -> dict[str, Any]:
+        """All that is sent for a prompt, and so all that an answer depends on beside the server."""
+        own: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }
+        return {name: value for name, value in (own | dict(self.fields)).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server said, and why it ended, where that can be read; None where not."""
+
+    text: str | None
+    finish_reason: str | None
+
+
+class Malformed(Exception):
+    """JSON that is no chat completion."""
+
+
+class CapReached(Exception):
+    """Nothing more may be spent; says on what."""
+
+
+class Spending:
+    """What a run has spent, and may spend; several threads count in it.
+
+    Attributes:
+        num_requests: Attempts so far.
+        num_tokens: Tokens so far, of questions and answers.
+        is_estimated: Whether the server did not say of some how many they were.
+    """
+
+    def __init__(self, max_requests: int | None, max_tokens_total: int | None) -> None:
+        self.num_requests, self.num_tokens, self.is_estimated = 0, 0, False
+        self._max_requests, self._max_tokens_total = max_requests, max_tokens_total
+        self._lock = threading.Lock()
+
+    def take_request(self) -> None:
+        """Counts an attempt before it is made.
+
+        Raises:
+            CapReached: It may not be made.
+        """
+        with self._lock:
+            if self._max_requests is not None and self.num_requests >= self._max_requests:
+                raise CapReached(f"--max_requests {self._max_requests} is reached")
+            if self._max_tokens_total is not None and self.num_tokens >= self._max_tokens_total:
+                raise CapReached(f"--max_tokens_total {self._max_tokens_total} is reached")
+            self.num_requests += 1
+
+    def add_tokens(self, num_tokens: int | None, num_bytes: int) -> None:
+        """Counts the tokens of a question and its answer, or what their length makes likely."""
+        with self._lock:
+            self.is_estimated |= num_tokens is None
+            self.num_tokens += -(-num_bytes // _BYTES_PER_TOKEN) if num_tokens is None else num_tokens
+
+
+def make_client(server: ChatServer, key: str | None) -> "OpenAI":
+    """A client that asks once, and follows nobody to another address.
+
+    Raises:
+        UserError: The package is missing.
+    """
+    try:
+        import openai
+    except ImportError:
+        raise UserError(
+            "--judge http: the package openai is missing; install it by: pip install 'cutlm[serve]'"
+        ) from None
+    return openai.OpenAI(
+        base_url=server.url,
+        api_key=key or "none",
+        max_retries=0,
+        timeout=server.timeout,
+        http_client=openai.DefaultHttpxClient(follow_redirects=False, timeout=server.timeout),
+    )
+
+
+def ask(
+    client: "OpenAI",
+    server: ChatServer,
+    prompt: str,
+    *,
+    key: str | None,
+    spending: Spending,
+    stop: threading.Event,
+) -> Answer:
+    """Asks one question.
+
+    Args:
+        client: From `make_client`.
+        server: How to ask.
+        prompt: The question.
+        key: To be taken out of whatever the server says.
+        spending: What may be spent.
+        stop: Ends the waiting between attempts.
+
+    Raises:
+        Refused: The server answered with a status that another attempt would not change.
+        Unreachable: All attempts failed.
+        Malformed: The answer is no chat completion.
+        CapReached: Nothing more may be spent.
+        Stopped: `stop` was set.
+    """
+    import openai
+
+    request = server.make_request(prompt)
+    fixed = {name: request.pop(name) for name in ("model", "messages")}
+    # Whoever has set no key sends none.
+    headers: Any = {} if key else {"Authorization": openai.Omit()}
+    for attempt in range(server.max_retries + 1):
+        if stop.is_set():
+            raise Stopped
+        spending.take_request()
+        wait = choose_wait(attempt)
+        try:
+            raw = client.chat.completions.with_raw_response.create(**fixed, extra_body=request, extra_headers=headers)
+            return _read_completion(json.loads(raw.text), prompt, key, spending)
+        except openai.APIStatusError as error:
+            said = shorten_message(error.response.text, key)
+            if not is_passing(error.status_code):
+                raise Refused(error.status_code, said) from None
+            reason = f"the server answered {error.status_code}{f' ({said})' if said else ''}"
+            wait = choose_wait(attempt, error.response.headers.get("Retry-After"))
+        except openai.APITimeoutError:
+            reason = f"no answer within {server.timeout:g} seconds"
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            if "CERTIFICATE_VERIFY_FAILED" in str(cause):
+                raise Refused(0, "its certificate cannot be verified") from None
+            reason = f"no answer ({type(cause).__name__})"
+        except (ValueError, RecursionError):
+            reason = "the server's answer is not JSON"
+        if attempt < server.max_retries and stop.wait(wait):
+            raise Stopped
+    raise Unreachable(f"{reason}, after {server.max_retries + 1} attempts")
+
+
+def _read_completion(value: Any, prompt: str, key: str | None, spending: Spending) -> Answer:
+    """Reads what is needed of a completion: no server keeps to all of its shape."""
+    try:
+        choice = value["choices"][0]
+        text, finish_reason = choice["message"].get("content"), choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        text, finish_reason = False, None
+    usage = value.get("usage") if isinstance(value, dict) else None
+    total = usage.get("total_tokens") if isinstance(usage, dict) else None
+    is_number = isinstance(total, int) and not isinstance(total, bool) and total >= 0
+    num_bytes = len(prompt.encode()) + (len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0)
+    spending.add_tokens(total if is_number else None, num_bytes)
+    if not isinstance(text, str | None):
+        raise Malformed("expected choices[0].message.content in the server's answer, got none")
+    if text and key:
+        text = text.replace(key, "[key]")
+    return Answer(text, finish_reason if isinstance(finish_reason, str) else None)
+
+
+def explain_refusal(server: ChatServer, error: Refused, place: str) -> str:
+    """One sentence for the user, with what to do."""
+    if not error.status:
+        return f"{server.url}: {error.said}; give another address by --base_url"
+    said = f"{error.status}: {error.said}" if error.said else str(error.status)
+    if error.status in (401, 403):
+        return f"{server.url}: the server wants another key ({said}); set {KEY_VARIABLE} to one that it takes"
+    if error.status == 404:
+        return (
+            f"{server.url}: no chat endpoint there, or no model {server.model!r} ({said}); give the server's address"
+            " by --base_url, with its /v1, and its name of the model by --judge_model"
+        )
+    if 300 <= error.status < 400:
+        return f"{server.url}: the server names another address ({said}); give that one by --base_url"
+    return (
+        f"{place}: {server.url} refuses the request ({said}); if it is too long for the model, give a smaller"
+        " --max_tokens or leave this response out, and if it is about a field, change that one by --fields"
+    )

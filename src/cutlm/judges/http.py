@@ -1,0 +1,183 @@
+"""The judge on a server: any OpenAI-compatible chat endpoint, several questions at a time, each paid for once.
+
+Judgments go to a cache as they come; a run that is stopped or killed, and started again, asks for the missing ones
+alone. How one question is asked is left to `cutlm.judges.chat`, its wording to `cutlm.judges.prompt`.
+"""
+
+import hashlib
+import json
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cutlm.errors import UserError
+from cutlm.judges import Failure, Outcome, Response
+from cutlm.judges.cache import Cache
+from cutlm.judges.chat import (
+    Answer,
+    CapReached,
+    ChatServer,
+    Malformed,
+    Spending,
+    ask,
+    explain_refusal,
+    make_client,
+)
+from cutlm.judges.prompt import DEFAULT_PROMPT, PARSING_VERSION, BadAnswer, fill_prompt, read_answer
+from cutlm.judges.responses import set_aside_empty
+from cutlm.posting import Refused, Stopped, Unreachable, read_key
+
+NOT_ASKED = "not asked"
+_LONGEST_SHOWN = 2000
+
+
+def judge_by_server(
+    responses: Sequence[Response],
+    server: ChatServer,
+    cache_file: str | Path,
+    *,
+    template: str = DEFAULT_PROMPT,
+    show_progress: bool = True,
+) -> Outcome:
+    """Judges responses by a language model on a server.
+
+    Args:
+        responses: What is to be judged.
+        server: Whom to ask, how, and how much may be spent.
+        cache_file: Where judgments are kept.
+        template: The question, with `{instruction}` and `{response}`.
+        show_progress: Whether to show a progress bar.
+
+    Returns:
+        A judgment for each response, or why there is none: no answer after all attempts, an answer that is no
+        judgment, or nothing more to spend.
+
+    Raises:
+        UserError: The server refuses what it is asked. What was judged before is in the cache.
+    """
+    key = read_key()
+    kept, outcome = set_aside_empty(responses)
+    prompts = {index: fill_prompt(template, responses[index]) for index in kept}
+    # Responses that are alike word for word are asked about once.
+    alike: dict[str, list[int]] = {}
+    for index in kept:
+        alike.setdefault(make_key(server, prompts[index]), []).append(index)
+    with Cache(cache_file) as cache:
+        found = cache.find(alike)
+        for name, judgment in found.items():
+            outcome.judgments |= dict.fromkeys(alike[name], judgment)
+        missing = [name for name in alike if name not in found]
+        if found:
+            outcome.notes.append(f"{len(outcome.judgments)} judgments were in the cache {cache.path}")
+        if not missing:
+            return outcome
+        spending = Spending(server.max_requests, server.max_tokens_total)
+        progress = tqdm(
+            total=len(kept), initial=len(outcome.judgments), desc="judging", unit="response", disable=not show_progress
+        )
+        with progress:
+            firsts = [alike[name][0] for name in missing]
+            for place, result in _ask_all(server, [prompts[index] for index in firsts], key, spending):
+                name, index = missing[place], firsts[place]
+                try:
+                    judgment = _read_result(result, server, responses[index], prompts[index])
+                except _NoJudgment as error:
+                    outcome.failures |= dict.fromkeys(alike[name], error.failure)
+                    if error.failure.kind == NOT_ASKED:
+                        continue
+                else:
+                    cache.keep(name, judgment)
+                    outcome.judgments |= dict.fromkeys(alike[name], judgment)
+                progress.update(len(alike[name]))
+                progress.set_postfix(tokens=spending.num_tokens, failed=len(outcome.failures), refresh=False)
+    estimated = " (some of them estimated, as the server did not say)" if spending.is_estimated else ""
+    outcome.notes.append(f"{spending.num_requests} requests, {spending.num_tokens} tokens{estimated}")
+    caps = {failure.reason for failure in outcome.failures.values() if failure.kind == NOT_ASKED}
+    outcome.notes.extend(f"stopped: {reason}" for reason in sorted(caps))
+    return outcome
+
+
+def make_key(server: ChatServer, prompt: str) -> str:
+    """A hash of everything that a judgment depends on: server, request, and how its answer is read."""
+    parts = [PARSING_VERSION, server.url, server.make_request(prompt)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class _NoJudgment(Exception):
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
+def _read_result(result: Any, server: ChatServer, response: Response, prompt: str) -> str | None:
+    """The judgment in what came of a question."""
+    if isinstance(result, Refused):
+        raise UserError(explain_refusal(server, result, response.place))
+    if isinstance(result, CapReached):
+        raise _NoJudgment(Failure(NOT_ASKED, str(result)))
+    if isinstance(result, Unreachable):
+        raise _NoJudgment(Failure("no answer", str(result)))
+    if isinstance(result, Malformed):
+        raise _NoJudgment(Failure("malformed answer", str(result)))
+    if isinstance(result, BaseException):
+        raise result
+    assert isinstance(result, Answer)
+    try:
+        return read_answer(result.text, result.finish_reason, response, prompt)
+    except BadAnswer as error:
+        raise _NoJudgment(Failure(error.kind, error.reason, (result.text or "")[:_LONGEST_SHOWN])) from None
+
+
+def _ask_all(
+    server: ChatServer, prompts: Sequence[str], key: str | None, spending: Spending
+) -> Iterator[tuple[int, Any]]:
+    """Asks several questions at a time.
+
+    Yields:
+        The place of each among the prompts, and an `Answer` or an exception, as they come.
+    """
+    client = make_client(server, key)
+    tasks: queue.SimpleQueue[int] = queue.SimpleQueue()
+    results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    stop = threading.Event()
+    for place in range(len(prompts)):
+        tasks.put(place)
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                place = tasks.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                results.put((place, ask(client, server, prompts[place], key=key, spending=spending, stop=stop)))
+            except Stopped:
+                return
+            except Refused as error:  # as will be what comes next: nothing more is to be asked
+                stop.set()
+                results.put((place, error))
+            except Exception as error:  # judged, or raised again, by whoever waits for the result
+                results.put((place, error))
+
+    # No pool of the standard library: those wait for their threads at the end, and so would Ctrl-C for each request.
+    for _ in range(min(server.concurrency, len(prompts))):
+        threading.Thread(target=work, daemon=True).start()
+    most_in_a_row = max(8, 2 * server.concurrency)
+    num_in_a_row, missing = 0, set(range(len(prompts)))
+    try:
+        while missing:
+            place, result = results.get()
+            missing.remove(place)
+            num_in_a_row = num_in_a_row + 1 if isinstance(result, Unreachable) else 0
+            yield place, result
+            # A server that is gone for good is not waited for once more with every response.
+            if num_in_a_row >= most_in_a_row:
+                reason = CapReached(f"the server gave no answer to {num_in_a_row} questions in a row")
+                yield from ((place, reason) for place in sorted(missing))
+                return
+    finally:
+        stop.set()

@@ -1,0 +1,135 @@
+"""Responses in, judged records out: what all judges share of files.
+
+Responses come in AlpacaEval's format, as `cutlm generate` writes it. Which judgment a response gets is left to the
+judges; a response without one is no record, is not written among them, and is listed with the reason instead.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cutlm.errors import DataError
+from cutlm.jsonl import SourceRow, read_rows, sync_directory, write_rows
+from cutlm.judges import Failure, Outcome, Response
+from cutlm.records import check_rows
+
+# What is said about a response already: it would count beside the new judgment, or against it.
+_SAID_BEFORE = ("judgment", "score", "wrong_spans")
+_FIRST_FIELDS = ("instruction", "input", "output", "judgment")
+EMPTY_RESPONSE = Failure("empty response", "there is no response to judge")
+
+
+def read_responses(path: str | Path) -> list[Response]:
+    """Reads responses: a JSON array or JSON Lines with `instruction`, optional `input`, and `output`.
+
+    An empty `output`, which models do give, is no error: see `set_aside_empty`.
+
+    Raises:
+        DataError: The file cannot be read, or rows cannot be used; all of them are named.
+    """
+    rows, problems = read_rows(path)
+    checked = [row if not _is_empty(row) else SourceRow(row.where, row.value | {"output": "-"}) for row in rows]
+    problems += check_rows(checked).problems
+    for row in rows:
+        said = [name for name in _SAID_BEFORE if isinstance(row.value, dict) and row.value.get(name) is not None]
+        if said:
+            names = ", ".join(map(repr, said))
+            problems.append(
+                f"{row.where}: field {names}: expected a response that is not judged yet, got one that is; remove"
+                " what was said about it"
+            )
+    if problems:
+        raise DataError(problems, hint=f"{len(problems)} problems in {path}; mend them, nothing was skipped")
+    if not rows:
+        raise DataError(f"{path}: no responses; expected a JSON array or JSON Lines with at least one")
+    return [
+        Response(row.where, row.value["instruction"], row.value.get("input") or "", row.value["output"], row.value)
+        for row in rows
+    ]
+
+
+def _is_empty(row: SourceRow) -> bool:
+    output = row.value.get("output") if isinstance(row.value, dict) else None
+    return isinstance(output, str) and not output.strip()
+
+
+def set_aside_empty(responses: Sequence[Response]) -> tuple[list[int], Outcome]:
+    """The indices of responses that hold text, and an outcome in which the others have failed."""
+    outcome = Outcome()
+    kept = []
+    for index, response in enumerate(responses):
+        if response.output.strip():
+            kept.append(index)
+        else:
+            outcome.failures[index] = EMPTY_RESPONSE
+    return kept, outcome
+
+
+def name_failures_file(out: str | Path) -> Path:
+    """Where the failures of a run are listed."""
+    return Path(f"{out}.failures.jsonl")
+
+
+def write_outcome(responses: Sequence[Response], outcome: Outcome, out: str | Path) -> None:
+    """Writes the records, in the order of the responses, and a list of failures where there are any.
+
+    Args:
+        responses: What was to be judged.
+        outcome: A judgment or a failure for each.
+        out: The file of records. Where not one judgment was had, it is not written: no trainer takes an empty one.
+    """
+    assert len(outcome.judgments) + len(outcome.failures) == len(responses)
+    failures_file = name_failures_file(out)
+    judged, failed = sorted(outcome.judgments), sorted(outcome.failures)
+    if failed:
+        write_rows(failures_file, [_make_failure_row(responses[index], outcome.failures[index]) for index in failed])
+    if judged:
+        write_rows(out, [_make_record_row(responses[index], outcome.judgments[index]) for index in judged])
+    if not outcome.failures and failures_file.exists():  # of an earlier run: it does not hold any more
+        failures_file.unlink()
+        sync_directory(failures_file.parent)
+
+
+def _make_record_row(response: Response, judgment: str | None) -> dict[str, Any]:
+    own = {
+        "instruction": response.instruction,
+        "input": response.input,
+        "output": response.output,
+        "judgment": judgment,
+    }
+    return own | {name: value for name, value in response.row.items() if name not in _FIRST_FIELDS}
+
+
+def _make_failure_row(response: Response, failure: Failure) -> dict[str, Any]:
+    return {
+        "place": response.place,
+        "kind": failure.kind,
+        "reason": failure.reason,
+        "instruction": response.instruction,
+        "input": response.input,
+        "output": response.output,
+        "answer": failure.answer,
+    }
+
+
+def describe_outcome(outcome: Outcome, out: str | Path) -> str:
+    """Counts of judgments and of failures by kind, fit to be printed."""
+    num_judged = len(outcome.judgments)
+    num_satisfactory = sum(judgment is None for judgment in outcome.judgments.values())
+    lines = list(outcome.notes)
+    if num_judged:
+        lines.append(
+            f"{num_judged} records in {out}: {num_satisfactory} satisfactory,"
+            f" {num_judged - num_satisfactory} unsatisfactory"
+        )
+    else:
+        lines.append(f"no judgment was had; {out} is not written")
+    if outcome.failures:
+        kinds = Counter(failure.kind for failure in outcome.failures.values()).most_common()
+        named = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        lines.append(
+            f"{len(outcome.failures)} responses have no judgment ({named}) and are not among the records; they are"
+            f" listed in {name_failures_file(out)}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""A person as a judge: lists out, filled lists in, and nothing of either gets lost or run."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cutlm.cli import main
+from cutlm.judges.human import guard_cell
+
+ROWS: list[dict[str, Any]] = [
+    {"instruction": "Add, please.", "output": "=1+1", "generator": "m"},
+    {"instruction": "@all: say \"hello\";\nand bye", "input": "-x", "output": "Hello,\r\nbye 🙂"},
+    {"instruction": "Nothing.", "output": ""},
+    {"instruction": "Count.", "output": "+1\t2"},
+]  # fmt: skip
+JUDGMENTS = ["Perfect.", "No comma; \"so\".\nAnd no smile.", "'+1' is no count."]  # fmt: skip
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> list[str]:
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return ["judge", "--responses", str(path), "--judge", "human", "--out", str(tmp_path / "out.jsonl")]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+
+
+def write_table(path: Path, rows: list[dict[str, str]], delimiter: str = ",") -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_bytes(text.getvalue().encode("utf-8-sig"))
+
+
+def fill(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row | {"judgment": judgment} for row, judgment in zip(rows, JUDGMENTS, strict=True)]
+
+
+def check_records(out: Path) -> None:
+    records = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert [row["output"] for row in records] == ["=1+1", "Hello,\r\nbye 🙂", "+1\t2"]
+    assert [row["judgment"] for row in records] == [None, *JUDGMENTS[1:]]
+    assert records[0]["generator"] == "m"
+    assert records[1]["input"] == "-x"
+
+
+def test_a_table_goes_out_and_comes_back(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    assert "1 responses are empty and are left out" in printed
+    assert "--todo" in printed
+    table = tmp_path / "out.jsonl.todo.csv"
+    rows = read_table(table)
+    assert [row["number"] for row in rows] == ["1", "2", "4"]
+    for row in rows:
+        assert not any(cell.startswith(("=", "+", "-", "@", "\t")) for cell in row.values()), "no formula runs"
+    for delimiter in ",;\t":
+        # Sorted by a person, and saved by a spreadsheet in its own way.
+        write_table(table, fill(rows)[::-1], delimiter)
+        assert main([*options, "--todo", str(table), "--overwrite"]) == 1, "one response is empty"
+        check_records(tmp_path / "out.jsonl")
+
+
+def test_a_spreadsheet_may_drop_the_guards_and_change_line_ends(options: list[str], tmp_path: Path) -> None:
+    assert main(options) == 0
+    table = tmp_path / "out.jsonl.todo.csv"
+    rows = read_table(table)
+    for row in rows:
+        for name in ("instruction", "input", "output"):
+            row[name] = row[name].removeprefix("'").replace("\r\n", "\n")
+    write_table(table, fill(rows))
+    assert main([*options, "--todo", str(table)]) == 1
+    check_records(tmp_path / "out.jsonl")
+
+
+def test_json_lines_go_out_and_come_back(options: list[str], tmp_path: Path) -> None:
+    assert main(options) == 0
+    path = tmp_path / "out.jsonl.todo.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert rows[0]["output"] == "=1+1", "nothing runs in a text editor"
+    path.write_text("".join(json.dumps(row) + "\n" for row in fill(rows)))
+    assert main([*options, "--todo", str(path)]) == 1
+    check_records(tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_all_that_is_wrong_with_a_list_is_said_at_once(
+    options: list[str], tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == 0
+    table = tmp_path / "out.jsonl.todo.csv"
+    rows = fill(read_table(table))
+    rows[0]["judgment"] = " "
+    rows[1]["output"] += "!"
+    rows[2]["number"] = "3"
+    rows.append(rows[1] | {"judgment": "Wrong."})
+    path = tmp_path / f"filled.{kind}"
+    if kind == "csv":
+        write_table(path, rows)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([*options, "--todo", str(path)]) == 2
+    printed = capsys.readouterr().err
+    # In a table a row has as many lines as its cells.
+    lines = (2, 3, 7, 8) if kind == "csv" else (1, 2, 3, 4)
+    assert f"{path}:{lines[0]}: field 'judgment': expected what is wrong, or \"Perfect.\"" in printed
+    assert f"{path}:{lines[1]}: field 'output' is not that of {tmp_path / 'in.jsonl'}:2 any more" in printed
+    assert f"{path}:{lines[2]}: expected the number of a response in the field 'number', got '3'" in printed
+    assert f"{path}:{lines[3]}: number 2 again, after {path}:{lines[1]}" in printed
+    assert f"{path}: number 4 is missing ({tmp_path / 'in.jsonl'}:4)" in printed
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_list_that_may_be_filled_is_not_overwritten(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == 0
+    table = tmp_path / "out.jsonl.todo.csv"
+    table.write_text("hours of work")
+    assert main([*options, "--overwrite"]) == 2
+    assert "there already, and may be filled; give one by --todo FILE" in capsys.readouterr().err
+    assert table.read_text() == "hours of work"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"number,output\n1,x\n", ":1: expected the columns number, instruction, input, output, judgment, got none"),
+        (b"", ":1: expected the columns"),
+        ("number,ü".encode("latin-1"), ": expected UTF-8 text, got other bytes; save it as CSV in UTF-8"),
+    ],
+)
+def test_what_is_no_such_table_is_one_sentence(
+    options: list[str], tmp_path: Path, content: bytes, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "filled.csv"
+    path.write_bytes(content)
+    assert main([*options, "--todo", str(path)]) == 2
+    assert f"{path}{expected}" in capsys.readouterr().err
+
+
+@given(st.text())
+def test_no_cell_begins_a_formula(text: str) -> None:
+    cell = guard_cell(text)
+    assert not cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert cell in (text, f"'{text}")

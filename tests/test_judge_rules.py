@@ -1,0 +1,109 @@
+"""Rules as a judge: a Python function, whatever it does."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cutlm.cli import main
+from cutlm.judges.rules import load_rules
+
+RULES = """
+def judge(instruction, response):
+    return None if response == "right" else f"{instruction!r} is not {response!r}."
+
+def stumble(instruction, response):
+    return {"boom": lambda: 1 / 0, "int": lambda: 3, "empty": lambda: " ", "praise": lambda: "perfect, yes"}.get(
+        response, lambda: None
+    )()
+
+number = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    import sys
+
+    (tmp_path / "my_rules_for_tests.py").write_text(RULES)
+    (tmp_path / "broken_rules.py").write_text("import no_such_module_at_all")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("my_rules_for_tests", None)
+
+
+def run(outputs: list[str], rules: str, **more: Any) -> int:
+    rows = [{"instruction": "Say it.", "output": output} | more for output in outputs]
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return main(["judge", "--responses", "in.jsonl", "--judge", "rules", "--rules", rules, "--out", "out.jsonl"])
+
+
+def read() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+
+
+def test_a_function_in_the_current_directory_judges(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["right", "left"], "my_rules_for_tests:judge", input="Now.", generator="m") == 0
+    assert read() == [
+        {"instruction": "Say it.", "input": "Now.", "output": "right", "judgment": None, "generator": "m"},
+        {
+            "instruction": "Say it.",
+            "input": "Now.",
+            "output": "left",
+            "judgment": "'Say it.\\nNow.' is not 'left'.",
+            "generator": "m",
+        },
+    ]
+    assert "2 records in out.jsonl: 1 satisfactory, 1 unsatisfactory" in capsys.readouterr().out
+
+
+def test_the_tiny_worlds_judge_is_an_example(folder: Path) -> None:
+    from cutlm.world.tasks import list_tasks
+
+    task = list_tasks("train")[0]
+    rows = [{"instruction": task.instruction, "output": output} for output in (task.right_answers[0], "No idea.")]
+    Path("in.json").write_text(json.dumps(rows))
+    options = ["--judge", "rules", "--rules", "cutlm.world.judge:judge", "--out", "out.jsonl"]
+    assert main(["judge", "--responses", "in.json", *options]) == 0
+    first, second = read()
+    assert first["judgment"] is None
+    assert second["judgment"]
+
+
+def test_what_rules_do_wrong_is_said_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["boom", "praise", "int", "empty", "fine"], "my_rules_for_tests:stumble") == 2
+    printed = capsys.readouterr().err
+    assert "in.jsonl:1: the rules raised ZeroDivisionError: division by zero; mend them" in printed
+    assert "in.jsonl:3: expected the rules to return what is wrong, or None, got a number (3)" in printed
+    assert "in.jsonl:4: expected the rules to return what is wrong, or None, got an empty string" in printed
+    assert "3 of 5 responses could not be judged; nothing written" in printed
+    assert "Traceback" not in printed
+    assert not Path("out.jsonl").exists()
+    assert run(["praise", "fine"], "my_rules_for_tests:stumble") == 0
+    assert [row["judgment"] for row in read()] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("judge", "expected package.module:function, got 'judge'"),
+        ("no_such_rules:judge", "no module 'no_such_rules' on Python's path or in "),
+        ("cutlm.no_such_rules:judge", "no module 'cutlm.no_such_rules' on Python's path or in "),
+        ("broken_rules:judge", "cannot be imported (ModuleNotFoundError: No module named 'no_such_module_at_all')"),
+        ("my_rules_for_tests:nothing", "expected a function 'nothing' in my_rules_for_tests, got nothing of that name"),
+        ("my_rules_for_tests:number", "expected a function 'number' in my_rules_for_tests, got int"),
+    ],
+)
+def test_rules_that_cannot_be_had_are_one_sentence(
+    folder: Path, name: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["right"], name) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_method_is_a_function_too(folder: Path) -> None:
+    (folder / "method_rules.py").write_text("class Rules:\n    @staticmethod\n    def judge(a, b): return a + b\n")
+    assert load_rules("method_rules:Rules.judge")("a", "b") == "ab"
