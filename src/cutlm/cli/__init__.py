@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 something the user can mend, said without a traceback; 130
 import argparse
 import errno
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and args.command != "train":
         parser.error(f"{args.command}: unknown arguments: {' '.join(rest)}")
     args.rest = rest
+    # It tells, wherever PEFT imports it, of an optional kernel for 4-bit weights on a CPU.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return args.run(args)
     except UserError as error:

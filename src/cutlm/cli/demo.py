@@ -5,7 +5,6 @@ The base model, its instructions and their judge come with the package. The fold
 picture of the progress, and a page of answers before and after, every token shaded by what the judgment changes."""
 
 import argparse
-import logging
 import os
 import sys
 
@@ -20,8 +19,6 @@ def run(args: argparse.Namespace) -> int:
     # OpenMP library when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _tidy_bars()
-    # It tells, where it is imported, of a kernel for 4-bit weights that is of no use here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
     from cutlm.world.demo import FULL, QUICK, run_demo
 
