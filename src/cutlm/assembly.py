@@ -64,7 +64,7 @@ def build_trainer(data_args: Any, model_args: Any, config: Any) -> "CUTTrainer |
             backend=_describe_backend(model, model_args, config),
             overwrite=data_args.overwrite_output_dir,
         )
-    is_pairs = config.objective in ("dpo", "ilf_dpo")
+    is_pairs = config.is_of_pairs
     if is_pairs and eval_records:
         raise ConfigError(f"eval_data, eval_split: not for objective {config.objective}; leave them out")
     kwargs = {} if is_pairs else {"eval_dataset": eval_records or None}

@@ -20,6 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help='what the responses shall deserve to be told, such as "Perfect.": for models that learned from hindsight',
     )
+    add_sampling_arguments(parser)
+    parser.add_argument("--generator", metavar="NAME", help="the model's name in the output (default: its folder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a local model draws responses, for every command that has it do so."""
     parser.add_argument("--max_new_tokens", type=int, help="stop here (default: 2048, or half of the model's context)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="total probability to draw from (default: 1)")
@@ -27,8 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time (default: 16)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    parser.add_argument("--generator", metavar="NAME", help="the model's name in the output (default: its folder)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
 
 
 def run(args: argparse.Namespace) -> int:

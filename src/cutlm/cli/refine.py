@@ -8,6 +8,8 @@ A run that was stopped goes on where it was when started again with the same set
 import argparse
 from pathlib import Path
 
+from cutlm.cli.generate import add_sampling_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="MODEL", help="a model or adapter folder, or a hub name")
@@ -16,13 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", choices=("alpaca", "chat"), default="alpaca", help="as in training (default: alpaca)"
     )
-    parser.add_argument("--max_new_tokens", type=int, help="stop here (default: 2048, or half of the model's context)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="total probability to draw from (default: 1)")
-    parser.add_argument("--seed", type=int, default=42, help="of the random numbers (default: 42)")
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time (default: 16)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    add_sampling_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
 
 
