@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "answer a file of instructions",
     "judge": "say what is wrong with responses: by a server, by rules, or by a person",
     "refine": "rewrite unsatisfactory responses by what was said about them",
+    "align": "the online loop: generate, judge, blame, train, merge, and again",
     "world": "the tiny world: build its base model, compare methods on it",
     "blame": "find the tokens that a judgment blames, by a frozen model",
 }
@@ -43,11 +44,9 @@ _USERS_ERRORS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Builds the parser of all commands; imports no command's heavy parts."""
-    parser = argparse.ArgumentParser(
-        prog="cutlm", description="Align language models with judgments: what is said about their answers."
-    )
+    parser = kind(prog="cutlm", description="Align language models with judgments: what is said about their answers.")
     parser.add_argument("--version", action="version", version=f"cutlm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
@@ -68,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    # `train` takes every field of its config as an option; the others take what they name and nothing else.
-    if rest and args.command != "train":
+    # These take every field of their config as an option; the others take what they name and nothing else.
+    if rest and args.command not in ("train", "align"):
         parser.error(f"{args.command}: unknown arguments: {' '.join(rest)}")
     args.rest = rest
     # It tells, wherever PEFT imports it, of an optional kernel for 4-bit weights on a CPU.

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.errors import UserError
     from cutlm.jsonl import refuse_overwriting
 
-    _fill_options(args)
+    fill_options(args)
     refuse_overwriting([args.responses, *filter(None, (args.todo, args.prompt_file))], args.out)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     return 1
 
 
-def _fill_options(args: argparse.Namespace) -> None:
+def fill_options(args: argparse.Namespace) -> None:
     """Refuses options of other judges, asks for those of this one, and puts in the defaults."""
     from cutlm.errors import ConfigError
 

@@ -34,6 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     compare.add_argument("--cache", metavar="DIR", help="where results of runs are kept (default: OUT/.runs)")
     compare.set_defaults(run_action=_compare)
+    tasks = actions.add_parser(
+        "tasks",
+        help="write instructions that the world's judge knows the answers to",
+        description="Write instructions of a split to a file. Judge responses to them by\n"
+        "  cutlm judge --judge rules --rules cutlm.world.judge:judge",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    tasks.add_argument("--split", choices=("train", "dev", "test"), default="train", help="default: train")
+    tasks.add_argument("--num", type=int, metavar="N", help="the first N (default: all)")
+    tasks.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    tasks.set_defaults(run_action=_tasks)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,6 +53,20 @@ def run(args: argparse.Namespace) -> int:
     # OpenMP library when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return args.run_action(args)
+
+
+def _tasks(args: argparse.Namespace) -> int:
+    from cutlm.errors import UserError
+    from cutlm.jsonl import write_rows
+    from cutlm.world.tasks import list_tasks
+
+    tasks = list_tasks(args.split)
+    num = len(tasks) if args.num is None else args.num
+    if not 1 <= num <= len(tasks):
+        raise UserError(f"--num: expected a number from 1 to {len(tasks)}, the size of split {args.split}, got {num}")
+    rows = ({"instruction": task.instruction, "family": task.family} for task in tasks[:num])
+    print(f"{write_rows(args.out, rows)} instructions in {args.out}")
+    return 0
 
 
 def _build(args: argparse.Namespace) -> int:

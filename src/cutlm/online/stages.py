@@ -1,0 +1,417 @@
+"""The stages of an iteration: what each runs, what it leaves, and which figures are read from that.
+
+    sample    instructions.jsonl        fresh ones, from one shuffled order of all
+    generate  responses.jsonl           cutlm generate, by the model as it is
+    judge     records.jsonl             cutlm judge
+    blame     scores.jsonl              cutlm blame, where the detector is frozen
+    train     adapter/ (or model/)      cutlm train, from train.yaml
+    merge     model/                    cutlm merge; none where the whole model is trained
+    evaluate  evaluation/               generate and judge on held-out instructions, and a command of the user's
+
+Each file appears whole under its name or not at all, so one that is there is not made again. What comes when is left to
+`cutlm.online.loop`.
+"""
+
+import hashlib
+import json
+import random
+import shlex
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+
+from cutlm.errors import DataError, UserError
+from cutlm.jsonl import open_atomic, read_rows, write_rows
+from cutlm.online.settings import Plan
+from cutlm.records import InstructionRow, check_records, validate_row
+
+STAGES = ("sample", "generate", "judge", "blame", "train", "merge", "evaluate")
+_NUM_AVERAGED = 3
+EMPTY_RESPONSE = "empty response"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an iteration's files stand, and the model that it begins with.
+
+    Attributes:
+        number: From 1; 0 is the model before the first, which is only evaluated.
+        folder: The iteration's.
+        model: The model's folder, or its name on a hub.
+    """
+
+    number: int
+    folder: Path
+    model: str
+
+    @property
+    def new_model(self) -> str:
+        """The model that comes of it."""
+        return str((self.folder / "model").resolve()) if self.number else self.model
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What a stage may ask for; see `cutlm.online.loop`.
+
+    Attributes:
+        run: Runs `cutlm` with arguments, and maybe a launcher; returns the exit status.
+        run_shell: Runs a shell command; returns the exit status.
+        serve: A context in which a model is served, where one is to be.
+    """
+
+    run: Callable[..., int]
+    run_shell: Callable[[str], int]
+    serve: Callable[[str], AbstractContextManager[None]]
+
+
+class StageFailed(Exception):
+    """A stage's command did not do what it was to do.
+
+    Args:
+        message: What happened, and what to do.
+        status: The exit status for the loop.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class WaitingForPerson(Exception):
+    """Responses are there to be judged by a person.
+
+    Args:
+        todo: The list to fill.
+    """
+
+    def __init__(self, todo: Path) -> None:
+        super().__init__(str(todo))
+        self.todo = todo
+
+
+def list_stages(plan: Plan, number: int) -> list[str]:
+    """The stages of an iteration, in order."""
+    skipped = set()
+    if not plan.is_blaming:
+        skipped.add("blame")
+    if not plan.is_adapting:
+        skipped.add("merge")
+    if not plan.arguments.eval_instructions and not plan.arguments.eval_command:
+        skipped.add("evaluate")
+    return [stage for stage in STAGES if stage not in skipped and (number or stage == "evaluate")]
+
+
+def list_outputs(plan: Plan, place: Place, stage: str) -> list[Path]:
+    """The files and folders that a stage leaves."""
+    folder = place.folder
+    names = {
+        "sample": ["instructions.jsonl"],
+        "generate": ["responses.jsonl"],
+        "judge": ["records.jsonl", "records.jsonl.failures.jsonl"],
+        "blame": ["scores.jsonl"],
+        "train": ["train.yaml", "adapter" if plan.is_adapting else "model"],
+        "merge": ["model"],
+        "evaluate": ["evaluation"],
+    }[stage]
+    return [folder / name for name in names]
+
+
+def make_seed(plan: Plan, number: int, stage: str) -> int:
+    """A seed of its own for each stage of each iteration."""
+    return int.from_bytes(hashlib.sha256(f"{plan.seed} {number} {stage}".encode()).digest()[:4]) // 2
+
+
+def read_instructions(path: str) -> list[dict[str, Any]]:
+    """Reads a file of instructions.
+
+    Raises:
+        DataError: Rows cannot be used; all are named.
+    """
+    rows, problems = read_rows(path)
+    for row in rows:
+        validate_row(row, InstructionRow, problems)
+    if problems:
+        raise DataError(problems, hint=f"{len(problems)} problems in {path}; mend them, nothing was skipped")
+    return [row.value for row in rows]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Instructions to draw from, each once, in the order in which iterations take them.
+
+    Attributes:
+        rows: As in the file.
+        num_repeated: Left out, as the same instruction stands before.
+        num_held_out: Left out, as they are evaluated on.
+    """
+
+    rows: list[dict[str, Any]]
+    num_repeated: int
+    num_held_out: int
+
+
+def make_pool(plan: Plan) -> Pool:
+    """Reads and shuffles the instructions.
+
+    Raises:
+        UserError: There are fewer than the iterations take.
+    """
+    path = str(plan.arguments.instructions)
+    rows = read_instructions(path)
+    held_out = plan.arguments.eval_instructions
+    evaluated = {_key(row) for row in read_instructions(held_out)} if held_out else set()
+    unique = {_key(row): row for row in reversed(rows)}
+    kept = [unique[key] for key in dict.fromkeys(map(_key, rows)) if key not in evaluated]
+    pool = Pool(
+        random.Random(f"{plan.seed} instructions").sample(kept, len(kept)),
+        len(rows) - len(unique),
+        len(unique) - len(kept),
+    )
+    num_wanted = plan.arguments.num_iterations * plan.arguments.num_instructions
+    if len(kept) < num_wanted:
+        left_out = f" ({pool.num_repeated} repeated and {pool.num_held_out} held-out ones left out)"
+        raise UserError(
+            f"{path}: expected {num_wanted} instructions, {plan.arguments.num_instructions} for each of"
+            f" {plan.arguments.num_iterations} iterations, got {len(kept)}"
+            f"{left_out if len(kept) < len(rows) else ''}; give more, or lower num_instructions or num_iterations"
+        )
+    return pool
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str]:
+    return row["instruction"], row.get("input") or ""
+
+
+def run_stage(plan: Plan, place: Place, stage: str, runner: Runner) -> dict[str, Any]:
+    """Runs a stage to its end, or goes on with it.
+
+    Returns:
+        Its figures.
+
+    Raises:
+        StageFailed: A command of it failed.
+        WaitingForPerson: It needs one.
+    """
+    place.folder.mkdir(parents=True, exist_ok=True)
+    return {
+        "sample": _sample,
+        "generate": _generate,
+        "judge": _judge,
+        "blame": _blame,
+        "train": _train,
+        "merge": _merge,
+        "evaluate": _evaluate,
+    }[stage](plan, place, runner)
+
+
+def _sample(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
+    pool, num = make_pool(plan), plan.arguments.num_instructions
+    start = (place.number - 1) * num
+    write_rows(place.folder / "instructions.jsonl", pool.rows[start : start + num])
+    return {"num_instructions": num}
+
+
+def _generate(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
+    out = place.folder / "responses.jsonl"
+    seed = make_seed(plan, place.number, "generate")
+    _answer(plan, runner, place.model, place.folder / "instructions.jsonl", out, seed)
+    rows, _ = read_rows(out)
+    return {"num_responses": len(rows), "num_empty": sum(not row.value["output"].strip() for row in rows)}
+
+
+def _answer(plan: Plan, runner: Runner, model: str, prompts: Path | str, out: Path, seed: int, *further: str) -> None:
+    if out.exists():
+        return
+    options = shlex.split(plan.arguments.generate)
+    # Prompted as it is trained, whatever chat template the first model has.
+    fixed = ["--template", str(plan.training["template"])] if plan.server is None else []
+    arguments = ["generate", "--model", model, "--prompts", str(prompts), "--out", str(out), *fixed, *options, *further]
+    with runner.serve(model):
+        _check(runner.run([*arguments, "--seed", str(seed)]), arguments)
+    assert out.exists()
+
+
+def _judge(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
+    return _ask_judge(plan, runner, str(plan.arguments.judge), place.folder / "responses.jsonl")
+
+
+def _ask_judge(plan: Plan, runner: Runner, judge: str, responses: Path) -> dict[str, Any]:
+    """Judges responses into `records.jsonl` beside them.
+
+    Returns:
+        Counts of what is said.
+    """
+    records = responses.with_name("records.jsonl")
+    failures = records.with_name(f"{records.name}.failures.jsonl")
+    counts = _count_records(records, failures)
+    if counts is None or _is_too_few(counts, plan.arguments.max_missing):
+        arguments = ["judge", "--responses", str(responses), "--out", str(records), "--judge", *shlex.split(judge)]
+        arguments += ["--overwrite"] * records.exists()
+        todo = _find_todo(records) if judge.split()[0] == "human" else None
+        arguments += ["--todo", str(todo)] if todo else []
+        status = runner.run(arguments)
+        counts = _count_records(records, failures)
+        if status == 0 and counts is None:
+            raise WaitingForPerson(records.with_name(f"{records.name}.todo.csv"))
+        if status not in (0, 1) or counts is None:
+            _check(status or 1, arguments)
+        assert counts is not None
+        if _is_too_few(counts, plan.arguments.max_missing):
+            num_missing, num_all = counts["num_missing"], counts["num_missing"] + counts["num_judged"]
+            raise StageFailed(
+                f"{num_missing} of {num_all} responses have no judgment, more than max_missing"
+                f" ({plan.arguments.max_missing:.0%}); {failures} says why; start again to ask for these alone, or"
+                " raise max_missing",
+                1,
+            )
+    return counts
+
+
+def _find_todo(records: Path) -> Path | None:
+    """The list that a person has filled: of the two, the one that was written to last."""
+    lists = [records.with_name(f"{records.name}.todo.{kind}") for kind in ("csv", "jsonl")]
+    there = [path for path in lists if path.exists()]
+    return max(there, key=lambda path: path.stat().st_mtime_ns) if there else None
+
+
+def _count_records(records: Path, failures: Path) -> dict[str, Any] | None:
+    """What was said of how many responses; None where nothing is there yet."""
+    if not records.exists():
+        return None
+    check = check_records(records)
+    failed = [row.value.get("kind") for row in read_rows(failures)[0]] if failures.exists() else []
+    num_empty = failed.count(EMPTY_RESPONSE)
+    return {
+        "num_judged": len(check.records),
+        "num_satisfactory": check.num_satisfactory,
+        "num_missing": len(failed) - num_empty,
+        "num_empty": num_empty,
+    }
+
+
+def _is_too_few(counts: dict[str, Any], max_missing: float) -> bool:
+    return counts["num_missing"] > max_missing * (counts["num_missing"] + counts["num_judged"])
+
+
+def _blame(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
+    records, out = place.folder / "records.jsonl", place.folder / "scores.jsonl"
+    if not out.exists():
+        arguments = ["blame", "--model", place.model, "--data", str(records), "--out", str(out), *plan.blaming]
+        _check(runner.run(arguments), arguments)
+    num_tokens = num_flagged = 0
+    for row in read_rows(out)[0]:
+        if not row.value["is_satisfactory"]:
+            num_tokens += len(row.value["is_flagged"])
+            num_flagged += sum(row.value["is_flagged"])
+    return {"num_tokens": num_tokens, "num_flagged": num_flagged}
+
+
+def _train(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
+    data = place.folder / ("scores.jsonl" if plan.is_blaming else "records.jsonl")
+    target = place.folder / ("adapter" if plan.is_adapting else "model")
+    log = _read_state(target)
+    if log is None:
+        config = place.folder / "train.yaml"
+        settings = plan.training | {
+            "model_name_or_path": place.model,
+            "data": str(data),
+            "output_dir": str(target),
+            "seed": make_seed(plan, place.number, "train"),
+        }
+        with open_atomic(config) as file:
+            file.write(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
+        arguments = ["train", "--config", str(config)]
+        if any(target.glob("checkpoint-*")):
+            arguments += ["--resume_from_checkpoint", "last"]
+        elif target.exists():
+            arguments += ["--overwrite_output_dir", "true"]  # what a kill left before the first checkpoint
+        _check(runner.run(arguments, launcher=plan.arguments.launcher), arguments)
+        log = _read_state(target)
+        assert log is not None
+    for path in target.glob("checkpoint-*"):
+        shutil.rmtree(path)  # what it would take to go on; there is nothing to go on with
+    lines = [line for line in log["log_history"] if "loss" in line]
+    losses = [line["loss"] for line in lines]
+    shares = [line["flagged_share"] for line in lines if "flagged_share" in line]
+    return {
+        "num_steps": log["global_step"],
+        "loss_start": mean(losses[:_NUM_AVERAGED]) if losses else None,
+        "loss_end": mean(losses[-_NUM_AVERAGED:]) if losses else None,
+        "flagged_share": mean(shares) if shares else None,
+    }
+
+
+def _read_state(target: Path) -> dict[str, Any] | None:
+    """What the trainer wrote last, after the model itself; None where it has not, or was killed at it."""
+    try:
+        return json.loads((target / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _merge(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
+    out = place.folder / "model"
+    if not out.exists():
+        adapter = place.folder / "adapter"
+        # Said, as the adapter names the place where its base was: the folder may have been moved since.
+        arguments = ["merge", "--adapter", str(adapter), "--base", place.model, "--out", str(out)]
+        _check(runner.run(arguments), arguments)
+    return {}
+
+
+def _evaluate(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
+    folder = place.folder / "evaluation"
+    folder.mkdir(exist_ok=True)
+    figures: dict[str, Any] = {}
+    held_out = plan.arguments.eval_instructions
+    if held_out:
+        responses = folder / "responses.jsonl"
+        # The same for every model: what differs between iterations is then the model alone.
+        _answer(plan, runner, place.new_model, held_out, responses, plan.seed, "--temperature", "0")
+        judge = plan.arguments.eval_judge or str(plan.arguments.judge)
+        counts = _ask_judge(plan, runner, judge, responses)
+        figures |= counts | {"share_satisfactory": counts["num_satisfactory"] / max(1, counts["num_judged"])}
+    if plan.arguments.eval_command:
+        out = folder / "figures.json"
+        if not out.exists():
+            command = plan.arguments.eval_command.replace("{model}", shlex.quote(place.new_model))
+            command = command.replace("{out}", shlex.quote(str(out)))
+            _check(runner.run_shell(command), [command])
+        figures |= _read_figures(out)
+    return figures
+
+
+def _read_figures(path: Path) -> dict[str, float]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        return {name: value for name, value in values.items() if isinstance(value, int | float)}
+    except (OSError, ValueError, AttributeError):
+        raise StageFailed(
+            f"eval_command: expected a JSON object of figures in {path}, found none; have the command write it", 2
+        ) from None
+
+
+def _check(status: int, arguments: list[str]) -> None:
+    """Raises:
+    StageFailed: A command's exit status says that it failed.
+    """
+    if status == 0:
+        return
+    what = f"was killed by signal {-status}" if status < 0 else f"ended with {status}"
+    raise StageFailed(
+        f"cutlm {arguments[0]} {what}; what it said stands above; mend it and start again, what is finished is kept",
+        status if status > 0 else 128 - status,
+    )
+
+
+def list_remains(plan: Plan, place: Place, stage: str) -> list[Path]:
+    """What a stage leaves: its outputs, and what it goes on with where it did not end."""
+    outputs = list_outputs(plan, place, stage)
+    return [*outputs, *(Path(f"{path}.partial") for path in outputs if path.suffix == ".jsonl")]
