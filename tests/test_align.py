@@ -27,6 +27,7 @@ from cutlm.online.report import describe_seconds, make_status, make_table, summa
 from cutlm.online.settings import parse_options, read_plan
 from cutlm.online.stages import StageFailed, WaitingForPerson, list_stages, make_pool
 
+RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "online").glob("*.yaml"))
 RULES = '''
 """A judge that minds the number of characters."""
 
@@ -77,7 +78,8 @@ def _settings(folder: Path, name: str, **further: Any) -> dict[str, Any]:
 
 
 def _plan(folder: Path, name: str, **further: Any) -> Any:
-    options = [f"--{key}={value}" for key, value in _settings(folder, name, **further).items()]
+    settings = _settings(folder, name, **further)
+    options = [f"--{key}={value}" for key, value in settings.items() if value is not None]
     return read_plan(None, options)
 
 
@@ -431,6 +433,18 @@ def test_a_person_may_judge(workplace: Path) -> None:
     )
 
 
+def test_responses_are_refined_where_the_objective_learns_from_that(workplace: Path) -> None:
+    further = {"num_iterations": 1, "eval_instructions": "", "objective": "ilf_mle", "detector": None}
+    plan = _plan(workplace, "refined", **further)
+    assert list_stages(plan, 1) == ["sample", "generate", "judge", "refine", "train", "merge"]
+    assert run_loop(plan, run=_run_here) is True
+    rows = (workplace / "refined" / "iteration-1" / "refined.jsonl").read_text().splitlines()
+    num_refined = sum("i_ans" in json.loads(row) for row in rows)
+    assert num_refined > 0
+    (row,) = collect_figures(plan)
+    assert row["stages"]["refine"]["figures"] == {"num_refined": num_refined}
+
+
 def test_a_command_of_the_users_evaluates(workplace: Path) -> None:
     command = """test -d {model} && echo '{{"win_rate": 12.5, "note": "text"}}' > {out}""".replace("{{", "{").replace(
         "}}", "}"
@@ -535,6 +549,13 @@ def test_stages_are_named_by_themselves_with_their_iteration_or_by_it_alone(begu
 def test_a_filled_folder_is_not_taken(workplace: Path) -> None:
     with pytest.raises(UserError, match=r"base is not empty and holds no align\.yaml; name another folder"):
         run_loop(_plan(workplace, "base"), run=_run_here)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["align", "--config", str(recipe), "--use_cpu", "--dry_run"]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert {"instructions", "judge", "threshold", "output_dir"} <= set(resolved)
 
 
 # The report.

@@ -36,6 +36,7 @@ def summarize(iteration: dict[str, Any]) -> dict[str, Any]:
     judged, trained = figures.get("judge", {}), figures.get("train", {})
     blamed, evaluated = figures.get("blame", {}), figures.get("evaluate", {})
     seconds = [known["seconds"] for known in iteration["stages"].values() if known["seconds"] is not None]
+    flagged_share = _divide(blamed.get("num_flagged"), blamed.get("num_tokens"))
     return {
         "iteration": iteration["iteration"],
         "num_responses": figures.get("generate", {}).get("num_responses"),
@@ -43,7 +44,7 @@ def summarize(iteration: dict[str, Any]) -> dict[str, Any]:
         "num_empty": judged.get("num_empty"),
         "share_satisfactory": _divide(judged.get("num_satisfactory"), judged.get("num_judged")),
         # By the frozen detector where there is one, else by the model as it was trained.
-        "flagged_share": _divide(blamed.get("num_flagged"), blamed.get("num_tokens")) or trained.get("flagged_share"),
+        "flagged_share": trained.get("flagged_share") if flagged_share is None else flagged_share,
         "num_steps": trained.get("num_steps"),
         "loss_start": trained.get("loss_start"),
         "loss_end": trained.get("loss_end"),

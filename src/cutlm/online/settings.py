@@ -133,9 +133,11 @@ class Plan:
         seed: Of which the seed of every stage is made.
         is_blaming: Whether tokens are blamed by the model as it was before each round.
         server: Address of the server that generates; None where a local model does.
+        is_refining: Whether the objective learns from refined responses.
         is_adapting: Whether an adapter is trained, to be merged; else the whole model.
         training: Settings of `cutlm train` that all rounds share.
         blaming: Options of `cutlm blame`.
+        refining: Options of `cutlm refine`.
         resolved: All settings, as they are saved.
     """
 
@@ -145,9 +147,11 @@ class Plan:
     seed: int
     server: str | None
     is_blaming: bool
+    is_refining: bool
     is_adapting: bool
     training: dict[str, Any]
     blaming: list[str]
+    refining: list[str]
     resolved: dict[str, Any]
 
 
@@ -242,15 +246,23 @@ def _read_plan(config: str | None, options: list[str]) -> Plan:
     ]
     blaming += ["--bf16"] * bool(train_args.bf16) + ["--device=cpu"] * bool(train_args.use_cpu)
     blaming += [f"--dtype={model_args.dtype}"] if model_args.dtype else []
+    generating = parse_options("generate", arguments.generate)
+    refining = [
+        f"--{name}={generating[name]}"
+        for name in ("max_new_tokens", "temperature", "top_p", "batch_size", "dtype", "device")
+        if generating.get(name) is not None
+    ]
     return Plan(
         arguments=arguments,
         folder=Path(train_args.output_dir),
         model=model_args.model_name_or_path,
         seed=train_args.seed,
-        server=parse_options("generate", arguments.generate).get("server"),
+        server=generating.get("server"),
         is_blaming=train_args.objective == "cut" and train_args.detector == "frozen",
+        is_refining=train_args.objective in ("ilf_mle", "ilf_dpo"),
         is_adapting=model_args.use_peft,
         training=training,
         blaming=blaming,
+        refining=[f"--template={train_args.template}", *refining],
         resolved=settings.resolved,
     )

@@ -3,6 +3,7 @@
     sample    instructions.jsonl        fresh ones, from one shuffled order of all
     generate  responses.jsonl           cutlm generate, by the model as it is
     judge     records.jsonl             cutlm judge
+    refine    refined.jsonl             cutlm refine, where the objective learns from that
     blame     scores.jsonl              cutlm blame, where the detector is frozen
     train     adapter/ (or model/)      cutlm train, from train.yaml
     merge     model/                    cutlm merge; none where the whole model is trained
@@ -31,7 +32,7 @@ from cutlm.jsonl import open_atomic, read_rows, write_rows
 from cutlm.online.settings import Plan
 from cutlm.records import InstructionRow, check_records, validate_row
 
-STAGES = ("sample", "generate", "judge", "blame", "train", "merge", "evaluate")
+STAGES = ("sample", "generate", "judge", "refine", "blame", "train", "merge", "evaluate")
 _NUM_AVERAGED = 3
 EMPTY_RESPONSE = "empty response"
 
@@ -101,6 +102,8 @@ def list_stages(plan: Plan, number: int) -> list[str]:
     skipped = set()
     if not plan.is_blaming:
         skipped.add("blame")
+    if not plan.is_refining:
+        skipped.add("refine")
     if not plan.is_adapting:
         skipped.add("merge")
     if not plan.arguments.eval_instructions and not plan.arguments.eval_command:
@@ -115,10 +118,14 @@ def list_outputs(plan: Plan, place: Place, stage: str) -> list[Path]:
         "sample": ["instructions.jsonl"],
         "generate": ["responses.jsonl"],
         "judge": ["records.jsonl", "records.jsonl.failures.jsonl"],
+        "refine": ["refined.jsonl"],
         "blame": ["scores.jsonl"],
         "train": ["train.yaml", "adapter" if plan.is_adapting else "model"],
         "merge": ["model"],
-        "evaluate": ["evaluation"],
+        "evaluate": [
+            f"evaluation/{name}"
+            for name in ("responses.jsonl", "records.jsonl", "records.jsonl.failures.jsonl", "figures.json")
+        ],
     }[stage]
     return [folder / name for name in names]
 
@@ -204,6 +211,7 @@ def run_stage(plan: Plan, place: Place, stage: str, runner: Runner) -> dict[str,
         "sample": _sample,
         "generate": _generate,
         "judge": _judge,
+        "refine": _refine,
         "blame": _blame,
         "train": _train,
         "merge": _merge,
@@ -300,6 +308,16 @@ def _is_too_few(counts: dict[str, Any], max_missing: float) -> bool:
     return counts["num_missing"] > max_missing * (counts["num_missing"] + counts["num_judged"])
 
 
+def _refine(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
+    out = place.folder / "refined.jsonl"
+    if not out.exists():
+        arguments = ["refine", "--model", place.model, "--data", str(place.folder / "records.jsonl"), "--out", str(out)]
+        arguments += plan.refining
+        arguments += ["--seed", str(make_seed(plan, place.number, "refine"))]
+        _check(runner.run(arguments), arguments)
+    return {"num_refined": sum(record.i_ans is not None for record in check_records(out).records)}
+
+
 def _blame(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
     records, out = place.folder / "records.jsonl", place.folder / "scores.jsonl"
     if not out.exists():
@@ -314,7 +332,9 @@ def _blame(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
 
 
 def _train(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
-    data = place.folder / ("scores.jsonl" if plan.is_blaming else "records.jsonl")
+    data = place.folder / (
+        "scores.jsonl" if plan.is_blaming else "refined.jsonl" if plan.is_refining else "records.jsonl"
+    )
     target = place.folder / ("adapter" if plan.is_adapting else "model")
     log = _read_state(target)
     if log is None:
