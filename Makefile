@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Files of tests at a time.
+JOBS ?= 2
 
 .PHONY: help setup demo test check format lint types clean
 .DEFAULT_GOAL := help
@@ -25,7 +27,7 @@ demo: setup ## see a tiny model answer, be judged and learn from it (CPU, about 
 	$(BIN)/cutlm demo
 
 test: setup ## run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadfile
 
 check: format lint types test ## everything that must pass before a change lands
 
