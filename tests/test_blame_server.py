@@ -19,9 +19,10 @@ from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 import cutlm.posting as posting
+from cutlm.asking import Server
 from cutlm.cli import main
 from cutlm.errors import ConfigError, UserError
-from cutlm.prompt_logprobs import Server, read_prompt_logprobs
+from cutlm.prompt_logprobs import read_prompt_logprobs
 from cutlm.token_scores import read_token_scores
 
 CANARY = "sk-canary-0123456789"

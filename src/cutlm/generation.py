@@ -140,27 +140,44 @@ def generate_file(
     Raises:
         UserError: A partial file of another run is in the way.
     """
-    instructions = [
-        f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"] for row in prompts
-    ]
-    header = {
-        "sampling": asdict(sampling),
-        "template": encoder.template,
-        "model": fingerprint,
-        "prompts": hashlib.sha256(json.dumps([instructions, judgment]).encode()).hexdigest(),
-    }
+    instructions = [join_instruction(row) for row in prompts]
+    header = describe_run(instructions, judgment, sampling, encoder.template, fingerprint)
     encoded = [encoder.encode_prompt(instruction, judgment) for instruction in instructions]
     journal = Journal(out, header)
     counts = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
+    write_rows(out, make_rows(prompts, counts.responses, generator, dataset))
+    journal.remove()
+    return counts
+
+
+def join_instruction(row: dict[str, Any]) -> str:
+    """The instruction of a row and, after a newline, its input where there is one."""
+    return f"{row['instruction']}\n{row['input']}" if row.get("input") else str(row["instruction"])
+
+
+def describe_run(
+    instructions: Sequence[str], judgment: str | None, sampling: Sampling, template: str, model: str
+) -> dict[str, Any]:
+    """What responses depend on, as the header of a journal."""
+    return {
+        "sampling": asdict(sampling),
+        "template": template,
+        "model": model,
+        "prompts": hashlib.sha256(json.dumps([instructions, judgment]).encode()).hexdigest(),
+    }
+
+
+def make_rows(
+    prompts: Sequence[dict[str, Any]], responses: dict[int, str], generator: str, dataset: str
+) -> list[dict[str, Any]]:
+    """Rows of AlpacaEval's format, in the order of the prompts."""
     rows = []
     for index, row in enumerate(prompts):
-        answer = {"instruction": row["instruction"], "output": counts.responses[index], "generator": generator}
+        answer = {"instruction": row["instruction"], "output": responses[index], "generator": generator}
         if row.get("input"):
             answer["input"] = row["input"]
         rows.append(answer | {"dataset": row.get("dataset") or dataset})
-    write_rows(out, rows)
-    journal.remove()
-    return counts
+    return rows
 
 
 def generate_with_journal(

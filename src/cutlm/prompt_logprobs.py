@@ -5,62 +5,17 @@ endpoint with `prompt_logprobs: 0`. What is made of the numbers is left to `cutl
 environment variable OPENAI_API_KEY alone and is shown nowhere.
 """
 
-import queue
 import threading
 from collections.abc import Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from cutlm.errors import ConfigError, UserError
-from cutlm.posting import (
-    KEY_VARIABLE,
-    Refused,
-    Stopped,
-    Unreachable,
-    describe_bad_address,
-    post_json,
-    read_key,
-)
+from cutlm.asking import GivenUp, Server, ask_all, explain_refusal
+from cutlm.errors import UserError
+from cutlm.posting import Refused, Unreachable, post_json, read_key
 from cutlm.scoring import Scored, count_tokens
-
-
-@dataclass(frozen=True)
-class Server:
-    """Where to ask, and how.
-
-    Attributes:
-        url: Such as http://localhost:8000, with or without /v1.
-        model: The model's name on the server.
-        concurrency: Requests at a time.
-        timeout: Seconds without a byte after which a request is given up and made again.
-        max_retries: Further attempts after one that failed for a reason that may pass.
-    """
-
-    url: str
-    model: str
-    concurrency: int = 8
-    timeout: float = 120.0
-    max_retries: int = 5
-
-    def __post_init__(self) -> None:
-        problems = []
-        if (problem := describe_bad_address(self.url, "server")) is not None:
-            problems.append(problem)
-        if self.concurrency < 1:
-            problems.append(f"concurrency: expected a whole number of at least 1, got {self.concurrency}")
-        if not self.timeout > 0:
-            problems.append(f"timeout: expected a number of seconds above 0, got {self.timeout}")
-        if self.max_retries < 0:
-            problems.append(f"max_retries: expected a whole number of at least 0, got {self.max_retries}")
-        if problems:
-            raise ConfigError(problems)
-
-    @property
-    def endpoint(self) -> str:
-        return f"{self.url.rstrip('/').removesuffix('/v1')}/v1/completions"
 
 
 def score_rows_by_server(
@@ -87,55 +42,26 @@ def score_rows_by_server(
     """
     key = read_key()
     order = sorted(set(range(len(rows))) - set(done), key=lambda index: (-count_tokens(rows[index]), index))
-    tasks: queue.SimpleQueue[int] = queue.SimpleQueue()
-    results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    stop = threading.Event()
-    for index in order:
-        tasks.put(index)
-
-    def work() -> None:
-        while not stop.is_set():
-            try:
-                index = tasks.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                results.put((index, _score_row(server, rows[index], key, stop)))
-            except Stopped:
-                return
-            except Unreachable as error:
-                results.put((index, error))
-            except Exception as error:  # raised again by whoever waits for the result; nobody is to ask for more
-                stop.set()
-                results.put((index, error))
-
-    # No pool of the standard library: those wait for their threads at the end, and so would Ctrl-C for each request.
-    for _ in range(min(server.concurrency, len(order))):
-        threading.Thread(target=work, daemon=True).start()
     failed: dict[int, str] = {}
-    num_failed_in_a_row, num_left = 0, len(order)
+    num_left = 0
     progress = tqdm(total=len(rows), initial=len(done), desc="blaming", unit="record", disable=not show_progress)
-    try:
-        with progress:
-            # A server that is gone for good is not waited for once more with every row.
-            while num_left and num_failed_in_a_row < max(8, 2 * server.concurrency):
-                index, result = results.get()
-                num_left -= 1
-                if isinstance(result, Unreachable):
-                    failed[index] = str(result)
-                    num_failed_in_a_row += 1
-                    continue
-                if isinstance(result, BaseException):
-                    raise result
-                num_failed_in_a_row = 0
-                progress.update()
-                without, judged = (
-                    None if logps is None else torch.tensor(logps, dtype=torch.float64) for logps in result
-                )
-                assert without is not None
-                yield [(index, without, judged)]
-    finally:
-        stop.set()
+    with progress:
+        for place, result in ask_all(
+            len(order), lambda place, stop: _score_row(server, rows[order[place]], key, stop), server.concurrency
+        ):
+            index = order[place]
+            if isinstance(result, GivenUp):
+                num_left += 1
+                continue
+            if isinstance(result, Unreachable):
+                failed[index] = str(result)
+                continue
+            if isinstance(result, BaseException):
+                raise result
+            progress.update()
+            without, judged = (None if logps is None else torch.tensor(logps, dtype=torch.float64) for logps in result)
+            assert without is not None
+            yield [(index, without, judged)]
     if failed:
         first = min(failed)
         rest = f", and {num_left} not asked for any more" if num_left else ""
@@ -171,27 +97,9 @@ def _ask(
             server.endpoint, request, key=key, timeout=server.timeout, max_retries=server.max_retries, stop=stop
         )
     except Refused as error:
-        raise UserError(_explain(server, error, row["place"])) from None
+        advice = "if the prompt is too long for the server, give a smaller --max_length"
+        raise UserError(explain_refusal(server, server.endpoint, error, row["place"], advice)) from None
     return read_prompt_logprobs(answer, ids, len(prompt_ids), server.endpoint)
-
-
-def _explain(server: Server, error: Refused, place: str) -> str:
-    if not error.status:
-        return f"{server.endpoint}: {error.said}; give another address by --server"
-    said = f"{error.status}: {error.said}" if error.said else str(error.status)
-    if error.status in (401, 403):
-        return f"{server.endpoint}: the server wants another key ({said}); set {KEY_VARIABLE} to one that it takes"
-    if error.status == 404:
-        return (
-            f"{server.endpoint}: no such address, or no model {server.model!r} there ({said}); give the server's"
-            " address by --server and its name of the model by --model"
-        )
-    if 300 <= error.status < 400:
-        return f"{server.endpoint}: the server names another address ({said}); give that one by --server"
-    return (
-        f"{place}: {server.endpoint} refuses the request ({said}); if the prompt is too long for the server, give a"
-        " smaller --max_length"
-    )
 
 
 def read_prompt_logprobs(answer: Any, ids: Sequence[int], start: int, endpoint: str) -> list[float]:

@@ -155,9 +155,10 @@ def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, 
 
 
 def _prepare_server(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
+    from cutlm.asking import Server
     from cutlm.model import load_tokenizer
     from cutlm.posting import read_key
-    from cutlm.prompt_logprobs import Server, score_rows_by_server
+    from cutlm.prompt_logprobs import score_rows_by_server
 
     server = Server(args.server, args.model, args.concurrency, args.timeout, args.max_retries)
     read_key()  # what is wrong with it is said before anything else is loaded

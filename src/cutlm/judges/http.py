@@ -6,14 +6,14 @@ alone. How one question is asked is left to `cutlm.judges.chat`, its wording to 
 
 import hashlib
 import json
-import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from cutlm.asking import GivenUp, ask_all
 from cutlm.errors import UserError
 from cutlm.judges import Failure, Outcome, Response
 from cutlm.judges.cache import Cache
@@ -29,7 +29,7 @@ from cutlm.judges.chat import (
 )
 from cutlm.judges.prompt import DEFAULT_PROMPT, PARSING_VERSION, BadAnswer, fill_prompt, read_answer
 from cutlm.judges.responses import set_aside_empty
-from cutlm.posting import Refused, Stopped, Unreachable, read_key
+from cutlm.posting import Refused, Unreachable, read_key
 
 NOT_ASKED = "not asked"
 _LONGEST_SHOWN = 2000
@@ -79,9 +79,14 @@ def judge_by_server(
         progress = tqdm(
             total=len(kept), initial=len(outcome.judgments), desc="judging", unit="response", disable=not show_progress
         )
+        firsts = [alike[name][0] for name in missing]
+        client = make_client(server, key)
         with progress:
-            firsts = [alike[name][0] for name in missing]
-            for place, result in _ask_all(server, [prompts[index] for index in firsts], key, spending):
+
+            def ask_one(place: int, stop: threading.Event) -> Answer:
+                return ask(client, server, prompts[firsts[place]], key=key, spending=spending, stop=stop)
+
+            for place, result in ask_all(len(firsts), ask_one, server.concurrency):
                 name, index = missing[place], firsts[place]
                 try:
                     judgment = _read_result(result, server, responses[index], prompts[index])
@@ -117,7 +122,7 @@ def _read_result(result: Any, server: ChatServer, response: Response, prompt: st
     """The judgment in what came of a question."""
     if isinstance(result, Refused):
         raise UserError(explain_refusal(server, result, response.place))
-    if isinstance(result, CapReached):
+    if isinstance(result, CapReached | GivenUp):
         raise _NoJudgment(Failure(NOT_ASKED, str(result)))
     if isinstance(result, Unreachable):
         raise _NoJudgment(Failure("no answer", str(result)))
@@ -130,54 +135,3 @@ def _read_result(result: Any, server: ChatServer, response: Response, prompt: st
         return read_answer(result.text, result.finish_reason, response, prompt)
     except BadAnswer as error:
         raise _NoJudgment(Failure(error.kind, error.reason, (result.text or "")[:_LONGEST_SHOWN])) from None
-
-
-def _ask_all(
-    server: ChatServer, prompts: Sequence[str], key: str | None, spending: Spending
-) -> Iterator[tuple[int, Any]]:
-    """Asks several questions at a time.
-
-    Yields:
-        The place of each among the prompts, and an `Answer` or an exception, as they come.
-    """
-    client = make_client(server, key)
-    tasks: queue.SimpleQueue[int] = queue.SimpleQueue()
-    results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    stop = threading.Event()
-    for place in range(len(prompts)):
-        tasks.put(place)
-
-    def work() -> None:
-        while not stop.is_set():
-            try:
-                place = tasks.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                results.put((place, ask(client, server, prompts[place], key=key, spending=spending, stop=stop)))
-            except Stopped:
-                return
-            except Refused as error:  # as will be what comes next: nothing more is to be asked
-                stop.set()
-                results.put((place, error))
-            except Exception as error:  # judged, or raised again, by whoever waits for the result
-                results.put((place, error))
-
-    # No pool of the standard library: those wait for their threads at the end, and so would Ctrl-C for each request.
-    for _ in range(min(server.concurrency, len(prompts))):
-        threading.Thread(target=work, daemon=True).start()
-    most_in_a_row = max(8, 2 * server.concurrency)
-    num_in_a_row, missing = 0, set(range(len(prompts)))
-    try:
-        while missing:
-            place, result = results.get()
-            missing.remove(place)
-            num_in_a_row = num_in_a_row + 1 if isinstance(result, Unreachable) else 0
-            yield place, result
-            # A server that is gone for good is not waited for once more with every response.
-            if num_in_a_row >= most_in_a_row:
-                reason = CapReached(f"the server gave no answer to {num_in_a_row} questions in a row")
-                yield from ((place, reason) for place in sorted(missing))
-                return
-    finally:
-        stop.set()
