@@ -1,8 +1,10 @@
-"""A server of the tests' own that speaks the chat completions protocol, and misbehaves on request."""
+"""A server of the tests' own that speaks the completions protocols, and misbehaves on request."""
 
 import json
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -11,7 +13,7 @@ Fault = Callable[["Handler", int], bool]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers each question with what `ChatServer.reply` makes of it."""
+    """Answers each question with what `ChatServer.respond` makes of it."""
 
     server: "ChatServer"
 
@@ -24,7 +26,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.paths.append(self.path)
         if self.server.fault is not None and self.server.fault(self, number):
             return
-        self.answer(200, make_completion(self.server.reply(request["messages"][-1]["content"])))
+        self.answer(200, self.server.respond(request))
 
     def answer(self, status: int, value: Any, **headers: str) -> None:
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -54,6 +56,10 @@ class ChatServer(ThreadingHTTPServer):
         self.keys: list[str | None] = []
         self.paths: list[str] = []
 
+    def respond(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The whole answer; here what `reply` makes of the last message."""
+        return make_completion(self.reply(request["messages"][-1]["content"]))
+
     @property
     def prompts(self) -> list[str]:
         return [request["messages"][-1]["content"] for request in self.requests]
@@ -67,3 +73,67 @@ def make_completion(text: str | None, finish_reason: str = "stop", total_tokens:
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     completion = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
     return completion if total_tokens is None else completion | {"usage": {"total_tokens": total_tokens}}
+
+
+@contextmanager
+def running(server: ChatServer) -> Iterator[ChatServer]:
+    """The server in a thread of its own, until the end of the block."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+# Which requests, by their number, go wrong below.
+BAD_NUMBERS = (0, 4)
+
+
+def answer_once(status: int, value: Any, **headers: str) -> Fault:
+    def fault(handler: Handler, number: int) -> bool:
+        if number in BAD_NUMBERS:
+            handler.answer(status, value, **headers)
+            return True
+        return False
+
+    return fault
+
+
+def hang(handler: Handler, number: int) -> bool:
+    if number in BAD_NUMBERS:
+        time.sleep(1.0)
+        return True
+    return False
+
+
+def hang_up(handler: Handler, number: int) -> bool:
+    if number in BAD_NUMBERS:
+        handler.close_connection = True
+        handler.connection.close()
+        return True
+    return False
+
+
+def answer_half(handler: Handler, number: int) -> bool:
+    if number in BAD_NUMBERS:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.wfile.write(b'{"choices": [')
+        handler.close_connection = True
+        return True
+    return False
+
+
+# What may pass, and is asked again.
+PASSING: dict[str, Fault] = {
+    "too many requests": answer_once(429, {"error": "slow down"}, Retry_After="0"),
+    "its own error": answer_once(500, b"<html>oops</html>"),
+    "overloaded": answer_once(503, b""),
+    "no JSON": answer_once(200, b'{"choices": [{"mess'),
+    "a cut connection": hang_up,
+    "half an answer": answer_half,
+    "a hang": hang,
+}

@@ -9,12 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chat_server import CANARY, PASSING, ChatServer, Handler, running
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +25,6 @@ from cutlm.errors import ConfigError, UserError
 from cutlm.prompt_logprobs import read_prompt_logprobs
 from cutlm.token_scores import read_token_scores
 
-CANARY = "sk-canary-0123456789"
 RECORDS: list[dict[str, Any]] = [
     {"instruction": "Name the capital.", "input": "Australia", "output": "Sydney.", "judgment": "It is wrong."},
     {"instruction": "Say hello." + " Please." * 9, "output": "Hello world!", "judgment": None},
@@ -43,54 +42,16 @@ from cutlm.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
-Fault = Callable[["Handler", int], bool]
 
-
-class Handler(BaseHTTPRequestHandler):
-    """Speaks vLLM's protocol with a real model behind it, and misbehaves on request."""
-
-    server: "FaultyServer"
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            number = len(self.server.requests)
-            self.server.requests.append(request)
-            self.server.keys.append(self.headers.get("Authorization"))
-        if self.server.fault is not None and self.server.fault(self, number):
-            return
-        self.answer(200, self.server.answer(request))
-
-    def answer(self, status: int, value: Any, **headers: str) -> None:
-        body = value if isinstance(value, bytes) else json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        for name, text in headers.items():
-            self.send_header(name.replace("_", "-"), text)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-class FaultyServer(ThreadingHTTPServer):
-    daemon_threads = True
+class ModelServer(ChatServer):
+    """Speaks vLLM's protocol with a real model behind it."""
 
     def __init__(self, model: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.lock = threading.Lock()
+        super().__init__()
+        self.url = self.url.removesuffix("/v1")
         self.model = AutoModelForCausalLM.from_pretrained(model).eval()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.fault: Fault | None = None
-        self.requests: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
 
-    def handle_error(self, *args: Any) -> None:
-        pass  # clients that hang up are what some tests are about
-
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def respond(self, request: dict[str, Any]) -> dict[str, Any]:
         ids = request["prompt"]
         assert request["max_tokens"] == 1
         assert request["prompt_logprobs"] == 0
@@ -110,17 +71,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
+def server(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
     monkeypatch.setattr(posting, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
-    running = FaultyServer(model)
-    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield running
-    running.shutdown()
-    running.server_close()
-    thread.join()
+    with running(ModelServer(model)) as server:
+        yield server
 
 
 @pytest.fixture
@@ -130,7 +86,7 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def list_options(server: FaultyServer, model: Path, data: Path, out: Path, *options: str) -> list[str]:
+def list_options(server: ModelServer, model: Path, data: Path, out: Path, *options: str) -> list[str]:
     return [
         *("blame", "--server", server.url, "--model", "the-model", "--tokenizer", str(model), "--data", str(data)),
         *("--out", str(out), *options),
@@ -138,7 +94,7 @@ def list_options(server: FaultyServer, model: Path, data: Path, out: Path, *opti
 
 
 def test_a_server_gives_what_the_model_at_hand_gives(
-    server: FaultyServer, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: ModelServer, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for options in ([], ["--with_praise"]):
         server.requests.clear()
@@ -159,63 +115,16 @@ def test_a_server_gives_what_the_model_at_hand_gives(
     assert f"--model_name_or_path {model}" in capsys.readouterr().out, "the name on the server is no model here"
 
 
-def test_the_same_bytes_whatever_is_asked_first(server: FaultyServer, model: Path, data: Path, tmp_path: Path) -> None:
+def test_the_same_bytes_whatever_is_asked_first(server: ModelServer, model: Path, data: Path, tmp_path: Path) -> None:
     for name, concurrency in (("a", "1"), ("b", "8")):
         out = tmp_path / f"{name}.jsonl"
         assert main(list_options(server, model, data, out, "--concurrency", concurrency)) == 0
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
-def hang(handler: Handler, number: int) -> bool:
-    if number in (1, 2):
-        time.sleep(1.5)
-        return True
-    return False
-
-
-def hang_up(handler: Handler, number: int) -> bool:
-    if number in (0, 3):
-        handler.close_connection = True
-        handler.connection.close()
-        return True
-    return False
-
-
-def answer_half(handler: Handler, number: int) -> bool:
-    if number in (1, 2):
-        handler.send_response(200)
-        handler.send_header("Content-Length", "1000")
-        handler.end_headers()
-        handler.wfile.write(b'{"choices": [')
-        handler.close_connection = True
-        return True
-    return False
-
-
-def answer_once(status: int, value: Any, **headers: str) -> Fault:
-    def fault(handler: Handler, number: int) -> bool:
-        if number in (0, 4):
-            handler.answer(status, value, **headers)
-            return True
-        return False
-
-    return fault
-
-
-PASSING = {
-    "too many requests": answer_once(429, {"error": "slow down"}, Retry_After="0"),
-    "its own error": answer_once(500, b"<html>oops</html>"),
-    "overloaded": answer_once(503, b""),
-    "no JSON": answer_once(200, b'{"choices": [{"prompt_lo'),
-    "a cut connection": hang_up,
-    "half an answer": answer_half,
-    "a hang": hang,
-}
-
-
 @pytest.mark.parametrize("name", PASSING)
 def test_what_may_pass_is_asked_again(
-    server: FaultyServer, model: Path, data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    server: ModelServer, model: Path, data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(list_options(server, model, data, tmp_path / "quiet.jsonl")) == 0
     server.requests.clear()
@@ -228,7 +137,7 @@ def test_what_may_pass_is_asked_again(
 
 @pytest.mark.parametrize("is_date", [False, True])
 def test_it_waits_as_long_as_the_server_asks(
-    server: FaultyServer, model: Path, data: Path, tmp_path: Path, is_date: bool
+    server: ModelServer, model: Path, data: Path, tmp_path: Path, is_date: bool
 ) -> None:
     times: list[float] = []
 
@@ -285,7 +194,7 @@ REFUSALS: dict[str, tuple[int, Any, str]] = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_refusal_is_one_sentence_and_not_asked_again(
-    server: FaultyServer, model: Path, data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    server: ModelServer, model: Path, data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, value, expected = REFUSALS[name]
 
@@ -302,7 +211,7 @@ def test_a_refusal_is_one_sentence_and_not_asked_again(
 
 
 def strip_answer(handler: Handler, request: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> None:
-    answer = handler.server.answer(request)
+    answer = handler.server.respond(request)
     change(answer["choices"][0])
     handler.answer(200, answer)
 
@@ -328,7 +237,7 @@ ODD_ANSWERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 @pytest.mark.parametrize("name", ODD_ANSWERS)
 def test_a_server_without_prompt_logprobs_is_one_sentence(
-    server: FaultyServer, model: Path, data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    server: ModelServer, model: Path, data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change, expected = ODD_ANSWERS[name]
 
@@ -355,7 +264,7 @@ def test_rounding_above_zero_is_zero_and_further_tokens_are_no_matter() -> None:
 
 
 def test_what_failed_is_counted_and_asked_for_when_started_again(
-    server: FaultyServer, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: ModelServer, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = list_options(server, model, data, tmp_path / "out.jsonl", "--max_retries", "1")
 
@@ -383,7 +292,7 @@ def test_what_failed_is_counted_and_asked_for_when_started_again(
 
 
 def test_a_server_that_is_gone_is_not_asked_for_every_record(
-    server: FaultyServer, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: ModelServer, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "many.jsonl"
     data.write_text("".join(json.dumps(RECORDS[1] | {"input": str(number)}) + "\n" for number in range(40)))
@@ -401,7 +310,7 @@ def test_a_server_that_is_gone_is_not_asked_for_every_record(
 
 @pytest.mark.parametrize(("kill", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_a_stopped_run_asks_only_for_what_is_missing(
-    server: FaultyServer, model: Path, data: Path, tmp_path: Path, kill: signal.Signals, code: int
+    server: ModelServer, model: Path, data: Path, tmp_path: Path, kill: signal.Signals, code: int
 ) -> None:
     assert main(list_options(server, model, data, tmp_path / "whole.jsonl")) == 0
     server.requests.clear()
@@ -438,7 +347,7 @@ def test_a_stopped_run_asks_only_for_what_is_missing(
 
 
 def test_the_key_is_sent_and_shown_nowhere(
-    server: FaultyServer, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: ModelServer, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fault(handler: Handler, number: int) -> bool:
         if number > 3:
@@ -460,7 +369,7 @@ def test_the_key_is_sent_and_shown_nowhere(
 
 
 def test_without_a_key_none_is_sent(
-    server: FaultyServer, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: ModelServer, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     assert main(list_options(server, model, data, tmp_path / "out.jsonl")) == 0
@@ -468,7 +377,7 @@ def test_without_a_key_none_is_sent(
 
 
 def test_a_key_that_cannot_be_sent_is_not_quoted(
-    server: FaultyServer,
+    server: ModelServer,
     model: Path,
     data: Path,
     tmp_path: Path,
@@ -486,7 +395,7 @@ def test_a_key_that_cannot_be_sent_is_not_quoted(
 
 
 def test_another_server_does_not_go_on_with_a_stopped_run(
-    server: FaultyServer, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: ModelServer, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fault(handler: Handler, number: int) -> bool:
         if number > 2:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import CANARY, ChatServer, Fault, Handler, make_completion
+from chat_server import CANARY, PASSING, ChatServer, Handler, answer_once, make_completion, running
 
 import cutlm.posting as posting
 from cutlm.cli import main
@@ -51,14 +51,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
     monkeypatch.setattr(posting, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
-    running = ChatServer()
-    running.reply = reply
-    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield running
-    running.shutdown()
-    running.server_close()
-    thread.join()
+    with running(ChatServer()) as server:
+        server.reply = reply
+        yield server
 
 
 @pytest.fixture
@@ -104,54 +99,6 @@ def test_responses_become_records_in_their_order(
         ("the-judge", 0.0, 1024)
     }
     assert not Path(f"{out}.failures.jsonl").exists()
-
-
-def answer_once(status: int, value: Any, **headers: str) -> Fault:
-    def fault(handler: Handler, number: int) -> bool:
-        if number in (0, 4):
-            handler.answer(status, value, **headers)
-            return True
-        return False
-
-    return fault
-
-
-def hang(handler: Handler, number: int) -> bool:
-    if number in (0, 4):
-        time.sleep(1.0)
-        return True
-    return False
-
-
-def hang_up(handler: Handler, number: int) -> bool:
-    if number in (0, 4):
-        handler.close_connection = True
-        handler.connection.close()
-        return True
-    return False
-
-
-def answer_half(handler: Handler, number: int) -> bool:
-    if number in (0, 4):
-        handler.send_response(200)
-        handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Length", "1000")
-        handler.end_headers()
-        handler.wfile.write(b'{"choices": [')
-        handler.close_connection = True
-        return True
-    return False
-
-
-PASSING = {
-    "too many requests": answer_once(429, {"error": "slow down"}, Retry_After="0"),
-    "its own error": answer_once(500, b"<html>oops</html>"),
-    "overloaded": answer_once(503, b""),
-    "no JSON": answer_once(200, b'{"choices": [{"mess'),
-    "a cut connection": hang_up,
-    "half an answer": answer_half,
-    "a hang": hang,
-}
 
 
 @pytest.mark.parametrize("name", PASSING)

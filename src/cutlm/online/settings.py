@@ -15,7 +15,7 @@ from cutlm.errors import ConfigError
 
 # What the loop itself says to a command.
 _OWN_OPTIONS = {
-    "generate": ("--model", "--prompts", "--out", "--seed", "--overwrite"),
+    "generate": ("--model", "--prompts", "--out", "--seed", "--overwrite", "--template", "--tokenizer"),
     "judge": ("--responses", "--judge", "--out", "--overwrite", "--todo"),
 }
 # What decides how a stage is run, and not what comes of it: it may change from one start to the next.
@@ -179,7 +179,10 @@ def parse_options(command: str, text: str) -> dict[str, Any]:
     own = [option for option in options if option.partition("=")[0] in _OWN_OPTIONS[command]]
     if own:
         raise ConfigError(f"{', '.join(own)}: given by the loop itself; leave it out")
-    fixed = {"generate": ["--model=-", "--prompts=-", "--out=-"], "judge": ["--responses=-", "--out=-"]}[command]
+    fixed = {
+        "generate": ["--model=-", "--prompts=-", "--out=-", "--template=alpaca"],
+        "judge": ["--responses=-", "--out=-"],
+    }[command]
     if command == "judge":
         fixed += ["--judge", *options[:1]]
         options = options[1:]
@@ -190,6 +193,10 @@ def parse_options(command: str, text: str) -> dict[str, Any]:
         from cutlm.cli.judge import fill_options
 
         fill_options(parsed)
+    else:
+        from cutlm.cli.generate import check_options
+
+        check_options(parsed)
     return {name: value for name, value in vars(parsed).items() if name not in ("command", "run")}
 
 

@@ -238,8 +238,12 @@ def _answer(plan: Plan, runner: Runner, model: str, prompts: Path | str, out: Pa
     if out.exists():
         return
     options = shlex.split(plan.arguments.generate)
-    # Prompted as it is trained, whatever chat template the first model has.
-    fixed = ["--template", str(plan.training["template"])] if plan.server is None else []
+    # Prompted as it is trained, whatever chat template the first model has. A server puts messages into the model's
+    # own: later models carry that of training, and the first one's is meant by `chat`.
+    template = str(plan.training["template"])
+    is_carried = template == "chat" or model != plan.model
+    has_judgment = any(option.partition("=")[0] == "--judgment" for option in options)
+    fixed = [] if plan.server and is_carried and not has_judgment else ["--template", template]
     arguments = ["generate", "--model", model, "--prompts", str(prompts), "--out", str(out), *fixed, *options, *further]
     with runner.serve(model):
         _check(runner.run([*arguments, "--seed", str(seed)]), arguments)
@@ -394,7 +398,8 @@ def _evaluate(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
     if held_out:
         responses = folder / "responses.jsonl"
         # The same for every model: what differs between iterations is then the model alone.
-        _answer(plan, runner, place.new_model, held_out, responses, plan.seed, "--temperature", "0")
+        greedy = ("--temperature", "0", "--num_samples", "1")
+        _answer(plan, runner, place.new_model, held_out, responses, plan.seed, *greedy)
         judge = plan.arguments.eval_judge or str(plan.arguments.judge)
         counts = _ask_judge(plan, runner, judge, responses)
         figures |= counts | {"share_satisfactory": counts["num_satisfactory"] / max(1, counts["num_judged"])}
