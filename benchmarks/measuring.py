@@ -1,0 +1,169 @@
+"""What the benchmarks share: a model of a given shape with random weights, runs in processes of their own, and tables.
+
+Each variant of a benchmark runs in a fresh process, so that its peak of memory is its own and nothing is warm from
+another. Variants take turns, as a machine's speed drifts; medians over the turns are told.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """The shape of a LLaMA."""
+    shape = parser.add_argument_group("the model, a LLaMA with random weights")
+    shape.add_argument("--vocab_size", type=int, default=32000)
+    shape.add_argument("--num_layers", type=int, default=8)
+    shape.add_argument("--width", type=int, default=512)
+    shape.add_argument("--num_heads", type=int, default=8)
+    shape.add_argument("--mlp_width", type=int, default=1376)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, num_repeats: int) -> None:
+    """How often, where the results go, and what a process is told to run alone."""
+    parser.add_argument("--repeats", type=int, default=num_repeats, help=f"turns of each (default: {num_repeats})")
+    parser.add_argument("--json", metavar="FILE", help="write the results here, too")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+
+
+def make_model(args: argparse.Namespace) -> Any:
+    """The model, in float32, always with the same weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.width,
+        intermediate_size=args.mlp_width,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=args.num_heads,
+        max_position_embeddings=8192,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level tokenizer of at most that many tokens, trained on these texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<pad>", "<eos>"],
+            initial_alphabet=sorted(alphabet),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+
+
+def read_peak_bytes() -> int:
+    """The most main memory that this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def run_alone(variant: str, folder: str | Path) -> dict[str, Any]:
+    """Runs this script's variant in a process of its own and returns the JSON of its last line.
+
+    The options of this process are passed on.
+    """
+    command = [sys.executable, *sys.argv, "--variant", variant, "--folder", str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        return {"failed": describe_failure(done.returncode)}
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def describe_failure(status: int) -> str:
+    return f"killed by signal {-status}" if status < 0 else f"ended with {status}"
+
+
+def take_turns(variants: Sequence[str], num_repeats: int, folder: str | Path) -> dict[str, dict[str, Any]]:
+    """Runs the variants in turn.
+
+    Returns:
+        By variant, the median of each figure, and all of `seconds` as `all_seconds`.
+    """
+    results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
+    for turn in range(num_repeats):
+        for variant in variants:
+            result = run_alone(variant, folder)
+            print(f"turn {turn + 1}, {variant}: {json.dumps(result)}", file=sys.stderr, flush=True)
+            results[variant].append(result)
+    return {variant: _take_medians(runs) for variant, runs in results.items()}
+
+
+def _take_medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    failed = [run["failed"] for run in runs if "failed" in run]
+    if failed:
+        return {"failed": failed[0]}
+    medians: dict[str, Any] = {name: median(run[name] for run in runs) for name in runs[0]}
+    return medians | {"all_seconds": [run["seconds"] for run in runs]}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Where and with what it was measured."""
+    from importlib.metadata import version
+
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
+    except OSError:
+        pass
+    return {
+        "date": date.today().isoformat(),
+        "processor": processor,
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+    } | {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints rows as a Markdown table, with the names of the first as its head."""
+    names = list(rows[0])
+    print("| " + " | ".join(names) + " |")
+    print("|---" + "|---:" * (len(names) - 1) + "|")
+    for row in rows:
+        print("| " + " | ".join(_show(row.get(name)) for name in names) + " |")
+
+
+def _show(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def write_results(results: dict[str, Any], path: str | None) -> None:
+    """Prints the results as JSON, and writes them to a file where one is named."""
+    text = json.dumps(results, indent=1)
+    print(text)
+    if path:
+        Path(path).write_text(text + "\n", "utf-8")
