@@ -26,6 +26,7 @@ COMMANDS = {
     "refine": "rewrite unsatisfactory responses by what was said about them",
     "align": "the online loop: generate, judge, blame, train, merge, and again",
     "world": "the tiny world: build its base model, compare methods on it",
+    "eval": "measure a model: AlpacaEval, benchmarks, ROUGE, detection of wrong tokens",
     "blame": "find the tokens that a judgment blames, by a frozen model",
 }
 

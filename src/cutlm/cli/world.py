@@ -46,6 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--num", type=int, metavar="N", help="the first N (default: all)")
     tasks.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     tasks.set_defaults(run_action=_tasks)
+    mark = actions.add_parser(
+        "mark",
+        help="put where responses are wrong into records of the world's tasks",
+        description="Put wrong_spans and the task's family into records of responses to the world's tasks, as its\n"
+        "oracle knows them, to measure by: cutlm eval detection --by family",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    mark.add_argument("--records", required=True, metavar="FILE", help="as cutlm judge writes them")
+    mark.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    mark.set_defaults(run_action=_mark)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,6 +77,23 @@ def _tasks(args: argparse.Namespace) -> int:
         raise UserError(f"--num: expected a number from 1 to {len(tasks)}, the size of split {args.split}, got {num}")
     rows = ({"instruction": task.instruction, "family": task.family} for task in tasks[:num])
     print(f"{write_rows(args.out, rows)} instructions in {args.out}")
+    return 0
+
+
+def _mark(args: argparse.Namespace) -> int:
+    from cutlm.jsonl import refuse_overwriting, write_rows
+    from cutlm.records import load_records
+    from cutlm.world.judge import find_task, judge_task
+
+    refuse_overwriting([args.records], args.out)
+    rows = []
+    for record in load_records(args.records):
+        task = find_task(record.instruction)
+        spans = judge_task(task, record.output).wrong_spans
+        marks = {"wrong_spans": [list(span) for span in spans] or None, "family": task.family}
+        rows.append(record.model_dump(mode="json", exclude_unset=True) | marks)
+    num_marked = sum(row["wrong_spans"] is not None for row in rows)
+    print(f"{write_rows(args.out, rows)} records in {args.out}, {num_marked} of them with wrong_spans")
     return 0
 
 

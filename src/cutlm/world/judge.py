@@ -83,13 +83,22 @@ def judge(instruction: str, response: str) -> str | None:
     Raises:
         UserError: The instruction is none of the tasks.
     """
+    return judge_task(find_task(instruction), response).judgment
+
+
+def find_task(instruction: str) -> Task:
+    """The task of an instruction.
+
+    Raises:
+        UserError: It is none of the tasks.
+    """
     task = _index_tasks().get(instruction)
     if task is None:
         raise UserError(
             f"the judge of the tiny world knows the instructions of its own tasks only, got {instruction!r}; list them"
             " by cutlm.world.tasks.list_tasks"
         )
-    return judge_task(task, response).judgment
+    return task
 
 
 @cache

@@ -3,14 +3,14 @@
 Only what the base model is held to is measured here; comparing methods is left to others.
 """
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cutlm.collator import CutCollator
 from cutlm.encoding import Encoder
+from cutlm.evaluation.detection import Detection, count_detected
 from cutlm.generation import Sampling, generate_responses
 from cutlm.model import score_batch
 from cutlm.records import PRAISE
@@ -25,26 +25,6 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 40
 _BATCH_SIZE = 64
 THRESHOLDS = (1.05, 1.1, 1.2, 1.5)
-
-
-class Detection(NamedTuple):
-    """Counts of flagged tokens of unsatisfactory responses."""
-
-    num_true: int
-    num_false: int
-    num_missed: int
-
-    @property
-    def precision(self) -> float:
-        return self.num_true / max(1, self.num_true + self.num_false)
-
-    @property
-    def recall(self) -> float:
-        return self.num_true / max(1, self.num_true + self.num_missed)
-
-    @property
-    def f1(self) -> float:
-        return 2 * self.num_true / max(1, 2 * self.num_true + self.num_false + self.num_missed)
 
 
 def measure_base(
@@ -115,7 +95,7 @@ def measure_detection(
     overlaps the wrong turn, or ends the response where that is an empty span.
     """
     encoder, collate = Encoder(tokenizer, "alpaca"), CutCollator()
-    counts = {threshold: {family: [0, 0, 0] for family in FAMILIES} for threshold in thresholds}
+    tokens: dict[str, list[tuple[float, bool]]] = {family: [] for family in FAMILIES}
     for task, response in zip(tasks, responses, strict=True):
         verdict = judge_task(task, response)
         if verdict.judgment is None:
@@ -128,13 +108,9 @@ def measure_detection(
         }
         without, with_judgment = score_batch(model, collate([row])).split(len(ids))
         is_wrong = flag_spans(encoder.locate_tokens(response, ids), verdict.wrong_spans)
-        for threshold, by_family in counts.items():
-            flags = (with_judgment - without > math.log(threshold)).tolist()
-            for is_flagged, is_bad in zip(flags, is_wrong, strict=True):
-                if is_flagged or is_bad:
-                    by_family[task.family][0 if is_flagged and is_bad else 1 if is_flagged else 2] += 1
-    result = {}
-    for threshold, by_family in counts.items():
-        result[threshold] = {family: Detection(*numbers) for family, numbers in by_family.items()}
-        result[threshold]["micro"] = Detection(*map(sum, zip(*by_family.values(), strict=True)))
+        tokens[task.family] += zip((with_judgment - without).tolist(), is_wrong, strict=True)
+    result: dict[float, dict[str, Detection]] = {}
+    for threshold in thresholds:
+        found = {family: count_detected(part, threshold) for family, part in tokens.items()}
+        result[threshold] = found | {"micro": sum(found.values(), Detection(0, 0, 0))}
     return result

@@ -13,7 +13,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from cutlm.evaluation.detection import plot_detection
 from cutlm.jsonl import open_atomic
+from cutlm.report.tables import draw_plot, join_cells
 
 # Student's t at 97.5%, by degrees of freedom.
 _T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -54,7 +56,8 @@ def write_results(
     title, make_table, plot = _TABLES[name]
     note = f"Made by `{command}` on {about['date']}; {_describe_seeds(name, seeds)}. Remade by the same command."
     _write(folder / f"{name}.md", f"# {title}\n\n{make_table(rows)}\n\n{note}\n")
-    _draw(folder / f"{name}.png", title, rows, plot)
+    with open_atomic(folder / f"{name}.png") as file:
+        file.write(draw_plot(title, lambda axes: plot(axes, rows)))
 
 
 def _write(path: Path, text: str) -> None:
@@ -75,11 +78,6 @@ def _show(values: Sequence[float]) -> str:
     return f"{middle:.3f} ± {half:.3f}" if half else f"{middle:.3f}"
 
 
-def _join(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
-
-
 def _tabulate_methods(rows: Sequence[dict[str, Any]]) -> str:
     families = list(rows[0]["by_family"])
     header = ["method", "test accuracy", "lr", *families, "seconds", "responses judged", "tokens generated"]
@@ -95,7 +93,7 @@ def _tabulate_methods(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return _join(header, cells)
+    return join_cells(header, cells)
 
 
 def _tabulate_steps(key: str, title: str) -> Callable[[Sequence[dict[str, Any]]], str]:
@@ -104,14 +102,14 @@ def _tabulate_steps(key: str, title: str) -> Callable[[Sequence[dict[str, Any]]]
         names = list(dict.fromkeys(row["method"] for row in rows))
         found = {(row["method"], row[key]): row for row in rows}
         cells = [[f"`{name}`", *(_show(found[name, column]["test_accuracy"]) for column in columns)] for name in names]
-        return _join([title, *map(str, columns)], cells)
+        return join_cells([title, *map(str, columns)], cells)
 
     return tabulate
 
 
 def _tabulate_detection(rows: Sequence[dict[str, Any]]) -> str:
     header = ["detector, family", "threshold", "precision", "recall", "F1"]
-    return _join(
+    return join_cells(
         header,
         [
             [
@@ -122,19 +120,6 @@ def _tabulate_detection(rows: Sequence[dict[str, Any]]) -> str:
             for row in rows
         ],
     )
-
-
-def _draw(path: Path, title: str, rows: Sequence[dict[str, Any]], plot: Callable[[Any, Any], None]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.6), dpi=130, layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, fontsize=11)
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    plot(axes, rows)
-    with open_atomic(path) as file:
-        figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def _plot_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -178,24 +163,7 @@ def _plot_lines(key: str, label: str, is_log: bool = False) -> Callable[[Any, An
 def _plot_detection(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     for number, name in enumerate(dict.fromkeys(row["detector"] for row in rows)):
         part = [row for row in rows if row["detector"] == name and row["family"] == "micro"]
-        color = _COLORS[number % len(_COLORS)]
-        axes.plot(
-            [row["threshold"] for row in part],
-            [row["recall"] for row in part],
-            "o-",
-            color=color,
-            label=f"{name}: recall",
-        )
-        axes.plot(
-            [row["threshold"] for row in part],
-            [row["precision"] for row in part],
-            "s--",
-            color=color,
-            label=f"{name}: precision",
-        )
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel("threshold")
-    axes.legend()
+        plot_detection(axes, part, name, _COLORS[number % len(_COLORS)])
 
 
 _Table = tuple[str, Callable[[Sequence[dict[str, Any]]], str], Callable[[Any, Any], None]]

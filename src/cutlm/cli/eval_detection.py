@@ -1,0 +1,89 @@
+"""Say how well flagged tokens are the wrong ones, where it is known which are: precision, recall and F1 over a sweep of
+thresholds, average precision, and a picture.
+
+  cutlm blame --model MODEL --data records.jsonl --out scores.jsonl
+  cutlm eval detection --scores scores.jsonl --out DIR
+
+The records carry wrong_spans: characters of output that are wrong, as people or an oracle mark them. A threshold flags
+a token that the judgment makes likelier by more than this factor; flags and thresholds in the file do not matter."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cutlm.token_scores import TokenScores
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scores", required=True, metavar="FILE", help="token scores, as cutlm blame writes them")
+    parser.add_argument("--thresholds", metavar="LIST", help="such as 1.05,1.1,1.2 (default: ten from 1 to 3)")
+    parser.add_argument("--by", metavar="FIELD", help="a field of the records, for figures of each of its values")
+
+
+def run(args: argparse.Namespace) -> int:
+    from cutlm.errors import DataError
+    from cutlm.evaluation.detection import (
+        ALL,
+        gather_evidence,
+        measure_detection,
+        plot_detection,
+        tabulate_detection,
+    )
+    from cutlm.evaluation.folder import hash_file, open_folder, write_result
+    from cutlm.jsonl import open_atomic
+    from cutlm.report.tables import draw_plot
+    from cutlm.token_scores import read_token_scores
+
+    thresholds = _read_thresholds(args.thresholds)
+    scores = read_token_scores(args.scores)
+    if args.by is not None:
+        _check_field(args, scores)
+    evidence = gather_evidence(scores, None if args.by is None else lambda score: _read_field(score, args.by))
+    if not evidence.num_records:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in evidence.left_out.items())
+        raise DataError(
+            f"{args.scores}: no record to measure by; expected unsatisfactory ones with wrong_spans and log-probs, got"
+            f" {reasons}; put wrong_spans into the records before cutlm blame"
+        )
+    settings = {"measure": "detection", "scores": hash_file(args.scores), "thresholds": thresholds, "by": args.by}
+    folder = open_folder(args.out, settings, overwrite=args.overwrite)
+    result = measure_detection(evidence, thresholds)
+    whole = [row for row in result["thresholds"] if row["group"] == ALL]
+    with open_atomic(folder / "result.png") as file:
+        file.write(draw_plot("Detection of wrong tokens", lambda axes: plot_detection(axes, whole)))
+    detectors = sorted({score.detector for score in scores})
+    write_result(folder, result | {"detectors": detectors}, tabulate_detection(result))
+    return 0
+
+
+def _read_thresholds(text: str | None) -> list[float]:
+    import math
+
+    from cutlm.errors import ConfigError
+    from cutlm.evaluation.detection import THRESHOLDS
+
+    if text is None:
+        return list(THRESHOLDS)
+    try:
+        thresholds = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        thresholds = []
+    if not thresholds or not all(0 <= threshold < math.inf for threshold in thresholds):
+        raise ConfigError(f"--thresholds: expected numbers of at least 0 such as 1.05,1.1,1.2, got {text!r}")
+    return thresholds
+
+
+def _read_field(score: "TokenScores", name: str) -> str:
+    value = (score.record.model_extra or {}).get(name)
+    return value if isinstance(value, str) else str(value)
+
+
+def _check_field(args: argparse.Namespace, scores: "list[TokenScores]") -> None:
+    from cutlm.errors import DataError
+
+    num_without = sum(args.by not in (score.record.model_extra or {}) for score in scores)
+    if num_without:
+        raise DataError(
+            f"--by {args.by}: expected this field in every record of {args.scores}, {num_without} of {len(scores)} have"
+            " none; name another field, or leave --by out"
+        )

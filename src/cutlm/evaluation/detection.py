@@ -1,0 +1,232 @@
+"""How well flagged tokens are the wrong ones: precision, recall and F1 by threshold, and average precision.
+
+A token is wrong where it overlaps a record's `wrong_spans`, or is the one that an empty span means; it is flagged where
+the judgment makes it likelier by more than the threshold's factor (eq. 5 of the paper). Only tokens of unsatisfactory
+responses whose wrong spans are known are looked at.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cutlm.report.tables import join_cells
+from cutlm.token_scores import TokenScores
+from cutlm.token_spans import flag_spans
+
+THRESHOLDS = (1.0, 1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 3.0)
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Counts of flagged tokens of unsatisfactory responses.
+
+    Attributes:
+        num_true: Wrong and flagged.
+        num_false: Flagged, and not wrong.
+        num_missed: Wrong, and not flagged.
+    """
+
+    num_true: int
+    num_false: int
+    num_missed: int
+
+    @property
+    def precision(self) -> float:
+        return self.num_true / max(1, self.num_true + self.num_false)
+
+    @property
+    def recall(self) -> float:
+        return self.num_true / max(1, self.num_true + self.num_missed)
+
+    @property
+    def f1(self) -> float:
+        return 2 * self.num_true / max(1, 2 * self.num_true + self.num_false + self.num_missed)
+
+    def __add__(self, other: "Detection") -> "Detection":
+        return Detection(
+            self.num_true + other.num_true, self.num_false + other.num_false, self.num_missed + other.num_missed
+        )
+
+
+@dataclass
+class Evidence:
+    """What there is to measure detection by.
+
+    Attributes:
+        tokens: Of each group of records, for every token its log ratio, log p(y_t|x,j) - log p(y_t|x), and whether it
+            is wrong.
+        num_records: Records looked at.
+        left_out: How many were not, by reason.
+    """
+
+    tokens: dict[str, list[tuple[float, bool]]] = field(default_factory=dict)
+    num_records: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def all_tokens(self) -> list[tuple[float, bool]]:
+        return [token for tokens in self.tokens.values() for token in tokens]
+
+
+def gather_evidence(scores: Iterable[TokenScores], name_group: Callable[[TokenScores], str] | None = None) -> Evidence:
+    """Looks up which tokens are wrong, and how much likelier the judgment makes each.
+
+    Args:
+        scores: As of `cutlm blame`.
+        name_group: Names the group that a record belongs to.
+    """
+    evidence = Evidence()
+    for score in scores:
+        record = score.record
+        if record.is_satisfactory:
+            evidence.left_out["satisfactory"] += 1
+        elif not record.wrong_spans:
+            evidence.left_out["without wrong_spans"] += 1
+        elif score.logps_with is None or score.logps_without is None:
+            evidence.left_out["without log-probs"] += 1
+        else:
+            evidence.num_records += 1
+            ratios = [
+                with_judgment - without
+                for with_judgment, without in zip(score.logps_with, score.logps_without, strict=True)
+            ]
+            pairs = zip(ratios, flag_spans(score.spans, record.wrong_spans), strict=True)
+            evidence.tokens.setdefault(name_group(score) if name_group else ALL, []).extend(pairs)
+    return evidence
+
+
+def count_detected(tokens: Iterable[tuple[float, bool]], threshold: float) -> Detection:
+    """Counts tokens at a threshold.
+
+    Args:
+        tokens: Log ratios, and whether the token is wrong.
+        threshold: lambda of eq. 5.
+    """
+    # The factor 0 flags every token.
+    least = math.log(threshold) if threshold > 0 else -math.inf
+    counts = Counter((ratio > least, is_wrong) for ratio, is_wrong in tokens)
+    return Detection(counts[True, True], counts[True, False], counts[False, True])
+
+
+def find_average_precision(tokens: Iterable[tuple[float, bool]]) -> float | None:
+    """Average precision: the mean, over the wrong tokens, of the precision at the threshold that just flags them.
+
+    Tokens of one and the same ratio are flagged together. A random order has about the share of wrong tokens.
+
+    Returns:
+        None where no token is wrong.
+    """
+    num_true: Counter[float] = Counter()
+    num_flagged: Counter[float] = Counter()
+    for ratio, is_wrong in tokens:
+        num_flagged[ratio] += 1
+        num_true[ratio] += is_wrong
+    if not num_true.total():
+        return None
+    total, num_true_above, num_flagged_above = 0.0, 0, 0
+    for ratio in sorted(num_flagged, reverse=True):
+        num_true_above += num_true[ratio]
+        num_flagged_above += num_flagged[ratio]
+        total += num_true[ratio] * num_true_above / num_flagged_above
+    return total / num_true_above
+
+
+def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Any]:
+    """All figures: for each threshold and group, and over all tokens.
+
+    Args:
+        evidence: Of `gather_evidence`.
+        thresholds: To try.
+
+    Returns:
+        What `result.json` holds.
+    """
+    groups = dict(sorted(evidence.tokens.items())) if set(evidence.tokens) != {ALL} else {}
+    groups[ALL] = evidence.all_tokens
+    rows: list[dict[str, Any]] = []
+    for threshold in thresholds:
+        for name, tokens in groups.items():
+            counts = count_detected(tokens, threshold)
+            rows.append(
+                {
+                    "threshold": threshold,
+                    "group": name,
+                    "precision": counts.precision,
+                    "recall": counts.recall,
+                    "f1": counts.f1,
+                    "num_flagged": counts.num_true + counts.num_false,
+                }
+            )
+    best = max((row for row in rows if row["group"] == ALL), key=lambda row: row["f1"])
+    return {
+        "average_precision": find_average_precision(groups[ALL]),
+        "best_threshold": best["threshold"],
+        "best_f1": best["f1"],
+        "num_records": evidence.num_records,
+        "num_tokens": len(groups[ALL]),
+        "num_wrong": sum(is_wrong for _, is_wrong in groups[ALL]),
+        "left_out": dict(evidence.left_out),
+        "average_precision_by_group": {
+            name: find_average_precision(tokens) for name, tokens in groups.items() if name != ALL
+        },
+        "thresholds": rows,
+    }
+
+
+def tabulate_detection(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    whole = [row for row in result["thresholds"] if row["group"] == ALL]
+    table = join_cells(
+        ["threshold", "precision", "recall", "F1", "flagged tokens"],
+        [[f"{row['threshold']:g}", *_show_rates(row), f"{row['num_flagged']:,}"] for row in whole],
+    )
+    parts = [f"# Detection of wrong tokens\n\n{table}"]
+    if result["average_precision_by_group"]:
+        best = [
+            row for row in result["thresholds"] if row["threshold"] == result["best_threshold"] and row["group"] != ALL
+        ]
+        parts.append(
+            join_cells(
+                [f"at {result['best_threshold']:g}", "precision", "recall", "F1", "average precision"],
+                [
+                    [row["group"], *_show_rates(row), _show(result["average_precision_by_group"][row["group"]])]
+                    for row in best
+                ],
+            )
+        )
+    left_out = "".join(f", {number} {reason}" for reason, number in result["left_out"].items())
+    parts.append(
+        f"Average precision {_show(result['average_precision'])}; best F1 {result['best_f1']:.3f} at threshold"
+        f" {result['best_threshold']:g}. {result['num_wrong']:,} of {result['num_tokens']:,} tokens of"
+        f" {result['num_records']:,} records are wrong; left out: {left_out.removeprefix(', ') or 'none'}."
+    )
+    return "\n\n".join(parts)
+
+
+def _show_rates(row: dict[str, Any]) -> list[str]:
+    return [_show(row[name]) for name in ("precision", "recall", "f1")]
+
+
+def _show(number: float | None) -> str:
+    return "" if number is None else f"{number:.3f}"
+
+
+def plot_detection(axes: Any, rows: Sequence[dict[str, Any]], name: str = "", colour: str = "#0072b2") -> None:
+    """Draws precision and recall over thresholds.
+
+    Args:
+        axes: Of matplotlib.
+        rows: With `threshold`, `precision` and `recall`.
+        name: Of what is drawn, for the legend.
+        colour: Of both lines; they are told apart by marker and dashes.
+    """
+    thresholds = [row["threshold"] for row in rows]
+    for rate, style in (("recall", "o-"), ("precision", "s--")):
+        label = f"{name}: {rate}" if name else rate
+        axes.plot(thresholds, [row[rate] for row in rows], style, color=colour, label=label)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("threshold")
+    axes.legend()

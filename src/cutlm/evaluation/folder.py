@@ -1,0 +1,114 @@
+"""The folder of an evaluation: the settings it was begun with, and what came of it, as JSON and as Markdown.
+
+An evaluation that was stopped goes on in its folder, with what is whole in it; so a folder is of one set of settings.
+"""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cutlm.errors import DataError, UserError
+from cutlm.jsonl import open_atomic, read_bytes
+
+SETTINGS_FILE = "settings.json"
+
+
+def open_folder(
+    out: str | Path, settings: Mapping[str, Any], parts: Iterable[str] = (), *, overwrite: bool = False
+) -> Path:
+    """Makes the folder of an evaluation, or goes on in one that was begun with the same settings.
+
+    Args:
+        out: The folder.
+        settings: All that the results depend on; JSON values by name.
+        parts: Names of files that a stopped evaluation can leave and that are gone on with.
+        overwrite: Whether to begin anew where the settings differ; the parts are removed then.
+
+    Raises:
+        UserError: The folder is of other settings, or holds other things.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--out {folder}: expected a folder, got a file; name another one")
+    settings = json.loads(json.dumps(settings))
+    file = folder / SETTINGS_FILE
+    if file.exists():
+        try:
+            known = json.loads(read_bytes(file))
+        except ValueError:
+            known = None
+        known = known if isinstance(known, dict) else {}
+        differing = sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name))
+        if not differing:
+            return folder
+        if not overwrite:
+            raise UserError(
+                f"--out {folder}: begun with other settings ({', '.join(differing)} differ); give the same ones to go"
+                " on, name another folder, or begin anew with --overwrite"
+            )
+        for name in parts:
+            (folder / name).unlink(missing_ok=True)
+            (folder / f"{name}.partial").unlink(missing_ok=True)
+    elif folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"--out {folder}: holds other things; name another folder, or write into it with --overwrite")
+    write_text(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    return folder
+
+
+def hash_file(path: str | Path) -> str:
+    """Names the content of a file.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    return hashlib.sha256(read_bytes(path)).hexdigest()[:16]
+
+
+def write_result(folder: Path, result: Mapping[str, Any], markdown: str, packages: Iterable[str] = ()) -> None:
+    """Writes `result.json`, with the versions of packages, and `result.md`, and prints the latter.
+
+    Args:
+        folder: Where to.
+        result: Figures by name.
+        markdown: The same for people.
+        packages: What the figures depend on, beside cutlm.
+    """
+    versions = {name: find_version(name) for name in ("cutlm", *packages)}
+    text = json.dumps({**result, "versions": versions}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(folder / "result.md", markdown.rstrip() + "\n")
+    write_text(folder / "result.json", text + "\n")
+    print(markdown.rstrip())
+    print(f"\n{folder}/result.json and result.md hold it")
+
+
+def find_version(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of text atomically."""
+    with open_atomic(path) as file:
+        file.write(text.encode())
+
+
+def need_extra(module: str) -> Any:
+    """Imports a module of the packages of the extra `eval`.
+
+    Raises:
+        UserError: It is missing.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the package of the module {error.name} is missing; install what measures a model by:"
+            " pip install 'cutlm[eval]'"
+        ) from None

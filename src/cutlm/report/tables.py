@@ -1,0 +1,37 @@
+"""Markdown tables, and plots as PNG."""
+
+import io
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def join_cells(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def draw_plot(title: str, plot: Callable[[Any], None]) -> bytes:
+    """Draws one plot.
+
+    Args:
+        title: Above it.
+        plot: Draws on matplotlib's axes.
+
+    Returns:
+        The PNG file's bytes, the same ones each time.
+    """
+    # It announces on its first day on a machine that it is looking for fonts.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.6), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    plot(axes)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
