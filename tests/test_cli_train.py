@@ -113,7 +113,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, settings: dict[str, object]) -
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_read(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--config", str(recipe), "--use_cpu", "--dry_run"]) == 0
+    command = "train-judge" if recipe.stem == "judge" else "train"
+    assert main([command, "--config", str(recipe), "--use_cpu", "--dry_run"]) == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
     defaults = vars(CUTConfig(use_cpu=True))  # those of `transformers` are left out of what is printed
     for key, value in yaml.safe_load(recipe.read_text()).items():
@@ -121,7 +122,7 @@ def test_every_recipe_is_read(recipe: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in RECIPES} >= {"shepherd-13b", "online-iteration-1-13b", "small-instruct"}
+    assert {path.stem for path in RECIPES} >= {"shepherd-13b", "online-iteration-1-13b", "small-instruct", "judge"}
 
 
 def test_the_papers_recipes_hold_the_papers_settings() -> None:

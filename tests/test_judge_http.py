@@ -17,6 +17,7 @@ from chat_server import CANARY, PASSING, ChatServer, Handler, answer_once, make_
 
 import cutlm.posting as posting
 from cutlm.cli import main
+from cutlm.judges.prompt import write_question
 from cutlm.records import load_records
 
 NUM_RESPONSES = 12
@@ -484,3 +485,26 @@ def test_rows_that_cannot_be_judged_are_named(
     assert f"{responses}:1: field 'output' is missing" in printed
     assert f"{responses}:2: field 'judgment', 'score': expected a response that is not judged yet" in printed
     assert not server.requests
+
+
+def test_a_trained_judge_on_a_server_is_asked_as_it_was_trained(
+    server: ChatServer, responses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+
+    def decide(prompt: str) -> str:
+        said = reply(prompt)
+        return f"{said}\nSatisfactory: {'Yes' if said == 'perfect!' else 'No'}"
+
+    server.reply = decide
+    assert main(list_options(server, responses, out, "--trained")) == 0, capsys.readouterr().err
+    assert [row["judgment"] for row in read_lines(out)] == [expect(index) for index in range(NUM_RESPONSES)]
+    first = load_records(responses)[0]
+    assert write_question(first) in server.prompts
+    # Another question is another judgment: those in the cache are not taken for answers to the usual one.
+    server.reply = lambda prompt: "It is wrong."
+    assert main(list_options(server, responses, out, "--overwrite")) == 0
+    assert {row["judgment"] for row in read_lines(out)} == {"It is wrong."}
+    Path(f"{out}.cache.sqlite").unlink()
+    assert main(list_options(server, responses, out, "--trained", "--overwrite")) == 1
+    assert {row["kind"] for row in find_failures(out)} == {"no decision"}

@@ -144,7 +144,7 @@ def test_several_gpus_in_one_process_are_not_dealt_a_batch_by_rows(tmp_path: Pat
     trainer = CUTTrainer(make_model(32), config, [JUDGED])
     assert config.n_gpu == 1
     assert trainer.notices == [
-        "2 GPUs are here and one is used; for all of them start with: torchrun --nproc_per_node 2 -m cutlm train ..."
+        "2 GPUs are here and one is used; for all of them start with: torchrun --nproc_per_node 2 -m cutlm ..."
     ]
 
 

@@ -6,7 +6,7 @@ Reading the settings is left to `cutlm.settings`, running and saving to `cutlm.c
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,23 @@ from cutlm.token_scores import TokenScores, is_token_scores, read_token_scores, 
 from cutlm.trainer import CUTTrainer
 
 
-def build_trainer(data_args: Any, model_args: Any, config: Any) -> "CUTTrainer | PairTrainer":
-    """Loads records or token scores, tokenizer and model, and makes the trainer of them."""
+def build_trainer(
+    data_args: Any, model_args: Any, config: Any, prepare: Callable[[list[Any]], list[Any]] = list
+) -> "CUTTrainer | PairTrainer":
+    """Loads records or token scores, tokenizer and model, and makes the trainer of them.
+
+    Args:
+        data_args: What to train on.
+        model_args: Which model.
+        config: Settings of training.
+        prepare: What is made of the rows of each file before anything is learned from them; nothing by default.
+    """
     rows, places = load_data(data_args.data)
+    rows = prepare(rows)
     train, evaluate = _split(list(zip(rows, places, strict=True)), data_args.eval_split, config.seed)
-    eval_records = load_data(data_args.eval_data)[0] if data_args.eval_data else [record for record, _ in evaluate]
+    eval_records = [record for record, _ in evaluate]
+    if data_args.eval_data:
+        eval_records = prepare(load_data(data_args.eval_data)[0])
     if model_args.load_in_4bit or model_args.load_in_8bit:
         check_bitsandbytes()
     path = model_args.model_name_or_path

@@ -189,3 +189,21 @@ class CUTConfig(TrainingArguments):
         if self.has_known_flags and not is_unsatisfactory_in:
             return Parts(unsatisfactory=False)  # one pool of tokens; records of a part that is off are left out of it
         return Parts(self.use_l1, self.use_l2_satisfactory, is_unsatisfactory_in)
+
+
+@dataclass
+class JudgeConfig(CUTConfig):
+    """Settings of training a judge, by likelihood of its answers: those of other objectives are none of it."""
+
+    objective: str = field(default="likelihood", init=False)
+    detector: str | None = field(default=None, init=False)
+    use_l1: bool = field(default=True, init=False)
+    use_l2_satisfactory: bool = field(default=True, init=False)
+    use_l2_unsatisfactory: bool | None = field(default=None, init=False)
+    satisfactory_only: bool = field(default=False, init=False)
+    praise_weight: float = field(default=1.0, init=False)
+    dpo_beta: float = field(default=0.1, init=False)
+    map_spans: bool = field(default=False, init=False)
+    threshold: float = field(default=1.1, init=False)
+    unlikelihood_weight: float = field(default=1.0, init=False)
+    gamma: float = field(default=1.0, init=False)

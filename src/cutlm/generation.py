@@ -64,14 +64,24 @@ class Counts:
     Attributes:
         num_resumed: Responses taken over from a run that was stopped.
         num_cut: Prompts cut from the left to fit the model's context.
-        num_unfinished: Responses stopped at `max_new_tokens`, without an end of their own.
         responses: The responses, by the index of their prompt.
+        unfinished: Those of them that were stopped at `max_new_tokens`, without an end of their own.
     """
 
     num_resumed: int = 0
     num_cut: int = 0
-    num_unfinished: int = 0
     responses: dict[int, str] = field(default_factory=dict)
+    unfinished: set[int] = field(default_factory=set)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.unfinished)
+
+    def take_over(self, journal: Journal) -> None:
+        """Takes over what a run that was stopped had written down."""
+        self.responses |= {line["index"]: line["output"] for line in journal.lines}
+        self.unfinished |= {line["index"] for line in journal.lines if line["is_unfinished"]}
+        self.num_resumed = len(self.responses)
 
 
 def load_prompts(source: str) -> list[dict[str, Any]]:
@@ -199,10 +209,7 @@ def generate_with_journal(
         journal: Of this run or of one that was stopped.
     """
     counts = Counts()
-    for line in journal.lines:
-        counts.responses[line["index"]] = line["output"]
-        counts.num_unfinished += line["is_unfinished"]
-    counts.num_resumed = len(counts.responses)
+    counts.take_over(journal)
     with journal, tqdm(total=len(encoded), initial=counts.num_resumed, desc="generating", unit="response") as progress:
         for batch in generate_batches(model, tokenizer, encoder, encoded, sampling, counts):
             journal.append(
@@ -258,7 +265,7 @@ def generate_batches(
         answers = [(index, text, is_unfinished) for index, (text, is_unfinished) in zip(batch, texts, strict=True)]
         # A batch of which a part had been written down is made again whole, but no response counts twice.
         answers = [answer for answer in answers if answer[0] not in counts.responses]
-        counts.num_unfinished += sum(is_unfinished for _, _, is_unfinished in answers)
+        counts.unfinished |= {index for index, _, is_unfinished in answers if is_unfinished}
         counts.responses |= {index: text for index, text, _ in answers}
         yield answers
 
@@ -269,15 +276,24 @@ def choose_max_new_tokens(model: nn.Module) -> int:
     return 2048 if limit is None else max(1, min(2048, limit // 2))
 
 
+def find_room(model: nn.Module, max_new_tokens: int) -> int | None:
+    """Tokens that the model's context leaves for a prompt; None where it has no end.
+
+    Raises:
+        UserError: There is no room.
+    """
+    limit = getattr(unwrap_peft(model).config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and limit <= max_new_tokens:
+        raise UserError(f"max_new_tokens: expected fewer than the model's context of {limit}, got {max_new_tokens}")
+    return None if limit is None else limit - max_new_tokens
+
+
 def _fit_context(
     model: Any, encoder: Encoder, encoded: Sequence[list[int]], max_new_tokens: int
 ) -> tuple[Sequence[list[int]], int]:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:
+    room = find_room(model, max_new_tokens)
+    if room is None:
         return encoded, 0
-    room = limit - max_new_tokens
-    if room < 1:
-        raise UserError(f"max_new_tokens: expected fewer than the model's context of {limit}, got {max_new_tokens}")
     return [encoder.cut(ids, room) for ids in encoded], sum(len(ids) > room for ids in encoded)
 
 

@@ -51,10 +51,7 @@ def generate_by_server(
     """
     key = read_key()
     counts, failures = Counts(), dict[int, str]()
-    for line in journal.lines:
-        counts.responses[line["index"]] = line["output"]
-        counts.num_unfinished += line["is_unfinished"]
-    counts.num_resumed = len(counts.responses)
+    counts.take_over(journal)
     missing = [index for index in range(len(prompts)) if index not in counts.responses]
 
     def ask_one(place: int, stop: threading.Event) -> _Answer:
@@ -78,7 +75,8 @@ def generate_by_server(
                 raise result
             journal.append([{"index": index, "output": result.text, "is_unfinished": result.is_unfinished}])
             counts.responses[index] = result.text
-            counts.num_unfinished += result.is_unfinished
+            if result.is_unfinished:
+                counts.unfinished.add(index)
             progress.update()
     return counts, failures
 

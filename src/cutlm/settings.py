@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import json
 from argparse import ArgumentTypeError
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -108,13 +108,14 @@ class _Parser(TrlParser):
         raise ConfigError(message)
 
 
-def read_settings(types: Sequence[Any], config: str | None, options: Sequence[str]) -> Settings:
+def read_settings(types: Sequence[Any], config: str | None, options: Sequence[str], command: str = "train") -> Settings:
     """Reads settings into dataclasses.
 
     Args:
         types: The dataclasses; no two have a field of the same name.
         config: A YAML file, or None.
         options: `--field value ...`, which take precedence over the file.
+        command: Whose settings they are, for messages.
 
     Raises:
         ConfigError: Unknown keys, values of the wrong kind or out of range; all at once.
@@ -123,10 +124,18 @@ def read_settings(types: Sequence[Any], config: str | None, options: Sequence[st
     actions: dict[str, Any] = {}
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # a field that is true by default has a second one, `--no_field`
-    problems = [] if config is None else _check_file(config, actions)
+    fixed = {field.name for kind in types for field in dataclasses.fields(kind) if not field.init}
+
+    def describe_unknown(what: str, name: str, names: Iterable[str]) -> str:
+        if name in fixed:
+            return f"{what} is no setting of cutlm {command}; leave it out"
+        nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+        return f"{what} is unknown; " + (f"did you mean {nearest[0]!r}?" if nearest else f"see cutlm {command} --help")
+
+    problems = [] if config is None else _check_file(config, actions, describe_unknown)
     known = {text.removeprefix("--") for action in parser._actions for text in action.option_strings}
     problems += [
-        _describe_unknown(f"option {option}", option.removeprefix("--").partition("=")[0], known)
+        describe_unknown(f"option {option}", option.removeprefix("--").partition("=")[0], known)
         for option in options
         if option.startswith("--") and option.removeprefix("--").partition("=")[0] not in known
     ]
@@ -180,19 +189,14 @@ def _load_yaml(path: str) -> dict[str, Any]:
     return values
 
 
-def _check_file(path: str, actions: dict[str, Any]) -> list[str]:
+def _check_file(path: str, actions: dict[str, Any], describe_unknown: Callable[..., str]) -> list[str]:
     problems = []
     for key, value in _load_yaml(path).items():
         if key not in actions:
-            problems.append(_describe_unknown(f"{path}: key {key!r}", str(key), set(actions)))
+            problems.append(describe_unknown(f"{path}: key {key!r}", str(key), set(actions)))
         elif (problem := _check_value(value, actions[key])) is not None:
             problems.append(f"{path}: {key}: {problem}")
     return problems
-
-
-def _describe_unknown(what: str, name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"{what} is unknown" + (f"; did you mean {nearest[0]!r}?" if nearest else "; see cutlm train --help")
 
 
 def _check_value(value: Any, action: Any) -> str | None:

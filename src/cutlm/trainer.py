@@ -89,7 +89,7 @@ class CUTTrainer(SafeTrainer):
             # torch's DataParallel would deal a batch's tensors out by rows, and they have none.
             self.notices.append(
                 f"{args.n_gpu} GPUs are here and one is used; for all of them start with: torchrun --nproc_per_node"
-                f" {args.n_gpu} -m cutlm train ..."
+                f" {args.n_gpu} -m cutlm ..."
             )
             args._n_gpu = 1
         if isinstance(model, str | Path):

@@ -20,9 +20,10 @@ COMMANDS = {
     "convert": "turn published judgment data into records",
     "check": "report every bad row of a file of records, and counts",
     "train": "align a model with judged records",
+    "train-judge": "train a model to judge responses as records do, and measure how well it does",
     "merge": "fold a trained adapter into its base model",
     "generate": "answer a file of instructions",
-    "judge": "say what is wrong with responses: by a server, by rules, or by a person",
+    "judge": "say what is wrong with responses: by a model, here or on a server, by rules, or by a person",
     "refine": "rewrite unsatisfactory responses by what was said about them",
     "align": "the online loop: generate, judge, blame, train, merge, and again",
     "world": "the tiny world: build its base model, compare methods on it",
@@ -51,7 +52,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
     parser.add_argument("--version", action="version", version=f"cutlm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"cutlm.cli.{name}")
+        module = importlib.import_module(f"cutlm.cli.{name.replace('-', '_')}")
         command = commands.add_parser(
             name,
             help=summary,
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     # These take every field of their config as an option; the others take what they name and nothing else.
-    if rest and args.command not in ("train", "align"):
+    if rest and args.command not in ("train", "train-judge", "align"):
         parser.error(f"{args.command}: unknown arguments: {' '.join(rest)}")
     args.rest = rest
     # It tells, wherever PEFT imports it, of an optional kernel for 4-bit weights on a CPU.

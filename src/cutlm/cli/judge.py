@@ -1,6 +1,7 @@
-"""Say what is wrong with responses, and write records to be trained on: judged by a server, by rules, or by a person.
+"""Say what is wrong with responses, and write records to be trained on: judged by a model, by rules, or by a person.
 
   cutlm judge --responses FILE --judge http --base_url URL --judge_model NAME --out FILE
+  cutlm judge --responses FILE --judge local --judge_model MODEL --out FILE
   cutlm judge --responses FILE --judge rules --rules package.module:function --out FILE
   cutlm judge --responses FILE --judge human --out FILE                 lists to be filled, then the same with --todo
 
@@ -12,11 +13,15 @@ http: an OpenAI-compatible chat endpoint; a key to it is read from the environme
 are kept in a cache as they come: a run that was stopped, or had failures, asks only for the missing ones when started
 again. At --max_tokens_total nothing more is asked, but what is under way is still answered, and counts.
 
+local: a model that cutlm train-judge trained, an adapter or whole. A run that was stopped goes on where it was when
+started again with the same settings. On a server, the same model is asked by --judge http --trained.
+
 Exits with 0 when every response has its judgment, with 2 when something must be mended first, and with 1 when
 judgments are missing although nothing is wrong with what was given: not all is done, and another try may do it."""
 
 import argparse
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +29,13 @@ if TYPE_CHECKING:
     from cutlm.judges import Outcome, Response
     from cutlm.judges.chat import ChatServer
 
-JUDGES = ("http", "rules", "human")
-# Options that mean something to one judge alone; their defaults.
+JUDGES = ("http", "local", "rules", "human")
+# Options that mean something to some judges alone; their defaults.
 _HTTP: dict[str, Any] = {
     "base_url": None,
     "judge_model": None,
     "prompt_file": None,
+    "trained": False,
     "temperature": 0.0,
     "max_tokens": 1024,
     "fields": "{}",
@@ -40,8 +46,21 @@ _HTTP: dict[str, Any] = {
     "max_requests": None,
     "max_tokens_total": None,
 }
-_OPTIONS: dict[str, dict[str, Any]] = {"http": _HTTP, "rules": {"rules": None}, "human": {"todo": None}}
-_NEEDED = {"http": ("base_url", "judge_model"), "rules": ("rules",), "human": ()}
+_LOCAL: dict[str, Any] = {
+    "judge_model": None,
+    "max_new_tokens": None,
+    "batch_size": 16,
+    "dtype": "auto",
+    "device": None,
+}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "http": _HTTP,
+    "local": _LOCAL,
+    "rules": {"rules": None},
+    "human": {"todo": None},
+}
+_LOCAL_SETTINGS = tuple(name for name in _LOCAL if name != "judge_model")
+_NEEDED = {"http": ("base_url", "judge_model"), "local": ("judge_model",), "rules": ("rules",), "human": ()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,10 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", required=True, choices=JUDGES, help="who judges")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file of records to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
+    parser.add_argument("--judge_model", metavar="MODEL", help="http: its name on the server; local: a folder")
     http = parser.add_argument_group("--judge http")
     http.add_argument("--base_url", metavar="URL", help="such as http://localhost:8000/v1")
-    http.add_argument("--judge_model", metavar="NAME", help="the model's name on the server")
     http.add_argument("--prompt_file", metavar="FILE", help="another question, with {instruction} and {response}")
+    http.add_argument(
+        "--trained", action="store_const", const=True, help="the model is one of cutlm train-judge: ask it as trained"
+    )
     http.add_argument("--temperature", type=float, help="0 takes the likeliest answer (default)")
     http.add_argument("--max_tokens", type=int, metavar="N", help="of an answer (default: 1024)")
     http.add_argument(
@@ -66,10 +88,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument("--max_retries", type=int, metavar="N", help="further attempts (default: 5)")
     http.add_argument("--max_requests", type=int, metavar="N", help="most attempts of this run (default: no limit)")
     http.add_argument("--max_tokens_total", type=int, metavar="N", help="most tokens of this run (default: no limit)")
+    add_local_arguments(parser.add_argument_group("--judge local"))
     rules = parser.add_argument_group("--judge rules")
     rules.add_argument("--rules", metavar="NAME", help="a function of instruction and response: module:function")
     human = parser.add_argument_group("--judge human")
     human.add_argument("--todo", metavar="FILE", help="OUT.todo.csv or OUT.todo.jsonl, with every judgment filled")
+
+
+def add_local_arguments(parser: "argparse._ActionsContainer") -> None:
+    """How a model at hand judges."""
+    parser.add_argument(
+        "--max_new_tokens", type=int, metavar="N", help="of an answer (default: 1024, or a quarter of its context)"
+    )
+    parser.add_argument("--batch_size", type=int, metavar="N", help="responses at a time (default: 16)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,8 +120,17 @@ def run(args: argparse.Namespace) -> int:
     responses = read_responses(args.responses)
     if args.judge == "human" and args.todo is None:
         return _write_todo(args, responses)
-    outcome = _judge(args, responses, server)
+    if args.judge == "local":
+        from cutlm.judges.local import judge_locally
+
+        outcome, journal = judge_locally(
+            responses, args.judge_model, args.out, **{name: getattr(args, name) for name in _LOCAL_SETTINGS}
+        )
+    else:
+        outcome, journal = _judge(args, responses, server), None
     write_outcome(responses, outcome, args.out)
+    if journal is not None:
+        journal.remove()
     print(describe_outcome(outcome, args.out))
     if not outcome.failures:
         return 0
@@ -101,17 +143,23 @@ def fill_options(args: argparse.Namespace) -> None:
     """Refuses options of other judges, asks for those of this one, and puts in the defaults."""
     from cutlm.errors import ConfigError
 
-    problems = []
-    for judge, options in _OPTIONS.items():
-        given = [f"--{name}" for name in options if getattr(args, name) is not None]
-        if judge != args.judge and given:
-            problems.append(f"{', '.join(given)}: of use with --judge {judge} alone; leave out the one or the other")
-        for name, default in options.items():
-            if getattr(args, name) is None:
-                setattr(args, name, default)
+    own, given = _OPTIONS[args.judge], defaultdict(list)
+    for name in {name: None for options in _OPTIONS.values() for name in options}:
+        if getattr(args, name) is None:
+            setattr(args, name, own.get(name))
+        elif name not in own:
+            given[" or ".join(judge for judge in JUDGES if name in _OPTIONS[judge])].append(f"--{name}")
+    problems = [
+        f"{', '.join(names)}: of use with --judge {judges} alone; leave out the one or the other"
+        for judges, names in given.items()
+    ]
     missing = [f"--{name}" for name in _NEEDED[args.judge] if getattr(args, name) is None]
     if missing:
         problems.append(f"--judge {args.judge}: expected {' and '.join(missing)} too, got none; name what to judge by")
+    if args.trained and args.prompt_file is not None:
+        problems.append(
+            "--prompt_file, --trained: expected one of them, got both; a trained judge has its own question"
+        )
     if problems:
         raise ConfigError(problems)
 
@@ -145,9 +193,11 @@ def _make_server(args: argparse.Namespace) -> "ChatServer":
 def _judge(args: argparse.Namespace, responses: "list[Response]", server: "ChatServer | None") -> "Outcome":
     if server is not None:
         from cutlm.judges.http import judge_by_server
-        from cutlm.judges.prompt import DEFAULT_PROMPT, read_prompt_file
+        from cutlm.judges.prompt import DEFAULT_PROMPT, TRAINED_PROMPT, read_prompt_file
 
-        template = DEFAULT_PROMPT if args.prompt_file is None else read_prompt_file(args.prompt_file)
+        template = TRAINED_PROMPT if args.trained else DEFAULT_PROMPT
+        if args.prompt_file is not None:
+            template = read_prompt_file(args.prompt_file)
         cache = args.cache or f"{args.out}.cache.sqlite"
         try:
             return judge_by_server(responses, server, cache, template=template)

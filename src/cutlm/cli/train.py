@@ -36,10 +36,10 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cutlm.errors import ConfigError
 
@@ -66,12 +66,19 @@ def run(args: argparse.Namespace) -> int:
     return train(settings, ["--config", args.config, *args.rest] if args.config else args.rest)
 
 
-def train(settings: "Settings", options: list[str]) -> int:
+def train(
+    settings: "Settings",
+    options: list[str],
+    command: str = "train",
+    prepare: Callable[[list[Any]], list[Any]] = list,
+) -> int:
     """Trains, saves, and says how to go on.
 
     Args:
         settings: Data, model and training settings.
         options: As given on the command line, for the message after an interruption.
+        command: As given on the command line, for messages.
+        prepare: What is made of the rows of the data before anything is learned from them; nothing by default.
     """
     from cutlm.assembly import build_trainer
     from cutlm.checkpoints import check_output_dir, clear_output_dir, find_checkpoint
@@ -85,7 +92,7 @@ def train(settings: "Settings", options: list[str]) -> int:
     elif is_main:
         check_output_dir(config.output_dir, data_args.overwrite_output_dir)
     with _log_to_stdout():
-        trainer = build_trainer(data_args, model_args, config)
+        trainer = build_trainer(data_args, model_args, config, prepare)
     if not len(trainer.get_train_dataloader()):
         raise ConfigError("dataloader_drop_last: the records fill no batch; give a smaller per_device_train_batch_size")
     if is_main:
@@ -101,11 +108,11 @@ def train(settings: "Settings", options: list[str]) -> int:
         trainer.train(resume_from_checkpoint=checkpoint)
     if signals and trainer.state.global_step < trainer.state.max_steps:
         if is_main:
-            command = "cutlm" if config.world_size == 1 else f"torchrun --nproc_per_node {config.world_size} -m cutlm"
+            program = "cutlm" if config.world_size == 1 else f"torchrun --nproc_per_node {config.world_size} -m cutlm"
             print(
                 f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; saved"
                 f" {config.output_dir}/checkpoint-{trainer.state.global_step}. Go on with:\n"
-                f"  {command} train {shlex.join(_without_resume(options))} --resume_from_checkpoint last",
+                f"  {program} {command} {shlex.join(_without_resume(options))} --resume_from_checkpoint last",
                 flush=True,
             )
         return 128 + signals[0]
@@ -117,7 +124,9 @@ def train(settings: "Settings", options: list[str]) -> int:
         out = shlex.quote(config.output_dir)
         what = "adapter" if model_args.use_peft else "model"
         then = f"cutlm merge --adapter {out} --out {out}-merged"
-        if not model_args.use_peft:
+        if command == "train-judge":
+            then = f"cutlm judge --responses FILE --judge local --judge_model {out} --out FILE"
+        elif not model_args.use_peft:
             then = f"cutlm generate --model {out} --prompts FILE --out FILE"
         print(f"Trained {trainer.state.global_step} steps; the {what} is in {config.output_dir}. Next:\n  {then}")
     return 0

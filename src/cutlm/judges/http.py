@@ -7,7 +7,7 @@ alone. How one question is asked is left to `cutlm.judges.chat`, its wording to 
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,15 @@ from cutlm.judges.chat import (
     explain_refusal,
     make_client,
 )
-from cutlm.judges.prompt import DEFAULT_PROMPT, PARSING_VERSION, BadAnswer, fill_prompt, read_answer
+from cutlm.judges.prompt import (
+    DEFAULT_PROMPT,
+    PARSING_VERSION,
+    TRAINED_PROMPT,
+    BadAnswer,
+    fill_prompt,
+    read_answer,
+    read_trained_answer,
+)
 from cutlm.judges.responses import set_aside_empty
 from cutlm.posting import Refused, Unreachable, read_key
 
@@ -49,7 +57,7 @@ def judge_by_server(
         responses: What is to be judged.
         server: Whom to ask, how, and how much may be spent.
         cache_file: Where judgments are kept.
-        template: The question, with `{instruction}` and `{response}`.
+        template: The question, with `{instruction}` and `{response}`; it decides how answers are read.
         show_progress: Whether to show a progress bar.
 
     Returns:
@@ -62,6 +70,7 @@ def judge_by_server(
     key = read_key()
     kept, outcome = set_aside_empty(responses)
     prompts = {index: fill_prompt(template, responses[index]) for index in kept}
+    read = read_trained_answer if template == TRAINED_PROMPT else read_answer
     # Responses that are alike word for word are asked about once.
     alike: dict[str, list[int]] = {}
     for index in kept:
@@ -89,7 +98,7 @@ def judge_by_server(
             for place, result in ask_all(len(firsts), ask_one, server.concurrency):
                 name, index = missing[place], firsts[place]
                 try:
-                    judgment = _read_result(result, server, responses[index], prompts[index])
+                    judgment = _read_result(result, server, responses[index], prompts[index], read)
                 except _NoJudgment as error:
                     outcome.failures |= dict.fromkeys(alike[name], error.failure)
                     if error.failure.kind == NOT_ASKED:
@@ -118,7 +127,9 @@ class _NoJudgment(Exception):
         self.failure = failure
 
 
-def _read_result(result: Any, server: ChatServer, response: Response, prompt: str) -> str | None:
+def _read_result(
+    result: Any, server: ChatServer, response: Response, prompt: str, read: Callable[..., str | None]
+) -> str | None:
     """The judgment in what came of a question."""
     if isinstance(result, Refused):
         raise UserError(explain_refusal(server, result, response.place))
@@ -132,6 +143,6 @@ def _read_result(result: Any, server: ChatServer, response: Response, prompt: st
         raise result
     assert isinstance(result, Answer)
     try:
-        return read_answer(result.text, result.finish_reason, response, prompt)
+        return read(result.text, result.finish_reason, response, prompt)
     except BadAnswer as error:
         raise _NoJudgment(Failure(error.kind, error.reason, (result.text or "")[:_LONGEST_SHOWN])) from None

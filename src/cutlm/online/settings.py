@@ -239,7 +239,7 @@ def _read_plan(config: str | None, options: list[str]) -> Plan:
     from cutlm.config import CUTConfig
     from cutlm.settings import ModelArguments, read_settings
 
-    settings = read_settings((AlignArguments, ModelArguments, CUTConfig), config, options)
+    settings = read_settings((AlignArguments, ModelArguments, CUTConfig), config, options, "align")
     arguments, model_args, train_args = settings.parts
     if train_args.resume_from_checkpoint:
         raise ConfigError("resume_from_checkpoint: the loop goes on by itself where it was; leave it out")

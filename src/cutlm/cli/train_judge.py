@@ -1,0 +1,81 @@
+"""Train a model to judge: on records, to write the judgment of a response and then whether it is satisfactory.
+
+Any causal language model learns, by likelihood, to answer a fixed question about an instruction and a response with the
+judgment ("Perfect." where nothing is wrong) and, on a last line, "Satisfactory: Yes" or "Satisfactory: No".
+
+  cutlm train-judge --config recipes/judge.yaml --data records.jsonl --output_dir runs/judge
+  cutlm train-judge --config my.yaml --resume_from_checkpoint last
+  cutlm judge --judge local --judge_model runs/judge --responses FILE --out FILE
+
+Settings are those of cutlm train, whose --help lists them, but for what other objectives know: objective, detector and
+the parts of CUT's loss, threshold, unlikelihood_weight, gamma, praise_weight, dpo_beta, map_spans, satisfactory_only.
+
+To measure a judge, trained or not, on held-out records that have their judgments:
+
+  cutlm train-judge --evaluate MODEL --data heldout.jsonl --out DIR
+
+  --max_new_tokens, --batch_size, --dtype, --device  as of cutlm judge --judge local
+  --overwrite                                        replace what is in DIR
+
+How often its decision is right, beside the share of the larger class; the four cases; answers that are no judgment, by
+kind; ROUGE-L of its judgments of unsatisfactory responses (pip install 'cutlm[eval]'). In DIR: evaluation.json,
+evaluation.md, and judged.jsonl with what was said about each response.
+"""
+
+import argparse
+from pathlib import Path
+
+from cutlm.cli.judge import add_local_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--evaluate", metavar="MODEL", help="train nothing, measure this judge: a folder or adapter")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.evaluate is not None:
+        return _evaluate(args)
+
+    from cutlm.cli.train import train
+    from cutlm.config import JudgeConfig
+    from cutlm.judges.local import make_lessons
+    from cutlm.settings import DataArguments, ModelArguments, read_settings
+
+    settings = read_settings((DataArguments, ModelArguments, JudgeConfig), args.config, args.rest, args.command)
+    if args.dry_run:
+        print(settings.to_yaml(), end="")
+        return 0
+    options = ["--config", args.config, *args.rest] if args.config else args.rest
+    return train(settings, options, args.command, make_lessons)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from cutlm.errors import ConfigError, UserError
+
+    parser = argparse.ArgumentParser(prog="cutlm train-judge --evaluate MODEL", allow_abbrev=False)
+    parser.add_argument("--data", required=True, metavar="FILE", help="held-out records")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in it")
+    add_local_arguments(parser)
+    options = parser.parse_args(args.rest)
+    if args.config is not None or args.dry_run:
+        raise ConfigError("--config, --dry_run: of use for training alone; leave these out, or --evaluate")
+    folder = Path(options.out)
+    if (folder / "evaluation.json").exists() and not options.overwrite:
+        raise UserError(f"{folder}: holds an evaluation; name another folder, or replace it with --overwrite")
+
+    from cutlm.judges.evaluation import evaluate_judge
+
+    text = evaluate_judge(
+        args.evaluate,
+        options.data,
+        folder,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=16 if options.batch_size is None else options.batch_size,
+        dtype=options.dtype or "auto",
+        device=options.device,
+    )
+    print(text, end="")
+    return 0

@@ -1,0 +1,117 @@
+"""The judge at hand: a model that `cutlm train-judge` trained on judged records, and what it learns from.
+
+Responses are judged greedily, batch by batch, and written down as they come; a run that is stopped goes on with the
+batches it has not finished. The question and how its answer is read are left to `cutlm.judges.prompt`, training to
+`cutlm.cli.train`, generation to `cutlm.generation`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from cutlm.encoding import Encoder, choose_template
+from cutlm.errors import DataError, UserError
+from cutlm.generation import Sampling, describe_run, find_room, fingerprint_model, generate_with_journal
+from cutlm.journal import Journal
+from cutlm.judges import Failure, Outcome, Response
+from cutlm.judges.prompt import (
+    TRAINED_PROMPT,
+    BadAnswer,
+    fill_prompt,
+    read_trained_answer,
+    write_answer,
+    write_question,
+)
+from cutlm.judges.responses import set_aside_empty
+from cutlm.model import load_trained, unwrap_peft
+from cutlm.records import JudgedRecord
+
+_MAX_NEW_TOKENS = 1024
+
+
+def make_lessons(records: Sequence[Any]) -> list[JudgedRecord]:
+    """Turns judged records into what a judge learns from: the question as instruction, its answer as output.
+
+    Judgment and score stay, so that satisfactory records can be counted and downsampled.
+
+    Raises:
+        DataError: They are token scores.
+    """
+    if not all(isinstance(record, JudgedRecord) for record in records):
+        raise DataError(
+            "data: expected plain records to train a judge on, got token scores; give those they are made of"
+        )
+    return [
+        JudgedRecord(
+            instruction=write_question(record),
+            output=write_answer(record),
+            judgment=record.judgment,
+            score=record.score,
+        )
+        for record in records
+    ]
+
+
+def judge_locally(
+    responses: Sequence[Response],
+    path: str,
+    out: str,
+    *,
+    max_new_tokens: int | None = None,
+    batch_size: int = 16,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> tuple[Outcome, Journal]:
+    """Judges responses by a trained model.
+
+    Args:
+        responses: What is to be judged.
+        path: The model's folder, an adapter or whole.
+        out: The file that the outcome will be written to; finished batches go to `OUT.partial` at once.
+        max_new_tokens: Of an answer; None: 1024, or a quarter of the model's context where that is less.
+        batch_size: Responses at a time.
+        dtype: Of the weights.
+        device: None takes a GPU where there is one.
+
+    Returns:
+        A judgment for each response, or why there is none; and the journal, to be removed once that is written.
+
+    Raises:
+        UserError: The model cannot be loaded, or a partial file of another run is in the way.
+    """
+    model, tokenizer = load_trained(path, dtype=dtype, device=device)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{path}: expected a model that cutlm train-judge trained, got one whose tokenizer has no chat template"
+        )
+    encoder = Encoder(tokenizer, choose_template(tokenizer))
+    if max_new_tokens is None:
+        limit = getattr(unwrap_peft(model).config.get_text_config(), "max_position_embeddings", None)
+        max_new_tokens = _MAX_NEW_TOKENS if limit is None else max(1, min(_MAX_NEW_TOKENS, limit // 4))
+    sampling = Sampling(max_new_tokens, batch_size=batch_size)
+    kept, outcome = set_aside_empty(responses)
+    questions = {index: fill_prompt(TRAINED_PROMPT, responses[index]) for index in kept}
+    encoded = {index: encoder.encode_prompt(question) for index, question in questions.items()}
+    room = find_room(model, max_new_tokens)
+    for index, ids in encoded.items():
+        if room is not None and len(ids) > room:
+            reason = f"the question has {len(ids)} tokens; the model's context leaves {room} beside an answer"
+            outcome.failures[index] = Failure("long question", reason)
+    asked = [index for index in kept if index not in outcome.failures]
+    header = describe_run(
+        [questions[index] for index in asked], None, sampling, encoder.template, fingerprint_model(path)
+    )
+    journal = Journal(out, header)
+    counts = generate_with_journal(model, tokenizer, encoder, [encoded[index] for index in asked], sampling, journal)
+    if counts.num_resumed:
+        outcome.notes.append(f"{counts.num_resumed} answers were there from a run that was stopped")
+    for place, index in enumerate(asked):
+        answer = counts.responses[place]
+        if place in counts.unfinished:
+            reason = f"the answer was cut off at {max_new_tokens} tokens; give more --max_new_tokens"
+            outcome.failures[index] = Failure("cut off", reason, answer)
+            continue
+        try:
+            outcome.judgments[index] = read_trained_answer(answer, None, responses[index], questions[index])
+        except BadAnswer as error:
+            outcome.failures[index] = Failure(error.kind, error.reason, answer)
+    return outcome, journal
