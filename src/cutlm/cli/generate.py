@@ -28,15 +28,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     parser.add_argument(
+        "--num_samples", type=int, default=1, metavar="N", help="responses to each instruction, one below the other"
+    )
+    add_answering_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
+
+
+def add_answering_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model, at hand or on a server, answers a file, for every command that has it do so."""
+    parser.add_argument(
         "--template", choices=("alpaca", "chat"), help="default: the tokenizer's chat template, which training saves"
     )
     parser.add_argument(
         "--judgment",
         metavar="TEXT",
         help='what the responses shall deserve to be told, such as "Perfect.": for models that learned from hindsight',
-    )
-    parser.add_argument(
-        "--num_samples", type=int, default=1, metavar="N", help="responses to each instruction, one below the other"
     )
     add_sampling_arguments(parser)
     server = parser.add_argument_group("a model on a server")
@@ -48,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--timeout", type=float, metavar="SECONDS", help="without a byte of an answer (default: 600)")
     server.add_argument("--max_retries", type=int, metavar="N", help="further attempts (default: 5)")
     parser.add_argument("--generator", metavar="NAME", help="the model's name in the output (default: its folder)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
