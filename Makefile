@@ -15,12 +15,12 @@ help: ## say what there is to make
 setup: $(INSTALLED) ## make the environment in .venv
 
 # torch goes first and by its version: where a build for CPUs alone is offered, that is the one taken, and nothing that
-# follows asks for another with gigabytes of CUDA.
+# follows asks for another with gigabytes of CUDA. Modules are compiled when first imported: most of them never are.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cutlm needs Python 3.11 or newer; give one by: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quantization,serve]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,quantization,serve,eval]'
 	touch $@
 
 demo: setup ## see a tiny model answer, be judged and learn from it (CPU, about a minute)
