@@ -7,6 +7,7 @@ import argparse
 import importlib
 
 MEASURES = {
+    "rouge": "how close do responses come to references? ROUGE, as for summarization",
     "detection": "are the flagged tokens the wrong ones? Precision and recall by threshold",
 }
 

@@ -1,0 +1,76 @@
+"""Say how close responses come to references: ROUGE-1, -2, -L and -Lsum with confidence intervals, beside the paper's
+Table 3 (summarization).
+
+  cutlm convert critiques test.jsonl --out test-records.jsonl
+  cutlm eval rouge --model MODEL --references test-records.jsonl --out DIR
+  cutlm eval rouge --outputs responses.json --references test-records.jsonl --out DIR
+
+A reference is a record's improved response (i_ans), or its output where that is satisfactory; records with neither
+are left out and counted. Responses are those that cutlm generate would give, or those in --outputs."""
+
+import argparse
+
+from cutlm.cli.generate import add_answering_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--references", required=True, metavar="FILE", help="records, or rows of instruction and output"
+    )
+    parser.add_argument("--outputs", metavar="FILE", help="responses, as cutlm generate writes them")
+    parser.add_argument("--use_stemmer", action="store_true", help="count words as equal by their stems (English)")
+    parser.add_argument("--model", metavar="MODEL", help="answer by this model: a folder, or a hub name")
+    add_answering_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from cutlm.cli.reuse import PARTS, answer_once, check_source, describe_source
+    from cutlm.errors import DataError
+    from cutlm.evaluation.folder import hash_file, need_extra, open_folder, write_result
+    from cutlm.evaluation.pairs import pair_responses
+    from cutlm.evaluation.rouge import PACKAGES, list_references, measure_rouge, tabulate_rouge
+    from cutlm.jsonl import write_rows
+    from cutlm.judges.responses import read_responses
+    from cutlm.records import check_records, raise_problems
+
+    check_source(args)
+    need_extra("rouge_score.rouge_scorer")
+    check = check_records(args.references)
+    raise_problems(check, args.references)
+    references = list_references(check.records, check.places)
+    num_left_out = len(check.records) - len(references)
+    if not references:
+        raise DataError(
+            f"{args.references}: no references; expected records that are satisfactory or have an i_ans, got"
+            f" {num_left_out} others"
+        )
+    settings = {"measure": "rouge", "references": hash_file(args.references), "use_stemmer": args.use_stemmer}
+    settings |= {"seed": args.seed} | describe_source(args)
+    folder = open_folder(args.out, settings, PARTS, overwrite=args.overwrite)
+    outputs = args.outputs
+    if outputs is None:
+        prompts = folder / "prompts.jsonl"
+        write_rows(prompts, [{"instruction": row.instruction, "input": row.input} for row in references])
+        outputs = answer_once(args, folder, str(prompts))
+        if outputs is None:
+            return 1
+    found = pair_responses(read_responses(outputs), references)
+    if not found.pairs:
+        raise DataError(f"{outputs}: no response to any instruction of {args.references}; name the ones that are")
+    result = measure_rouge(
+        [(response.output, reference.output) for response, reference in found.pairs],
+        use_stemmer=args.use_stemmer,
+        seed=args.seed,
+    )
+    result |= {
+        "num_without_reference": num_left_out,
+        "num_without_response": found.num_missing,
+        "num_responses_left_out": found.num_alone,
+    }
+    names = sorted({str(response.row.get("generator") or "responses") for response, _ in found.pairs})
+    counts = (
+        f"Left out: {num_left_out} records without a reference, {found.num_missing} references without a response,"
+        f" {found.num_alone} responses without a reference."
+    )
+    write_result(folder, result, f"{tabulate_rouge(result, ', '.join(names))}\n\n{counts}", PACKAGES)
+    return 0

@@ -1,0 +1,60 @@
+"""What another command makes for an evaluation is made once: a stopped evaluation goes on with it."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cutlm.cli import generate
+
+OUTPUTS_FILE = "outputs.json"
+# Files that a stopped `answer_once` can leave in a folder.
+PARTS = (OUTPUTS_FILE, f"{OUTPUTS_FILE}.failures.jsonl")
+# What responses depend on, of the options of `generate.add_answering_arguments`.
+_SETTINGS = (
+    *("template", "judgment", "max_new_tokens", "temperature", "top_p", "seed", "batch_size", "dtype"),
+    *("server", "tokenizer", "generator"),
+)
+
+
+def check_source(args: argparse.Namespace) -> None:
+    """Refuses to have neither or both of responses and a model to give them, and options of answering at odds.
+
+    Raises:
+        ConfigError: All such options are named.
+    """
+    from cutlm.errors import ConfigError
+
+    if (args.model is None) == (args.outputs is None):
+        got = "none of them" if args.model is None else "both"
+        raise ConfigError(f"--model or --outputs: expected a model to answer, or its responses, got {got}; give one")
+    if args.model is not None:
+        generate.check_options(argparse.Namespace(**vars(args), num_samples=1))
+
+
+def describe_source(args: argparse.Namespace) -> dict[str, Any]:
+    """What responses depend on, as settings of an evaluation's folder."""
+    from cutlm.evaluation.folder import hash_file
+    from cutlm.generation import fingerprint_model
+
+    if args.outputs is not None:
+        return {"outputs": hash_file(args.outputs)}
+    return {"model": fingerprint_model(args.model)} | {name: getattr(args, name) for name in _SETTINGS}
+
+
+def answer_once(args: argparse.Namespace, folder: Path, prompts: str) -> Path | None:
+    """Has the model answer, as `cutlm generate` does, unless it has in this folder.
+
+    Args:
+        args: Options of `generate.add_answering_arguments`, and `model`.
+        folder: Of the evaluation.
+        prompts: As of `cutlm generate --prompts`.
+
+    Returns:
+        The file of responses; None where a server had no answer to some.
+    """
+    out = folder / OUTPUTS_FILE
+    if out.exists():
+        print(f"{out} is there already")
+        return out
+    own = vars(args) | {"prompts": prompts, "out": str(out), "num_samples": 1, "overwrite": False}
+    return None if generate.run(argparse.Namespace(**own)) else out
