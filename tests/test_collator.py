@@ -10,7 +10,7 @@ from tiny import make_model
 from torch import Tensor, nn
 
 from cutlm.collator import CutCollator, count_batch, find_non_finite, split_lengths
-from cutlm.model import _group_by_length, run_inside, score_batch
+from cutlm.passes import _group_by_length, _Tree, run_inside, score_batch
 
 VOCAB_SIZE = 50
 collate = CutCollator()
@@ -44,6 +44,7 @@ def test_batch_of_the_docstring_is_laid_out_end_to_end():
         "sequence_lengths",
         "response_lengths",
         "num_unsatisfactory",
+        "shared_lengths",
         "places",
     }
     #       without the judgment     with it           satisfactory
@@ -52,6 +53,7 @@ def test_batch_of_the_docstring_is_laid_out_end_to_end():
     assert batch["sequence_lengths"] == [4, 5, 3]
     assert batch["response_lengths"] == [3, 3, 2]
     assert batch["num_unsatisfactory"] == 1
+    assert batch["shared_lengths"] == [1]
     assert batch["places"] == ["record 0 of the batch", "record 1 of the batch"]
     assert batch["input_ids"].dtype == batch["target_ids"].dtype == torch.long
 
@@ -204,7 +206,8 @@ def test_a_satisfactory_record_costs_one_forward_pass_and_an_unsatisfactory_one_
 
 @given(st.lists(st.integers(1, 3000), max_size=40), st.integers(1, 2000))
 def test_groups_hold_every_sequence_once_within_the_limit_and_with_little_padding(lengths, limit):
-    groups = list(_group_by_length(range(len(lengths)), lengths, limit))
+    trees = [_Tree((index,), 0, length) for index, length in enumerate(lengths)]
+    groups = [[tree.indices[0] for tree in group] for group in _group_by_length(trees, limit)]
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     for group in groups:
         padded = len(group) * max(lengths[index] for index in group)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cutlm import CUTConfig, CUTTrainer
 from cutlm.collator import split_lengths
-from cutlm.model import score_batch
+from cutlm.passes import score_batch
 
 NAMES = ("negatives", "mixed", "positives")
 

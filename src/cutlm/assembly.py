@@ -19,7 +19,8 @@ from cutlm.encoding import Encoder
 from cutlm.errors import ConfigError, DataError, UserError
 from cutlm.generation import fingerprint_model
 from cutlm.jsonl import open_atomic, read_bytes, read_rows
-from cutlm.model import check_bitsandbytes, check_head, check_lora_targets, load_model, load_tokenizer, unwrap_peft
+from cutlm.model import check_bitsandbytes, check_lora_targets, load_model, load_tokenizer, unwrap_peft
+from cutlm.passes import check_head
 from cutlm.preferences import PairTrainer
 from cutlm.records import check_records, raise_problems
 from cutlm.scoring import check_rows, score_rows

@@ -1,6 +1,6 @@
 """Encoded records to one micro-batch, without padding.
 
-Sequences stand end to end in one tensor; how the model is run over them is left to `cutlm.model`, what is learned from
+Sequences stand end to end in one tensor; how the model is run over them is left to `cutlm.passes`, what is learned from
 which of them to `cutlm.batch_loss`.
 """
 
@@ -35,7 +35,11 @@ class CutCollator:
          'sequence_lengths': [4, 5, 3],
          'response_lengths': [3, 3, 2],
          'num_unsatisfactory': 1,
+         'shared_lengths': [1],
          'places': ['record 0 of the batch', 'record 1 of the batch']}
+
+    `shared_lengths` says of each unsatisfactory record with how many tokens both its prompts begin, their last ones
+    left out: those have a response to predict.
 
     `places` names the records, unsatisfactory ones first, for messages. "Unsatisfactory" is every row with
     `judged_prompt_ids`, "satisfactory" every other, which is learned from one context alone.
@@ -60,6 +64,9 @@ class CutCollator:
             "sequence_lengths": [len(ids) for ids in inputs],
             "response_lengths": [len(response) for _, response in sequences],
             "num_unsatisfactory": len(unsatisfactory),
+            "shared_lengths": [
+                _count_shared(rows[index]["prompt_ids"], rows[index]["judged_prompt_ids"]) for index in unsatisfactory
+            ],
             "places": [
                 rows[index].get("place") or f"record {index} of the batch" for index in unsatisfactory + satisfactory
             ],
@@ -73,6 +80,12 @@ class CutCollator:
         if any("is_praised" in row for row in rows):
             batch["is_praised"] = [bool(rows[index].get("is_praised")) for index in unsatisfactory]
         return batch
+
+
+def _count_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two prompts begin with alike, short of the last of either."""
+    longest = min(len(first), len(second)) - 1
+    return next((place for place in range(longest) if first[place] != second[place]), longest)
 
 
 def split_lengths(batch: Mapping[str, Any]) -> tuple[int, int]:

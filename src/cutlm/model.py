@@ -1,23 +1,22 @@
-"""Models: load, quantize, adapt with LoRA, run over a micro-batch, merge.
+"""Models: load, quantize, adapt with LoRA.
 
-Training is left to `cutlm.trainer`, generating to `cutlm.generation`.
+Running them over a micro-batch is left to `cutlm.passes`, training to `cutlm.trainer`, generating to
+`cutlm.generation`.
 """
 
 import importlib.util
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cutlm.errors import ConfigError, UserError
-from cutlm.logprobs import get_head, token_logprobs
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -139,148 +138,6 @@ def check_lora_targets(model: nn.Module, config: "PeftConfig") -> None:
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:
     """The `transformers` model inside a PEFT model, adapter layers in place; any other model as it is."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
-
-
-def score_batch(
-    model: nn.Module, batch: Mapping[str, Any], chunk_size: int | None = None, *, needs_judged_grad: bool = True
-) -> Tensor:
-    """Log-probability of every response token of a micro-batch.
-
-    Long sequences run through the body by themselves; short ones in groups of nearly one length, padded on the right,
-    where no token of a causal model looks. So next to nothing is computed that is not needed, and what a sequence gets
-    does not depend on what else is in the batch. The head sees response positions only.
-
-    Args:
-        model: A causal language model, bare or with an adapter.
-        batch: As made by `CutCollator`.
-        chunk_size: Positions per chunk of the head.
-        needs_judged_grad: False where nothing is learned from the context with the judgment, which then costs a
-            forward pass only.
-
-    Returns:
-        [R] float32, in the order of `batch["target_ids"]`.
-    """
-    language_model = unwrap_peft(model)
-    sequences = batch["input_ids"].split(batch["sequence_lengths"])
-    num_judged = batch.get("num_unsatisfactory", 0)
-    judged = range(num_judged, 2 * num_judged)
-    others = [index for index in range(len(sequences)) if index not in judged]
-    limit = _GROUP_TOKENS["cuda" if batch["input_ids"].device.type == "cuda" else "cpu"]
-    hidden: list[Tensor] = [batch["input_ids"]] * len(sequences)
-    passes = [([*others, *judged], True)] if needs_judged_grad else [(others, True), ([*judged], False)]
-    for indices, needs_grad in passes:
-        with torch.set_grad_enabled(needs_grad and torch.is_grad_enabled()):
-            for group in _group_by_length(indices, batch["sequence_lengths"], limit):
-                ids = nn.utils.rnn.pad_sequence([sequences[index] for index in group], batch_first=True)
-                states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                for row, index in enumerate(group):
-                    length = batch["sequence_lengths"][index]
-                    hidden[index] = states[row, length - batch["response_lengths"][index] : length]
-    head = get_head(language_model)
-    return token_logprobs(
-        torch.cat(hidden),
-        head.weight,
-        batch["target_ids"],
-        chunk_size,
-        bias=head.bias,
-        softcap=head.softcap,
-        scale=head.scale,
-    )
-
-
-# Tokens that are enough to keep the device busy: a longer sequence gains nothing from company.
-_GROUP_TOKENS = {"cpu": 1024, "cuda": 16384}
-_MAX_PADDING = 1 / 8
-
-
-def _group_by_length(indices: Sequence[int], lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Groups sequences, longest first, so that a group's padded tokens stay within `limit` and are few."""
-    group: list[int] = []
-    num_tokens = 0
-    for index in sorted(indices, key=lambda index: -lengths[index]):
-        if group:
-            size = (len(group) + 1) * lengths[group[0]]
-            if size > limit or size > (1 + _MAX_PADDING) * (num_tokens + lengths[index]):
-                yield group
-                group, num_tokens = [], 0
-        group.append(index)
-        num_tokens += lengths[index]
-    if group:
-        yield group
-
-
-def run_inside(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls `function(module, *args)` inside the forward pass of what wraps the module.
-
-    DistributedDataParallel and FSDP prepare parameters and gradients only around their own forward; this lends it
-    to a computation that is not the module's forward.
-
-    Args:
-        wrapper: The wrapped module, or the module itself.
-        module: The module inside.
-        function: What to call.
-        *args: Its further arguments.
-    """
-    if wrapper is module:
-        return function(module, *args)
-    had_own_forward = "forward" in module.__dict__
-    forward = module.forward
-
-    def restore() -> None:
-        if had_own_forward:
-            module.forward = forward
-        else:
-            module.__dict__.pop("forward", None)
-
-    def call(*inner_args: Any) -> Any:
-        restore()
-        return function(module, *inner_args)
-
-    module.forward = call
-    try:
-        return wrapper(*args)
-    finally:
-        restore()
-
-
-def check_head(model: nn.Module) -> None:
-    """Compares our log-probs of a few tokens with the model's own logits.
-
-    A model that does something to its logits which `get_head` does not know would otherwise be trained on wrong
-    probabilities without a word.
-
-    Raises:
-        UserError: They differ.
-    """
-    language_model = unwrap_peft(model)
-    device = language_model.device
-    if device.type == "meta" or any(hasattr(weight, "ds_id") for weight in language_model.parameters()):
-        return  # its weights are on other processes, or nowhere yet
-    num_tokens = min(8, language_model.config.get_text_config().vocab_size)
-    ids = torch.arange(num_tokens, device=device)
-    batch = {
-        "input_ids": ids[:-1],
-        "target_ids": ids[1:],
-        "sequence_lengths": [num_tokens - 1],
-        "response_lengths": [num_tokens - 1],
-    }
-    was_training = language_model.training
-    language_model.eval()
-    try:
-        with torch.no_grad():
-            ours = score_batch(language_model, batch)
-            logits = language_model(input_ids=ids[None, :-1], use_cache=False).logits[0].float()
-    finally:
-        language_model.train(was_training)
-    theirs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.1
-    difference = (ours - theirs).abs().max().item()
-    if not difference <= tolerance and torch.isfinite(theirs).all():
-        raise UserError(
-            f"{type(language_model).__name__}: log-probs from the head's weight differ from the model's own logits by"
-            f" {difference:.3g} (at most {tolerance} expected); the model treats its logits in a way that cutlm does"
-            " not know"
-        )
 
 
 def is_adapter_folder(path: str | Path) -> bool:

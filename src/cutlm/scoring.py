@@ -4,7 +4,6 @@ What is made of them, such as flags, is left to `cutlm.blame`.
 """
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from tqdm import tqdm
 
 from cutlm.collator import CutCollator, find_non_finite
 from cutlm.errors import ConfigError, UserError
-from cutlm.model import score_batch, unwrap_peft
+from cutlm.model import unwrap_peft
+from cutlm.passes import choose_passes, evaluating, score_batch
 
 MAX_TOKENS_PER_BATCH = 8192
 
@@ -21,18 +21,6 @@ MAX_TOKENS_PER_BATCH = 8192
 Scored = tuple[int, Tensor, Tensor | None]
 # Scores rows but for those of the given indices, in batches that are finished together.
 Scorer = Callable[[Sequence[Mapping[str, Any]], Collection[int]], Generator[list[Scored], None, None]]
-
-
-@contextmanager
-def _evaluate(model: nn.Module) -> Iterator[None]:
-    """Switches dropout off, and each module back to what it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, is_training in modes:
-            module.training = is_training
 
 
 def score_rows(
@@ -65,6 +53,7 @@ def score_rows(
         UserError: A log-prob is no number; the rows are named.
     """
     device = unwrap_peft(model).device
+    passes = choose_passes(model)
     progress = tqdm(total=len(rows), initial=len(done), desc="blaming", unit="record", disable=not show_progress)
     with progress:
         for batch in _cut_batches(rows, max_tokens_per_batch):
@@ -74,8 +63,8 @@ def score_rows(
             tensors = CutCollator()([rows[index] for index in batch])
             tensors |= {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=is_bf16)
-            with _evaluate(model), torch.inference_mode(), autocast:
-                logps = score_batch(model, tensors)
+            with evaluating(model), torch.inference_mode(), autocast:
+                logps = score_batch(model, tensors, passes=passes)
             logps = logps.cpu().clone()  # outside of inference mode: one that can be used in training
             bad = find_non_finite(logps, tensors)
             if bad:

@@ -2,7 +2,7 @@
 
 It counts the tokens of all micro-batches and ranks of a step before the first is run, divides sums by those counts, and
 stops before the optimizer step when something is no number. The loss itself is `cutlm.batch_loss`, the data
-`cutlm.preparation`, the passes through the model are `cutlm.model`, stopping and saving `cutlm.safe_trainer`.
+`cutlm.preparation`, the passes through the model are `cutlm.passes`, stopping and saving `cutlm.safe_trainer`.
 """
 
 import copy
@@ -17,14 +17,16 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from cutlm.batch_loss import compute_batch_loss
 from cutlm.collator import CutCollator, count_batch, find_non_finite
 from cutlm.config import CUTConfig
 from cutlm.errors import ConfigError, DataError, NonFiniteError
-from cutlm.model import check_head, check_lora_targets, load_model, run_inside, score_batch
+from cutlm.model import check_lora_targets, load_model
 from cutlm.objectives import combine_parts
+from cutlm.passes import check_head, choose_passes, run_inside, score_batch
 from cutlm.preparation import PreparedData, blame_beforehand, check_vocabulary, downsample, prepare_data
 from cutlm.safe_trainer import SafeTrainer
 from cutlm.tally import Tally
@@ -147,6 +149,7 @@ class CUTTrainer(SafeTrainer):
         if self.is_world_process_zero():
             for notice in self.notices:
                 logger.warning(notice)
+        self._passes = choose_passes(model, is_sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
         self._tally = Tally(args.device)
         self._eval_tally: Tally | None = None
         self._step_logps: list[tuple[Tensor, Mapping[str, Any]]] = []
@@ -211,7 +214,8 @@ class CUTTrainer(SafeTrainer):
 
     def _score(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         is_learned = self.args.parts.unsatisfactory
-        return score_batch(model, batch, self.args.head_chunk_size, needs_judged_grad=is_learned)
+        chunk_size = self.args.head_chunk_size
+        return score_batch(model, batch, chunk_size, needs_judged_grad=is_learned, passes=self._passes)
 
     def _check_finite(self, grad_norm: Any) -> None:
         """Stops before the optimizer step when a log-prob or the gradient norm is no number, and names the records.

@@ -125,7 +125,8 @@ def _fill_options(args: argparse.Namespace) -> None:
 def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
     from cutlm.errors import ConfigError
     from cutlm.generation import fingerprint_model
-    from cutlm.model import check_head, find_base_model, is_adapter_folder, load_trained, unwrap_peft
+    from cutlm.model import find_base_model, is_adapter_folder, load_trained, unwrap_peft
+    from cutlm.passes import check_head
     from cutlm.scoring import check_rows, score_rows
 
     if args.max_tokens_per_batch < 1:

@@ -12,7 +12,7 @@ from cutlm.collator import CutCollator
 from cutlm.encoding import Encoder
 from cutlm.evaluation.detection import Detection, count_detected
 from cutlm.generation import Sampling, generate_responses
-from cutlm.model import score_batch
+from cutlm.passes import score_batch
 from cutlm.records import PRAISE
 from cutlm.token_scores import flag_spans
 from cutlm.world.families import FAMILIES

@@ -1,0 +1,242 @@
+"""The layouts of the passes through a model: whatever goes together, a record gets what it has alone."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import make_model
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
+
+from cutlm.collator import CutCollator
+from cutlm.passes import PLAIN, Passes, choose_passes, score_batch
+
+VOCAB_SIZE = 50
+SHARING = Passes(is_sharing=True)
+SINGLE = Passes(is_single=True)
+SINGLE_ROW = Passes(is_sharing=True, is_single=True)
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+collate = CutCollator()
+
+
+def make_row(prompt: list[int], judged: list[int] | None, response: list[int]) -> dict[str, Any]:
+    return {"prompt_ids": prompt, "judged_prompt_ids": judged, "response_ids": response}
+
+
+tokens = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=6)
+beginnings = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=0, max_size=30)
+judged_rows = st.builds(
+    lambda start, prompt, judged, response: make_row([*start, *prompt], [*start, *judged], response),
+    beginnings,
+    tokens,
+    tokens,
+    tokens,
+)
+batches = st.lists(judged_rows | st.builds(make_row, tokens, st.none(), tokens), min_size=1, max_size=5)
+
+LONG = list(range(40))
+TWO_TREES = [
+    make_row([*LONG, 3], [*LONG, 4, 5], [6, 7, 8]),
+    make_row([1, 2], None, [9, 9]),
+    make_row([*LONG[::-1], 1], [*LONG[::-1], 2], [3]),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return make_model(VOCAB_SIZE)
+
+
+def count_passes(model: Any, run: Callable[[], Any]) -> list[int]:
+    """Tokens of each pass through the body."""
+    sizes: list[int] = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        run()
+    finally:
+        hook.remove()
+    return sizes
+
+
+def find_gradients(model: nn.Module, batch: dict[str, Any], passes: Passes, **options: Any) -> list[Tensor]:
+    logps = score_batch(model, batch, passes=passes, **options)
+    weights = torch.linspace(-1, 1, len(logps))
+    parameters = [weight for weight in model.parameters() if weight.requires_grad]
+    return list(torch.autograd.grad((logps * weights).sum(), parameters, allow_unused=True))
+
+
+def assert_same_gradients(got: list[Tensor], want: list[Tensor]) -> None:
+    largest = max(float(one.abs().max()) for one in want)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * largest)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=batches, passes=st.sampled_from([SHARING, SINGLE, SINGLE_ROW]))
+def test_every_layout_gives_the_log_probs_of_passes_apart(model: nn.Module, rows: Any, passes: Passes) -> None:
+    batch = collate(rows)
+    with torch.no_grad():
+        got, want = score_batch(model, batch, passes=passes), score_batch(model, batch)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("passes", [SHARING, SINGLE, SINGLE_ROW])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_layout_gives_the_gradients_of_passes_apart(passes: Passes, attention: str) -> None:
+    model = make_model(VOCAB_SIZE)
+    model.set_attn_implementation(attention)
+    batch = collate(TWO_TREES)
+    assert_same_gradients(find_gradients(model, batch, passes), find_gradients(model, batch, PLAIN))
+
+
+def test_checkpointed_activations_change_nothing() -> None:
+    model, batch = make_model(VOCAB_SIZE), collate(TWO_TREES)
+    want = find_gradients(model, batch, PLAIN)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same_gradients(find_gradients(model, batch, SHARING), want)
+
+
+def test_a_shared_beginning_is_run_once(model: nn.Module) -> None:
+    batch = collate(TWO_TREES)
+    assert batch["shared_lengths"] == [40, 40]
+    sizes = count_passes(model, lambda: score_batch(model, batch, passes=SHARING))
+    # Two trees in one row: 40 shared tokens, then prompts of 1 and 2 with responses of 3 less their last; 40, then 1
+    # and 1 with responses of 1 less their last. The third record by itself: 2 and 2 - 1.
+    assert sizes == [(40 + (1 + 2) + (2 + 2)) + (40 + 1 + 1), 3]
+    # Apart they are four sequences of nearly one length, the longest of 42 + 2.
+    assert count_passes(model, lambda: score_batch(model, batch)) == [4 * 44, 3]
+
+
+def test_a_beginning_that_is_a_small_part_is_not_shared(model: nn.Module) -> None:
+    # 10 tokens of 50 and 50, of which a tree has 90: a tenth less.
+    batch = collate([make_row([*range(10), *[7] * 38], [*range(10), *[8] * 38], [1, 2, 3])])
+    assert batch["shared_lengths"] == [10]
+    assert count_passes(model, lambda: score_batch(model, batch, passes=SHARING)) == [2 * 50]
+
+
+def test_the_last_token_of_a_prompt_is_not_shared_even_where_one_begins_the_other(model: nn.Module) -> None:
+    batch = collate([make_row([1, 2, 3, 4], [1, 2, 3, 4, 5], [6]), make_row([1, 2], [1, 2], [3])])
+    assert batch["shared_lengths"] == [3, 1]
+    with torch.no_grad():
+        torch.testing.assert_close(score_batch(model, batch, passes=SHARING), score_batch(model, batch))
+
+
+def test_under_sharding_a_batch_is_one_pass_whatever_is_in_it(model: nn.Module) -> None:
+    for rows in (TWO_TREES, TWO_TREES[:1], TWO_TREES[1:2]):
+        batch = collate(rows)
+        for passes in (SINGLE, SINGLE_ROW):
+            for needs_judged_grad in (True, False):
+                sizes = count_passes(
+                    model,
+                    lambda batch=batch, passes=passes, needs=needs_judged_grad: score_batch(
+                        model, batch, passes=passes, needs_judged_grad=needs
+                    ),
+                )
+                assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("passes", [SHARING, SINGLE, SINGLE_ROW])
+def test_nothing_flows_back_through_a_context_from_which_nothing_is_learned(passes: Passes) -> None:
+    model, batch = make_model(VOCAB_SIZE), collate(TWO_TREES)
+    want = find_gradients(model, batch, PLAIN, needs_judged_grad=False)
+    assert_same_gradients(find_gradients(model, batch, passes, needs_judged_grad=False), want)
+
+
+def test_a_context_from_which_nothing_is_learned_is_shared_only_where_the_way_back_is_short(model: nn.Module) -> None:
+    def run(num_own: int) -> list[int]:
+        rows = [make_row([*LONG, 1], [*LONG, *[2] * num_own], [3])]
+        return count_passes(model, lambda: score_batch(model, collate(rows), passes=SHARING, needs_judged_grad=False))
+
+    # In a tree the 2 or 20 tokens of its own count 3 times, apart all 42 or 60 of them once.
+    assert run(2) == [43]
+    assert run(20) == [41, 60]
+
+
+def attend_by_position_ids(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """What flash attention does with a row whose position ids begin anew, one sequence after the other."""
+    assert attention_mask is None
+    (position_ids,) = kwargs["position_ids"]
+    starts = [*(position_ids == 0).nonzero()[:, 0].tolist(), len(position_ids)]
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    parts = [
+        nn.functional.scaled_dot_product_attention(
+            *(states[:, :, start:end] for states in (query, key, value)), is_causal=True
+        )
+        for start, end in pairwise(starts)
+    ]
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def test_sequences_in_one_row_are_kept_apart_by_attention_of_variable_length() -> None:
+    model, batch = make_model(VOCAB_SIZE), collate(TWO_TREES)
+    want = find_gradients(model, batch, PLAIN)
+    # flash-attention itself needs a GPU; this is what transformers asks of it.
+    AttentionInterface.register("in_plain_torch", attend_by_position_ids)
+    model.set_attn_implementation("in_plain_torch")
+    passes = choose_passes(model)
+    assert passes == Passes(is_packed=True)
+    assert count_passes(model, lambda: score_batch(model, batch, passes=passes)) == [43 + 44 + 41 + 41 + 3]
+    assert_same_gradients(find_gradients(model, batch, passes), want)
+
+
+CHOICES: dict[str, tuple[Any, Passes]] = {
+    "LLaMA": (LlamaConfig(**SHAPE), SHARING),
+    "LLaMA, eager": (LlamaConfig(**SHAPE, attn_implementation="eager"), SHARING),
+    "Qwen 3": (Qwen3Config(**SHAPE, head_dim=8), SHARING),
+    "GPT-2": (GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4), SHARING),
+    "Mistral with a window": (MistralConfig(**SHAPE, sliding_window=4), PLAIN),
+    "Mistral without": (MistralConfig(**SHAPE, sliding_window=None), SHARING),
+    "Gemma 3": (Gemma3TextConfig(**SHAPE, head_dim=8), PLAIN),
+    "a model whose positions are no ids": (
+        BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4),
+        PLAIN,
+    ),
+    "a recurrent model": (MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2), PLAIN),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_layout_is_taken_only_where_the_model_bears_it(name: str) -> None:
+    config, expected = CHOICES[name]
+    model = AutoModelForCausalLM.from_config(config).train()
+    assert choose_passes(model) == expected
+    assert all(module.training for module in model.modules()), "left as it was"
+    batch = collate(TWO_TREES)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            score_batch(model, batch, passes=expected), score_batch(model, batch), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_of_weights_that_are_elsewhere_nothing_is_tried() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    assert choose_passes(model, is_sharded=True) == SINGLE
