@@ -165,29 +165,39 @@ def fill_options(args: argparse.Namespace) -> None:
 
 
 def _make_server(args: argparse.Namespace) -> "ChatServer":
-    import json
-
-    from cutlm.errors import ConfigError
     from cutlm.judges.chat import ChatServer
 
-    try:
-        fields = json.loads(args.fields)
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"""--fields: expected a JSON object such as '{{"seed": 1}}', got {args.fields!r}""")
     return ChatServer(
         args.base_url,
         args.judge_model,
         temperature=args.temperature,
         max_tokens=args.max_tokens,
-        fields=fields,
+        fields=read_fields(args.fields, "--fields"),
         concurrency=args.concurrency,
         timeout=args.timeout,
         max_retries=args.max_retries,
         max_requests=args.max_requests,
         max_tokens_total=args.max_tokens_total,
     )
+
+
+def read_fields(text: str, option: str) -> dict[str, Any]:
+    """Further fields of a request, as an option gives them.
+
+    Raises:
+        ConfigError: It is no JSON object.
+    """
+    import json
+
+    from cutlm.errors import ConfigError
+
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"""{option}: expected a JSON object such as '{{"seed": 1}}', got {text!r}""")
+    return fields
 
 
 def _judge(args: argparse.Namespace, responses: "list[Response]", server: "ChatServer | None") -> "Outcome":

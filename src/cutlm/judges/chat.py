@@ -7,9 +7,9 @@ answer means is left to `cutlm.judges.prompt`.
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from cutlm.errors import ConfigError, UserError
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 _BYTES_PER_TOKEN = 4
+# The user's message, or messages with roles.
+Prompt = str | Sequence[Mapping[str, str]]
 # Answers are read whole, one to a question.
 _FIXED_FIELDS = ("model", "messages", "stream", "n")
 
@@ -92,11 +94,11 @@ class ChatServer:
         url = self.base_url.rstrip("/")
         return url if urlsplit(url).path else f"{url}/v1"
 
-    def make_request(self, prompt: str) -> dict[str, Any]:
+    def make_request(self, prompt: Prompt) -> dict[str, Any]:
         """All that is sent for a prompt, and so all that an answer depends on beside the server."""
         own: dict[str, Any] = {
             "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt),
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
@@ -162,9 +164,7 @@ def make_client(server: ChatServer, key: str | None) -> "OpenAI":
     try:
         import openai
     except ImportError:
-        raise UserError(
-            "--judge http: the package openai is missing; install it by: pip install 'cutlm[serve]'"
-        ) from None
+        raise UserError("the package openai is missing; install it by: pip install 'cutlm[serve]'") from None
     return openai.OpenAI(
         base_url=server.url,
         api_key=key or "none",
@@ -177,7 +177,7 @@ def make_client(server: ChatServer, key: str | None) -> "OpenAI":
 def ask(
     client: "OpenAI",
     server: ChatServer,
-    prompt: str,
+    prompt: Prompt,
     *,
     key: str | None,
     spending: Spending,
@@ -234,7 +234,7 @@ def ask(
     raise Unreachable(f"{reason}, after {server.max_retries + 1} attempts")
 
 
-def _read_completion(value: Any, prompt: str, key: str | None, spending: Spending) -> Answer:
+def _read_completion(value: Any, prompt: Prompt, key: str | None, spending: Spending) -> Answer:
     """Reads what is needed of a completion: no server keeps to all of its shape."""
     try:
         choice = value["choices"][0]
@@ -244,7 +244,8 @@ def _read_completion(value: Any, prompt: str, key: str | None, spending: Spendin
     usage = value.get("usage") if isinstance(value, dict) else None
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
     is_number = isinstance(total, int) and not isinstance(total, bool) and total >= 0
-    num_bytes = len(prompt.encode()) + (len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0)
+    asked = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+    num_bytes = len(asked.encode()) + (len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0)
     spending.add_tokens(total if is_number else None, num_bytes)
     if not isinstance(text, str | None):
         raise Malformed("expected choices[0].message.content in the server's answer, got none")
@@ -253,21 +254,35 @@ def _read_completion(value: Any, prompt: str, key: str | None, spending: Spendin
     return Answer(text, finish_reason if isinstance(finish_reason, str) else None)
 
 
-def explain_refusal(server: ChatServer, error: Refused, place: str) -> str:
+class OptionNames(NamedTuple):
+    """By which options of the command line a server was named, and what to do about a question that is too long."""
+
+    url: str
+    model: str
+    fields: str
+    too_long: str
+
+
+JUDGE_OPTIONS = OptionNames(
+    "--base_url", "--judge_model", "--fields", "give a smaller --max_tokens or leave this response out"
+)
+
+
+def explain_refusal(server: ChatServer, error: Refused, place: str, options: OptionNames = JUDGE_OPTIONS) -> str:
     """One sentence for the user, with what to do."""
     if not error.status:
-        return f"{server.url}: {error.said}; give another address by --base_url"
+        return f"{server.url}: {error.said}; give another address by {options.url}"
     said = f"{error.status}: {error.said}" if error.said else str(error.status)
     if error.status in (401, 403):
         return f"{server.url}: the server wants another key ({said}); set {KEY_VARIABLE} to one that it takes"
     if error.status == 404:
         return (
             f"{server.url}: no chat endpoint there, or no model {server.model!r} ({said}); give the server's address"
-            " by --base_url, with its /v1, and its name of the model by --judge_model"
+            f" by {options.url}, with its /v1, and its name of the model by {options.model}"
         )
     if 300 <= error.status < 400:
-        return f"{server.url}: the server names another address ({said}); give that one by --base_url"
+        return f"{server.url}: the server names another address ({said}); give that one by {options.url}"
     return (
-        f"{place}: {server.url} refuses the request ({said}); if it is too long for the model, give a smaller"
-        " --max_tokens or leave this response out, and if it is about a field, change that one by --fields"
+        f"{place}: {server.url} refuses the request ({said}); if it is too long for the model, {options.too_long}, and"
+        f" if it is about a field, change that one by {options.fields}"
     )
