@@ -95,7 +95,7 @@ def test_the_command_compares_responses_with_references(tmp_path: Path, capsys):
     assert result["versions"]["rouge-score"] == "0.1.2"
     table = (out / "result.md").read_text("utf-8")
     assert "| mine | 40.00 (" in table
-    assert f"| CUT (arXiv 2312.14591v4, 13B) |  |  |  | {ROUGE_LSUM['CUT']:.2f} |" in table
+    assert f"| paper: CUT |  |  |  | {ROUGE_LSUM['CUT']:.2f} |" in table
     assert "Left out: 1 records without a reference, 1 references without a response, 2 responses" in table
     assert table.strip() in capsys.readouterr().out
 

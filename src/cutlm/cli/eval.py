@@ -7,6 +7,7 @@ import argparse
 import importlib
 
 MEASURES = {
+    "alpaca": "how often are a model's responses preferred? AlpacaEval",
     "rouge": "how close do responses come to references? ROUGE, as for summarization",
     "detection": "are the flagged tokens the wrong ones? Precision and recall by threshold",
 }

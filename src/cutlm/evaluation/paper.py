@@ -12,7 +12,7 @@ ALPACA_COLD_START = {
     "CUT": 61.06,
 }
 ALPACA_WARM_START = {
-    "base (chat)": 81.09,
+    "base": 81.09,
     "Forward Prediction": 33.21,
     "Hindsight": 36.67,
     "ILF-MLE": 79.31,

@@ -83,9 +83,12 @@ def tabulate_rouge(result: dict[str, Any], name: str) -> str:
         name: Of the model.
     """
     own = [f"{result[kind]:.2f} ({result[f'{kind}_low']:.2f} to {result[f'{kind}_high']:.2f})" for kind in KINDS]
-    theirs = [[f"{method} ({SOURCE}, 13B)", "", "", "", f"{value:.2f}"] for method, value in ROUGE_LSUM.items()]
+    theirs = [[f"paper: {method}", "", "", "", f"{value:.2f}"] for method, value in ROUGE_LSUM.items()]
     table = join_cells(["model", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"], [[name, *own], *theirs])
-    notes = [f"{result['num_pairs']:,} responses; means and 95% intervals by {_NUM_RESAMPLES:,} resamples."]
+    notes = [
+        f"{result['num_pairs']:,} responses; means and 95% intervals by {_NUM_RESAMPLES:,} resamples. The"
+        f" paper's rows ({SOURCE}) are of LLaMA-2 13B."
+    ]
     if result["num_empty_responses"]:
         notes.append(f"{result['num_empty_responses']:,} responses are empty and score 0.")
     if result["num_unreadable_references"]:

@@ -1,0 +1,127 @@
+"""AlpacaEval: how often a model's responses are preferred to a reference's, by the metric of the package `alpaca-eval`.
+
+Verdicts come from an annotator (`cutlm.evaluation.annotator`) or from a file of them. A pair without a verdict is
+dropped and counted: the package's own null ones stand for answers that could not be read.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from cutlm.errors import DataError
+from cutlm.evaluation.annotator import DRAW, Pair, import_alpaca_eval
+from cutlm.evaluation.paper import ALPACA_COLD_START, ALPACA_ONLINE, ALPACA_WARM_START, SOURCE
+from cutlm.jsonl import read_rows
+from cutlm.records import describe_value
+from cutlm.report.tables import join_cells
+
+PACKAGES = ("alpaca-eval", "pandas")
+_TEXTS = ("instruction", "output_1", "output_2")
+
+
+def read_annotations(path: str | Path, annotator: str) -> list[dict[str, Any]]:
+    """Reads verdicts as `alpaca-eval` writes them.
+
+    Args:
+        path: Rows with `instruction`, `output_1` (the reference's), `output_2` (the model's) and `preference`: 1 to 2,
+            0 for a draw, or null.
+        annotator: Whose they should be.
+
+    Raises:
+        DataError: The file cannot be read, or rows cannot be used; all of them are named.
+    """
+    rows, problems = read_rows(path)
+    for row in rows:
+        if not isinstance(row.value, dict):
+            problems.append(f"{row.where}: expected an object, got {describe_value(row.value)}")
+            continue
+        for name in _TEXTS:
+            if not isinstance(row.value.get(name), str):
+                problems.append(
+                    f"{row.where}: field {name!r}: expected text, got {describe_value(row.value.get(name))}"
+                )
+        value = row.value.get("preference")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and (value == 0 or 1 <= value <= 2)):
+            problems.append(
+                f"{row.where}: field 'preference': expected a number from 1 to 2, 0 for a draw, or null, got"
+                f" {describe_value(value)}"
+            )
+        theirs = row.value.get("annotator")
+        if theirs not in (None, annotator):
+            problems.append(
+                f"{row.where}: field 'annotator': expected {json.dumps(annotator)}, got {describe_value(theirs)}; name"
+                " theirs by --annotator"
+            )
+    if problems:
+        raise DataError(problems, hint=f"{len(problems)} problems in {path}; mend them, nothing was skipped")
+    if not rows:
+        raise DataError(f"{path}: no verdicts; expected a JSON array or JSON Lines with at least one")
+    return [row.value for row in rows]
+
+
+def find_verdicts(annotations: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> list[float | None]:
+    """The verdict on each pair, of whichever row has its texts; None where there is none, or a null one."""
+    known = {tuple(row[name] for name in _TEXTS): row.get("preference") for row in annotations}
+    return [known.get((pair.instruction, pair.reference, pair.output)) for pair in pairs]
+
+
+def measure_win_rate(preferences: Sequence[float | None], outputs: Sequence[str]) -> dict[str, Any]:
+    """The figures.
+
+    Args:
+        preferences: 1 to 2 of each pair, where 2 means that the model's response is better; 0 for a draw; None for no
+            verdict.
+        outputs: The model's responses.
+
+    Returns:
+        Win rate and its standard error in percent (a draw counts as half a win), counts, and the mean number of
+        characters of a response.
+
+    Raises:
+        DataError: There is no verdict at all.
+        UserError: The package is missing.
+    """
+    judged = [DRAW if value == 0 else float(value) for value in preferences if value is not None]
+    if not judged:
+        raise DataError(f"not one verdict on {len(preferences)} pairs; there is nothing to measure by")
+    found = import_alpaca_eval("metrics").get_winrate([{"preference": value} for value in judged])
+    error = float(found["standard_error"])
+    return {
+        "win_rate": float(found["win_rate"]),
+        "standard_error": None if math.isnan(error) else error,
+        "num_judged": int(found["n_total"]),
+        "num_wins": int(found["n_wins"]),
+        "num_losses": int(found["n_wins_base"]),
+        "num_draws": int(found["n_draws"]),
+        "num_without_verdict": len(preferences) - len(judged),
+        "mean_length": mean(map(len, outputs)),
+    }
+
+
+def tabulate_win_rate(result: dict[str, Any], name: str, against: str) -> str:
+    """The figures as Markdown, the paper's rows below.
+
+    Args:
+        result: Of `measure_win_rate`, with `annotator`.
+        name: Of the model.
+        against: Name of the reference.
+    """
+    error = "" if result["standard_error"] is None else f"{result['standard_error']:.2f}"
+    counts = [f"{result[f'num_{name}']:,}" for name in ("judged", "wins", "losses", "draws")]
+    own = [name, f"{result['win_rate']:.2f}", error, *counts, f"{result['mean_length']:,.0f}"]
+    theirs = {f"{method}, cold start": value for method, value in ALPACA_COLD_START.items()}
+    theirs |= {f"{method}, warm start": value for method, value in ALPACA_WARM_START.items()}
+    theirs |= {f"CUT, online iteration {number}": value for number, value in enumerate(ALPACA_ONLINE, start=1)}
+    table = join_cells(
+        ["model", "win rate", "standard error", "judged", "wins", "losses", "draws", "mean length"],
+        [own, *([f"paper: {method}", f"{value:.2f}", *[""] * 6] for method, value in theirs.items())],
+    )
+    return (
+        f"# AlpacaEval\n\n{table}\n\nAgainst {against}, by {result['annotator']}; {result['num_without_verdict']} pairs"
+        f" without a verdict are left out. The paper's rows ({SOURCE}) are of LLaMA-2 13B against text_davinci_003, by"
+        " alpaca_eval_gpt4."
+    )
