@@ -277,10 +277,11 @@ def _ask_judge(plan: Plan, runner: Runner, judge: str, responses: Path) -> dict[
         assert counts is not None
         if _is_too_few(counts, plan.arguments.max_missing):
             num_missing, num_all = counts["num_missing"], counts["num_missing"] + counts["num_judged"]
+            # A model at hand would say the same again.
+            again = "" if judge.split()[0] == "local" else "start again to ask for these alone, or "
             raise StageFailed(
                 f"{num_missing} of {num_all} responses have no judgment, more than max_missing"
-                f" ({plan.arguments.max_missing:.0%}); {failures} says why; start again to ask for these alone, or"
-                " raise max_missing",
+                f" ({plan.arguments.max_missing:.0%}); {failures} says why; {again}raise max_missing",
                 1,
             )
     return counts
