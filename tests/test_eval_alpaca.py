@@ -75,8 +75,9 @@ def command(tmp_path: Path, server: ChatServer) -> list[str]:
 
 
 def test_the_figures_are_those_found_by_hand():
-    # A win is 1, a draw 1/2, a loss 0: (1 + 1 + 0 + 1/2) / 4. Deviations from 0.625: 0.375 twice, -0.625, -0.125; sum of
-    # squares 0.28125 + 0.390625 + 0.015625 = 0.6875; standard error sqrt(0.6875 / 3 / 4) = 0.23936.
+    # A win is 1, a draw 1/2, a loss 0: (1 + 1 + 0 + 1/2) / 4 = 0.625.
+    # Deviations: 0.375 twice, -0.625, -0.125; sum of squares 0.28125 + 0.390625 + 0.015625 = 0.6875.
+    # Standard error: sqrt(0.6875 / 3 / 4) = 0.23936.
     result = measure_win_rate([2, 2.0, 1, 0, None], ["one", "three"])
     assert result["win_rate"] == pytest.approx(62.5)
     assert result["standard_error"] == pytest.approx(23.936, abs=1e-3)
