@@ -63,6 +63,7 @@ def test_the_wheel_holds_all_that_is_needed_and_no_more(wheel: Path) -> None:
     assert modules <= set(names)
     assert "cutlm/py.typed" in names
     assert {"cutlm/report/page.css", "cutlm/world/words.json"} <= set(names)
+    assert {f"cutlm/report/inspect.{kind}" for kind in ("html", "css", "js")} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith("tests/") for name in names)
     for extra in ("eval", "serve", "quantization", "dev"):

@@ -29,6 +29,7 @@ COMMANDS = {
     "world": "the tiny world: build its base model, compare methods on it",
     "eval": "measure a model: AlpacaEval, benchmarks, ROUGE, detection of wrong tokens",
     "blame": "find the tokens that a judgment blames, by a frozen model",
+    "inspect": "make a page of token scores, to be looked at in a browser",
 }
 
 # What a user can mend about a path or a disk.

@@ -30,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="MODEL", help="a model or adapter folder, or a hub name")
     parser.add_argument("--data", required=True, metavar="FILE", help="records: JSON array or JSON Lines")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the output file, and a partial one of other settings"
+    )
+    add_scoring_arguments(parser)
+
+
+def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of scoring, each with a default."""
     parser.add_argument("--threshold", type=float, default=1.1, help="lambda of eq. 5 (default: 1.1)")
     parser.add_argument("--unlikelihood_weight", type=float, default=1.0, help="alpha of eq. 6 (default: 1)")
     parser.add_argument("--gamma", type=float, default=1.0, help="dynamic weight of eq. 6; 0: off (default: 1)")
@@ -41,9 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--with_praise",
         action="store_true",
         help="score satisfactory records with their praise too, as thresholds are calibrated on; they get no flags",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the output file, and a partial one of other settings"
     )
     local = parser.add_argument_group("a model at hand")
     local.add_argument("--base", metavar="MODEL", help="an adapter's base model (default: the one that it names)")
@@ -64,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    score_file(args)
+    print(f"{args.out} holds the token scores; cutlm inspect shows them; next: {_suggest_training(args)}")
+    return 0
+
+
+def score_file(args: argparse.Namespace) -> None:
+    """Scores the records of `args.data`, writes `args.out`, and prints what was counted."""
     from cutlm.errors import UserError
     from cutlm.jsonl import refuse_overwriting
 
@@ -100,8 +112,7 @@ def run(args: argparse.Namespace) -> int:
         print(sentence)
     if counts.num_resumed:
         print(f"{counts.num_resumed} records were there from a run that was stopped")
-    print(f"{counts.describe()}\n{args.out} holds the token scores; next: {_suggest_training(args)}")
-    return 0
+    print(counts.describe())
 
 
 def _fill_options(args: argparse.Namespace) -> None:

@@ -54,9 +54,10 @@ def split_pieces(scores: TokenScores) -> list[Piece]:
             texts[-1] += output[reached:]
         else:
             texts, places = [output], [[]]
-    pieces = [_make_piece(scores, text, group) for text, group in zip(texts, places, strict=True)]
+    ratios = compute_ratios(scores)
+    pieces = [_make_piece(scores, ratios, text, group) for text, group in zip(texts, places, strict=True)]
     if has_end:
-        pieces.append(_make_piece(scores, "", [last])._replace(is_end=True))
+        pieces.append(_make_piece(scores, ratios, "", [last])._replace(is_end=True))
     return pieces
 
 
@@ -67,7 +68,6 @@ def compute_ratios(scores: TokenScores) -> list[float] | None:
     return [judged - plain for judged, plain in zip(scores.logps_with, scores.logps_without, strict=True)]
 
 
-def _make_piece(scores: TokenScores, text: str, places: list[int]) -> Piece:
-    ratios = compute_ratios(scores)
+def _make_piece(scores: TokenScores, ratios: list[float] | None, text: str, places: list[int]) -> Piece:
     ratio = None if ratios is None else max((ratios[place] for place in places), key=abs, default=None)
     return Piece(text, tuple(places), ratio, any(scores.is_flagged[place] for place in places))
