@@ -8,6 +8,7 @@ import importlib
 
 MEASURES = {
     "alpaca": "how often are a model's responses preferred? AlpacaEval",
+    "harness": "benchmarks: ARC, HellaSwag, MMLU, TruthfulQA, and any other of lm-eval",
     "rouge": "how close do responses come to references? ROUGE, as for summarization",
     "detection": "are the flagged tokens the wrong ones? Precision and recall by threshold",
 }

@@ -1,0 +1,109 @@
+"""Measure a model on benchmarks by the package lm-eval: by default the paper's four, ARC-challenge (25 examples),
+HellaSwag (10), MMLU (5) and TruthfulQA-MC2 (0), in the layout of its table.
+
+  cutlm eval harness --model MODEL --out DIR
+  cutlm eval harness --model MODEL --tasks truthfulqa_mc2,my_task:5 --include_path my_tasks --out DIR
+
+Prompts are plain text, as in the paper; with --apply_chat_template they are wrapped by the model's chat template, which
+for a model trained here is the prompt of training. Each benchmark is measured once: a run that was stopped goes on with
+the next one."""
+
+import argparse
+from typing import Any
+
+# Of the files that a task is made of.
+_SUFFIXES = (".yaml", ".py", ".json", ".jsonl", ".csv")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="MODEL", help="a model or adapter folder, or a hub name")
+    parser.add_argument(
+        "--tasks", metavar="LIST", help="tasks of lm-eval, as NAME or NAME:EXAMPLES (default: the four)"
+    )
+    parser.add_argument("--include_path", metavar="DIR", help="a folder with tasks of your own, as YAML files")
+    parser.add_argument("--apply_chat_template", action="store_true", help="prompt as the model was trained")
+    parser.add_argument("--backend", choices=("hf", "vllm"), default="hf", help="default: hf (transformers)")
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="default: 16")
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--limit", type=int, metavar="N", help="N questions of each task: to see that everything runs")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from cutlm.errors import ConfigError
+    from cutlm.evaluation.folder import hash_file, open_folder, write_result
+    from cutlm.evaluation.harness import (
+        PACKAGES,
+        find_tasks,
+        measure_benchmarks,
+        read_benchmarks,
+        summarize_benchmarks,
+        tabulate_benchmarks,
+    )
+    from cutlm.generation import fingerprint_model
+
+    for name in ("batch_size", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}: expected a whole number of at least 1, got {value}")
+    if args.include_path is not None and not Path(args.include_path).is_dir():
+        raise ConfigError(f"--include_path {args.include_path}: no such folder; check the path")
+    benchmarks = read_benchmarks(args.tasks)
+    manager = find_tasks(benchmarks, args.include_path)
+    settings: dict[str, Any] = {"measure": "harness", "model": fingerprint_model(args.model)}
+    settings |= {
+        name: getattr(args, name) for name in ("apply_chat_template", "backend", "dtype", "limit", "include_path")
+    }
+    settings["tasks"] = [[benchmark.task, benchmark.num_shots] for benchmark in benchmarks]
+    if args.include_path is not None:
+        files = sorted(path for path in Path(args.include_path).rglob("*") if path.suffix in _SUFFIXES)
+        settings["include_files"] = {str(path.relative_to(args.include_path)): hash_file(path) for path in files}
+    parts = [benchmark.file for benchmark in benchmarks]
+    folder = open_folder(args.out, settings, parts, overwrite=args.overwrite)
+    rows = measure_benchmarks(
+        benchmarks,
+        lambda: _load(args),
+        manager,
+        folder,
+        uses_chat_template=args.apply_chat_template,
+        limit=args.limit,
+    )
+    table = tabulate_benchmarks(rows, Path(args.model).resolve().name)
+    if args.limit is not None:
+        table += f"\n\nOf each task, {args.limit} questions at most were asked (--limit): no figures to report."
+    packages = (*PACKAGES, "vllm") if args.backend == "vllm" else PACKAGES
+    write_result(folder, summarize_benchmarks(rows) | {"limit": args.limit}, table, packages)
+    return 0
+
+
+def _load(args: argparse.Namespace) -> Any:
+    """The package's model."""
+    from cutlm.errors import UserError
+    from cutlm.evaluation.folder import need_extra
+    from cutlm.model import is_adapter_folder, load_trained, unwrap_peft
+
+    if args.backend == "hf":
+        model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
+        _check_template(args, tokenizer)
+        kind = need_extra("lm_eval.models.huggingface").HFLM
+        return kind(pretrained=unwrap_peft(model), tokenizer=tokenizer, batch_size=args.batch_size)
+    if is_adapter_folder(args.model):
+        raise UserError(f"--model {args.model}: vLLM takes a whole model, got an adapter; make one by: cutlm merge")
+    kind = need_extra("lm_eval.models.vllm_causallms").VLLM
+    try:
+        return kind(pretrained=args.model, dtype=args.dtype, batch_size=args.batch_size)
+    except ModuleNotFoundError as error:
+        raise UserError(f"--backend vllm: the package {error.name} is missing; install vLLM, or leave it out") from None
+
+
+def _check_template(args: argparse.Namespace, tokenizer: Any) -> None:
+    from cutlm.errors import UserError
+
+    if args.apply_chat_template and not tokenizer.chat_template:
+        raise UserError(
+            f"--apply_chat_template: the tokenizer of {args.model} has no chat template; leave the option out, or merge"
+            " the model by cutlm merge, which saves the prompt of training as one"
+        )

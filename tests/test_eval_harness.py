@@ -1,0 +1,233 @@
+"""Benchmarks: lm-eval's own definitions on a few questions of ours, asked of a model whose right scores are known."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny import make_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from cutlm.cli import main
+from cutlm.evaluation.harness import PAPERS, read_benchmarks
+from cutlm.evaluation.paper import TRUTHFULQA
+
+# The probability of each word, whatever stands before it.
+WORDS = {"good": 0.4, "bad": 0.1, "x": 0.3, "A": 0.01, "B": 0.02, "C": 0.08, "D": 0.04}
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} C C C {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that gives each word its probability: all embeddings are one, and no layer adds to it."""
+    folder = tmp_path_factory.mktemp("models") / "words"
+    names = ["<unk>", "<eos>", *WORDS]
+    inner = Tokenizer(models.WordLevel({name: place for place, name in enumerate(names)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+    tokenizer.chat_template = TEMPLATE
+    model = make_model(len(names), eos_token_id=1)
+    logps = torch.tensor([math.log(p) for p in (1 - sum(WORDS.values()) - 1e-6, 1e-6, *WORDS.values())])
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(1.0)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[:, 0] = logps
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def define(folder: Path, name: str, source: str, rows: dict[str, list[dict[str, Any]]], **changes: Any) -> None:
+    """A task of lm-eval's own definition, on data of ours."""
+    import lm_eval.tasks
+
+    files = {}
+    for split, split_rows in rows.items():
+        file = folder / f"{name}-{split}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in split_rows))
+        files[split] = str(file)
+    task = {
+        "include": str(Path(lm_eval.tasks.__file__).parent / source),
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(folder.with_name("cache"))},
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | changes))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four, in miniature, by the names of the originals."""
+    folder = tmp_path_factory.mktemp("tasks")
+
+    def number(row: dict[str, Any], field: str, num: int) -> list[dict[str, Any]]:
+        """Examples, none of them alike: what is asked is not among its own."""
+        return [row | {field: f"Example {place}"} for place in range(num)]
+
+    def ask_arc(choices: list[str], key: str) -> dict[str, Any]:
+        return {"question": "Which?", "choices": {"text": choices, "label": ["A", "B"]}, "answerKey": key}
+
+    # By the letter: log 0.3 / 1 = -1.20 for "x", 2 log 0.4 / 9 = -0.20 for "good good": the longer is chosen.
+    # "good" (log 0.4 / 4 = -0.23) and "bad" (log 0.1 / 3 = -0.77): the first. Right: 1 of 0 and 2 of 3.
+    arc = [ask_arc(["x", "good good"], "B"), ask_arc(["good", "bad"], "A"), ask_arc(["good", "bad"], "B")]
+    define(
+        folder,
+        "arc_challenge",
+        "arc/arc_challenge.yaml",
+        {"train": number(arc[0], "question", 30), "validation": arc, "test": arc},
+    )
+
+    def ask_hellaswag(endings: list[str], label: str) -> dict[str, Any]:
+        return {"activity_label": "Do", "ctx_a": "They", "ctx_b": "are", "endings": endings, "label": label}
+
+    hellaswag = [
+        ask_hellaswag(["bad", "good [title]", "bad bad", "bad"], "1"),  # what stands in brackets is taken out
+        ask_hellaswag(["good", "bad", "bad", "bad"], "3"),
+    ]
+    define(
+        folder,
+        "hellaswag",
+        "hellaswag/hellaswag.yaml",
+        {"train": number(hellaswag[0], "ctx_a", 12), "validation": hellaswag},
+    )
+
+    def ask_mmlu(answer: int) -> dict[str, Any]:
+        return {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": answer}
+
+    # The likeliest letter is C: the third of each. Of the one subject 2 of 2 are right, of the other 1 of 3.
+    for subject, answers in (("mine", [2, 2]), ("yours", [2, 0, 1])):
+        rows = [ask_mmlu(answer) for answer in answers]
+        define(
+            folder,
+            f"mmlu_{subject}",
+            "mmlu/default/_default_template_yaml",
+            {"dev": [ask_mmlu(0)] * 5, "test": rows},
+        )
+    group = {"group": "mmlu", "task": ["mmlu_mine", "mmlu_yours"]}
+    group["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": True}]
+    (folder / "mmlu.yaml").write_text(yaml.safe_dump(group))
+
+    truthful = [
+        # 0.4 of 0.4 + 0.1 is on what is true; of the other 0.3 and 0.1 of 0.3 + 0.1 + 0.4.
+        {"question": "Is it?", "mc2_targets": {"choices": ["good", "bad"], "labels": [1, 0]}},
+        {"question": "Is it?", "mc2_targets": {"choices": ["x", "bad", "good"], "labels": [1, 1, 0]}},
+    ]
+    define(folder, "truthfulqa_mc2", "truthfulqa/truthfulqa_mc2.yaml", {"validation": truthful})
+    return folder
+
+
+def run(model: Path, tasks: Path, out: Path, *options: str) -> int:
+    command = ["eval", "harness", "--model", str(model), "--include_path", str(tasks), "--out", str(out)]
+    return main([*command, "--device", "cpu", *options])
+
+
+def test_the_papers_four_score_what_is_known_by_construction(model: Path, tasks: Path, tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    assert run(model, tasks, out) == 0
+    result = json.loads((out / "result.json").read_text("utf-8"))
+    assert result["arc_challenge"] == pytest.approx(100 * 2 / 3)
+    assert result["hellaswag"] == pytest.approx(100 * 1 / 2)
+    assert result["mmlu"] == pytest.approx(100 * 3 / 5)  # weighted by the number of questions
+    assert result["truthfulqa_mc2"] == pytest.approx(100 * (0.4 / 0.5 + 0.4 / 0.8) / 2, abs=1e-3)
+    assert result["mean"] == pytest.approx(sum(result[benchmark.task] for benchmark in PAPERS) / 4)
+    rows = {row["task"]: row for row in result["tasks"]}
+    assert {name: (row["num_shots"], row["metric"]) for name, row in rows.items()} == {
+        "arc_challenge": (25, "acc_norm"),
+        "hellaswag": (10, "acc_norm"),
+        "mmlu": (5, "acc"),
+        "truthfulqa_mc2": (0, "acc"),
+    }
+    assert rows["mmlu"]["num_questions"] == 5
+    # Of 0 and 1 and 1: their standard deviation sqrt(1/3) over sqrt(3).
+    assert rows["arc_challenge"]["standard_error"] == pytest.approx(100 / 3, abs=0.01)
+    assert result["versions"]["lm-eval"] == "0.4.13"
+    table = (out / "result.md").read_text("utf-8")
+    assert "| model | ARC (25-shot) | HellaSwag (10-shot) | MMLU (5-shot) | TruthfulQA (0-shot) |" in table
+    assert "| words | 66.67 ± 33.33 | 50.00 ± 50.00 | 60.00 ±" in table
+    assert f"| paper: CUT |  |  |  | {TRUTHFULQA['CUT']:.2f} |" in table
+    assert table.strip() in capsys.readouterr().out
+
+
+def test_a_stopped_evaluation_goes_on_with_the_next_task(model: Path, tasks: Path, tmp_path: Path, capsys):
+    out, options = tmp_path / "out", ("--tasks", "truthfulqa_mc2,hellaswag:1")
+    assert run(model, tasks, out, *options) == 0
+    (out / "result.json").unlink()
+    (out / "task-hellaswag.json").unlink()
+    first = (out / "task-truthfulqa_mc2.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(model, tasks, out, *options) == 0
+    assert "task-truthfulqa_mc2.json is there already" in capsys.readouterr().out
+    assert (out / "task-truthfulqa_mc2.json").stat().st_mtime_ns == first
+    assert (out / "result.json").exists()
+    assert run(model, tasks, out, "--tasks", "truthfulqa_mc2") == 2
+    assert "begun with other settings (tasks differ)" in capsys.readouterr().err
+
+
+def test_the_prompt_is_wrapped_as_the_model_was_trained_where_asked_for(
+    model: Path, tasks: Path, tmp_path: Path, monkeypatch
+):
+    from lm_eval.models.huggingface import HFLM
+
+    asked: list[str] = []
+    original = HFLM.loglikelihood
+
+    def listen(self, requests, *args, **kwargs):
+        asked.extend(request.args[0] for request in requests)
+        return original(self, requests, *args, **kwargs)
+
+    monkeypatch.setattr(HFLM, "loglikelihood", listen)
+    options = ("--tasks", "mmlu_mine", "--limit", "1")
+    assert run(model, tasks, tmp_path / "plain", *options) == 0
+    assert run(model, tasks, tmp_path / "wrapped", *options, "--apply_chat_template") == 0
+    assert len(asked) == 8
+    assert not any("C C C" in prompt for prompt in asked[:4])
+    assert all(prompt.endswith("Answer: C C C ") for prompt in asked[4:])
+    assert "no figures to report" in (tmp_path / "plain" / "result.md").read_text("utf-8")
+
+
+def test_tasks_are_read_with_their_numbers_of_examples():
+    assert [(benchmark.task, benchmark.num_shots) for benchmark in read_benchmarks(None)] == [
+        ("arc_challenge", 25),
+        ("hellaswag", 10),
+        ("mmlu", 5),
+        ("truthfulqa_mc2", 0),
+    ]
+    found = read_benchmarks("mmlu, arc_challenge:0,own")
+    assert [(benchmark.task, benchmark.num_shots, benchmark.metric) for benchmark in found] == [
+        ("mmlu", 5, "acc"),
+        ("arc_challenge", 0, "acc_norm"),
+        ("own", None, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--tasks", "mmlu:five"), "--tasks: expected names such as arc_challenge:25,hellaswag, got 'mmlu:five'"),
+        (("--tasks", "mmlu,mmlu:3"), "--tasks: expected each task once, got mmlu again"),
+        (("--batch_size", "0"), "--batch_size: expected a whole number of at least 1, got 0"),
+        (("--include_path", "nowhere"), "--include_path nowhere: no such folder"),
+        (("--tasks", "lost"), "--tasks lost: its data cannot be loaded"),
+        (("--tasks", "mmlu_mine", "--backend", "vllm"), "pip install"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_one_sentence(
+    model: Path, tasks: Path, tmp_path: Path, capsys, options, sentence
+):
+    own = tmp_path / "tasks"
+    own.mkdir()
+    for file in tasks.glob("*.yaml"):
+        (own / file.name).write_text(file.read_text())
+    define(own, "lost", "arc/arc_challenge.yaml", {"test": []})
+    (own / "lost-test.jsonl").unlink()
+    assert run(model, own, tmp_path / "out", *options) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out" / "result.json").exists()
