@@ -378,8 +378,19 @@ def test_a_moved_folder_goes_on(workplace: Path, uninterrupted: Any) -> None:
 # Judges that fail, or take their time.
 
 
-def test_too_many_missing_judgments_stop_it_and_are_asked_for_again(workplace: Path) -> None:
-    plan = _plan(workplace, "missing", num_iterations=1, eval_instructions="", max_missing=0.2)
+@pytest.mark.parametrize(
+    ("judge", "advice"),
+    [
+        ("http --base_url http://x --judge_model m", "start again to ask for these alone, or raise max_missing$"),
+        ("local --judge_model m", r"\.jsonl says why; raise max_missing$"),  # it would say the same again
+    ],
+    ids=["http", "local"],
+)
+def test_too_many_missing_judgments_stop_it_and_are_asked_for_again(
+    workplace: Path, judge: str, advice: str, request: pytest.FixtureRequest
+) -> None:
+    name = f"missing-{request.node.callspec.id}"
+    plan = _plan(workplace, name, judge=judge, num_iterations=1, eval_instructions="", max_missing=0.2)
     num_missing = 3
 
     def run(arguments: list[str], **kwargs: Any) -> int:
@@ -393,9 +404,8 @@ def test_too_many_missing_judgments_stop_it_and_are_asked_for_again(workplace: P
         Path(f"{out}.failures.jsonl").write_text("\n".join(failed) + "\n")
         return 1
 
-    with pytest.raises(
-        StageFailed, match=r"iteration 1, judge: 3 of 6 responses have no judgment, more than max_missi"
-    ):
+    missing = "iteration 1, judge: 3 of 6 responses have no judgment, more than max_missing"
+    with pytest.raises(StageFailed, match=f"{missing}.*{advice}"):
         run_loop(plan, run=run)
     num_missing = 1
     assert run_loop(plan, until=Mark(1, "judge"), run=run) is False
