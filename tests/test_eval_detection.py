@@ -110,6 +110,8 @@ def test_the_best_threshold_and_the_groups_are_found():
     assert [(row["threshold"], row["group"]) for row in result["thresholds"]] == [
         (threshold, group) for threshold in (1.1, 1.9) for group in ("a", "b", "all")
     ]
+    # In a, 3 and 2 are flagged at both; in b, 1.5 at 1.1 and nothing at 1.9.
+    assert [row["precision"] for row in result["thresholds"] if row["group"] == "b"] == [1.0, None]
     # In b, 1.5 comes first and is wrong, 0.5 last and third: precisions 1/1 and 2/3.
     assert result["average_precision_by_group"] == {"a": 1.0, "b": pytest.approx((1 + 2 / 3) / 2)}
     assert (result["num_tokens"], result["num_wrong"]) == (5, 3)

@@ -4,7 +4,7 @@ HellaSwag (10), MMLU (5) and TruthfulQA-MC2 (0), in the layout of its table.
   cutlm eval harness --model MODEL --out DIR
   cutlm eval harness --model MODEL --tasks truthfulqa_mc2,my_task:5 --include_path my_tasks --out DIR
 
-Prompts are plain text, as in the paper; with --apply_chat_template they are wrapped by the model's chat template, which
+Prompts are plain text; with --apply_chat_template they are wrapped by the model's chat template, which
 for a model trained here is the prompt of training. Each benchmark is measured once: a run that was stopped goes on with
 the next one."""
 

@@ -142,7 +142,7 @@ def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOL
         thresholds: To try.
 
     Returns:
-        What `result.json` holds.
+        What `result.json` holds; precision is None where nothing is flagged.
     """
     groups = dict(sorted(evidence.tokens.items())) if set(evidence.tokens) != {ALL} else {}
     groups[ALL] = evidence.all_tokens
@@ -150,14 +150,15 @@ def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOL
     for threshold in thresholds:
         for name, tokens in groups.items():
             counts = count_detected(tokens, threshold)
+            num_flagged = counts.num_true + counts.num_false
             rows.append(
                 {
                     "threshold": threshold,
                     "group": name,
-                    "precision": counts.precision,
+                    "precision": counts.precision if num_flagged else None,
                     "recall": counts.recall,
                     "f1": counts.f1,
-                    "num_flagged": counts.num_true + counts.num_false,
+                    "num_flagged": num_flagged,
                 }
             )
     best = max((row for row in rows if row["group"] == ALL), key=lambda row: row["f1"])
@@ -219,14 +220,15 @@ def plot_detection(axes: Any, rows: Sequence[dict[str, Any]], name: str = "", co
 
     Args:
         axes: Of matplotlib.
-        rows: With `threshold`, `precision` and `recall`.
+        rows: With `threshold`, `precision` (None where nothing is flagged) and `recall`.
         name: Of what is drawn, for the legend.
         colour: Of both lines; they are told apart by marker and dashes.
     """
     thresholds = [row["threshold"] for row in rows]
     for rate, style in (("recall", "o-"), ("precision", "s--")):
         label = f"{name}: {rate}" if name else rate
-        axes.plot(thresholds, [row[rate] for row in rows], style, color=colour, label=label)
+        values = [math.nan if row[rate] is None else row[rate] for row in rows]
+        axes.plot(thresholds, values, style, color=colour, label=label)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("threshold")
     axes.legend()
