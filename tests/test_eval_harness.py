@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from tiny import make_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cutlm.cli import main
 from cutlm.evaluation.harness import PAPERS, read_benchmarks
@@ -169,6 +170,25 @@ def test_a_stopped_evaluation_goes_on_with_the_next_task(model: Path, tasks: Pat
     assert (out / "result.json").exists()
     assert run(model, tasks, out, "--tasks", "truthfulqa_mc2") == 2
     assert "begun with other settings (tasks differ)" in capsys.readouterr().err
+
+
+def test_an_adapter_is_measured_as_it_is(model: Path, tasks: Path, tmp_path: Path):
+    base = AutoModelForCausalLM.from_pretrained(model)
+    adapter = get_peft_model(base, LoraConfig(r=1, lora_alpha=1, target_modules=["lm_head"]))
+    weights = dict(adapter.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if "lora_A" in name:
+                weight.fill_(1.0)
+            elif "lora_B" in name:
+                weight[2 + list(WORDS).index("B")] = 1.0  # makes B likelier than anything
+    adapter.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "adapter")
+    assert run(tmp_path / "adapter", tasks, tmp_path / "out", "--tasks", "mmlu_yours:0") == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    assert result["mmlu_yours"] == pytest.approx(100 / 3)  # B is right once, as C is
+    assert run(tmp_path / "adapter", tasks, tmp_path / "other", "--tasks", "mmlu_mine:0") == 0
+    assert json.loads((tmp_path / "other" / "result.json").read_text("utf-8"))["mmlu_mine"] == 0  # where C is right
 
 
 def test_the_prompt_is_wrapped_as_the_model_was_trained_where_asked_for(
