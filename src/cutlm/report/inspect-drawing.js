@@ -57,11 +57,8 @@ function shade(token, ratio) {
 
 /** The largest change of the tokens that a piece of text stands for; null where it is not known. */
 function findLargest(ratios, side, piece) {
-  let largest = null;
-  for (let place = side.starts[piece]; ratios && place < side.starts[piece + 1]; place++) {
-    if (largest === null || Math.abs(ratios[place]) > Math.abs(largest)) largest = ratios[place];
-  }
-  return largest;
+  const changes = ratios ? listPlaces(side, piece).map((place) => ratios[place]) : [];
+  return changes.reduce((largest, change) => (Math.abs(change) > Math.abs(largest ?? 0) ? change : largest), null);
 }
 
 function drawResponse(record, index, ratios, name) {
@@ -133,21 +130,20 @@ function markFlags(record) {
   for (const { index, isTraining, elements } of record.tokens) {
     const side = record.sides[index];
     elements.forEach((element, piece) => {
-      let [flagged, wrong] = [false, false];
-      for (let place = side.starts[piece]; place < side.starts[piece + 1]; place++) {
-        flagged ||= !isTraining && isFlagged(record, side, place);
-        wrong ||= side.wrong?.has(place) ?? false;
-      }
+      const places = listPlaces(side, piece);
+      const flagged = !isTraining && places.some((place) => isFlagged(record, side, place));
       element.classList.toggle("flagged", flagged);
-      element.classList.toggle("wrong", wrong);
+      element.classList.toggle("wrong", places.some((place) => side.wrong?.has(place)));
     });
   }
   const facts = [`#${record.number}`, record.is_satisfactory ? "\u2713 satisfactory" : "\u2717 unsatisfactory"];
   record.sides.forEach((side, index) => {
     const { flagged, hits } = countFlags(record, side);
     const known = side.wrong ? `, ${hits} of ${side.wrong.size} wrong ones found` : "";
-    facts.push(`${sideNames[index]} ${flagged} of ${count(side.numTokens, "token")} flagged${known}`.trim());
+    const name = isPair ? `${sideNames[index]}: ` : "";
+    facts.push(`${name}${flagged} of ${count(side.numTokens, "token")} flagged${known}`);
   });
+  if (record.sides.some((side) => side.isEdited)) facts.push("flags in the file are not eq. 5\u2019s: edited?");
   record.article.firstChild.replaceChildren(...facts.map((fact) => make("span", "", fact)));
 }
 
@@ -180,11 +176,10 @@ function showTip(element) {
   const indices = isShared ? [0, 1] : [drawn.index];
   const side = record.sides[drawn.index];
   tip.replaceChildren();
-  for (let place = side.starts[piece]; place < side.starts[piece + 1]; place++) {
-    const numTokens = side.starts[piece + 1] - side.starts[piece];
-    if (numTokens > 1) tip.append(make("p", "", `token ${place - side.starts[piece] + 1} of ${numTokens} here`));
+  listPlaces(side, piece).forEach((place, index, places) => {
+    if (places.length > 1) tip.append(make("p", "", `token ${index + 1} of ${places.length} here`));
     tip.append(describeToken(record, indices, place));
-  }
+  });
   if (!tip.firstChild) tip.append(make("p", "", "no token claims this text"));
   tip.hidden = false;
   placeTip(element.getClientRects()[0] ?? element.getBoundingClientRect());
@@ -195,6 +190,14 @@ function placeTip(box) {
   const isBelow = box.bottom + 8 + height < innerHeight || box.top < height + 8;
   tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - width - 8))}px`;
   tip.style.top = `${isBelow ? box.bottom + 8 : box.top - height - 8}px`;
+}
+
+/** While the page scrolls: the figures go with their token, and with it out of sight. */
+function followToken() {
+  if (!pointed) return;
+  const box = pointed.getBoundingClientRect();
+  if (box.bottom < 0 || box.top > innerHeight) hideTip();
+  else placeTip(box);
 }
 
 function describeToken(record, indices, place) {
@@ -232,6 +235,6 @@ function describeFlag(record, side, place) {
   if (!isFlagged(record, side, place)) return record.is_satisfactory ? "no: satisfactory" : "no";
   const { unlikelihood_weight: alpha, gamma } = side.made;
   const isStored = state.threshold === null || !side.ratios;
-  const weight = isStored ? side.stored.get(place) : alpha * Math.exp(gamma * side.with[place]);
+  const weight = isStored ? side.weights[side.flagged.indexOf(place)] : alpha * Math.exp(gamma * side.with[place]);
   return `yes, weight ${Number(weight.toPrecision(3))}`;
 }

@@ -11,42 +11,62 @@ const state = { threshold: null, listed: [], current: null, drawn: new Set() };
 
 const records = data.records.map((record, index) => {
   const [first] = record.sides;
-  record.sides.forEach((side) => prepareSide(side, first));
+  record.sides.forEach((side) => prepareSide(record, side, first));
   record.number = index + 1;
   record.outputs = record.sides.map((side) => side.pieces.join(""));
-  record.haystack = `${record.instruction}\n${record.outputs[0]}\n${record.judgment ?? ""}`.toLowerCase();
   record.training = isPair ? findTraining(...record.sides) : null;
   record.tokens = [];
   return record;
 });
 
-function prepareSide(side, first) {
+function prepareSide(record, side, first) {
   if (!side.pieces) Object.assign(side, { pieces: first.pieces, sizes: first.sizes, has_end: first.has_end });
-  let numTokens = 0;
-  side.starts = side.pieces.map((_, index) => {
-    const start = numTokens;
-    numTokens += side.sizes ? side.sizes[index] : 1;
-    return start;
-  });
-  side.starts.push(numTokens);
-  side.numTokens = numTokens;
+  side.numTokens = side.sizes ? side.sizes.reduce((sum, size) => sum + size, 0) : side.pieces.length;
+  let reached = 0;
+  side.starts = side.sizes?.map((size) => (reached += size) - size);
   side.made = data.made[side.made];
-  side.ratios =
-    side.with && side.without ? Float64Array.from(side.with, (logp, place) => logp - side.without[place]) : null;
-  side.stored = new Map(side.flagged.map((place, index) => [place, side.weights[index]]));
+  side.ratios = side.with && side.without ? subtract(side.with, side.without) : null;
+  side.stored = new Uint8Array(side.numTokens);
+  for (const place of side.flagged) side.stored[place] = 1;
   side.wrong = side.wrong && new Set(side.wrong);
+  // Where eq. 5 at its own threshold gives other flags, a person edited these, or something else made them.
+  side.isEdited = side.ratios !== null && hasOtherFlags(record, side, Math.log(side.made.threshold));
+}
+
+function hasOtherFlags(record, side, bound) {
+  for (let place = 0; place < side.numTokens; place++) {
+    if (findFlag(record, side, place, bound) !== Boolean(side.stored[place])) return true;
+  }
+  return false;
+}
+
+/** The places of the tokens that a piece of text stands for: one, but for the bytes of a character and their like. */
+function listPlaces(side, piece) {
+  if (!side.sizes) return [piece];
+  return Array.from({ length: side.sizes[piece] }, (_, index) => side.starts[piece] + index);
+}
+
+function subtract(ones, others) {
+  const differences = new Float64Array(ones.length);
+  for (let place = 0; place < ones.length; place++) differences[place] = ones[place] - others[place];
+  return differences;
 }
 
 /** Of each token, what training changed: log p without the judgment, after - before. */
 function findTraining(before, after) {
-  const isSame = before.pieces === after.pieces && before.without && after.without;
-  return isSame ? Float64Array.from(after.without, (logp, place) => logp - before.without[place]) : null;
+  const isKnown = before.pieces === after.pieces && before.without && after.without;
+  return isKnown ? subtract(after.without, before.without) : null;
+}
+
+/** Eq. 5: whether the judgment makes a token likelier by more than a threshold, which is given as a logarithm. */
+function findFlag(record, side, place, bound) {
+  return !record.is_satisfactory && side.ratios[place] > bound;
 }
 
 /** Whether a token is flagged: eq. 5 at the threshold that was set, or as the file has it. */
 function isFlagged(record, side, place) {
-  if (state.threshold === null || !side.ratios) return side.stored.has(place);
-  return !record.is_satisfactory && side.ratios[place] > Math.log(state.threshold);
+  if (state.threshold === null || !side.ratios) return Boolean(side.stored[place]);
+  return findFlag(record, side, place, Math.log(state.threshold));
 }
 
 function countFlags(record, side) {
@@ -59,14 +79,19 @@ function countFlags(record, side) {
   return counts;
 }
 
+/** The flags of unsatisfactory records, and how right they are where `wrong_spans` tell. */
 function sumUp(listed, index) {
-  const sum = { tokens: 0, flagged: 0, unflagged: 0, known: 0, hits: 0, found: 0, wrong: 0, fixed: 0 };
+  const sum = { tokens: 0, flagged: 0, unflagged: 0, known: 0, hits: 0, found: 0, wrong: 0, fixed: 0, praised: 0, edited: 0 };
   for (const record of listed) {
     const side = record.sides[index];
     const { flagged, hits } = countFlags(record, side);
-    sum.flagged += flagged;
-    if (record.is_satisfactory) continue;
+    sum.edited += side.isEdited;
+    if (record.is_satisfactory) {
+      sum.praised += flagged;
+      continue;
+    }
     sum.tokens += side.numTokens;
+    sum.flagged += flagged;
     sum.unflagged += flagged === 0;
     sum.fixed += !side.ratios;
     if (!side.wrong) continue;
@@ -76,6 +101,24 @@ function sumUp(listed, index) {
     sum.wrong += side.wrong.size;
   }
   return sum;
+}
+
+// ---- Filters ----
+
+const hasFlag = (record) => record.sides.some((side) => countFlags(record, side).flagged > 0);
+const FILTERS = {
+  all: () => true,
+  unsatisfactory: (record) => !record.is_satisfactory,
+  satisfactory: (record) => record.is_satisfactory,
+  unflagged: (record) => !record.is_satisfactory && !hasFlag(record),
+  edited: (record) => record.sides.some((side) => side.isEdited),
+};
+
+/** Whether a record's texts hold what is searched for, in any letter case. */
+function hasText(record, query) {
+  if (!query) return true;
+  record.haystack ??= `${record.instruction}\n${record.outputs[0]}\n${record.judgment ?? ""}`.toLowerCase();
+  return record.haystack.includes(query);
 }
 
 // ---- Orders: what goes first has the largest number ----

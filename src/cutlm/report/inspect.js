@@ -1,4 +1,4 @@
-// Third part: the list of records, the figures above it, and all that a person can do.
+// Last part: the list of records, the figures above it, and all that a person can do.
 
 // ---- The list: records near the window are drawn, the others hold their place ----
 
@@ -20,18 +20,17 @@ function placeRecords() {
     record.article = make("article", "");
     record.article.tabIndex = -1;
     record.article.dataset.index = index;
-    const numLetters = record.haystack.length + (isPair ? 2 : 0) * record.outputs[0].length;
-    record.article.style.minHeight = `${130 + 27 * Math.ceil(numLetters / width)}px`;
+    record.article.setAttribute("aria-label", `record ${record.number}`);
+    const numLetters = (isPair ? 2 : 1.4) * record.outputs[0].length; // a response stands beside something else
+    record.article.style.minHeight = `${170 + 27 * Math.ceil(numLetters / width)}px`;
     watcher.observe(record.article);
   }
 }
 
 function listRecords() {
   const query = byId("query").value.trim().toLowerCase();
-  const kind = byId("filter").value;
-  const fits = (record) =>
-    (kind === "all" || record.is_satisfactory === (kind === "satisfactory")) && record.haystack.includes(query);
-  state.listed = records.filter(fits);
+  const fits = FILTERS[byId("filter").value];
+  state.listed = records.filter((record) => fits(record) && hasText(record, query));
   const rate = ORDERS[byId("order").value];
   if (rate) {
     const rates = new Map(state.listed.map((record) => [record, rate(record)]));
@@ -41,6 +40,7 @@ function listRecords() {
   byId("nothing").hidden = state.listed.length > 0;
   hideTip();
   showFigures();
+  planCurves();
 }
 
 function showFigures() {
@@ -74,6 +74,12 @@ function describeLimits(sums) {
     notes.push(`${count(numFixed, "unsatisfactory record")} without log-probs in both contexts${flags}.`);
   }
   const unsatisfactory = state.listed.filter((record) => !record.is_satisfactory).length;
+  const numPraised = Math.max(...sums.map((sum) => sum.praised));
+  if (numPraised) notes.push(`${count(numPraised, "flagged token")} of satisfactory records not counted.`);
+  const numEdited = Math.max(...sums.map((sum) => sum.edited));
+  if (numEdited) {
+    notes.push(`${count(numEdited, "record")} with other flags in the file than eq. 5 gives at the file's threshold.`);
+  }
   const numKnown = Math.max(...sums.map((sum) => sum.known));
   if (numKnown && numKnown < unsatisfactory) {
     notes.push(`Precision and recall are of the ${count(numKnown, "record")} with wrong_spans.`);
@@ -83,9 +89,8 @@ function describeLimits(sums) {
 
 // ---- Threshold ----
 
-// The slider goes from 1 to 100 in even ratios, by thresholds that are short to write.
-const readSlider = () => Number((10 ** (byId("slider").value / 200)).toPrecision(3));
-const placeSlider = (threshold) => (byId("slider").value = Math.round(200 * Math.log10(Math.max(1, threshold))));
+const readSlider = () => THRESHOLDS[byId("slider").value];
+const placeSlider = (threshold) => (byId("slider").value = findStep(threshold));
 const storedThresholds = [...new Set(data.made.map((made) => made.threshold))];
 
 function setThreshold(threshold) {
@@ -98,11 +103,12 @@ function setThreshold(threshold) {
   state.drawn.forEach(markFlags);
   hideTip();
   showFigures();
+  markThreshold();
 }
 
 /** Sorts again once the threshold rests: records that move under the pointer cannot be compared. */
 function settleThreshold() {
-  if (byId("order").value === "flagged") listRecords();
+  if (byId("order").value === "flagged" || byId("filter").value === "unflagged") listRecords();
 }
 
 /** The flags that the file holds: eq. 5 at its own threshold, and what was edited since. */
@@ -256,6 +262,11 @@ function listen() {
   });
   byId("threshold").addEventListener("change", settleThreshold);
   byId("stored").addEventListener("click", restoreFlags);
+  byId("curves").addEventListener("click", (event) => {
+    setThreshold(THRESHOLDS[findPressed(event)]);
+    placeSlider(state.threshold);
+    settleThreshold();
+  });
   byId("theme").addEventListener("click", () => setTheme(!isDark));
   byId("help").addEventListener("click", () => byId("keys").showModal());
   byId("keys").addEventListener("click", (event) => event.target === byId("keys") && byId("keys").close());
@@ -270,7 +281,7 @@ function listen() {
   }
   list.addEventListener("pointerleave", hideTip);
   list.addEventListener("focusout", hideTip);
-  addEventListener("scroll", () => pointed && placeTip(pointed.getBoundingClientRect()), { passive: true });
+  addEventListener("scroll", followToken, { passive: true });
   new ResizeObserver(() => {
     document.documentElement.style.setProperty("--bar-height", `${findTop()}px`);
   }).observe(byId("bar"));
@@ -303,16 +314,17 @@ function start() {
     const [first, second] = data.unpaired.map((number) => number.toLocaleString("en"));
     lead.push(`Not paired, and not shown: ${first} of the first, ${second} of the second.`);
     byId("order").append(new Option("most changed by training first", "training"));
-    byId("training-legend").hidden = false;
+    byId("training-legend").hidden = byId("thin").hidden = false;
   }
   const names = data.names.map((name) => make("bdi", "", name));
   byId("lead").append(...(isPair ? ["before: ", names[0], ", after: ", names[1]] : names), ` \u00b7 ${lead.join(" ")}`);
-  if (innerWidth < 700) byId("legend").open = false;
+  if (innerWidth < 700) for (const part of document.querySelectorAll(".legend")) part.open = false;
   drawScale();
   drawMade();
   placeRecords();
   listen();
   setTheme(isDark);
+  byId("slider").max = THRESHOLDS.length - 1;
   listRecords();
   restoreFlags();
 }

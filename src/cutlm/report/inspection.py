@@ -2,7 +2,7 @@
 
 The page loads nothing: a strict Content-Security-Policy allows the one style and the one script in it, by their
 hashes, and its data is JSON that is never run. What it looks like is `inspect.html` and `inspect.css` (on top of
-`page.css`); what it does are the three parts of `inspect*.js`; what it shows is `cutlm.report.columns`' affair.
+`page.css`); what it does are the four parts of `inspect*.js`; what it shows is `cutlm.report.columns`' affair.
 """
 
 import base64
@@ -19,7 +19,7 @@ from cutlm.jsonl import open_atomic
 from cutlm.report.markup import mend_text
 
 _STYLES = ("page.css", "inspect.css")
-_SCRIPTS = ("inspect-scores.js", "inspect-drawing.js", "inspect.js")
+_SCRIPTS = ("inspect-scores.js", "inspect-drawing.js", "inspect-curves.js", "inspect.js")
 
 
 def write_inspection(path: str | Path, data: Mapping[str, Any]) -> int:
