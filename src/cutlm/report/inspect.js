@@ -312,7 +312,8 @@ function start() {
   ];
   if (isPair) {
     const [first, second] = data.unpaired.map((number) => number.toLocaleString("en"));
-    lead.push(`Not paired, and not shown: ${first} of the first, ${second} of the second.`);
+    const isWhole = data.unpaired.every((number) => number === 0);
+    lead.push(isWhole ? "All are in both files." : `In one file alone, and not shown: ${first} before, ${second} after.`);
     byId("order").append(new Option("most changed by training first", "training"));
     byId("training-legend").hidden = byId("thin").hidden = false;
   }

@@ -1,0 +1,73 @@
+"""Makes the pictures of docs/inspect.md: what judgments blame in answers of the tiny world's base model, and what a
+short training on other instructions changes in these answers' tokens.
+
+  python docs/pictures.py
+
+Needs playwright (`pip install '.[dev]'`) and Debian's chromium; takes about a minute on a CPU. Scores and pages are
+left in a temporary folder, whose name is printed.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import sync_playwright
+
+from cutlm.cli import main as run_command
+from cutlm.jsonl import read_rows, write_rows
+from cutlm.report.terminal import Terminal
+from cutlm.world.base import base_path
+from cutlm.world.demo_iteration import blame, generate, run_iteration
+from cutlm.world.judge import judge_task
+from cutlm.world.tasks import list_tasks
+
+DOCS = Path(__file__).parent
+NUM_TRAINED_ON, NUM_STEPS, NUM_SHOWN = 280, 60, 70
+
+
+def make_pages(folder: Path) -> tuple[Path, Path]:
+    """A page of the base model's scores, and one of both models'."""
+    run_iteration(folder / "training", base_path(), list_tasks("train")[:NUM_TRAINED_ON], NUM_STEPS, 1, Terminal())
+    tasks = list_tasks("dev")[:NUM_SHOWN]
+    generate(folder / "responses.json", base_path(), tasks)
+    rows, _ = read_rows(folder / "responses.json")
+    records = []
+    for task, row in zip(tasks, rows, strict=True):
+        verdict = judge_task(task, row.value["output"])
+        record = {"instruction": task.instruction, "output": row.value["output"], "judgment": verdict.judgment}
+        records.append(record | {"wrong_spans": verdict.wrong_spans or None})
+    write_rows(folder / "records.jsonl", (record for record in records if record["output"].strip()))
+    before, after = folder / "before.jsonl", folder / "after.jsonl"
+    blame(folder / "records.jsonl", before, base_path())
+    blame(folder / "records.jsonl", after, folder / "training" / "model")
+    one, two = folder / "one.html", folder / "two.html"
+    assert run_command(["inspect", "--scores", str(before), "--out", str(one)]) == 0
+    assert run_command(["inspect", "--scores", str(before), "--scores", str(after), "--out", str(two)]) == 0
+    return one, two
+
+
+def draw(browser: Any, page_path: Path, out: Path, colours: str, record: int) -> None:
+    """Draws the top of a page, the threshold moved a little and the pointer on a flagged token of a record."""
+    page = browser.new_page(viewport={"width": 1120, "height": 960}, color_scheme=colours, device_scale_factor=1.25)
+    page.goto(page_path.as_uri())
+    page.fill("#threshold", "1.2")
+    page.wait_for_selector("#marker", state="attached")
+    page.locator("article").nth(record).locator(".flagged").first.hover()
+    page.screenshot(path=out)
+    page.close()
+
+
+def main() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="inspect-pictures-"))
+    one, two = make_pages(folder)
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        draw(browser, one, DOCS / "inspect-one.png", "light", 1)
+        draw(browser, two, DOCS / "inspect-two.png", "dark", 0)
+        browser.close()
+    print(f"{DOCS / 'inspect-one.png'} and {DOCS / 'inspect-two.png'} are made of what is in {folder}")
+
+
+if __name__ == "__main__":
+    main()
