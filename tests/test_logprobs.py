@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from cutlm.errors import UserError
 from cutlm.logprobs import Head, get_head, token_logprobs
 from cutlm.model import unwrap_peft
-from cutlm.passes import check_head
+from cutlm.probes import check_head
 
 
 def dense_logprobs(

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from cutlm.collator import CutCollator
-from cutlm.passes import PLAIN, Passes, choose_passes, score_batch
+from cutlm.passes import PLAIN, Passes, score_batch
+from cutlm.probes import choose_passes
 
 VOCAB_SIZE = 50
 SHARING = Passes(is_sharing=True)

@@ -20,8 +20,8 @@ from cutlm.errors import ConfigError, DataError, UserError
 from cutlm.generation import fingerprint_model
 from cutlm.jsonl import open_atomic, read_bytes, read_rows
 from cutlm.model import check_bitsandbytes, check_lora_targets, load_model, load_tokenizer, unwrap_peft
-from cutlm.passes import check_head
 from cutlm.preferences import PairTrainer
+from cutlm.probes import check_head
 from cutlm.records import check_records, raise_problems
 from cutlm.scoring import check_rows, score_rows
 from cutlm.token_scores import TokenScores, is_token_scores, read_token_scores, strip_scores

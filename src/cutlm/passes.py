@@ -7,23 +7,19 @@ Sequences go through the body in one of three layouts, whichever the model and t
   from each other by a mask;
 - end to end in one row with position ids that begin anew, which attention of variable length (flash, flex) keeps apart.
 
-What comes of the log-probs is left to `cutlm.batch_loss`, the log-probs themselves to `cutlm.logprobs`.
+Which a model bears is found out by `cutlm.probes`. What comes of the log-probs is left to `cutlm.batch_loss`, the
+log-probs themselves to `cutlm.logprobs`.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cutlm.errors import UserError
 from cutlm.logprobs import get_head, token_logprobs
 from cutlm.model import unwrap_peft
-
-logger = logging.getLogger(__name__)
 
 # Tokens that are enough to keep the device busy: a longer sequence gains nothing from company.
 _GROUP_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -31,12 +27,12 @@ _MAX_PADDING = 1 / 8
 # A mask costs attention to all places of a row. Below this share of both sequences, a common beginning is not worth it.
 _LEAST_SHARED = 1 / 5
 # Kinds of attention that take any mask.
-_MASKED = ("sdpa", "eager")
+MASKED_KINDS = ("sdpa", "eager")
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How sequences go through the body of a model; see `choose_passes`.
+    """How sequences go through the body of a model; see `cutlm.probes.choose_passes`.
 
     Attributes:
         is_packed: End to end in one row, kept apart by their position ids.
@@ -54,7 +50,7 @@ PLAIN = Passes()
 
 
 @dataclass(frozen=True)
-class _Tree:
+class Tree:
     """Sequences with a common beginning: one by itself, or the two contexts of a response.
 
     Attributes:
@@ -78,7 +74,7 @@ class _Pass:
         needs_grad: Whether anything is learned from it.
     """
 
-    trees: list[_Tree]
+    trees: list[Tree]
     is_row: bool
     needs_grad: bool
 
@@ -114,7 +110,7 @@ def score_batch(
     limit = _GROUP_TOKENS["cuda" if batch["input_ids"].device.type == "cuda" else "cpu"]
     for one in _plan_passes(batch, passes, needs_judged_grad, limit):
         with torch.set_grad_enabled(one.needs_grad and torch.is_grad_enabled()):
-            run = _run_row if one.is_row else _run_padded
+            run = run_row if one.is_row else run_padded
             for index, states in run(language_model, one.trees, sequences):
                 hidden[index] = states[len(states) - response_lengths[index] :]
     if not needs_judged_grad:
@@ -140,12 +136,12 @@ def _plan_passes(batch: Mapping[str, Any], passes: Passes, needs_judged_grad: bo
     is_split = torch.is_grad_enabled() and not needs_judged_grad
     shared = batch.get("shared_lengths", []) if passes.is_sharing else []
     trees = [
-        _Tree((first, first + num_judged), num_shared, lengths[first] + lengths[first + num_judged] - num_shared)
+        Tree((first, first + num_judged), num_shared, lengths[first] + lengths[first + num_judged] - num_shared)
         for first, num_shared in enumerate(shared)
         if _is_worth_sharing(num_shared, lengths[first], lengths[first + num_judged], is_split)
     ]
     in_trees = {index for tree in trees for index in tree.indices}
-    alone = [_Tree((index,), 0, length) for index, length in enumerate(lengths) if index not in in_trees]
+    alone = [Tree((index,), 0, length) for index, length in enumerate(lengths) if index not in in_trees]
     if passes.is_single:
         yield _Pass([*trees, *alone], passes.is_packed or passes.is_sharing, True)
         return
@@ -170,9 +166,9 @@ def _is_worth_sharing(num_shared: int, length: int, judged_length: int, is_split
     return apart - tree >= _LEAST_SHARED * apart
 
 
-def _cut_rows(trees: Sequence[_Tree], limit: int) -> Iterator[list[_Tree]]:
+def _cut_rows(trees: Sequence[Tree], limit: int) -> Iterator[list[Tree]]:
     """Cuts trees into rows of at most `limit` tokens, longest first; a longer tree is a row of its own."""
-    group: list[_Tree] = []
+    group: list[Tree] = []
     num_tokens = 0
     for tree in sorted(trees, key=lambda tree: -tree.num_tokens):
         if group and num_tokens + tree.num_tokens > limit:
@@ -184,9 +180,9 @@ def _cut_rows(trees: Sequence[_Tree], limit: int) -> Iterator[list[_Tree]]:
         yield group
 
 
-def _group_by_length(sequences: Sequence[_Tree], limit: int) -> Iterator[list[_Tree]]:
+def _group_by_length(sequences: Sequence[Tree], limit: int) -> Iterator[list[Tree]]:
     """Groups sequences, longest first, so that a group's padded tokens stay within `limit` and are few."""
-    group: list[_Tree] = []
+    group: list[Tree] = []
     num_tokens = 0
     for sequence in sorted(sequences, key=lambda sequence: -sequence.num_tokens):
         if group:
@@ -203,7 +199,7 @@ def _group_by_length(sequences: Sequence[_Tree], limit: int) -> Iterator[list[_T
 # ---- Running ----
 
 
-def _run_padded(model: nn.Module, trees: Sequence[_Tree], sequences: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+def run_padded(model: nn.Module, trees: Sequence[Tree], sequences: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Runs sequences as rows of one tensor, padded on the right.
 
     Yields:
@@ -216,7 +212,7 @@ def _run_padded(model: nn.Module, trees: Sequence[_Tree], sequences: Sequence[Te
         yield index, states[row, : len(sequences[index])]
 
 
-def _run_row(model: nn.Module, trees: Sequence[_Tree], sequences: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+def run_row(model: nn.Module, trees: Sequence[Tree], sequences: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Runs trees end to end in one row.
 
     Yields:
@@ -243,7 +239,7 @@ def _run_row(model: nn.Module, trees: Sequence[_Tree], sequences: Sequence[Tenso
             start += len(ids)
     inputs = {"input_ids": torch.cat(parts)[None], "position_ids": torch.cat(positions)[None]}
     # Attention of variable length goes by the position ids alone.
-    if start > len(parts[0]) and _name_attention(model) in _MASKED:
+    if start > len(parts[0]) and name_attention(model) in MASKED_KINDS:
         inputs["attention_mask"] = _make_mask(model, torch.cat(owners), torch.cat(branches))
     states = _run_body(model, **inputs)[0]
     for index, begin, end in places:
@@ -263,7 +259,7 @@ def _make_mask(model: nn.Module, owners: Tensor, branches: Tensor) -> Tensor:
     """
     is_seen = (owners[:, None] == owners) & ((branches == 0) | (branches[:, None] == branches))
     is_seen = is_seen.tril()[None, None]
-    if _name_attention(model) != "eager":
+    if name_attention(model) != "eager":
         return is_seen
     dtype = next(model.parameters()).dtype
     return torch.zeros(is_seen.shape, dtype=dtype, device=owners.device).masked_fill(~is_seen, torch.finfo(dtype).min)
@@ -273,86 +269,8 @@ def _run_body(model: nn.Module, **inputs: Tensor) -> Tensor:
     return model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
 
 
-# ---- What a model bears ----
-
-
-def choose_passes(model: nn.Module, *, is_sharded: bool = False) -> Passes:
-    """Finds out which layouts a model bears, by trying them on a few tokens.
-
-    Args:
-        model: A causal language model, bare or with an adapter, all of whose weights are here.
-        is_sharded: Whether it will be trained with its weights spread over processes.
-    """
-    language_model = unwrap_peft(model)
-    if not is_at_hand(language_model):
-        return Passes(is_single=is_sharded)
-    attention = _name_attention(language_model)
-    # A mask of ours stands for all layers, so all must look at everything before them.
-    is_masked = attention in _MASKED and _looks_back_whole(language_model)
-    # Flash attention, flex attention and their like; on a CPU the second is compiled anew for each length.
-    is_other = attention not in _MASKED and (attention != "flex_attention" or language_model.device.type == "cuda")
-    return Passes(
-        is_packed=is_other and _keeps_apart(language_model, num_shared=0),
-        is_sharing=is_masked and _keeps_apart(language_model, num_shared=3),
-        is_single=is_sharded,
-    )
-
-
-def is_at_hand(language_model: nn.Module) -> bool:
-    """Whether a model's weights are in this process, and not on others or nowhere yet."""
-    return not any(weight.is_meta or hasattr(weight, "ds_id") for weight in language_model.parameters())
-
-
-def _name_attention(language_model: nn.Module) -> str:
+def name_attention(language_model: nn.Module) -> str:
     return str(getattr(language_model.config, "_attn_implementation", None) or "eager")
-
-
-def _looks_back_whole(language_model: Any) -> bool:
-    config = language_model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return set(kinds) <= {"full_attention"}
-    return getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
-
-
-def _keeps_apart(language_model: Any, num_shared: int) -> bool:
-    """Whether sequences in one row get the hidden states that they have alone."""
-    vocab_size = language_model.config.get_text_config().vocab_size
-    device = language_model.device
-    ids = [(number * 7 + 3) % vocab_size for number in range(20)]
-    sequences = [torch.tensor(part, device=device) for part in (ids[:9], [*ids[:3], *ids[12:]], ids[5:12])]
-    trees = [_Tree((0,), 0, 9), _Tree((1,), 0, 11)]
-    if num_shared:
-        trees = [_Tree((0, 1), num_shared, 20 - num_shared)]
-    trees.append(_Tree((2,), 0, 7))
-    try:
-        with evaluating(language_model), torch.no_grad():
-            in_row = dict(_run_row(language_model, trees, sequences))
-            alone = {
-                index: states
-                for tree in ((0, 9), (1, 11), (2, 7))
-                for index, states in _run_padded(language_model, [_Tree((tree[0],), 0, tree[1])], sequences)
-            }
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, KeyError) as error:
-        logger.debug("sequences are run apart from each other: %s", error)
-        return False
-    tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.05
-    return all(
-        (states - alone[index][-len(states) :]).float().norm() <= tolerance * alone[index].float().norm()
-        for index, states in in_row.items()
-    )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switches dropout off, and each module back to what it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, is_training in modes:
-            module.training = is_training
 
 
 def run_inside(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
@@ -387,38 +305,3 @@ def run_inside(wrapper: nn.Module, module: nn.Module, function: Callable[..., An
         return wrapper(*args)
     finally:
         restore()
-
-
-def check_head(model: nn.Module) -> None:
-    """Compares our log-probs of a few tokens with the model's own logits.
-
-    A model that does something to its logits which `get_head` does not know would otherwise be trained on wrong
-    probabilities without a word.
-
-    Raises:
-        UserError: They differ.
-    """
-    language_model = unwrap_peft(model)
-    device = language_model.device
-    if not is_at_hand(language_model):
-        return
-    num_tokens = min(8, language_model.config.get_text_config().vocab_size)
-    ids = torch.arange(num_tokens, device=device)
-    batch = {
-        "input_ids": ids[:-1],
-        "target_ids": ids[1:],
-        "sequence_lengths": [num_tokens - 1],
-        "response_lengths": [num_tokens - 1],
-    }
-    with evaluating(language_model), torch.no_grad():
-        ours = score_batch(language_model, batch)
-        logits = language_model(input_ids=ids[None, :-1], use_cache=False).logits[0].float()
-    theirs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.1
-    difference = (ours - theirs).abs().max().item()
-    if not difference <= tolerance and torch.isfinite(theirs).all():
-        raise UserError(
-            f"{type(language_model).__name__}: log-probs from the head's weight differ from the model's own logits by"
-            f" {difference:.3g} (at most {tolerance} expected); the model treats its logits in a way that cutlm does"
-            " not know"
-        )

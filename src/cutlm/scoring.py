@@ -13,7 +13,8 @@ from tqdm import tqdm
 from cutlm.collator import CutCollator, find_non_finite
 from cutlm.errors import ConfigError, UserError
 from cutlm.model import unwrap_peft
-from cutlm.passes import choose_passes, evaluating, score_batch
+from cutlm.passes import score_batch
+from cutlm.probes import choose_passes, evaluating
 
 MAX_TOKENS_PER_BATCH = 8192
 

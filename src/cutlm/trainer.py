@@ -26,8 +26,9 @@ from cutlm.config import CUTConfig
 from cutlm.errors import ConfigError, DataError, NonFiniteError
 from cutlm.model import check_lora_targets, load_model
 from cutlm.objectives import combine_parts
-from cutlm.passes import check_head, choose_passes, run_inside, score_batch
+from cutlm.passes import run_inside, score_batch
 from cutlm.preparation import PreparedData, blame_beforehand, check_vocabulary, downsample, prepare_data
+from cutlm.probes import check_head, choose_passes
 from cutlm.safe_trainer import SafeTrainer
 from cutlm.tally import Tally
 from cutlm.token_scores import TokenScores

@@ -137,7 +137,7 @@ def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, 
     from cutlm.errors import ConfigError
     from cutlm.generation import fingerprint_model
     from cutlm.model import find_base_model, is_adapter_folder, load_trained, unwrap_peft
-    from cutlm.passes import check_head
+    from cutlm.probes import check_head
     from cutlm.scoring import check_rows, score_rows
 
     if args.max_tokens_per_batch < 1:

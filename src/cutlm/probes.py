@@ -1,0 +1,128 @@
+"""What a model bears, tried on a few tokens before the long run: layouts of sequences, and the head read by its weight.
+
+The layouts themselves are `cutlm.passes`.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from cutlm.errors import UserError
+from cutlm.model import unwrap_peft
+from cutlm.passes import MASKED_KINDS, Passes, Tree, name_attention, run_padded, run_row, score_batch
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switches dropout off, and each module back to what it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
+
+
+def choose_passes(model: nn.Module, *, is_sharded: bool = False) -> Passes:
+    """Finds out which layouts a model bears, by trying them on a few tokens.
+
+    Args:
+        model: A causal language model, bare or with an adapter, all of whose weights are here.
+        is_sharded: Whether it will be trained with its weights spread over processes.
+    """
+    language_model = unwrap_peft(model)
+    if not is_at_hand(language_model):
+        return Passes(is_single=is_sharded)
+    attention = name_attention(language_model)
+    # A mask of ours stands for all layers, so all must look at everything before them.
+    is_masked = attention in MASKED_KINDS and _looks_back_whole(language_model)
+    # Flash attention, flex attention and their like; on a CPU the second is compiled anew for each length.
+    is_other = attention not in MASKED_KINDS and (attention != "flex_attention" or language_model.device.type == "cuda")
+    return Passes(
+        is_packed=is_other and _keeps_apart(language_model, num_shared=0),
+        is_sharing=is_masked and _keeps_apart(language_model, num_shared=3),
+        is_single=is_sharded,
+    )
+
+
+def is_at_hand(language_model: nn.Module) -> bool:
+    """Whether a model's weights are in this process, and not on others or nowhere yet."""
+    return not any(weight.is_meta or hasattr(weight, "ds_id") for weight in language_model.parameters())
+
+
+def _looks_back_whole(language_model: Any) -> bool:
+    config = language_model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return set(kinds) <= {"full_attention"}
+    return getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
+
+
+def _keeps_apart(language_model: Any, num_shared: int) -> bool:
+    """Whether sequences in one row get the hidden states that they have alone."""
+    vocab_size = language_model.config.get_text_config().vocab_size
+    device = language_model.device
+    ids = [(number * 7 + 3) % vocab_size for number in range(20)]
+    sequences = [torch.tensor(part, device=device) for part in (ids[:9], [*ids[:3], *ids[12:]], ids[5:12])]
+    trees = [Tree((0,), 0, 9), Tree((1,), 0, 11)]
+    if num_shared:
+        trees = [Tree((0, 1), num_shared, 20 - num_shared)]
+    trees.append(Tree((2,), 0, 7))
+    try:
+        with evaluating(language_model), torch.no_grad():
+            in_row = dict(run_row(language_model, trees, sequences))
+            alone = {
+                index: states
+                for tree in ((0, 9), (1, 11), (2, 7))
+                for index, states in run_padded(language_model, [Tree((tree[0],), 0, tree[1])], sequences)
+            }
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, KeyError) as error:
+        logger.debug("sequences are run apart from each other: %s", error)
+        return False
+    tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.05
+    return all(
+        (states - alone[index][-len(states) :]).float().norm() <= tolerance * alone[index].float().norm()
+        for index, states in in_row.items()
+    )
+
+
+def check_head(model: nn.Module) -> None:
+    """Compares our log-probs of a few tokens with the model's own logits.
+
+    A model that does something to its logits which `get_head` does not know would otherwise be trained on wrong
+    probabilities without a word.
+
+    Raises:
+        UserError: They differ.
+    """
+    language_model = unwrap_peft(model)
+    device = language_model.device
+    if not is_at_hand(language_model):
+        return
+    num_tokens = min(8, language_model.config.get_text_config().vocab_size)
+    ids = torch.arange(num_tokens, device=device)
+    batch = {
+        "input_ids": ids[:-1],
+        "target_ids": ids[1:],
+        "sequence_lengths": [num_tokens - 1],
+        "response_lengths": [num_tokens - 1],
+    }
+    with evaluating(language_model), torch.no_grad():
+        ours = score_batch(language_model, batch)
+        logits = language_model(input_ids=ids[None, :-1], use_cache=False).logits[0].float()
+    theirs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.1
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= tolerance and torch.isfinite(theirs).all():
+        raise UserError(
+            f"{type(language_model).__name__}: log-probs from the head's weight differ from the model's own logits by"
+            f" {difference:.3g} (at most {tolerance} expected); the model treats its logits in a way that cutlm does"
+            " not know"
+        )
