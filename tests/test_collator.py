@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import make_model
 from torch import Tensor, nn
 
-from cutlm.collator import CutCollator, count_batch, find_non_finite, split_lengths
+from cutlm.collator import CutCollator, count_batch, find_non_finite, split_batch, split_lengths
 from cutlm.passes import Tree, _group_by_length, run_inside, score_batch
 
 VOCAB_SIZE = 50
@@ -226,6 +226,36 @@ def test_nothing_flows_back_through_a_context_from_which_nothing_is_learned(mode
     (got,) = torch.autograd.grad(without.sum() + satisfactory.sum(), weight)
     (want,) = torch.autograd.grad(whole.split([3, 3, 2])[0].sum() + whole.split([3, 3, 2])[2].sum(), weight)
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(batch_rows=batches, max_tokens=st.integers(1, 60), data=st.data())
+def test_parts_of_a_batch_hold_every_record_once_as_if_it_were_collated_so(batch_rows, max_tokens, data):
+    is_blamed = data.draw(st.booleans())
+    named = [row | {"place": f"row {index}", "is_praised": index % 2 == 0} for index, row in enumerate(batch_rows)]
+    if is_blamed:
+        for index, row in enumerate(named):
+            size = len(row["response_ids"])
+            row |= {"is_flagged": [index % 2 == 1] * size, "weights": [float(index)] * size}
+    parts = split_batch(collate(named), max_tokens)
+    places = [place for part in parts for place in part["places"]]
+    assert sorted(places) == sorted(row["place"] for row in named)
+    by_place = {row["place"]: row for row in named}
+    for part in parts:
+        expected = collate([by_place[place] for place in part["places"]])
+        assert part.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(part[name], value) if isinstance(value, Tensor) else part[name] == value
+        assert len(part["places"]) == 1 or len(part["input_ids"]) <= max_tokens
+
+
+def test_the_longest_records_go_first_and_together():
+    long, short = make_row([1] * 20, None, [2]), make_row([1] * 3, [1] * 4, [2, 3])
+    batch = collate([short | {"place": "a"}, long | {"place": "b"}, short | {"place": "c"}, long | {"place": "d"}])
+    # 20 tokens each of the long ones; 3 + 1 and 4 + 1 of the short ones' two contexts.
+    assert [part["places"] for part in split_batch(batch, 40)] == [["b", "d"], ["a", "c"]]
+    assert [part["places"] for part in split_batch(batch, 10)] == [["b"], ["d"], ["a"], ["c"]]
+    assert [part["places"] for part in split_batch(batch, 58)] == [["a", "c", "b", "d"]]
 
 
 def test_blame_goes_with_the_plain_contexts_in_their_order():

@@ -82,12 +82,32 @@ def test_micro_batches_do_not_change_the_gradient(
     assert (gradient - expected).norm() / expected.norm() < 1e-5
 
 
+@pytest.mark.parametrize("max_tokens", [400, 1])
+def test_parts_of_a_micro_batch_do_not_change_the_gradient(
+    workplace: Path, whole_step: tuple[str, torch.Tensor], max_tokens: int
+) -> None:
+    normalization, expected = whole_step
+    name = f"{normalization}-{max_tokens}-tokens"
+    options = _options(workplace, name, 8, 1, normalization=normalization, max_tokens_per_batch=max_tokens)
+    assert main(["train", *options]) == 0
+    gradient = _gradient(workplace, name)
+    assert (gradient - expected).norm() / expected.norm() < 1e-5
+    one, parts = (
+        json.loads((workplace / run / "trainer_state.json").read_text())["log_history"][0]
+        for run in (f"{normalization}-8x1", name)
+    )
+    for key in ("loss", "flagged_share", "grad_norm", "flagged_share_q50"):
+        assert parts[key] == pytest.approx(one[key], rel=1e-4), key
+
+
 def test_two_processes_give_the_gradient_and_the_log_of_one(
     workplace: Path, whole_step: tuple[str, torch.Tensor]
 ) -> None:
     normalization, expected = whole_step
     name = f"{normalization}-two-processes"
-    options = _options(workplace, name, 2, 2, normalization=normalization)
+    # With one token a part, each rank has as many parts as records.
+    further = {"max_tokens_per_batch": 1} if normalization == "token" else {}
+    options = _options(workplace, name, 2, 2, normalization=normalization, **further)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*command, "-m", "cutlm", "train", *options], capture_output=True, text=True, timeout=200, check=False
@@ -102,6 +122,26 @@ def test_two_processes_give_the_gradient_and_the_log_of_one(
     for key in keys:
         assert two[key] == pytest.approx(one[key], abs=1e-5), key
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_two_processes_take_the_steps_of_one_with_twice_the_micro_batches(workplace: Path) -> None:
+    """Several steps and passes over the data, in random order: every step has the records that it has on one."""
+    steps = {"max_steps": 6, "learning_rate": 0.05, "optim": "adamw_torch", "max_grad_norm": 1, "logging_steps": 1}
+    one = _options(workplace, "one-for-long", 1, 4, **steps)
+    two = _options(workplace, "two-for-long", 1, 2, **steps)
+    assert main(["train", *one]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*command, "-m", "cutlm", "train", *two], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    logs = [
+        json.loads((workplace / name / "trainer_state.json").read_text())["log_history"][:6]
+        for name in ("one-for-long", "two-for-long")
+    ]
+    for line, other in zip(*logs, strict=True):
+        for key in ("loss", "grad_norm", "flagged_share"):
+            assert other[key] == pytest.approx(line[key], rel=1e-3), (line, other)
 
 
 def test_a_mean_of_micro_batch_means_would_not_have_passed(workplace: Path) -> None:

@@ -88,6 +88,55 @@ def _count_shared(first: Sequence[int], second: Sequence[int]) -> int:
     return next((place for place in range(longest) if first[place] != second[place]), longest)
 
 
+def split_batch(batch: Mapping[str, Any], max_tokens: int) -> list[dict[str, Any]]:
+    """Divides a micro-batch into smaller ones of the same layout, each of at most so many tokens.
+
+    Losses are sums, so those of the parts add up to that of the whole, and so do the gradients. Records of nearly one
+    length go together, the longest first; the two contexts of a record are never parted.
+
+    Args:
+        batch: As made by `CutCollator`.
+        max_tokens: Tokens of all sequences of a part; a record with more is a part of its own.
+    """
+    lengths, num_judged = batch["sequence_lengths"], batch["num_unsatisfactory"]
+    owned = [[index, num_judged + index] for index in range(num_judged)]
+    owned += [[index] for index in range(2 * num_judged, len(lengths))]
+    sizes = [sum(lengths[index] for index in indices) for indices in owned]
+    parts: list[list[int]] = []
+    room = 0
+    for record in sorted(range(len(owned)), key=lambda record: -sizes[record]):
+        if not parts or sizes[record] > room:
+            parts.append([])
+            room = max_tokens
+        parts[-1].append(record)
+        room -= sizes[record]
+    return [_take_records(batch, sorted(part), owned) for part in parts] if len(parts) > 1 else [dict(batch)]
+
+
+def _take_records(batch: Mapping[str, Any], records: list[int], owned: list[list[int]]) -> dict[str, Any]:
+    num_judged = batch["num_unsatisfactory"]
+    judged = [record for record in records if record < num_judged]
+    # Plain contexts of unsatisfactory records, these with the judgment, and satisfactory ones: as in the whole.
+    indices = [*(owned[record][0] for record in judged), *(owned[record][1] for record in judged)]
+    indices += [owned[record][0] for record in records if record >= num_judged]
+    part: dict[str, Any] = {
+        name: torch.cat([batch[name].split(batch[lengths])[index] for index in indices])
+        for name, lengths in (("input_ids", "sequence_lengths"), ("target_ids", "response_lengths"))
+    }
+    part |= {name: [batch[name][index] for index in indices] for name in ("sequence_lengths", "response_lengths")}
+    part["num_unsatisfactory"] = len(judged)
+    part["shared_lengths"] = [batch["shared_lengths"][record] for record in judged]
+    part["places"] = [batch["places"][record] for record in records]
+    if "is_flagged" in batch:
+        # Of the plain contexts alone, one for each record.
+        sizes = [batch["response_lengths"][indices[0]] for indices in owned]
+        for name in ("is_flagged", "flag_weights"):
+            part[name] = torch.cat([batch[name].split(sizes)[record] for record in records])
+    if "is_praised" in batch:
+        part["is_praised"] = [batch["is_praised"][record] for record in judged]
+    return part
+
+
 def split_lengths(batch: Mapping[str, Any]) -> tuple[int, int]:
     """How many response tokens of a batch are of unsatisfactory records (in one context), and of satisfactory ones."""
     num_unsatisfactory, lengths = batch["num_unsatisfactory"], batch["response_lengths"]

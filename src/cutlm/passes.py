@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from cutlm.logprobs import get_head, token_logprobs
 from cutlm.model import unwrap_peft
 
-# Tokens that are enough to keep the device busy: a longer sequence gains nothing from company.
-_GROUP_TOKENS = {"cpu": 1024, "cuda": 16384}
 _MAX_PADDING = 1 / 8
 # A mask costs attention to all places of a row. Below this share of both sequences, a common beginning is not worth it.
 _LEAST_SHARED = 1 / 5
@@ -79,6 +77,11 @@ class _Pass:
     needs_grad: bool
 
 
+def count_busy_tokens(device: torch.device) -> int:
+    """Tokens that are enough to keep a device busy: a longer sequence gains nothing from company."""
+    return 16384 if device.type == "cuda" else 1024
+
+
 def score_batch(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -107,7 +110,7 @@ def score_batch(
     sequences = batch["input_ids"].split(lengths)
     judged = range(batch.get("num_unsatisfactory", 0), 2 * batch.get("num_unsatisfactory", 0))
     hidden: list[Tensor] = [batch["input_ids"]] * len(sequences)
-    limit = _GROUP_TOKENS["cuda" if batch["input_ids"].device.type == "cuda" else "cpu"]
+    limit = count_busy_tokens(batch["input_ids"].device)
     for one in _plan_passes(batch, passes, needs_judged_grad, limit):
         with torch.set_grad_enabled(one.needs_grad and torch.is_grad_enabled()):
             run = run_row if one.is_row else run_padded

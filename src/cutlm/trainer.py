@@ -9,27 +9,31 @@ import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from cutlm.batch_loss import compute_batch_loss
-from cutlm.collator import CutCollator, count_batch, find_non_finite
+from cutlm.collator import CutCollator, count_batch, find_non_finite, split_batch
 from cutlm.config import CUTConfig
 from cutlm.errors import ConfigError, DataError, NonFiniteError
 from cutlm.model import check_lora_targets, load_model
 from cutlm.objectives import combine_parts
-from cutlm.passes import run_inside, score_batch
+from cutlm.passes import count_busy_tokens, run_inside, score_batch
 from cutlm.preparation import PreparedData, blame_beforehand, check_vocabulary, downsample, prepare_data
 from cutlm.probes import check_head, choose_passes
 from cutlm.safe_trainer import SafeTrainer
+from cutlm.sampling import BalancedSampler
+from cutlm.scoring import count_tokens
 from cutlm.tally import Tally
 from cutlm.token_scores import TokenScores
 
@@ -165,6 +169,20 @@ class CUTTrainer(SafeTrainer):
                 f" {self.args.world_size} processes"
             )
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """The order of the records; on several processes, each with like numbers of tokens."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if self.args.world_size == 1 or sampler is None:
+            return sampler
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(sampler, RandomSampler):
+            # As Accelerate would do, which sees the outer sampler only: one order for all processes.
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = SeedableRandomSampler(rows, data_seed=seed, generator=torch.Generator())
+        sizes = [count_tokens(row) for row in rows]
+        accumulated = self.args.gradient_accumulation_steps
+        return BalancedSampler(sampler, sizes, self.args.world_size, self.args.train_batch_size, accumulated)
+
     # ---- Loss ----
 
     def get_batch_samples(  # type: ignore[override]
@@ -180,6 +198,21 @@ class CUTTrainer(SafeTrainer):
             # MPS and some accelerators have no float64; a step's counts are exact in float32 up to 16 million.
             counts = self.accelerator.reduce(counts.float().to(device), "sum").cpu().double()
         return batches, StepCounts(counts[0].item(), counts[1].item())
+
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: StepCounts | None = None
+    ) -> Tensor:
+        """Forward and backward over a micro-batch, in parts of at most `max_tokens_per_batch` tokens."""
+        parts = [dict(inputs)]
+        # Where weights are gathered for every pass, all ranks must make the same number of them.
+        if num_items_in_batch is not None and not (self._passes.is_single or self.args.deepspeed):
+            parts = split_batch(inputs, self.args.max_tokens_per_batch or count_busy_tokens(self.args.device))
+        losses = []
+        for part in parts:
+            # Ranks add up their gradients with the last part.
+            with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))  # type: ignore[arg-type]
+        return torch.stack(losses).sum()
 
     def compute_loss(  # type: ignore[override]
         self,

@@ -1,0 +1,388 @@
+"""Time and memory of training on judged records: released style, cutlm, the floor, and TRL's trainers.
+
+  python benchmarks/train_step.py --records records.json
+
+    released   a twin of the released code, naive as that is: rows padded to the longest, both contexts for every record
+               (dummy rows for satisfactory ones), probabilities of the whole vocabulary in float32 at every position
+    cutlm      `CUTTrainer` with detector current, as `cutlm train` runs it
+    frozen     the same on token scores: known flags, the plain context only
+    floor      the body alone, forward and backward over the same tokens, and the head's two matrix products at the
+               response positions; nothing else
+    dpo, sft   TRL's `DPOTrainer` and `SFTTrainer` on the same prompts and responses (pairs of one length)
+
+Each trains LoRA of rank 16 on the MLP of one and the same model over the first unsatisfactory records of a file
+(made-up ones where none is given), a step a micro-batch. The clock runs while it trains: loading and encoding are not
+in it."""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from measuring import (
+    add_run_arguments,
+    add_shape_arguments,
+    describe_machine,
+    make_model,
+    make_tokenizer,
+    print_table,
+    read_peak_bytes,
+    take_turns,
+    write_results,
+)
+
+VARIANTS = ("released", "cutlm", "frozen", "floor", "dpo", "sft")
+_TARGETS = ["gate_proj", "up_proj", "down_proj"]
+_SETTINGS: dict[str, Any] = {"threshold": 1.1, "unlikelihood_weight": 1.0, "gamma": 0.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", metavar="FILE", help="judged records (default: made up)")
+    parser.add_argument("--num_records", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=4, help="records of a micro-batch (default: 4)")
+    parser.add_argument("--template", choices=("alpaca", "chat"), default="alpaca")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    add_shape_arguments(parser)
+    add_run_arguments(parser, num_repeats=3)
+    args = parser.parse_args()
+    if args.variant:
+        print(json.dumps(RUNS[args.variant](args)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(args, Path(folder))
+        results = take_turns(args.variants, args.repeats, folder)
+    figures = compare(results)
+    rows = []
+    for variant, result in results.items():
+        known = {"seconds": result.get("failed"), "peak GB": ""}
+        if "failed" not in result:
+            known = {"seconds": result["seconds"], "peak GB": result["peak"] / 1e9}
+        rows.append({"variant": variant} | known)
+    print_table(rows)
+    results_of_all = {"machine": describe_machine(), "options": vars(args), "results": results}
+    write_results(figures | results_of_all, args.json)
+
+
+def compare(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """How many times the time, or memory, of one variant another takes."""
+    figures = {}
+    for name, one, other, unit in (
+        ("speedup_over_released_style", "released", "cutlm", "seconds"),
+        ("memory_ratio_over_released_style", "released", "cutlm", "peak"),
+        ("time_over_floor", "cutlm", "floor", "seconds"),
+        ("time_over_trl_dpo", "cutlm", "dpo", "seconds"),
+        ("time_over_trl_sft", "cutlm", "sft", "seconds"),
+        ("frozen_time_over_trl_sft", "frozen", "sft", "seconds"),
+    ):
+        if unit in results.get(one, {}) and unit in results.get(other, {}):
+            figures[name] = results[one][unit] / results[other][unit]
+    return figures
+
+
+# ---- The same for all ----
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> None:
+    """Tokenizer and records, to be read by every variant's process."""
+    records = _read_records(args)
+    fields = ("instruction", "input", "output", "judgment")
+    texts = [str(record.get(name) or "") for record in records for name in fields]
+    tokenizer = make_tokenizer(texts, args.vocab_size)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}<assistant>"
+    )
+    tokenizer.save_pretrained(folder)
+    chosen = [record for record in records if record["judgment"] is not None][: args.num_records]
+    if len(chosen) < args.num_records:
+        sys.exit(f"expected {args.num_records} unsatisfactory records, got {len(chosen)}; give --num_records")
+    (folder / "records.json").write_text(json.dumps(chosen))
+
+
+def _read_records(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if args.records:
+        from cutlm import load_records
+
+        return [
+            record.model_dump(include={"instruction", "input", "output"})
+            | {"judgment": None if record.is_satisfactory else record.judgment}
+            for record in load_records(args.records)
+        ]
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(2, 9))) for _ in range(4000)]
+
+    def write(shortest: int, longest: int) -> str:
+        return " ".join(generator.choices(words, k=generator.randint(shortest, longest))) + "."
+
+    # About the lengths of an online iteration's records.
+    return [
+        {"instruction": write(10, 60), "input": "", "output": write(120, 480), "judgment": write(20, 80)}
+        for _ in range(args.num_records)
+    ]
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], Any]:
+    """Tokenizer, records and the model in float32, without its adapter."""
+    import torch
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    folder = Path(args.folder)
+    return AutoTokenizer.from_pretrained(folder), json.loads((folder / "records.json").read_text()), make_model(args)
+
+
+def _make_adapter() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=_TARGETS, task_type="CAUSAL_LM")
+
+
+def _encode(args: argparse.Namespace, tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    from cutlm.encoding import Encoder
+    from cutlm.records import JudgedRecord
+
+    encoder = Encoder(tokenizer, args.template)
+    rows = []
+    for record in records:
+        encoded = encoder.encode_record(JudgedRecord(**record), 100_000)
+        assert encoded is not None
+        rows.append({name: getattr(encoded, name) for name in ("prompt_ids", "judged_prompt_ids", "response_ids")})
+    return rows
+
+
+def _settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Of every trainer."""
+    import torch
+
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": args.batch_size,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": args.bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": 0,
+    }
+
+
+def _time_trainer(trainer: Any) -> dict[str, Any]:
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return {"seconds": seconds, "peak": read_peak_bytes(), "first_loss": losses[0]}
+
+
+def _time_loop(args: argparse.Namespace, model: Any, batches: Sequence[Any], find_loss: Any) -> dict[str, Any]:
+    """A bare loop: a loss, its gradient, a step."""
+    import torch
+
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-4)
+    losses = []
+    began = time.perf_counter()
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss = find_loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {"seconds": time.perf_counter() - began, "peak": read_peak_bytes(), "first_loss": losses[0]}
+
+
+# ---- The variants ----
+
+
+def run_cutlm(args: argparse.Namespace) -> dict[str, Any]:
+    from cutlm import CUTConfig, CUTTrainer
+
+    tokenizer, records, model = _load(args)
+    with tempfile.TemporaryDirectory() as folder:
+        config = CUTConfig(**_settings(args, folder), **_SETTINGS, template=args.template, max_length=100_000)
+        trainer = CUTTrainer(model, config, records, processing_class=tokenizer, peft_config=_make_adapter())
+        return _time_trainer(trainer)
+
+
+def run_frozen(args: argparse.Namespace) -> dict[str, Any]:
+    from cutlm import CUTConfig, CUTTrainer
+
+    tokenizer, records, model = _load(args)
+    rows = [
+        # Every tenth token is taken for inappropriate: what they are changes nothing of the cost.
+        row
+        | {
+            "is_flagged": [place % 10 == 0 for place in range(len(row["response_ids"]))],
+            "weights": [float(place % 10 == 0) for place in range(len(row["response_ids"]))],
+            "judged_prompt_ids": None,
+        }
+        for row in _encode(args, tokenizer, records)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        config = CUTConfig(
+            **_settings(args, folder), **_SETTINGS, detector="frozen", template=args.template, max_length=100_000
+        )
+        trainer = CUTTrainer(model, config, rows, peft_config=_make_adapter())
+        return _time_trainer(trainer)
+
+
+def run_released(args: argparse.Namespace) -> dict[str, Any]:
+    from peft import get_peft_model
+
+    tokenizer, records, model = _load(args)
+    rows = _encode(args, tokenizer, records)
+    batches = [rows[start : start + args.batch_size] for start in range(0, len(rows), args.batch_size)]
+    return _time_loop(args, get_peft_model(model, _make_adapter()), batches, find_released_loss)
+
+
+def find_released_loss(model: Any, rows: Sequence[dict[str, Any]]) -> Any:
+    """CUT's loss as the released code takes it, with the size of the vocabulary at every position, many times over."""
+    import math
+
+    import torch
+
+    judged = _pad([row["judged_prompt_ids"] or row["prompt_ids"] for row in rows], rows)
+    plain = _pad([row["prompt_ids"] for row in rows], rows)  # dummies for satisfactory records
+    probs = model(**judged[0]).logits.float().softmax(-1)[:, :-1].contiguous()
+    plain_probs = model(**plain[0]).logits.float().softmax(-1)[:, :-1].contiguous()
+    logs, plain_logs = probs.clamp(min=1e-20).log(), plain_probs.clamp(min=1e-20).log()
+    plain_unlikely = (1.0 - plain_probs).clamp(min=1e-20).log()
+    logs, plain_logs, plain_unlikely = (
+        values.gather(2, labels.clamp(min=0)[:, 1:, None])[..., 0]
+        for values, labels in ((logs, judged[1]), (plain_logs, plain[1]), (plain_unlikely, plain[1]))
+    )
+    is_judged = torch.tensor([row["judged_prompt_ids"] is not None for row in rows])
+    is_told = judged[1][:, 1:] >= 0
+    is_asked = (plain[1][:, 1:] >= 0) & is_judged[:, None]
+    likelihood = -logs[is_told].mean()
+    if not is_judged.any():
+        return likelihood
+    with_judgment = logs[is_told & is_judged[:, None]].detach()
+    without = plain_logs[is_asked]
+    is_flagged = with_judgment - without.detach() > math.log(_SETTINGS["threshold"])
+    contrast = torch.where(is_flagged, _SETTINGS["unlikelihood_weight"] * plain_unlikely[is_asked], without)
+    return (likelihood - contrast.mean()) / 2
+
+
+def _pad(prompts: Sequence[list[int]], rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
+    import torch
+
+    ids = [[*prompt, *row["response_ids"]] for prompt, row in zip(prompts, rows, strict=True)]
+    width = max(map(len, ids))
+    inputs = torch.tensor([[*one, *[0] * (width - len(one))] for one in ids])
+    labels = torch.tensor(
+        [
+            [*[-100] * len(prompt), *row["response_ids"], *[-100] * (width - len(prompt) - len(row["response_ids"]))]
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+    )
+    mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in ids])
+    return {"input_ids": inputs, "attention_mask": mask}, labels
+
+
+def run_floor(args: argparse.Namespace) -> dict[str, Any]:
+    from peft import get_peft_model
+
+    from cutlm.collator import CutCollator
+
+    tokenizer, records, model = _load(args)
+    rows = _encode(args, tokenizer, records)
+    batches = [CutCollator()(rows[start : start + args.batch_size]) for start in range(0, len(rows), args.batch_size)]
+    return _time_loop(args, get_peft_model(model, _make_adapter()), batches, find_floor)
+
+
+def find_floor(model: Any, batch: dict[str, Any]) -> Any:
+    """A number of no meaning that depends on every response position, at the least cost."""
+    import torch
+
+    inner = model.get_base_model()
+    weight = inner.lm_head.weight
+    states = []
+    for ids, length in zip(batch["input_ids"].split(batch["sequence_lengths"]), batch["response_lengths"], strict=True):
+        states.append(inner.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, -length:])
+    hidden = torch.cat(states)
+    with torch.no_grad():
+        slopes = torch.cat([(part @ weight.T) @ weight for part in hidden.split(512)])
+    return (hidden * slopes).sum() * 1e-6
+
+
+def run_dpo(args: argparse.Namespace) -> dict[str, Any]:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer, records, model = _load(args)
+    rows = _make_completions(args, tokenizer, records)
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["completion"][::-1]} for row in rows
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(**_settings(args, folder), gradient_checkpointing=False, max_length=None)
+        trainer = DPOTrainer(
+            model,
+            args=config,
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=tokenizer,
+            peft_config=_make_adapter(),
+        )
+        return _time_trainer(trainer)
+
+
+def run_sft(args: argparse.Namespace) -> dict[str, Any]:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer, records, model = _load(args)
+    rows = _make_completions(args, tokenizer, records)
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            **_settings(args, folder), gradient_checkpointing=False, max_length=None, completion_only_loss=True
+        )
+        trainer = SFTTrainer(
+            model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=_make_adapter(),
+        )
+        return _time_trainer(trainer)
+
+
+def _make_completions(
+    args: argparse.Namespace, tokenizer: Any, records: Sequence[dict[str, Any]]
+) -> list[dict[str, str]]:
+    from cutlm.prompts import render_alpaca_prompt, render_chat_prompt
+
+    rows = []
+    for record in records:
+        instruction = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
+        if args.template == "alpaca":
+            prompt = render_alpaca_prompt(instruction)
+        else:
+            prompt = render_chat_prompt(tokenizer, instruction)
+        rows.append({"prompt": prompt.text, "completion": record["output"]})
+    return rows
+
+
+RUNS = {
+    "released": run_released,
+    "cutlm": run_cutlm,
+    "frozen": run_frozen,
+    "floor": run_floor,
+    "dpo": run_dpo,
+    "sft": run_sft,
+}
+
+if __name__ == "__main__":
+    main()
