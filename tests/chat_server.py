@@ -3,10 +3,14 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
 
 CANARY = "sk-canary-0123456789"
 Fault = Callable[["Handler", int], bool]
@@ -68,6 +72,28 @@ class ChatServer(ThreadingHTTPServer):
         pass  # clients that hang up are what some tests are about
 
 
+class ModelServer(ChatServer):
+    """Speaks vLLM's protocol with a real model behind it."""
+
+    def __init__(self, model: Path) -> None:
+        super().__init__()
+        self.url = self.url.removesuffix("/v1")
+        self.model = AutoModelForCausalLM.from_pretrained(model).eval()
+
+    def respond(self, request: dict[str, Any]) -> dict[str, Any]:
+        ids = request["prompt"]
+        assert request["max_tokens"] == 1
+        assert request["prompt_logprobs"] == 0
+        with self.lock, torch.no_grad():
+            logps = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        entries: list[Any] = [None]
+        for place, index in enumerate(ids[1:]):
+            own = {"logprob": float(logps[place, index]), "rank": 1, "decoded_token": "?"}
+            entries.append({str(index): own})
+        choice = {"index": 0, "text": "a", "logprobs": None, "finish_reason": "length", "prompt_logprobs": entries}
+        return {"id": "cmpl-1", "object": "text_completion", "model": request["model"], "choices": [choice]}
+
+
 def make_completion(text: str | None, finish_reason: str = "stop", total_tokens: int | None = 100) -> dict[str, Any]:
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
@@ -84,6 +110,16 @@ def running(server: ChatServer) -> Iterator[ChatServer]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+def stream_events(handler: Handler, events: Sequence[Any]) -> None:
+    """Answers by server-sent events, each as JSON or, a text, as it is; then hangs up."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "text/event-stream")
+    handler.end_headers()
+    for event in events:
+        handler.wfile.write(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode())
+    handler.close_connection = True
 
 
 # Which requests, by their number, go wrong below.

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from chat_server import CANARY, PASSING, ChatServer, Handler, running
+from chat_server import CANARY, PASSING, Handler, ModelServer, running
 from tiny import save_tiny_model
-from transformers import AutoModelForCausalLM
 
 import cutlm.posting as posting
 from cutlm.asking import Server
@@ -41,28 +39,6 @@ posting.FIRST_WAIT = 0.01
 from cutlm.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-
-
-class ModelServer(ChatServer):
-    """Speaks vLLM's protocol with a real model behind it."""
-
-    def __init__(self, model: Path) -> None:
-        super().__init__()
-        self.url = self.url.removesuffix("/v1")
-        self.model = AutoModelForCausalLM.from_pretrained(model).eval()
-
-    def respond(self, request: dict[str, Any]) -> dict[str, Any]:
-        ids = request["prompt"]
-        assert request["max_tokens"] == 1
-        assert request["prompt_logprobs"] == 0
-        with self.lock, torch.no_grad():
-            logps = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        entries: list[Any] = [None]
-        for place, index in enumerate(ids[1:]):
-            own = {"logprob": float(logps[place, index]), "rank": 1, "decoded_token": "?"}
-            entries.append({str(index): own})
-        choice = {"index": 0, "text": "a", "logprobs": None, "finish_reason": "length", "prompt_logprobs": entries}
-        return {"id": "cmpl-1", "object": "text_completion", "model": request["model"], "choices": [choice]}
 
 
 @pytest.fixture(scope="module")

@@ -169,6 +169,28 @@ def blame_file(
     return counts
 
 
+def blame_record(
+    record: JudgedRecord, encoder: Encoder, score: Scorer, settings: BlameSettings, detector: str
+) -> tuple[TokenScores, bool]:
+    """Scores one record, and writes nothing down.
+
+    Returns:
+        Its token scores, and whether a prompt was cut from the left to fit.
+
+    Raises:
+        DataError: The response leaves no room for a prompt.
+        UserError: The scorer's.
+    """
+    counts = BlameCounts()
+    (row,), _ = _encode([record], ["the response"], encoder, settings, counts)
+    with closing(score([row], ())) as batches:
+        ((_, without, judged),) = (scored for batch in batches for scored in batch)
+    logps = _round(without)
+    assert logps is not None
+    scores = make_scores(record, row["response_ids"], logps, _round(judged), encoder, settings, detector)
+    return scores, counts.num_cut > 0
+
+
 def describe_run(
     records: Sequence[JudgedRecord],
     encoder: Encoder,

@@ -17,6 +17,7 @@ from cutlm.prompts import (
     TemplateName,
     build_alpaca_chat_template,
     render_alpaca_prompt,
+    render_chat_conversation,
     render_chat_prompt,
     render_chat_refinement_prompt,
     render_refinement_prompt,
@@ -127,15 +128,25 @@ class Encoder:
             return self._encode_prompt(render_refinement_prompt(instruction, response, judgment))
         return self._encode_prompt(render_chat_refinement_prompt(self.tokenizer, instruction, response, judgment))
 
+    def encode_conversation(self, texts: Sequence[str]) -> list[int]:
+        """Token ids of a conversation in the tokenizer's chat template, as they are fed to the model when it generates.
+
+        Args:
+            texts: What was said, by the user and the model in turn; the last is the user's. Special tokens that any of
+                them spells out are plain text.
+        """
+        assert self.template == "chat", "the alpaca prompt has no turns"
+        return self._split(*render_chat_conversation(self.tokenizer, texts))
+
     def _encode_prompt(self, prompt: Prompt) -> list[int]:
         if self.template == "alpaca":
             return self._leading_ids + self._split(prompt.text)
         # A chat template writes its own beginning-of-sequence.
-        return self._split(prompt.text, (prompt.content_start, prompt.content_end))
+        return self._split(prompt.text, [(prompt.content_start, prompt.content_end)])
 
     def encode_response(self, response: str) -> list[int]:
         """Token ids of a response as the continuation of any prompt of this template, end-of-sequence included."""
-        joint = self._split(self._tail + response, (len(self._tail), len(self._tail) + len(response)))
+        joint = self._split(self._tail + response, [(len(self._tail), len(self._tail) + len(response))])
         num_tail = len(self._tail_ids)
         if joint[:num_tail] == self._tail_ids:
             ids = joint[num_tail:]
@@ -228,19 +239,18 @@ class Encoder:
                 return template
         return None
 
-    def _split(self, text: str, user_span: tuple[int, int] | None = None) -> list[int]:
+    def _split(self, text: str, plain_spans: Sequence[tuple[int, int]] = ()) -> list[int]:
         """Splits text into token ids, adding nothing.
 
         Args:
             text: The text.
-            user_span: Characters written by a user. Under "chat", special tokens count as such outside of it and as
-                plain text inside; under "alpaca" nothing is a special token.
+            plain_spans: Characters written by a user or a model, in order. Under "chat", special tokens count as such
+                outside of them and as plain text inside; under "alpaca" nothing is a special token.
         """
         if self.template == "alpaca":
             return self._split_plain(text)
-        start, end = user_span or (0, 0)
         if not self.tokenizer.is_fast:
-            if any(token in text[start:end] for token in self._special_tokens):
+            if any(token in text[start:end] for token in self._special_tokens for start, end in plain_spans):
                 raise ConfigError(
                     "template: chat: a text spells out a special token, which only a fast tokenizer can keep plain;"
                     " use the model's fast tokenizer, or template: alpaca"
@@ -249,19 +259,31 @@ class Encoder:
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
         places = [place for place, index in enumerate(ids) if self._is_special(index, text, offsets[place])]
-        if not any(offsets[place][0] < end and offsets[place][1] > start for place in places):
-            return ids
-        # All from the template's last special token before the user's text to its first one after it is plain text.
-        before = max((place for place in places if offsets[place][1] <= start), default=None)
-        after = min((place for place in places if offsets[place][0] >= end), default=None)
-        left = 0 if before is None else offsets[before][1]
-        right = len(text) if after is None else offsets[after][0]
-        is_first = before is None or self._starts_afresh_after_special
-        return [
-            *ids[: 0 if before is None else before + 1],
-            *(self._split_plain(text[left:right]) if is_first else self._continue_plain(text[left:right])),
-            *ids[len(ids) if after is None else after :],
-        ]
+        spelled = {
+            place: (start, end)
+            for place in places
+            for start, end in plain_spans
+            if offsets[place][0] < end and offsets[place][1] > start
+        }
+        # All from the template's last special token before such a text to its first one after it is plain text.
+        frame = [place for place in places if place not in spelled]
+        regions = {
+            (
+                max((place + 1 for place in frame if offsets[place][1] <= start), default=0),
+                min((place for place in frame if offsets[place][0] >= end), default=len(ids)),
+            )
+            for start, end in spelled.values()
+        }
+        split: list[int] = []
+        reached = 0
+        for first, last in sorted(regions):
+            left = offsets[first - 1][1] if first else 0
+            right = offsets[last][0] if last < len(ids) else len(text)
+            is_fresh = not first or self._starts_afresh_after_special
+            plain = self._split_plain(text[left:right]) if is_fresh else self._continue_plain(text[left:right])
+            split += [*ids[reached:first], *plain]
+            reached = last
+        return [*split, *ids[reached:]]
 
     def _is_special(self, index: int, text: str, span: tuple[int, int]) -> bool:
         """Whether a token is an order to the model: a special one, the unknown one only where it is spelled out."""

@@ -272,8 +272,13 @@ def generate_batches(
 
 def choose_max_new_tokens(model: nn.Module) -> int:
     """2048 as in the paper, or half of the model's context where that is less."""
-    limit = getattr(unwrap_peft(model).config.get_text_config(), "max_position_embeddings", None)
+    limit = find_context_limit(model)
     return 2048 if limit is None else max(1, min(2048, limit // 2))
+
+
+def find_context_limit(model: nn.Module) -> int | None:
+    """The most tokens that a model can read; None where it does not say."""
+    return getattr(unwrap_peft(model).config.get_text_config(), "max_position_embeddings", None)
 
 
 def find_room(model: nn.Module, max_new_tokens: int) -> int | None:
@@ -282,7 +287,7 @@ def find_room(model: nn.Module, max_new_tokens: int) -> int | None:
     Raises:
         UserError: There is no room.
     """
-    limit = getattr(unwrap_peft(model).config.get_text_config(), "max_position_embeddings", None)
+    limit = find_context_limit(model)
     if limit is not None and limit <= max_new_tokens:
         raise UserError(f"max_new_tokens: expected fewer than the model's context of {limit}, got {max_new_tokens}")
     return None if limit is None else limit - max_new_tokens
@@ -303,22 +308,8 @@ def _generate_batch(
 ) -> list[tuple[str, bool]]:
     device = unwrap_peft(model).device
     width = max(map(len, prompts))
-    end_ids = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))}
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    is_sampled = sampling.temperature > 0
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=is_sampled,
-        temperature=sampling.temperature if is_sampled else None,
-        top_p=sampling.top_p if is_sampled else None,
-        top_k=0 if is_sampled else None,
-        # What is not said here is taken from the model's own settings: greedy would not be greedy.
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=sorted(end_ids),
-        pad_token_id=pad_id,
-    )
+    config = make_generation_config(model, tokenizer, sampling)
+    end_ids, pad_id = config.eos_token_id, config.pad_token_id
     output = model.generate(
         input_ids=torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=device),
         attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
@@ -330,6 +321,25 @@ def _generate_batch(
         text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
         results.append((text, length is None and len(ids) >= sampling.max_new_tokens))
     return results
+
+
+def make_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
+    """How a model draws, with nothing left to its own settings but further end-of-sequence tokens."""
+    end_ids = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))}
+    is_sampled = sampling.temperature > 0
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=is_sampled,
+        temperature=sampling.temperature if is_sampled else None,
+        top_p=sampling.top_p if is_sampled else None,
+        top_k=0 if is_sampled else None,
+        # What is not said here is taken from the model's own settings: greedy would not be greedy.
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=sorted(end_ids),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
 
 
 def _as_list(value: Any) -> list[int]:

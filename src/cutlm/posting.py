@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Generator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -124,34 +125,73 @@ def post_json(
         Unreachable: All attempts failed.
         Stopped: `stop` was set.
     """
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    body = json.dumps(request).encode()
-    opener = urllib.request.build_opener(_NoRedirect)
     reason = ""
     for attempt in range(max_retries + 1):
         wait = choose_wait(attempt)
         try:
-            with opener.open(urllib.request.Request(url, body, headers, method="POST"), timeout=timeout) as answer:
+            with _open(url, request, key, timeout) as answer:
                 return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            said = _read_message(error, key)
-            if not is_passing(error.code):
-                raise Refused(error.code, said) from None
-            reason = f"the server answered {error.code}{f' ({said})' if said else ''}"
-            wait = choose_wait(attempt, error.headers.get("Retry-After"))
-        except (TimeoutError, urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            cause = error.reason if isinstance(error, urllib.error.URLError) else error
-            if isinstance(cause, ssl.SSLCertVerificationError):
-                raise Refused(0, "its certificate cannot be verified") from None
-            is_late = isinstance(cause, TimeoutError)
-            reason = f"no answer within {timeout:g} seconds" if is_late else f"no answer ({_describe(cause)})"
+        except (OSError, http.client.HTTPException) as error:
+            reason = _explain(error, key, timeout)
+            if isinstance(error, urllib.error.HTTPError):
+                wait = choose_wait(attempt, error.headers.get("Retry-After"))
         except (ValueError, RecursionError):
             reason = "the server's answer is not JSON"
         if stop.is_set() or (attempt < max_retries and stop.wait(wait)):
             raise Stopped
     raise Unreachable(f"{reason}, after {max_retries + 1} attempts")
+
+
+def post_for_events(url: str, request: Any, *, key: str | None, timeout: float) -> Generator[str, None, None]:
+    """Posts JSON once, and yields the data of each server-sent event of the answer as it comes.
+
+    Args:
+        url: Where to.
+        request: What to send.
+        key: Sent as a bearer token.
+        timeout: Seconds without a byte after which the answer is given up.
+
+    Raises:
+        Refused: The server answered with a status that another attempt would not change.
+        Unreachable: No answer, or no more of it.
+    """
+    try:
+        with _open(url, request, key, timeout) as answer:
+            for line in answer:
+                name, _, data = line.partition(b":")
+                if name == b"data":
+                    yield data.decode("utf-8", "replace").strip()
+    except (OSError, http.client.HTTPException) as error:
+        raise Unreachable(_explain(error, key, timeout)) from None
+
+
+def _open(url: str, request: Any, key: str | None, timeout: float) -> Any:
+    headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    opener = urllib.request.build_opener(_NoRedirect)
+    return opener.open(
+        urllib.request.Request(url, json.dumps(request).encode(), headers, method="POST"), timeout=timeout
+    )
+
+
+def _explain(error: OSError | http.client.HTTPException, key: str | None, timeout: float) -> str:
+    """Why there was no answer, where another attempt may have one.
+
+    Raises:
+        Refused: It will not.
+    """
+    if isinstance(error, urllib.error.HTTPError):
+        said = _read_message(error, key)
+        if not is_passing(error.code):
+            raise Refused(error.code, said) from None
+        return f"the server answered {error.code}{f' ({said})' if said else ''}"
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        raise Refused(0, "its certificate cannot be verified") from None
+    if isinstance(cause, TimeoutError):
+        return f"no answer within {timeout:g} seconds"
+    return f"no answer ({_describe(cause)})"
 
 
 def _describe(cause: Any) -> str:

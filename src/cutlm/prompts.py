@@ -4,6 +4,7 @@ Two templates: `alpaca`, the text of the paper and its released code, and `chat`
 Turning the text into token ids is left to `cutlm.encoding`.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cutlm.errors import ConfigError
@@ -36,7 +37,7 @@ _ALPACA_DRAFT = "\n\n### Draft:\n"
 _CHAT_JUDGMENT = "\n\nWrite a response that this judgment fits:\n"
 _CHAT_DRAFT, _CHAT_OBJECTION = "\n\nA draft of the response:\n", "\n\nWhat was said about the draft:\n"
 _CHAT_REFINE = "\n\nWrite an improved response, and nothing else."
-_STAND_IN = "[the text of the user]"
+_STAND_IN = "[text {} of the conversation]"
 
 
 class Prompt(NamedTuple):
@@ -85,23 +86,57 @@ def render_chat_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str, j
         ConfigError: The tokenizer has no chat template, or its template does not show the user's text as it is.
     """
     content = instruction if judgment is None else instruction + _CHAT_JUDGMENT + judgment
-    text = _apply_chat_template(tokenizer, content)
-    # Where the user's text stands is read off a rendering of a stand-in: a short instruction may well occur in the
-    # template's own words, and some templates trim what they are given.
-    start, _, end = _apply_chat_template(tokenizer, _STAND_IN).partition(_STAND_IN)
-    if text not in (start + content + end, start + content.strip() + end):
-        raise ConfigError("template: chat: the tokenizer's chat template changes the user's text; use template: alpaca")
-    return Prompt(text, len(start), len(text) - len(end))
+    text, [(start, end)] = render_chat_conversation(tokenizer, [content])
+    return Prompt(text, start, end)
 
 
-def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", content: str) -> str:
+def render_chat_conversation(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]
+) -> tuple[str, list[tuple[int, int]]]:
+    """Renders the turns of a conversation, and the opening of the assistant's next one.
+
+    Args:
+        tokenizer: With a chat template.
+        texts: What was said, by the user and the assistant in turn; the first and the last are the user's.
+
+    Returns:
+        The text, and where each of `texts` stands in it: [start, end). Of what the assistant said a template may leave
+        out a part, such as its thoughts.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template, or its template does not show the user's texts as they are.
+    """
+    # Where a text stands is read off a rendering of stand-ins: a short one may well occur in the template's own words,
+    # and some templates trim what they are given.
+    stand_ins = [_STAND_IN.format(place) for place in range(len(texts))]
+    frame = _apply_chat_template(tokenizer, stand_ins)
+    whole, spans = "", []
+    for place, text in enumerate(texts):
+        rendered = _apply_chat_template(tokenizer, [*stand_ins[:place], text, *stand_ins[place + 1 :]])
+        before, _, after = frame.partition(stand_ins[place])
+        shown = rendered[len(before) : len(rendered) - len(after)]
+        is_own = place % 2 == 1 or shown in (text, text.strip())
+        if stand_ins[place] not in frame or before + shown + after != rendered or not is_own:
+            raise ConfigError(
+                "template: chat: the tokenizer's chat template changes the user's text; use template: alpaca"
+            )
+        whole += before[before.rfind(stand_ins[place - 1]) + len(stand_ins[place - 1]) :] if place else before
+        spans.append((len(whole), len(whole) + len(shown)))
+        whole += shown
+    return whole + after, spans
+
+
+def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", contents: Sequence[str]) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             f"template: chat: the tokenizer {tokenizer.name_or_path!r} has no chat template; use template: alpaca, or"
             " a tokenizer with one"
         )
+    roles = ("user", "assistant")
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        [{"role": roles[place % 2], "content": content} for place, content in enumerate(contents)],
+        tokenize=False,
+        add_generation_prompt=True,
     )
     assert isinstance(text, str)
     return text

@@ -45,6 +45,7 @@ def add_answering_arguments(parser: argparse.ArgumentParser) -> None:
         help='what the responses shall deserve to be told, such as "Perfect.": for models that learned from hindsight',
     )
     add_sampling_arguments(parser)
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time (default: 16)")
     server = parser.add_argument_group("a model on a server")
     server.add_argument(
         "--server", metavar="URL", help="address of an OpenAI-compatible server; --model is its name there"
@@ -62,7 +63,6 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="total probability to draw from (default: 1)")
     parser.add_argument("--seed", type=int, default=42, help="of the random numbers (default: 42)")
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time (default: 16)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
 

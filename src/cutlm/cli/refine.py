@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--template", choices=("alpaca", "chat"), default="alpaca", help="as in training (default: alpaca)"
     )
     add_sampling_arguments(parser)
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time (default: 16)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
 
 

@@ -1,4 +1,4 @@
-"""What an online run prints as it goes: a line for each stage, responses with their blamed tokens marked, tables.
+"""What is printed of runs and chats: a line for each stage, responses with their blamed tokens marked, tables.
 
 In colour to a terminal, unless NO_COLOR is set; elsewhere in plain text, with brackets for marks. Whatever a model
 wrote is printed in characters that do nothing to a terminal. Every figure is handed in.
@@ -52,6 +52,18 @@ class Terminal:
         """Prints a line as it is, however long, such as a path or a command."""
         _print(make_printable(text))
 
+    def print_piece(self, text: str) -> None:
+        """Prints a part of a text, its line breaks as they are."""
+        print(make_printable(text, keep="\n\t"), end="", flush=True)
+
+    def print_marked(self, scores: TokenScores) -> None:
+        """Prints a response, its line breaks as they are, its blamed tokens marked."""
+        shown = ""
+        for text, style in _mark(scores):
+            for part in re.findall(r"\s+|\S+", make_printable(text, keep="\n\t")):
+                shown += part if part.isspace() else self._mark_word(part, style)
+        _print(shown)
+
     def print_heading(self, text: str) -> None:
         """Prints a heading, after an empty line."""
         _print(f"\n{self._paint(make_printable(text), _BOLD)}")
@@ -88,6 +100,11 @@ class Terminal:
             line = f"  {row[0]:<{first}}" + "".join(f"{cell:>8}" for cell in row[1:])
             _print(self._paint(line, _DIM if number == 0 else _BOLD if number == len(rows) else ""))
 
+    def _mark_word(self, word: str, style: str) -> str:
+        if not style:
+            return word
+        return self._paint(word, style) if self._has_colour else f"[{word}]"
+
     def _wrap(self, runs: Sequence[tuple[str, str]], width: int) -> list[str]:
         """Breaks text at spaces; of each run the style is painted, or put into brackets, word by word."""
         words: list[tuple[int, str]] = [(0, "")]  # how wide, and what to print
@@ -96,7 +113,7 @@ class Terminal:
                 if part == " ":
                     words.append((0, ""))
                     continue
-                shown = part if not style else self._paint(part, style) if self._has_colour else f"[{part}]"
+                shown = self._mark_word(part, style)
                 length = len(part) if self._has_colour else len(shown)
                 words[-1] = (words[-1][0] + length, words[-1][1] + shown)
         lines: list[str] = []
@@ -124,9 +141,12 @@ def _mark(scores: TokenScores) -> Iterator[tuple[str, str]]:
     yield run, _RED if is_run_blamed else ""
 
 
-def make_printable(text: str) -> str:
-    """Text in characters that a terminal shows and does not obey; others as escapes."""
-    shown = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+def make_printable(text: str, keep: str = "") -> str:
+    """Text in characters that a terminal shows and does not obey; others as escapes, but for those of `keep`."""
+    shown = "".join(
+        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
     encoding = sys.stdout.encoding or "utf-8"
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
