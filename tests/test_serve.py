@@ -1,7 +1,9 @@
 """Judging, generating and the loop with a real server: transformers' own, with tiny models, on this machine."""
 
+import io
 import json
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +67,23 @@ def test_a_real_server_answers_as_the_model_at_hand(url: str, model: Path, tmp_p
     assert main([*shared, "--device", "cpu", "--out", str(local)]) == 0
     assert served.read_bytes() == local.read_bytes()
     assert len({row["output"] for row in json.loads(served.read_text("utf-8"))}) > 1
+
+
+def test_a_real_server_chats_as_the_model_at_hand(
+    url: str, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = ["chat", "--model", str(model), "--max_new_tokens", "12"]
+    texts = []
+    for options in (["--server", url], ["--device", "cpu"]):
+        lines = io.BytesIO(b"Name a city.\n/reset\nName another.\n")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, encoding="utf-8"))
+        assert main([*shared, *options]) == 0
+        printed = capsys.readouterr()
+        assert printed.err.count("-- stopped at 12 tokens (--max_new_tokens); what is there is kept") == 2
+        # Half a character at the end, where the answer was stopped, is shown by the one and not by the other.
+        texts.append([line.rstrip("\N{REPLACEMENT CHARACTER}") for line in printed.out.splitlines()])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == 2
 
 
 def test_the_loop_has_a_real_server_answer_and_each_iteration_has_its_own(

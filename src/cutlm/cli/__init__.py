@@ -30,6 +30,7 @@ COMMANDS = {
     "eval": "measure a model: AlpacaEval, benchmarks, ROUGE, detection of wrong tokens",
     "blame": "find the tokens that a judgment blames, by a frozen model",
     "inspect": "make a page of token scores, to be looked at in a browser",
+    "chat": "talk to a model, see what a judgment blames in its answers, collect records",
 }
 
 # What a user can mend about a path or a disk.

@@ -1,0 +1,315 @@
+"""A chat: messages and commands in, answers and remarks out.
+
+Answers, and what was asked for by a command, go to standard output; remarks and problems to the other stream. What a
+model wrote is printed in characters that do nothing to a terminal.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from cutlm.chatting.conversation import Conversation, Turn, append_record
+from cutlm.chatting.lines import Message, read_message
+from cutlm.errors import UserError
+from cutlm.prompts import TEMPLATES, TemplateName
+from cutlm.records import JudgedRecord, is_praise
+from cutlm.report.pieces import compute_ratios
+from cutlm.report.terminal import Terminal, make_printable
+from cutlm.token_scores import TokenScores
+
+MAX_TOKENS_LISTED = 20
+_HELP = (
+    ("/judge TEXT", "what this judgment would blame in the last answer; Perfect. where nothing is wrong"),
+    ("/save FILE", "append the last exchange and its judgment to a file of records"),
+    ("/reset", "begin a new conversation"),
+    ("/template [NAME]", f"how the model is prompted, or prompt it by {' or '.join(TEMPLATES)}"),
+    ("/help", "this list"),
+    ("/quit", "leave; so does Ctrl-D"),
+)
+_HELP_NOTES = (
+    "A line that ends in \\ goes on in the next one; a text of many lines can stand in triple quotes.",
+    "Ctrl-C stops an answer.",
+)
+
+
+class Engine(Protocol):
+    """Who answers.
+
+    Attributes:
+        template: How it is prompted; None where the server sees to that.
+        max_new_tokens: Where an answer is stopped at the latest.
+    """
+
+    template: TemplateName | None
+    max_new_tokens: int
+
+    def set_template(self, name: TemplateName) -> None:
+        """Prompts by another template from now on.
+
+        Raises:
+            UserError: There is none such, or nothing to prompt by.
+        """
+
+    def prepare(self, texts: Sequence[str]) -> tuple[Any, int]:
+        """Makes a prompt.
+
+        Args:
+            texts: What was said, by the user and the model in turn; the last is the user's.
+
+        Returns:
+            The prompt, and the number of oldest turns that were left out for it to fit.
+
+        Raises:
+            UserError: The last message alone does not fit, or the template cannot show it.
+        """
+
+    def answer(self, prompt: Any, seed_offset: int, show: Callable[[str], None]) -> bool:
+        """Has the model answer.
+
+        Args:
+            prompt: As made by `prepare`.
+            seed_offset: Added to the seed, so that the same question may have another answer.
+            show: Gets the answer piece by piece.
+
+        Returns:
+            Whether the answer came to an end by itself.
+
+        Raises:
+            UserError: There is no answer, or no more of it.
+            KeyboardInterrupt: It was stopped.
+        """
+
+    def blame(self, record: JudgedRecord) -> tuple[TokenScores, bool]:
+        """Scores a record as `cutlm blame` does.
+
+        Returns:
+            Its token scores, and whether a prompt was cut from the left to fit.
+
+        Raises:
+            UserError: It cannot be scored.
+        """
+
+
+class Session:
+    """A chat with one model.
+
+    Args:
+        engine: Who answers.
+
+    Attributes:
+        conversation: What the model is shown.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.conversation = Conversation()
+        self._engine = engine
+        self._terminal = Terminal()
+        self._num_answers = 0
+        self._knows_of_turns = False
+
+    def run(self, read_line: Callable[[str], str], *, is_interactive: bool) -> None:
+        """Reads messages and commands until none is left.
+
+        Args:
+            read_line: Shows a prompt and returns a line; raises EOFError at the end.
+            is_interactive: Whether a person types. Ctrl-C then stops what is under way, and the chat goes on.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, where nobody types.
+        """
+        while True:
+            is_reading = True
+            try:
+                message = read_message(read_line)
+                is_reading = False
+                if not self.handle(message):
+                    return
+            except EOFError:
+                if is_interactive:
+                    print(flush=True)
+                return
+            except KeyboardInterrupt as interrupt:
+                if not is_interactive:
+                    raise
+                print(file=sys.stderr)
+                remark("Ctrl-D or /quit leaves" if is_reading else str(interrupt) or "stopped")
+            except UserError as error:
+                remark(str(error))
+
+    def handle(self, message: Message) -> bool:
+        """Does what was entered; False to leave.
+
+        Raises:
+            UserError: It cannot be done. The chat can go on.
+            KeyboardInterrupt: It was stopped.
+        """
+        text = message.text
+        if not text:
+            return True
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("expected UTF-8 text, got other bytes; nothing was sent") from None
+        if message.is_quoted or not text.startswith("/"):
+            self._say(text)
+            return True
+        name, *rest = text.split(maxsplit=1)
+        argument = rest[0].strip() if rest else ""
+        commands = {"judge": self._judge, "save": self._save, "template": self._choose_template}
+        if name[1:] in commands:
+            commands[name[1:]](argument)
+        elif name in ("/reset", "/help", "/quit"):
+            if argument:
+                raise UserError(f"{name}: expected nothing after it, got {argument!r}")
+            if name == "/quit":
+                return False
+            self._reset() if name == "/reset" else print_help()
+        else:
+            raise UserError(
+                f"{name}: no such command; /help lists them, and a message that begins with / can stand in triple"
+                " quotes"
+            )
+        return True
+
+    def _say(self, text: str) -> None:
+        if self._engine.template == "alpaca" and self.conversation.turns:
+            if not self._knows_of_turns:
+                remark("the alpaca prompt has no turns: each message stands alone, the model sees none before it")
+                self._knows_of_turns = True
+            self.conversation = Conversation()
+        prompt, num_dropped = self._engine.prepare(self.conversation.list_texts(text))
+        if num_dropped:
+            turns = "1 turn" if num_dropped == 1 else f"{num_dropped} turns"
+            remark(f"the conversation is too long for the model's context: the oldest {turns} left out from now on")
+            del self.conversation.turns[:num_dropped]
+        pieces: list[str] = []
+
+        def show(piece: str) -> None:
+            pieces.append(piece)
+            self._terminal.print_piece(piece)
+
+        problem, is_ended = "", False
+        try:
+            is_ended = self._engine.answer(prompt, self._num_answers, show)
+            if not is_ended:
+                problem = f"stopped at {self._engine.max_new_tokens} tokens (--max_new_tokens)"
+        except UserError as error:
+            problem = str(error)
+        except KeyboardInterrupt:
+            self._keep(text, pieces, is_ended=False)
+            raise KeyboardInterrupt(f"stopped; {_tell_rest(pieces)}") from None
+        self._keep(text, pieces, is_ended)
+        self._num_answers += 1
+        if pieces:
+            print(flush=True)
+        if problem:
+            remark(f"{problem}; {_tell_rest(pieces)}")
+        elif not pieces:
+            remark("the answer is empty")
+
+    def _keep(self, text: str, pieces: Sequence[str], is_ended: bool) -> None:
+        # Half characters are put together, where a server cut one in two.
+        answer = "".join(pieces).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if answer or is_ended:
+            self.conversation.turns.append(Turn(text, answer, is_ended))
+
+    def _get_last(self, command: str) -> Turn:
+        if not self.conversation.turns:
+            raise UserError(f"{command}: there is no answer yet; say something first")
+        return self.conversation.turns[-1]
+
+    def _judge(self, judgment: str) -> None:
+        last = self._get_last("/judge")
+        if not judgment:
+            raise UserError(
+                "/judge: expected what is wrong with the last answer, or Perfect. where nothing is, got nothing"
+            )
+        record = self.conversation.make_record(judgment)
+        last.judgment = judgment
+        if is_praise(judgment):
+            remark('a judgment that begins with "Perfect" finds nothing wrong: no token is blamed')
+            return
+        try:
+            scores, is_cut = self._engine.blame(record)
+        except UserError as error:
+            raise UserError(f"{error}\nwhat this judgment blames cannot be shown; it is kept for /save") from None
+        if is_cut:
+            remark("a prompt was cut from the left to fit the model's context")
+        self._print_blame(scores if last.is_ended else _drop_end(scores))
+
+    def _print_blame(self, scores: TokenScores) -> None:
+        self._terminal.print_marked(scores)
+        print()
+        ratios = compute_ratios(scores)
+        assert ratios is not None
+        assert scores.logps_without is not None
+        assert scores.logps_with is not None
+        flagged = [place for place, is_flagged in enumerate(scores.is_flagged) if is_flagged]
+        shown = sorted(sorted(flagged, key=lambda place: -ratios[place])[:MAX_TOKENS_LISTED])
+        for place in shown:
+            is_end = place == len(ratios) - 1 and scores.spans[place] == (len(scores.record.output),) * 2
+            token = "<end>" if is_end else repr(scores.tokens[place])
+            without, judged = math.exp(scores.logps_without[place]), math.exp(scores.logps_with[place])
+            ratio = math.exp(min(ratios[place], 700.0))  # beyond this, no float
+            self._terminal.print_line(f"  {token:<20} {without:9.2g} to {judged:7.2g}   {ratio:9.3g} times as likely")
+        if len(shown) < len(flagged):
+            print(f"  and {len(flagged) - len(shown)} more, of smaller ratios")
+        print(
+            f"{len(flagged)} of {len(ratios)} tokens are more than {scores.threshold:g} times as likely with the"
+            " judgment",
+            flush=True,
+        )
+
+    def _save(self, name: str) -> None:
+        last = self._get_last("/save")
+        if not name:
+            raise UserError("/save: expected the name of a file of records, got nothing")
+        if last.judgment is None:
+            raise UserError("/save: the last answer has no judgment yet; give one by /judge TEXT, or /judge Perfect.")
+        path = Path(name).expanduser()
+        num_records = append_record(path, self.conversation.make_record(last.judgment))
+        remark(f"{path}: {num_records} record{'s' if num_records > 1 else ''}")
+        if not last.is_ended:
+            remark("the answer was stopped before its end; training takes it for a whole one")
+
+    def _reset(self) -> None:
+        self.conversation = Conversation()
+        remark("a new conversation")
+
+    def _choose_template(self, name: str) -> None:
+        if not name:
+            print(self._engine.template or "the server's own", flush=True)
+            return
+        if name not in TEMPLATES:
+            raise UserError(f"/template: expected {' or '.join(TEMPLATES)}, got {name!r}")
+        self._engine.set_template(name)
+        self._knows_of_turns = False
+        self._reset()
+
+
+def _tell_rest(pieces: Sequence[str]) -> str:
+    return "what is there is kept as the answer" if pieces else "there is no answer, and the message is taken back"
+
+
+def _drop_end(scores: TokenScores) -> TokenScores:
+    """Without the end-of-sequence, which a response that was stopped has not."""
+    names = ("token_ids", "tokens", "spans", "logps_without", "logps_with", "is_flagged", "weights")
+    return replace(scores, **{name: getattr(scores, name)[:-1] for name in names})
+
+
+def print_help() -> None:
+    """Prints the commands."""
+    for command, meaning in _HELP:
+        print(f"  {command:<18} {meaning}")
+    for note in _HELP_NOTES:
+        print(f"  {note}")
+    sys.stdout.flush()
+
+
+def remark(text: str) -> None:
+    """Says something beside the conversation."""
+    for line in text.splitlines():
+        print(f"-- {make_printable(line)}", file=sys.stderr, flush=True)
