@@ -155,7 +155,8 @@ def _ask(args: argparse.Namespace) -> _Compared | None:
     responses = read_responses(outputs)
     pairs, counts = _pair(args, responses, references)
     verdicts = ask_verdicts(pairs, annotator, server, folder / _CACHE)
-    print("\n".join(describe_verdicts(verdicts)))
+    for sentence in describe_verdicts(verdicts):
+        print(sentence)
     if verdicts.failures:
         print("start again with the same options to ask for these alone")
         return None
