@@ -18,7 +18,7 @@ from cutlm.encoding import Encoder
 from cutlm.errors import UserError
 from cutlm.generation import Sampling, find_context_limit, find_room, make_generation_config
 from cutlm.model import unwrap_peft
-from cutlm.passes import check_head
+from cutlm.probes import check_head
 from cutlm.prompts import TemplateName
 from cutlm.records import JudgedRecord
 from cutlm.scoring import check_rows, score_rows
