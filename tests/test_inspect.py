@@ -54,7 +54,11 @@ def make_rows(seed: int = 0) -> list[TokenScores]:
             judgment=judgment,
             wrong_spans=None if index in (1, 3) else ((4, 11),),  # type: ignore[arg-type]
         )
-        rows.append(flag(replace(scores, record=record), 1.1))
+        without, judged = (
+            None if logps is None else [round(logp, 6) for logp in logps]  # as `cutlm blame` writes them
+            for logps in (scores.logps_without, scores.logps_with)
+        )
+        rows.append(flag(replace(scores, record=record, logps_without=without, logps_with=judged), 1.1))
     return rows
 
 
@@ -238,7 +242,8 @@ def test_the_exact_figures_of_a_token_are_shown_on_hover_and_on_focus(browser, t
         "log p with\t-0.250000",
         "difference\t+3.250000",
         "times as likely\t25.7903",  # e^3.25
-        "flagged\tyes, weight 0.779",
+        "flagged\tyes",
+        "weight\t0.7788",
         "marked as wrong\tyes",
     ]
     with visit(browser, write(tmp_path, [scores])) as page:
@@ -261,7 +266,7 @@ def test_the_exact_figures_of_a_token_are_shown_on_hover_and_on_focus(browser, t
         assert "log p with\t-0.12345678" in page.inner_text("#tip")  # as many digits as the file has
         page.fill("#threshold", "2")
         page.hover("article .t >> nth=2")
-        assert "flagged\tyes, weight 0.884" in page.inner_text("#tip")  # e^-0.1235, at gamma 1
+        assert "weight\t0.88386" in page.inner_text("#tip")  # e^-0.12345678, at gamma 1
 
 
 # ---- Texts ----
@@ -428,8 +433,10 @@ def test_a_narrow_window_needs_no_sideways_scrolling(browser, tmp_path):
     for files in ([rows], [rows, make_rows(9)]):
         path = write(tmp_path, *files, unpaired=(0, 0)[: 2 * (len(files) - 1)])
         with visit(browser, path, viewport={"width": 340, "height": 700}) as page:
-            page.wait_for_selector("article .t")
+            page.locator("article .flagged").first.hover()
             assert page.evaluate("document.documentElement.scrollWidth") <= 340
+            tip = page.locator("#tip").evaluate("e => [e.scrollWidth, e.clientWidth]")
+            assert tip[0] <= tip[1]
 
 
 # ---- Size ----
@@ -524,6 +531,8 @@ def test_two_files_show_what_training_changed_token_by_token(browser, tmp_path):
         assert [cell.strip() for cell in rows[0] if cell.strip()] == ["before", "after", "change"]
         old, new = (scores[0].logps_without[1] for scores in (before, after))  # type: ignore[index]
         assert [float(cell) for cell in rows[1][1:]] == pytest.approx([old, new, new - old], abs=1e-6)
+        for line in rows[1:4]:
+            assert all(re.fullmatch(r"[+-]?\d+\.\d{6}", cell) for cell in line[1:]), line
         assert page.locator(".paired").count() == 2
         classes = article.locator(".response >> nth=2 >> .t").evaluate_all("all => all.map(e => e.className)")
         levels = {kind: sum(bool(re.search(rf"\b{kind}\d", name)) for name in classes) for kind in "pn"}

@@ -39,13 +39,11 @@ function appendText(parent, text, start = 0, end = text.length) {
 
 const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 const percent = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(1)}%` : "\u2013");
-const sign = (number, digits) => `${number > 0 ? "+" : ""}${show(number, digits)}`;
+const round = (number) => (Number(number.toFixed(6)) + 0).toFixed(6); // + 0: not -0
+const showChange = (number) => `${number > 0 ? "+" : ""}${round(number)}`;
 
-/** A number with its digits in the file: 6 after the point, or more where it has more. */
-function show(number, digits = 6) {
-  const short = (Number(number.toFixed(digits)) + 0).toFixed(digits); // + 0: not -0
-  return digits < 6 || Number(short) === number ? short : String(number);
-}
+/** A log-prob with its digits in the file: 6 after the point, or more where it has more. */
+const show = (logp) => (Number(round(logp)) === logp ? round(logp) : String(logp));
 
 // ---- A record ----
 
@@ -210,12 +208,15 @@ function describeToken(record, indices, place) {
     body.append(make("tr", "", make("th", "", name), ...cells));
   };
   const difference = (column) =>
-    hasChange && sides.every((side) => side[column]) ? sign(sides[1][column][place] - sides[0][column][place], 6) : "";
+    hasChange && sides.every((side) => side[column]) ? showChange(sides[1][column][place] - sides[0][column][place]) : "";
   row("log p without", sides.map((side) => side.without && show(side.without[place])), difference("without"));
   row("log p with", sides.map((side) => side.with && show(side.with[place])), difference("with"));
-  row("difference", sides.map((side) => side.ratios && sign(side.ratios[place], 6)), difference("ratios"));
+  row("difference", sides.map((side) => side.ratios && showChange(side.ratios[place])), difference("ratios"));
   row("times as likely", sides.map((side) => side.ratios && showFactor(side.ratios[place])), "");
-  row("flagged", sides.map((side) => describeFlag(record, side, place)), "");
+  row("flagged", sides.map((side) => (isFlagged(record, side, place) ? "yes" : "no")), "");
+  if (sides.some((side) => isFlagged(record, side, place))) {
+    row("weight", sides.map((side) => findWeight(record, side, place)), "");
+  }
   const [side] = sides;
   if (side.wrong) row("marked as wrong", [side.wrong.has(place) ? "yes" : "no"], "");
   const table = make("table", "", body);
@@ -231,10 +232,11 @@ function showFactor(ratio) {
   return factor >= 0.001 && factor < 10000 ? factor.toFixed(4) : factor.toExponential(3);
 }
 
-function describeFlag(record, side, place) {
-  if (!isFlagged(record, side, place)) return record.is_satisfactory ? "no: satisfactory" : "no";
+/** The weight of a flagged token (eq. 6), of the file or, at another threshold, from its numbers. */
+function findWeight(record, side, place) {
+  if (!isFlagged(record, side, place)) return null;
   const { unlikelihood_weight: alpha, gamma } = side.made;
   const isStored = state.threshold === null || !side.ratios;
   const weight = isStored ? side.weights[side.flagged.indexOf(place)] : alpha * Math.exp(gamma * side.with[place]);
-  return `yes, weight ${Number(weight.toPrecision(3))}`;
+  return String(Number(weight.toPrecision(6)));
 }
