@@ -4,6 +4,7 @@
 import fcntl
 import io
 import json
+import math
 import os
 import pty
 import re
@@ -68,7 +69,7 @@ def test_what_a_judgment_blames_is_what_blame_blames_of_the_saved_record(
     data, out = tmp_path / "records.jsonl", tmp_path / "scores.jsonl"
     talk(make_session(base), JAPAN, f"/judge {JUDGMENT}", f"/save {data}")
     printed = capsys.readouterr()
-    assert printed.out.startswith(f"{KYOTO}\nThe capital of Japan is [Kyoto].\n\n  ' Kyoto'")
+    assert printed.out.startswith(f"{KYOTO}\nThe capital of Japan is [Kyoto].\n\n  blamed token ")
     assert printed.err == f"-- {data}: 1 record\n"
     assert [json.loads(line) for line in data.read_text("utf-8").splitlines()] == [
         {"instruction": JAPAN, "output": KYOTO, "judgment": JUDGMENT}
@@ -84,8 +85,11 @@ def test_what_a_judgment_blames_is_what_blame_blames_of_the_saved_record(
     assert scores.logps_with is not None
     assert scores.logps_without is not None
     place = scores.is_flagged.index(True)
-    ratio = 2.718281828459045 ** (scores.logps_with[place] - scores.logps_without[place])
-    assert f"{ratio:9.3g} times as likely\n1 of {len(scores.tokens)} tokens are more than 1.1 times" in printed.out
+    without, judged = scores.logps_without[place], scores.logps_with[place]
+    row = ["Kyoto", *(f"{math.exp(value):.3g}" for value in (without, judged, judged - without))]
+    *_, listed, summary = printed.out.splitlines()
+    assert listed.split() == row
+    assert summary == f"1 of {len(scores.tokens)} tokens are more than 1.1 times as likely with the judgment"
 
 
 @pytest.mark.parametrize("praise", ["Perfect.", "perfect, thank you"])
@@ -119,7 +123,8 @@ def test_only_the_largest_ratios_are_listed_and_the_others_counted(
     session = make_session(tiny, "chat", max_new_tokens=100)
     talk(session, "Name a city.", "/judge It is wrong.")
     out = capsys.readouterr().out
-    listed = [float(number) for number in re.findall(r"(\S+) times as likely$", out, re.MULTILINE)]
+    _, _, table = out.partition("blamed token")
+    listed = [float(number) for number in re.findall(r"^  .* (\S+)$", table, re.MULTILINE) if number[0].isdigit()]
     (rest,) = re.findall(r"and (\d+) more, of smaller ratios", out)
     assert len(listed) == 20
     assert re.search(rf"^{20 + int(rest)} of \d+ tokens", out, re.MULTILINE)
@@ -310,7 +315,7 @@ def test_a_conversation_has_the_tokens_of_the_chat_template_and_no_others(kind: 
     assert re.sub(r"\s", "", "".join(spelled)) in re.sub(frame, "", decoded)
 
 
-def test_a_template_may_leave_out_thoughts_and_nothing_of_the_users(base: tuple[Any, Any]) -> None:
+def test_a_template_may_leave_out_thoughts_and_nothing_of_the_users() -> None:
     tokenizer = make_tokenizer("bpe", chat=True)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endfor %}assistant:"
@@ -322,6 +327,9 @@ def test_a_template_may_leave_out_thoughts_and_nothing_of_the_users(base: tuple[
         encoder.encode_conversation(["Hello.", "Hi!", "My </think> text."])
     tokenizer.chat_template = "{{ messages[-1].content }}"
     with pytest.raises(ConfigError, match="the tokenizer's chat template changes the user's text"):
+        Encoder(tokenizer, "chat").encode_conversation(["Hello.", "Hi!", "Bye."])
+    tokenizer.chat_template = "{{ messages[0].content if messages | length == 1 else raise_exception('One turn!') }}:"
+    with pytest.raises(ConfigError, match=r"does not take what was said \(One turn!\); use template: alpaca"):
         Encoder(tokenizer, "chat").encode_conversation(["Hello.", "Hi!", "Bye."])
 
 
@@ -454,7 +462,7 @@ def test_a_chat_in_a_terminal(terminal: Console, tmp_path: Path, capsys: pytest.
     terminal.send("wrong.\n")
     judged = terminal.wait_for(r"tokens are more than 1\.1 times as likely with the judgment\r\n> ")
     assert "\033[1;4;31m" in judged
-    assert re.search(r"\d times as likely\r\n", judged)
+    assert re.search(r"blamed token +without +with +ratio\r\n", judged)
     terminal.send(f"/save {tmp_path / 'records.jsonl'}\n")
     terminal.wait_for(r"records\.jsonl: 1 record\r\n(.*\r\n)?> ")
     terminal.send("half a line\x03")

@@ -7,6 +7,8 @@ Turning the text into token ids is left to `cutlm.encoding`.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from jinja2 import TemplateError
+
 from cutlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -133,11 +135,13 @@ def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", contents: Sequenc
             " a tokenizer with one"
         )
     roles = ("user", "assistant")
-    text = tokenizer.apply_chat_template(
-        [{"role": roles[place % 2], "content": content} for place, content in enumerate(contents)],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
+    messages = [{"role": roles[place % 2], "content": content} for place, content in enumerate(contents)]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ConfigError(
+            f"template: chat: the tokenizer's chat template does not take what was said ({error}); use template: alpaca"
+        ) from None
     assert isinstance(text, str)
     return text
 

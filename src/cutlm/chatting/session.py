@@ -248,15 +248,16 @@ class Session:
         assert scores.logps_without is not None
         assert scores.logps_with is not None
         flagged = [place for place, is_flagged in enumerate(scores.is_flagged) if is_flagged]
-        shown = sorted(sorted(flagged, key=lambda place: -ratios[place])[:MAX_TOKENS_LISTED])
-        for place in shown:
-            is_end = place == len(ratios) - 1 and scores.spans[place] == (len(scores.record.output),) * 2
-            token = "<end>" if is_end else repr(scores.tokens[place])
-            without, judged = math.exp(scores.logps_without[place]), math.exp(scores.logps_with[place])
-            ratio = math.exp(min(ratios[place], 700.0))  # beyond this, no float
-            self._terminal.print_line(f"  {token:<20} {without:9.2g} to {judged:7.2g}   {ratio:9.3g} times as likely")
-        if len(shown) < len(flagged):
-            print(f"  and {len(flagged) - len(shown)} more, of smaller ratios")
+        listed = sorted(sorted(flagged, key=lambda place: -ratios[place])[:MAX_TOKENS_LISTED])
+        if listed:
+            print(f"  {'blamed token':<24}{'without':>10}{'with':>10}{'ratio':>10}")
+        for place in listed:
+            is_end = scores.spans[place] == (len(scores.record.output),) * 2
+            token = "<end>" if is_end else scores.tokens[place].strip() or repr(scores.tokens[place])
+            values = (scores.logps_without[place], scores.logps_with[place], min(ratios[place], 700.0))  # a float's end
+            self._terminal.print_line(f"  {token:<24}" + "".join(f"{math.exp(value):>10.3g}" for value in values))
+        if len(listed) < len(flagged):
+            print(f"  and {len(flagged) - len(listed)} more, of smaller ratios")
         print(
             f"{len(flagged)} of {len(ratios)} tokens are more than {scores.threshold:g} times as likely with the"
             " judgment",
