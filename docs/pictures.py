@@ -47,13 +47,13 @@ def make_pages(folder: Path) -> tuple[Path, Path]:
     return one, two
 
 
-def draw(browser: Any, page_path: Path, out: Path, colours: str, record: int) -> None:
-    """Draws the top of a page, the threshold moved a little and the pointer on a flagged token of a record."""
-    page = browser.new_page(viewport={"width": 1120, "height": 960}, color_scheme=colours, device_scale_factor=1.25)
+def draw(browser: Any, page_path: Path, out: Path, colours: str) -> None:
+    """Draws the top of a page, the threshold moved a little and the pointer on a flagged token."""
+    page = browser.new_page(viewport={"width": 1120, "height": 930}, color_scheme=colours, device_scale_factor=1.25)
     page.goto(page_path.as_uri())
     page.fill("#threshold", "1.2")
     page.wait_for_selector("#marker", state="attached")
-    page.locator("article").nth(record).locator(".flagged").first.hover()
+    page.locator("article .flagged").first.hover()
     page.screenshot(path=out)
     page.close()
 
@@ -63,8 +63,8 @@ def main() -> None:
     one, two = make_pages(folder)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        draw(browser, one, DOCS / "inspect-one.png", "light", 1)
-        draw(browser, two, DOCS / "inspect-two.png", "dark", 0)
+        draw(browser, one, DOCS / "inspect-one.png", "light")
+        draw(browser, two, DOCS / "inspect-two.png", "dark")
         browser.close()
     print(f"{DOCS / 'inspect-one.png'} and {DOCS / 'inspect-two.png'} are made of what is in {folder}")
 

@@ -85,7 +85,8 @@ function drawCurves() {
     parts.push(makeSvg("text", { x, y: CURVES.bottom + 18, "text-anchor": "middle" }, String(threshold)));
   }
   const curves = sideNames.map((_, index) => measureCurve(state.listed, index));
-  const names = Object.keys(LINES).filter((name) => curves.some((points) => points.some((point) => point[name] !== null)));
+  const isKnown = (name) => curves.some((points) => points.some((point) => point[name] !== null));
+  const names = Object.keys(LINES).filter(isKnown);
   names.forEach((name, place) => {
     const x = CURVES.left + 140 * place;
     parts.push(makeSvg("path", { class: `curve ${name}`, d: `M${x} 12h24` }));

@@ -88,7 +88,9 @@ function drawResponse(record, index, ratios, name) {
 }
 
 function pair(list, name, className, content) {
-  const value = typeof content === "string" ? appendText(make("dd", className), content) : make("dd", className, content);
+  const value = make("dd", className);
+  if (typeof content === "string") appendText(value, content);
+  else value.append(content);
   value.dir = "auto";
   list.append(make("div", "", make("dt", "", name), value)); // what belongs together stays together in every layout
 }
@@ -104,8 +106,8 @@ function draw(record) {
     pair(list, "Before", "", drawResponse(record, 0, first.ratios, "response, before training"));
     pair(list, "After", "", drawResponse(record, 1, second.ratios, "response, after training"));
     const training = record.training ? drawResponse(record, 0, record.training, "what training changed") : null;
-    const reason = first.pieces === second.pieces ? "not known without log-probs" : "not known: split into other tokens";
-    pair(list, "Training changed", "", training ?? make("span", "soft", reason));
+    const reason = first.pieces === second.pieces ? "without log-probs" : "split into other tokens";
+    pair(list, "Training changed", "", training ?? make("span", "soft", `not known: ${reason}`));
   } else {
     pair(list, "Response", "", drawResponse(record, 0, first.ratios, "response"));
     pair(...judgment);
@@ -143,6 +145,23 @@ function markFlags(record) {
   });
   if (record.sides.some((side) => side.isEdited)) facts.push("flags in the file are not eq. 5\u2019s: edited?");
   record.article.firstChild.replaceChildren(...facts.map((fact) => make("span", "", fact)));
+}
+
+// ---- What is drawn once ----
+
+function drawScale() {
+  const step = (level, name) => make("span", `t ${name}`, level);
+  const { levels } = data;
+  const steps = [...levels.map((bound, index) => step(`\u2212${bound}`, `n${index + 1}`)).reverse()];
+  steps.push(make("span", "t", "0"), ...levels.map((bound, index) => step(`+${bound}`, `p${index + 1}`)));
+  byId("scale").append("less likely ", ...steps.flatMap((shown) => [shown, " "]), "likelier, in nats");
+}
+
+function drawMade() {
+  const names = Object.keys(data.made[0]);
+  const head = make("tr", "", ...names.map((name) => make("th", "", name.replaceAll("_", " "))));
+  const rows = data.made.map((made) => make("tr", "", ...names.map((name) => make("td", "", String(made[name])))));
+  byId("made").lastElementChild.append(make("table", "", make("thead", "", head), make("tbody", "", ...rows)));
 }
 
 // ---- Exact figures of a token ----
@@ -207,8 +226,10 @@ function describeToken(record, indices, place) {
     if (hasChange) cells.push(make("td", "", changes ?? ""));
     body.append(make("tr", "", make("th", "", name), ...cells));
   };
-  const difference = (column) =>
-    hasChange && sides.every((side) => side[column]) ? showChange(sides[1][column][place] - sides[0][column][place]) : "";
+  const difference = (column) => {
+    const isKnown = hasChange && sides.every((side) => side[column]);
+    return isKnown ? showChange(sides[1][column][place] - sides[0][column][place]) : "";
+  };
   row("log p without", sides.map((side) => side.without && show(side.without[place])), difference("without"));
   row("log p with", sides.map((side) => side.with && show(side.with[place])), difference("with"));
   row("difference", sides.map((side) => side.ratios && showChange(side.ratios[place])), difference("ratios"));

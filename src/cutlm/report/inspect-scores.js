@@ -81,7 +81,8 @@ function countFlags(record, side) {
 
 /** The flags of unsatisfactory records, and how right they are where `wrong_spans` tell. */
 function sumUp(listed, index) {
-  const sum = { tokens: 0, flagged: 0, unflagged: 0, known: 0, hits: 0, found: 0, wrong: 0, fixed: 0, praised: 0, edited: 0 };
+  const sum = { tokens: 0, flagged: 0, unflagged: 0, fixed: 0, praised: 0, edited: 0 };
+  Object.assign(sum, { known: 0, hits: 0, found: 0, wrong: 0 }); // of records with wrong_spans
   for (const record of listed) {
     const side = record.sides[index];
     const { flagged, hits } = countFlags(record, side);

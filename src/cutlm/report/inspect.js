@@ -181,9 +181,8 @@ function stepFlag(steps) {
   const from = all.indexOf(focused);
   const rest = steps > 0 ? all.slice(from + 1) : all.slice(0, Math.max(0, from)).reverse();
   let found = rest.find((element) => element.classList.contains("flagged"));
-  const hasFlags = (other) => other.sides.some((side) => countFlags(other, side).flagged);
   for (let place = state.listed.indexOf(record) + steps; !found && state.listed[place]; place += steps) {
-    if (!hasFlags(state.listed[place])) continue;
+    if (!hasFlag(state.listed[place])) continue;
     record = state.listed[place];
     goTo(record);
     const flagged = findTokens(record).all.filter((element) => element.classList.contains("flagged"));
@@ -279,6 +278,7 @@ function listen() {
       else if (kind !== "focusin") hideTip();
     });
   }
+  list.addEventListener("focusin", (event) => (state.current = records[event.target.closest("article").dataset.index]));
   list.addEventListener("pointerleave", hideTip);
   list.addEventListener("focusout", hideTip);
   addEventListener("scroll", followToken, { passive: true });
@@ -287,22 +287,7 @@ function listen() {
   }).observe(byId("bar"));
 }
 
-// ---- What is drawn once ----
-
-function drawScale() {
-  const step = (level, name) => make("span", `t ${name}`, level);
-  const { levels } = data;
-  const steps = [...levels.map((bound, index) => step(`\u2212${bound}`, `n${index + 1}`)).reverse()];
-  steps.push(make("span", "t", "0"), ...levels.map((bound, index) => step(`+${bound}`, `p${index + 1}`)));
-  byId("scale").append("less likely ", ...steps.flatMap((shown) => [shown, " "]), "likelier, in nats");
-}
-
-function drawMade() {
-  const names = Object.keys(data.made[0]);
-  const head = make("tr", "", ...names.map((name) => make("th", "", name.replaceAll("_", " "))));
-  const rows = data.made.map((made) => make("tr", "", ...names.map((name) => make("td", "", String(made[name])))));
-  byId("made").lastElementChild.append(make("table", "", make("thead", "", head), make("tbody", "", ...rows)));
-}
+// ---- The start ----
 
 function start() {
   const numSatisfactory = records.filter((record) => record.is_satisfactory).length;
@@ -313,7 +298,8 @@ function start() {
   if (isPair) {
     const [first, second] = data.unpaired.map((number) => number.toLocaleString("en"));
     const isWhole = data.unpaired.every((number) => number === 0);
-    lead.push(isWhole ? "All are in both files." : `In one file alone, and not shown: ${first} before, ${second} after.`);
+    const alone = `In one file alone, and not shown: ${first} before, ${second} after.`;
+    lead.push(isWhole ? "All are in both files." : alone);
     byId("order").append(new Option("most changed by training first", "training"));
     byId("training-legend").hidden = byId("thin").hidden = false;
   }
