@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from tiny import make_model
 from torch import Tensor, nn
 from transformers import (
@@ -119,6 +120,27 @@ def test_checkpointed_activations_change_nothing() -> None:
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same_gradients(find_gradients(model, batch, SHARING), want)
+
+
+@pytest.mark.parametrize("passes", [PLAIN, SHARING])
+def test_passes_over_very_long_records_are_made_again_with_the_same_dropout(passes: Passes) -> None:
+    model = get_peft_model(make_model(VOCAB_SIZE), LoraConfig(lora_dropout=0.5, target_modules=["up_proj"]))
+    # Weights of B are 0 at first, and so would be the gradients of A, whose input is dropped out.
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight)
+    model.train()
+    batch = collate(TWO_TREES)
+    gradients = []
+    for max_tokens in (None, sum(batch["sequence_lengths"]) // 2, 10):
+        torch.manual_seed(0)
+        sizes = count_passes(
+            model.get_base_model(),
+            lambda max_tokens=max_tokens: gradients.append(find_gradients(model, batch, passes, max_tokens=max_tokens)),
+        )
+        assert len(sizes) == (3 if max_tokens == 10 else 2), "all but the last once more"
+    for again in gradients[1:]:
+        assert_same_gradients(again, gradients[0])
 
 
 def test_a_shared_beginning_is_run_once(model: nn.Module) -> None:

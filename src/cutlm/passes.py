@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cutlm.logprobs import get_head, token_logprobs
 from cutlm.model import unwrap_peft
@@ -89,6 +90,7 @@ def score_batch(
     *,
     needs_judged_grad: bool = True,
     passes: Passes = PLAIN,
+    max_tokens: int | None = None,
 ) -> Tensor:
     """Log-probability of every response token of a micro-batch.
 
@@ -101,6 +103,8 @@ def score_batch(
         needs_judged_grad: False where nothing is learned from the context with the judgment, which then costs a
             forward pass only.
         passes: How the sequences go through the body.
+        max_tokens: Where the micro-batch has more than twice as many tokens, as the two contexts of a very long record
+            do, all passes but the last are made again on the way back, and no two of them are in memory at a time.
 
     Returns:
         [R] float32, in the order of `batch["target_ids"]`.
@@ -111,11 +115,19 @@ def score_batch(
     judged = range(batch.get("num_unsatisfactory", 0), 2 * batch.get("num_unsatisfactory", 0))
     hidden: list[Tensor] = [batch["input_ids"]] * len(sequences)
     limit = count_busy_tokens(batch["input_ids"].device)
-    for one in _plan_passes(batch, passes, needs_judged_grad, limit):
-        with torch.set_grad_enabled(one.needs_grad and torch.is_grad_enabled()):
-            run = run_row if one.is_row else run_padded
-            for index, states in run(language_model, one.trees, sequences):
-                hidden[index] = states[len(states) - response_lengths[index] :]
+    planned = list(_plan_passes(batch, passes, needs_judged_grad, limit))
+    is_too_much = max_tokens is not None and sum(lengths) > 2 * max_tokens
+    for one in planned:
+        needs_grad = one.needs_grad and torch.is_grad_enabled()
+        run = run_row if one.is_row else run_padded
+        arguments = (language_model, one.trees, sequences)
+        with torch.set_grad_enabled(needs_grad):
+            if is_too_much and needs_grad and one is not planned[-1]:
+                found = checkpoint(lambda *given, run=run: dict(run(*given)), *arguments, use_reentrant=False)
+            else:
+                found = dict(run(*arguments))
+        for index, states in found.items():
+            hidden[index] = states[len(states) - response_lengths[index] :]
     if not needs_judged_grad:
         hidden = [states.detach() if index in judged else states for index, states in enumerate(hidden)]
     head = get_head(language_model)

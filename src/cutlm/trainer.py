@@ -155,6 +155,7 @@ class CUTTrainer(SafeTrainer):
             for notice in self.notices:
                 logger.warning(notice)
         self._passes = choose_passes(model, is_sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+        self._max_tokens = args.max_tokens_per_batch or count_busy_tokens(args.device)
         self._tally = Tally(args.device)
         self._eval_tally: Tally | None = None
         self._step_logps: list[tuple[Tensor, Mapping[str, Any]]] = []
@@ -206,7 +207,7 @@ class CUTTrainer(SafeTrainer):
         parts = [dict(inputs)]
         # Where weights are gathered for every pass, all ranks must make the same number of them.
         if num_items_in_batch is not None and not (self._passes.is_single or self.args.deepspeed):
-            parts = split_batch(inputs, self.args.max_tokens_per_batch or count_busy_tokens(self.args.device))
+            parts = split_batch(inputs, self._max_tokens)
         losses = []
         for part in parts:
             # Ranks add up their gradients with the last part.
@@ -248,8 +249,15 @@ class CUTTrainer(SafeTrainer):
 
     def _score(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         is_learned = self.args.parts.unsatisfactory
-        chunk_size = self.args.head_chunk_size
-        return score_batch(model, batch, chunk_size, needs_judged_grad=is_learned, passes=self._passes)
+        return score_batch(
+            model,
+            batch,
+            self.args.head_chunk_size,
+            needs_judged_grad=is_learned,
+            passes=self._passes,
+            # With activation checkpointing, little is kept of a pass as it is.
+            max_tokens=None if self.args.activation_checkpointing else self._max_tokens,
+        )
 
     def _check_finite(self, grad_norm: Any) -> None:
         """Stops before the optimizer step when a log-prob or the gradient norm is no number, and names the records.
