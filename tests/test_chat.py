@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import IM_END, IM_START, make_model, make_tokenizer, save_tiny_model
 
 from cutlm.blame import BlameSettings
@@ -396,6 +397,21 @@ def test_ctrl_c_stops_at_the_next_token_and_keeps_what_is_there(
         session.run(make_reader(["Name a city."]), is_interactive=False)
 
 
+def test_a_lack_of_memory_is_one_sentence(
+    tiny: tuple[Any, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    session = make_session(tiny, "chat", max_new_tokens=4)
+    monkeypatch.setattr(tiny[0], "forward", fail)
+    talk(session, "Name a city.")
+    assert capsys.readouterr().err == (
+        "-- the device's memory does not hold so long a text; begin anew by /reset; there is no answer, and the message"
+        " is taken back\n"
+    )
+
+
 # ---- The real command ----
 
 
@@ -444,7 +460,7 @@ class Console:
 
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Console]:
-    save_tiny_model(tmp_path / "model", chat=True)
+    save_tiny_model(tmp_path / "model", chat=True, seed=3)  # one that does not come to an end by itself
     terminal = Console("chat", "--model", str(tmp_path / "model"), "--device", "cpu", "--max_new_tokens", "1900")
     yield terminal
     terminal.close()

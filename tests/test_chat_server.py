@@ -195,8 +195,8 @@ def test_a_judgment_is_kept_where_it_cannot_be_scored(
     with pytest.raises(UserError) as told:
         session.handle(Message("/judge It is no capital."))
     assert str(told.value) == (
-        "the model's tokenizer is needed to score its answers; start with --tokenizer MODEL\n"
-        "what this judgment blames cannot be shown; it is kept for /save"
+        "the model's tokenizer is needed to score its answers; start with --tokenizer MODEL; what this judgment blames"
+        " cannot be shown, but it is kept for /save"
     )
     session.handle(Message(f"/save {tmp_path / 'records.jsonl'}"))
     assert json.loads((tmp_path / "records.jsonl").read_text())["judgment"] == "It is no capital."

@@ -81,7 +81,7 @@ class LocalEngine:
         input_ids = torch.tensor([prompt], device=language_model.device)
         model: Any = self._model
         torch.manual_seed(self._sampling.seed + seed_offset)
-        with _catch_interrupt() as stop, torch.inference_mode():
+        with _catch_interrupt() as stop, _tell_lack_of_memory(), torch.inference_mode():
             model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -101,7 +101,8 @@ class LocalEngine:
             check_rows(self._model, rows, self._max_length)
             return score_rows(self._model, rows, done=done, show_progress=False)
 
-        return blame_record(record, self._encoder, score, self._settings, "the model of the chat")
+        with _tell_lack_of_memory():
+            return blame_record(record, self._encoder, score, self._settings, "the model of the chat")
 
 
 def encode_texts(encoder: Encoder, texts: Sequence[str]) -> list[int]:
@@ -140,6 +141,14 @@ class _Streamer(BaseStreamer):
         if len(text) > self._num_shown:
             rest, self._num_shown = text[self._num_shown :], len(text)
             self._show(rest)
+
+
+@contextmanager
+def _tell_lack_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError("the device's memory does not hold so long a text; begin anew by /reset") from None
 
 
 @contextmanager

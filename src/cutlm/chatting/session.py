@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
+from cutlm.chatting import Engine
 from cutlm.chatting.conversation import Conversation, Turn, append_record
 from cutlm.chatting.lines import Message, read_message
 from cutlm.errors import UserError
-from cutlm.prompts import TEMPLATES, TemplateName
-from cutlm.records import JudgedRecord, is_praise
+from cutlm.prompts import TEMPLATES
+from cutlm.records import is_praise
 from cutlm.report.pieces import compute_ratios
 from cutlm.report.terminal import Terminal, make_printable
 from cutlm.token_scores import TokenScores
@@ -33,64 +33,6 @@ _HELP_NOTES = (
     "A line that ends in \\ goes on in the next one; a text of many lines can stand in triple quotes.",
     "Ctrl-C stops an answer.",
 )
-
-
-class Engine(Protocol):
-    """Who answers.
-
-    Attributes:
-        template: How it is prompted; None where the server sees to that.
-        max_new_tokens: Where an answer is stopped at the latest.
-    """
-
-    template: TemplateName | None
-    max_new_tokens: int
-
-    def set_template(self, name: TemplateName) -> None:
-        """Prompts by another template from now on.
-
-        Raises:
-            UserError: There is none such, or nothing to prompt by.
-        """
-
-    def prepare(self, texts: Sequence[str]) -> tuple[Any, int]:
-        """Makes a prompt.
-
-        Args:
-            texts: What was said, by the user and the model in turn; the last is the user's.
-
-        Returns:
-            The prompt, and the number of oldest turns that were left out for it to fit.
-
-        Raises:
-            UserError: The last message alone does not fit, or the template cannot show it.
-        """
-
-    def answer(self, prompt: Any, seed_offset: int, show: Callable[[str], None]) -> bool:
-        """Has the model answer.
-
-        Args:
-            prompt: As made by `prepare`.
-            seed_offset: Added to the seed, so that the same question may have another answer.
-            show: Gets the answer piece by piece.
-
-        Returns:
-            Whether the answer came to an end by itself.
-
-        Raises:
-            UserError: There is no answer, or no more of it.
-            KeyboardInterrupt: It was stopped.
-        """
-
-    def blame(self, record: JudgedRecord) -> tuple[TokenScores, bool]:
-        """Scores a record as `cutlm blame` does.
-
-        Returns:
-            Its token scores, and whether a prompt was cut from the left to fit.
-
-        Raises:
-            UserError: It cannot be scored.
-        """
 
 
 class Session:
@@ -235,7 +177,9 @@ class Session:
         try:
             scores, is_cut = self._engine.blame(record)
         except UserError as error:
-            raise UserError(f"{error}\nwhat this judgment blames cannot be shown; it is kept for /save") from None
+            raise UserError(f"{error}; what this judgment blames cannot be shown, but it is kept for /save") from None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the judgment is kept for /save") from None
         if is_cut:
             remark("a prompt was cut from the left to fit the model's context")
         self._print_blame(scores if last.is_ended else _drop_end(scores))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from cutlm.cli.generate import add_sampling_arguments
 
 if TYPE_CHECKING:
-    from cutlm.chatting.session import Engine
+    from cutlm.chatting import Engine
 
 _LOCAL = {"dtype": "auto", "device": None}
 _SERVER = {"tokenizer": None, "timeout": None}
