@@ -21,6 +21,7 @@ from cutlm.generation import fingerprint_model
 from cutlm.jsonl import open_atomic, read_bytes, read_rows
 from cutlm.model import check_bitsandbytes, check_lora_targets, load_model, load_tokenizer, unwrap_peft
 from cutlm.preferences import PairTrainer
+from cutlm.preparation import refuse_sharded_blame
 from cutlm.probes import check_head
 from cutlm.records import check_records, raise_problems
 from cutlm.scoring import check_rows, score_rows
@@ -64,6 +65,7 @@ def build_trainer(
     train_rows, train_places = [record for record, _ in train], [place for _, place in train]
     if config.objective == "cut" and config.detector == "frozen" and not isinstance(train_rows[0], TokenScores):
         # What can be known to be wrong is said before the long pass.
+        refuse_sharded_blame(config)
         check_head(model)
         if peft_config is not None:
             check_lora_targets(model, peft_config)

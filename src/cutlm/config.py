@@ -1,5 +1,6 @@
 """Settings of training: the paper's, on top of every field of `transformers.TrainingArguments`."""
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -119,7 +120,7 @@ class CUTConfig(TrainingArguments):
             is_left_open = value is None and name != "max_length"
             if not is_left_open and (not isinstance(value, int) or value < 1):
                 problems.append(f"{name}: expected a whole number of at least 1, got {value}")
-        if self.max_tokens_per_batch is not None and (self.fsdp or self.deepspeed):
+        if self.max_tokens_per_batch is not None and self.is_sharded:
             problems.append(
                 "max_tokens_per_batch: expected none under FSDP and DeepSpeed, where every micro-batch is one pass on"
                 f" every rank, got {self.max_tokens_per_batch}; lower per_device_train_batch_size instead"
@@ -186,6 +187,12 @@ class CUTConfig(TrainingArguments):
         if not (self.use_l1 or self.use_l2_satisfactory or self.use_l2_unsatisfactory is not False):
             problems.append("use_l1, use_l2_satisfactory, use_l2_unsatisfactory: expected one of them on, got none")
         return problems
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed is asked for: here, or by `accelerate launch`, which says so in the environment."""
+        names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+        return bool(self.fsdp or self.deepspeed) or any(os.environ.get(name, "").lower() == "true" for name in names)
 
     @property
     def is_of_pairs(self) -> bool:

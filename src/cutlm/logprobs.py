@@ -176,13 +176,25 @@ def _score_chunk(
     return logps, raw, total
 
 
+def find_head_layer(model: nn.Module) -> nn.Module:
+    """The output embedding of a `transformers` causal language model.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    layer = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(layer, nn.Module):
+        raise ConfigError(f"expected a linear output head in floating point, got {type(layer).__name__}")
+    return layer
+
+
 def get_head(model: nn.Module) -> Head:
     """Reads the head of a `transformers` causal language model, and how it treats its logits.
 
     Raises:
         ConfigError: The model has no linear output embedding, or an adapter sits on it.
     """
-    layer = model.get_output_embeddings()  # type: ignore[operator]
+    layer: Any = find_head_layer(model)
     if hasattr(layer, "modules_to_save") and hasattr(layer, "active_adapters"):
         layer = layer.modules_to_save[layer.active_adapters[0]]
     if hasattr(layer, "base_layer"):

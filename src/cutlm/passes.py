@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cutlm.logprobs import get_head, token_logprobs
+from cutlm.logprobs import find_head_layer, get_head, token_logprobs
 from cutlm.model import unwrap_peft
 
 _MAX_PADDING = 1 / 8
@@ -130,16 +130,22 @@ def score_batch(
             hidden[index] = states[len(states) - response_lengths[index] :]
     if not needs_judged_grad:
         hidden = [states.detach() if index in judged else states for index, states in enumerate(hidden)]
-    head = get_head(language_model)
-    return token_logprobs(
-        torch.cat(hidden),
-        head.weight,
-        batch["target_ids"],
-        chunk_size,
-        bias=head.bias,
-        softcap=head.softcap,
-        scale=head.scale,
-    )
+
+    def apply_head(layer: nn.Module, states: Tensor, target_ids: Tensor) -> Tensor:
+        head = get_head(language_model)
+        return token_logprobs(
+            states,
+            head.weight,
+            target_ids,
+            chunk_size,
+            bias=head.bias,
+            softcap=head.softcap,
+            scale=head.scale,
+        )
+
+    # The weight of the head is whole only while its layer runs, where weights are spread over processes.
+    layer = find_head_layer(language_model)
+    return run_inside(layer, layer, apply_head, torch.cat(hidden), batch["target_ids"])
 
 
 # ---- What goes together ----
@@ -291,17 +297,15 @@ def name_attention(language_model: nn.Module) -> str:
 def run_inside(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
     """Calls `function(module, *args)` inside the forward pass of what wraps the module.
 
-    DistributedDataParallel and FSDP prepare parameters and gradients only around their own forward; this lends it
+    DistributedDataParallel, FSDP and ZeRO-3 prepare parameters and gradients only around a forward pass; this lends it
     to a computation that is not the module's forward.
 
     Args:
-        wrapper: The wrapped module, or the module itself.
+        wrapper: The wrapped module, or the module itself, on which FSDP2 and ZeRO-3 have put hooks.
         module: The module inside.
         function: What to call.
         *args: Its further arguments.
     """
-    if wrapper is module:
-        return function(module, *args)
     had_own_forward = "forward" in module.__dict__
     forward = module.forward
 

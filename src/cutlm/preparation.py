@@ -128,6 +128,17 @@ def _view_scores(
     return view
 
 
+def refuse_sharded_blame(args: CUTConfig) -> None:
+    """Raises:
+    ConfigError: Tokens would be blamed by a model whose weights are to be spread over processes.
+    """
+    if args.is_sharded:
+        raise ConfigError(
+            "detector: frozen needs the whole model before training, which FSDP and DeepSpeed spread over processes;"
+            " run cutlm blame first and train on the file that it writes"
+        )
+
+
 def blame_beforehand(data: PreparedData, name: str, model: nn.Module, args: CUTConfig) -> None:
     """Finds the inappropriate tokens by the model as it is now, unless they are known, and leaves the plain context.
 

@@ -6,6 +6,7 @@ stops before the optimizer step when something is no number. The loss itself is 
 """
 
 import copy
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,14 @@ from cutlm.errors import ConfigError, DataError, NonFiniteError
 from cutlm.model import check_lora_targets, load_model
 from cutlm.objectives import combine_parts
 from cutlm.passes import count_busy_tokens, run_inside, score_batch
-from cutlm.preparation import PreparedData, blame_beforehand, check_vocabulary, downsample, prepare_data
+from cutlm.preparation import (
+    PreparedData,
+    blame_beforehand,
+    check_vocabulary,
+    downsample,
+    prepare_data,
+    refuse_sharded_blame,
+)
 from cutlm.probes import check_head, choose_passes
 from cutlm.safe_trainer import SafeTrainer
 from cutlm.sampling import BalancedSampler
@@ -127,7 +135,9 @@ class CUTTrainer(SafeTrainer):
                 raise DataError(f"{name}: nothing is left to {use} on", hint="\n".join(data.notices))
             check_vocabulary(model, data.rows, name)
             if args.has_known_flags:
-                if not (args.fsdp or args.deepspeed or getattr(model, "is_quantized", False)):
+                if "is_flagged" not in data.rows.column_names:
+                    refuse_sharded_blame(args)
+                if not (args.is_sharded or getattr(model, "is_quantized", False)):
                     nn.Module.to(model, args.device)  # the Trainer would only do so later
                 blame_beforehand(data, name, model, args)
                 if not len(data.rows):
@@ -154,6 +164,8 @@ class CUTTrainer(SafeTrainer):
         if self.is_world_process_zero():
             for notice in self.notices:
                 logger.warning(notice)
+        if self.is_fsdp_enabled:
+            _keep_log_probs_exact(self.accelerator.state.fsdp_plugin)
         self._passes = choose_passes(model, is_sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
         self._max_tokens = args.max_tokens_per_batch or count_busy_tokens(args.device)
         self._tally = Tally(args.device)
@@ -206,7 +218,7 @@ class CUTTrainer(SafeTrainer):
         """Forward and backward over a micro-batch, in parts of at most `max_tokens_per_batch` tokens."""
         parts = [dict(inputs)]
         # Where weights are gathered for every pass, all ranks must make the same number of them.
-        if num_items_in_batch is not None and not (self._passes.is_single or self.args.deepspeed):
+        if num_items_in_batch is not None and not (self._passes.is_single or self.is_deepspeed_enabled):
             parts = split_batch(inputs, self._max_tokens)
         losses = []
         for part in parts:
@@ -343,6 +355,18 @@ def _add_adapter(model: nn.Module, peft_config: "PeftConfig", args: CUTConfig) -
             model, bool(args.activation_checkpointing), args.activation_checkpointing_kwargs
         )
     return get_peft_model(model, peft_config)
+
+
+def _keep_log_probs_exact(plugin: Any) -> None:
+    """Has FSDP2 leave outputs as they are, and add up gradients in float32.
+
+    Accelerate would have every output rounded to bfloat16, log-probs too: at -10 its steps are of 0.06, and a ratio of
+    two probabilities is compared with 1.1, whose logarithm is 0.095.
+    """
+    if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+        )
 
 
 def _refuse_prompt_learning(peft_config: "PeftConfig | None") -> None:
