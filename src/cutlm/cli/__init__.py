@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": "turn published judgment data into records",
     "check": "report every bad row of a file of records, and counts",
     "train": "align a model with judged records",
+    "estimate": "say how much memory a training step takes, and which GPUs hold it",
     "train-judge": "train a model to judge responses as records do, and measure how well it does",
     "merge": "fold a trained adapter into its base model",
     "generate": "answer a file of instructions",

@@ -1,0 +1,67 @@
+"""The trainings of `test_estimate.py`, each in a process of its own that is forked when all is imported.
+
+Prints the peak of each one's memory above that of the loaded model, a line of JSON each.
+"""
+
+import ctypes
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cutlm import CUTConfig, CUTTrainer
+
+NUM_TOKENS, MICRO_BATCHES = 1024, 2
+
+
+def read_memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def train(kind: str, is_checkpointed: bool, shape: dict[str, int]) -> int:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    # Plain contexts only: a satisfactory record of 256 tokens in all goes forward and backward as one sequence.
+    row = {
+        "prompt_ids": list(range(1, 65)),
+        "judged_prompt_ids": None,
+        "response_ids": list(range(1, 194)),
+        "is_satisfactory": True,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        args = CUTConfig(
+            output_dir=folder,
+            use_cpu=True,
+            max_steps=2,
+            per_device_train_batch_size=NUM_TOKENS // 256,
+            gradient_accumulation_steps=MICRO_BATCHES,
+            max_tokens_per_batch=NUM_TOKENS,
+            activation_checkpointing=is_checkpointed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        lora = LoraConfig(r=16, target_modules=["gate_proj", "up_proj", "down_proj"])
+        trainer = CUTTrainer(model, args, [row] * 64, peft_config=lora if kind == "lora" else None)
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        before = read_memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        trainer.train()
+    return read_memory("VmHWM") - before
+
+
+if __name__ == "__main__":
+    shape = json.loads(sys.argv[1])
+    for kind in ("lora", "full"):
+        for is_checkpointed in (False, True):
+            if not (child := os.fork()):
+                print(json.dumps([kind, is_checkpointed, train(kind, is_checkpointed, shape)]), flush=True)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            assert status == 0, (kind, is_checkpointed)
