@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Files of tests at a time.
 JOBS ?= 2
 
-.PHONY: help setup demo test check format lint types clean
+.PHONY: help setup demo test check format lint types bench clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is to make
@@ -39,6 +39,18 @@ lint: setup ## check the style
 
 types: setup ## check the types
 	$(BIN)/mypy
+
+# Judged records to measure on; made-up ones where there are none.
+RECORDS ?=
+
+bench: setup ## measure time and memory (about half an hour of an idle machine; RECORDS=FILE for records of your own)
+	mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/train_step.py $(if $(RECORDS),--records $(RECORDS)) --json benchmarks/results/train_step.json
+	$(BIN)/python benchmarks/shared_prefix.py --json benchmarks/results/shared_prefix.json
+	$(BIN)/python benchmarks/head.py --json benchmarks/results/head.json
+	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
+	$(BIN)/python benchmarks/generation.py --json benchmarks/results/generation.json
+	$(BIN)/python benchmarks/plots.py
 
 clean: ## remove what was made here
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--num_prompts", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--bf16", action="store_true")
     add_shape_arguments(parser)
     add_run_arguments(parser, num_repeats=3)
     args = parser.parse_args()

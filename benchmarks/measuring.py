@@ -37,7 +37,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, num_repeats: int) -> None
 
 
 def make_model(args: argparse.Namespace) -> Any:
-    """The model, in float32, always with the same weights."""
+    """The model, always with the same weights: in float32, on a GPU with --bf16 in bfloat16."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,7 +53,11 @@ def make_model(args: argparse.Namespace) -> Any:
         eos_token_id=None,
         pad_token_id=None,
     )
-    return LlamaForCausalLM(config)
+    if not torch.cuda.is_available():
+        return LlamaForCausalLM(config)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    return model.bfloat16() if args.bf16 else model  # type: ignore[no-untyped-call]
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
@@ -80,7 +84,11 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def read_peak_bytes() -> int:
-    """The most main memory that this process has had, in bytes."""
+    """The most memory that this process has had, of the GPU where there is one, in bytes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -101,8 +109,10 @@ def describe_failure(status: int) -> str:
     return f"killed by signal {-status}" if status < 0 else f"ended with {status}"
 
 
-def take_turns(variants: Sequence[str], num_repeats: int, folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Runs the variants in turn.
+def take_turns(
+    variants: Sequence[str], num_repeats: int, folder: str | Path, *, once: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Runs the variants in turn, those of `once` in the first turn only.
 
     Returns:
         By variant, the median of each figure, and all of `seconds` as `all_seconds`.
@@ -110,6 +120,8 @@ def take_turns(variants: Sequence[str], num_repeats: int, folder: str | Path) ->
     results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
     for turn in range(num_repeats):
         for variant in variants:
+            if turn and variant in once:
+                continue
             result = run_alone(variant, folder)
             print(f"turn {turn + 1}, {variant}: {json.dumps(result)}", file=sys.stderr, flush=True)
             results[variant].append(result)

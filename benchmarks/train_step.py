@@ -3,7 +3,8 @@
   python benchmarks/train_step.py --records records.json
 
     released   a twin of the released code, naive as that is: rows padded to the longest, both contexts for every record
-               (dummy rows for satisfactory ones), probabilities of the whole vocabulary in float32 at every position
+               (dummy rows for satisfactory ones), probabilities of the whole vocabulary in float32 at every position,
+               and attention as the transformers of its day had it, "eager"
     cutlm      `CUTTrainer` with detector current, as `cutlm train` runs it
     frozen     the same on token scores: known flags, the plain context only
     floor      the body alone, forward and backward over the same tokens, and the head's two matrix products at the
@@ -12,7 +13,7 @@
 
 Each trains LoRA of rank 16 on the MLP of one and the same model over the first unsatisfactory records of a file
 (made-up ones where none is given), a step a micro-batch. The clock runs while it trains: loading and encoding are not
-in it."""
+in it. Medians over the turns; the two slow ones, released and dpo, run in the first turn alone."""
 
 import argparse
 import json
@@ -47,17 +48,19 @@ def main() -> None:
     parser.add_argument("--num_records", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=4, help="records of a micro-batch (default: 4)")
     parser.add_argument("--template", choices=("alpaca", "chat"), default="alpaca")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--num_tokens", type=int, help="of every record, made up (default: as they come)")
+    parser.add_argument("--bf16", action="store_true", help="by autocast; on a GPU the weights, too")
+    parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     add_shape_arguments(parser)
-    add_run_arguments(parser, num_repeats=3)
+    add_run_arguments(parser, num_repeats=2)
     args = parser.parse_args()
     if args.variant:
         print(json.dumps(RUNS[args.variant](args)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        prepare(args, Path(folder))
-        results = take_turns(args.variants, args.repeats, folder)
+        counts = prepare(args, Path(folder))
+        results = take_turns(args.variants, args.repeats, folder, once=("released", "dpo"))
     figures = compare(results)
     rows = []
     for variant, result in results.items():
@@ -67,7 +70,7 @@ def main() -> None:
         rows.append({"variant": variant} | known)
     print_table(rows)
     results_of_all = {"machine": describe_machine(), "options": vars(args), "results": results}
-    write_results(figures | results_of_all, args.json)
+    write_results(figures | counts | results_of_all, args.json)
 
 
 def compare(results: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -89,8 +92,12 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 # ---- The same for all ----
 
 
-def prepare(args: argparse.Namespace, folder: Path) -> None:
-    """Tokenizer and records, to be read by every variant's process."""
+def prepare(args: argparse.Namespace, folder: Path) -> dict[str, int]:
+    """Tokenizer and records, to be read by every variant's process.
+
+    Returns:
+        Tokens of both contexts of all records, and of these the responses'.
+    """
     records = _read_records(args)
     fields = ("instruction", "input", "output", "judgment")
     texts = [str(record.get(name) or "") for record in records for name in fields]
@@ -103,6 +110,10 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     if len(chosen) < args.num_records:
         sys.exit(f"expected {args.num_records} unsatisfactory records, got {len(chosen)}; give --num_records")
     (folder / "records.json").write_text(json.dumps(chosen))
+    rows = _encode(args, tokenizer, chosen)
+    prompts = [len(row["prompt_ids"]) + len(row["judged_prompt_ids"]) for row in rows]
+    num_responses = sum(2 * len(row["response_ids"]) for row in rows)
+    return {"num_tokens": sum(prompts) + num_responses, "num_response_tokens": num_responses}
 
 
 def _read_records(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -120,6 +131,11 @@ def _read_records(args: argparse.Namespace) -> list[dict[str, Any]]:
     def write(shortest: int, longest: int) -> str:
         return " ".join(generator.choices(words, k=generator.randint(shortest, longest))) + "."
 
+    if args.num_tokens:
+        # A word is about three tokens of this vocabulary's.
+        num = args.num_tokens // 3
+        shape = {"instruction": write(num // 4, num // 4), "input": "", "output": write(num // 2, num // 2)}
+        return [shape | {"judgment": write(num // 8, num // 8)} for _ in range(args.num_records)]
     # About the lengths of an online iteration's records.
     return [
         {"instruction": write(10, 60), "input": "", "output": write(120, 480), "judgment": write(20, 80)}
@@ -137,7 +153,16 @@ def _load(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], Any]:
     return AutoTokenizer.from_pretrained(folder), json.loads((folder / "records.json").read_text()), make_model(args)
 
 
-def _make_adapter() -> Any:
+def adapt(model: Any, args: argparse.Namespace) -> Any:
+    """The model with its adapter, for a bare loop."""
+    from peft import get_peft_model
+
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return get_peft_model(model, make_adapter()).train()
+
+
+def make_adapter() -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=_TARGETS, task_type="CAUSAL_LM")
@@ -156,7 +181,7 @@ def _encode(args: argparse.Namespace, tokenizer: Any, records: Sequence[dict[str
     return rows
 
 
-def _settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+def make_settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     """Of every trainer."""
     import torch
 
@@ -172,20 +197,21 @@ def _settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "bf16": args.bf16,
+        "activation_checkpointing": args.activation_checkpointing,
         "use_cpu": not torch.cuda.is_available(),
         "seed": 0,
     }
 
 
-def _time_trainer(trainer: Any) -> dict[str, Any]:
+def time_trainer(trainer: Any) -> dict[str, Any]:
     began = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began  # the last line of the log has waited for the GPU
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {"seconds": seconds, "peak": read_peak_bytes(), "first_loss": losses[0]}
 
 
-def _time_loop(args: argparse.Namespace, model: Any, batches: Sequence[Any], find_loss: Any) -> dict[str, Any]:
+def time_loop(args: argparse.Namespace, model: Any, batches: Sequence[Any], find_loss: Any) -> dict[str, Any]:
     """A bare loop: a loss, its gradient, a step."""
     import torch
 
@@ -193,7 +219,7 @@ def _time_loop(args: argparse.Namespace, model: Any, batches: Sequence[Any], fin
     losses = []
     began = time.perf_counter()
     for batch in batches:
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             loss = find_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -211,9 +237,9 @@ def run_cutlm(args: argparse.Namespace) -> dict[str, Any]:
 
     tokenizer, records, model = _load(args)
     with tempfile.TemporaryDirectory() as folder:
-        config = CUTConfig(**_settings(args, folder), **_SETTINGS, template=args.template, max_length=100_000)
-        trainer = CUTTrainer(model, config, records, processing_class=tokenizer, peft_config=_make_adapter())
-        return _time_trainer(trainer)
+        config = CUTConfig(**make_settings(args, folder), **_SETTINGS, template=args.template, max_length=100_000)
+        trainer = CUTTrainer(model, config, records, processing_class=tokenizer, peft_config=make_adapter())
+        return time_trainer(trainer)
 
 
 def run_frozen(args: argparse.Namespace) -> dict[str, Any]:
@@ -232,19 +258,18 @@ def run_frozen(args: argparse.Namespace) -> dict[str, Any]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         config = CUTConfig(
-            **_settings(args, folder), **_SETTINGS, detector="frozen", template=args.template, max_length=100_000
+            **make_settings(args, folder), **_SETTINGS, detector="frozen", template=args.template, max_length=100_000
         )
-        trainer = CUTTrainer(model, config, rows, peft_config=_make_adapter())
-        return _time_trainer(trainer)
+        trainer = CUTTrainer(model, config, rows, peft_config=make_adapter())
+        return time_trainer(trainer)
 
 
 def run_released(args: argparse.Namespace) -> dict[str, Any]:
-    from peft import get_peft_model
-
     tokenizer, records, model = _load(args)
+    model.set_attn_implementation("eager")
     rows = _encode(args, tokenizer, records)
     batches = [rows[start : start + args.batch_size] for start in range(0, len(rows), args.batch_size)]
-    return _time_loop(args, get_peft_model(model, _make_adapter()), batches, find_released_loss)
+    return time_loop(args, adapt(model, args), batches, find_released_loss)
 
 
 def find_released_loss(model: Any, rows: Sequence[dict[str, Any]]) -> Any:
@@ -253,8 +278,8 @@ def find_released_loss(model: Any, rows: Sequence[dict[str, Any]]) -> Any:
 
     import torch
 
-    judged = _pad([row["judged_prompt_ids"] or row["prompt_ids"] for row in rows], rows)
-    plain = _pad([row["prompt_ids"] for row in rows], rows)  # dummies for satisfactory records
+    judged = _pad([row["judged_prompt_ids"] or row["prompt_ids"] for row in rows], rows, model.device)
+    plain = _pad([row["prompt_ids"] for row in rows], rows, model.device)  # dummies for satisfactory records
     probs = model(**judged[0]).logits.float().softmax(-1)[:, :-1].contiguous()
     plain_probs = model(**plain[0]).logits.float().softmax(-1)[:, :-1].contiguous()
     logs, plain_logs = probs.clamp(min=1e-20).log(), plain_probs.clamp(min=1e-20).log()
@@ -263,7 +288,7 @@ def find_released_loss(model: Any, rows: Sequence[dict[str, Any]]) -> Any:
         values.gather(2, labels.clamp(min=0)[:, 1:, None])[..., 0]
         for values, labels in ((logs, judged[1]), (plain_logs, plain[1]), (plain_unlikely, plain[1]))
     )
-    is_judged = torch.tensor([row["judged_prompt_ids"] is not None for row in rows])
+    is_judged = torch.tensor([row["judged_prompt_ids"] is not None for row in rows], device=model.device)
     is_told = judged[1][:, 1:] >= 0
     is_asked = (plain[1][:, 1:] >= 0) & is_judged[:, None]
     likelihood = -logs[is_told].mean()
@@ -276,7 +301,7 @@ def find_released_loss(model: Any, rows: Sequence[dict[str, Any]]) -> Any:
     return (likelihood - contrast.mean()) / 2
 
 
-def _pad(prompts: Sequence[list[int]], rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
+def _pad(prompts: Sequence[list[int]], rows: Sequence[dict[str, Any]], device: Any) -> tuple[dict[str, Any], Any]:
     import torch
 
     ids = [[*prompt, *row["response_ids"]] for prompt, row in zip(prompts, rows, strict=True)]
@@ -289,18 +314,16 @@ def _pad(prompts: Sequence[list[int]], rows: Sequence[dict[str, Any]]) -> tuple[
         ]
     )
     mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in ids])
-    return {"input_ids": inputs, "attention_mask": mask}, labels
+    return {"input_ids": inputs.to(device), "attention_mask": mask.to(device)}, labels.to(device)
 
 
 def run_floor(args: argparse.Namespace) -> dict[str, Any]:
-    from peft import get_peft_model
-
     from cutlm.collator import CutCollator
 
     tokenizer, records, model = _load(args)
     rows = _encode(args, tokenizer, records)
     batches = [CutCollator()(rows[start : start + args.batch_size]) for start in range(0, len(rows), args.batch_size)]
-    return _time_loop(args, get_peft_model(model, _make_adapter()), batches, find_floor)
+    return time_loop(args, adapt(model, args), batches, find_floor)
 
 
 def find_floor(model: Any, batch: dict[str, Any]) -> Any:
@@ -310,7 +333,8 @@ def find_floor(model: Any, batch: dict[str, Any]) -> Any:
     inner = model.get_base_model()
     weight = inner.lm_head.weight
     states = []
-    for ids, length in zip(batch["input_ids"].split(batch["sequence_lengths"]), batch["response_lengths"], strict=True):
+    sequences = batch["input_ids"].to(model.device).split(batch["sequence_lengths"])
+    for ids, length in zip(sequences, batch["response_lengths"], strict=True):
         states.append(inner.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, -length:])
     hidden = torch.cat(states)
     with torch.no_grad():
@@ -324,19 +348,21 @@ def run_dpo(args: argparse.Namespace) -> dict[str, Any]:
 
     tokenizer, records, model = _load(args)
     rows = _make_completions(args, tokenizer, records)
+    # The same words in another order: as many tokens, but for a few.
     pairs = [
-        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["completion"][::-1]} for row in rows
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " ".join(row["completion"].split(" ")[::-1])}
+        for row in rows
     ]
     with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(**_settings(args, folder), gradient_checkpointing=False, max_length=None)
+        config = DPOConfig(**make_settings(args, folder), max_length=None)
         trainer = DPOTrainer(
             model,
             args=config,
             train_dataset=Dataset.from_list(pairs),
             processing_class=tokenizer,
-            peft_config=_make_adapter(),
+            peft_config=make_adapter(),
         )
-        return _time_trainer(trainer)
+        return time_trainer(trainer)
 
 
 def run_sft(args: argparse.Namespace) -> dict[str, Any]:
@@ -346,17 +372,15 @@ def run_sft(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer, records, model = _load(args)
     rows = _make_completions(args, tokenizer, records)
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(
-            **_settings(args, folder), gradient_checkpointing=False, max_length=None, completion_only_loss=True
-        )
+        config = SFTConfig(**make_settings(args, folder), max_length=None, completion_only_loss=True)
         trainer = SFTTrainer(
             model,
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            peft_config=_make_adapter(),
+            peft_config=make_adapter(),
         )
-        return _time_trainer(trainer)
+        return time_trainer(trainer)
 
 
 def _make_completions(

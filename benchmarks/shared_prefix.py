@@ -1,0 +1,127 @@
+"""What a CUT step costs over a plain likelihood step where prompts are long and responses short, as in summarization.
+
+python benchmarks/shared_prefix.py
+
+  likelihood   the responses from the plain prompts
+  cut          both contexts, what they begin with run once (template: chat)
+  apart        both contexts, each by itself
+  frozen       token scores: the plain context, flags known
+  blame        the one pass without gradient by which token scores are made, counted apart"""
+
+import argparse
+import json
+import tempfile
+import time
+from typing import Any
+
+from measuring import (
+    add_run_arguments,
+    add_shape_arguments,
+    describe_machine,
+    make_model,
+    print_table,
+    read_peak_bytes,
+    take_turns,
+    write_results,
+)
+from train_step import make_adapter, make_settings, time_trainer
+
+VARIANTS = ("likelihood", "cut", "apart", "frozen", "blame")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_records", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--num_prompt", type=int, default=800, help="tokens of a prompt (default: 800)")
+    parser.add_argument("--num_response", type=int, default=80, help="of a response (default: 80)")
+    parser.add_argument("--num_judgment", type=int, default=60, help="of a judgment (default: 60)")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--activation_checkpointing", action="store_true")
+    add_shape_arguments(parser)
+    add_run_arguments(parser, num_repeats=3)
+    args = parser.parse_args()
+    if args.variant:
+        print(json.dumps(_blame(args) if args.variant == "blame" else _train(args)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        results = take_turns(VARIANTS, args.repeats, folder)
+    base = results["likelihood"]["seconds"]
+    figures = {f"{variant}_over_likelihood": results[variant]["seconds"] / base for variant in VARIANTS[1:]}
+    print_table(
+        [
+            {
+                "step": variant,
+                "seconds": result["seconds"],
+                "over likelihood": result["seconds"] / base,
+                "peak GB": result["peak"] / 1e9,
+            }
+            for variant, result in results.items()
+        ]
+    )
+    write_results(figures | {"machine": describe_machine(), "options": vars(args), "results": results}, args.json)
+
+
+def _make_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Random tokens, laid out as the chat template does: the judgment after what both contexts begin with."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(num: int) -> list[int]:
+        return torch.randint(args.vocab_size, (num,), generator=generator).tolist()
+
+    rows = []
+    for _ in range(args.num_records):
+        # Lengths within a quarter of the mean.
+        scale = 0.75 + 0.5 * torch.rand((), generator=generator).item()
+        prompt, ending = draw(round(args.num_prompt * scale)), draw(4)
+        judgment, response = draw(round(args.num_judgment * scale)), draw(round(args.num_response * scale))
+        rows.append(
+            {
+                "prompt_ids": [*prompt, *ending],
+                "judged_prompt_ids": [*prompt, *judgment, *ending],
+                "response_ids": response,
+            }
+        )
+    return rows
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    from cutlm import CUTConfig, CUTTrainer
+    from cutlm.passes import PLAIN
+
+    rows = _make_rows(args)
+    if args.variant == "likelihood":
+        rows = [row | {"judged_prompt_ids": None} for row in rows]
+    if args.variant == "frozen":
+        rows = [
+            row
+            | {
+                "judged_prompt_ids": None,
+                "is_flagged": [place % 10 == 0 for place in range(len(row["response_ids"]))],
+                "weights": [float(place % 10 == 0) for place in range(len(row["response_ids"]))],
+            }
+            for row in rows
+        ]
+    detector = "frozen" if args.variant == "frozen" else None
+    config = CUTConfig(**make_settings(args, args.folder), detector=detector, max_length=100_000)
+    trainer = CUTTrainer(make_model(args), config, rows, peft_config=make_adapter())
+    if args.variant == "apart":
+        trainer._passes = PLAIN
+    return time_trainer(trainer)
+
+
+def _blame(args: argparse.Namespace) -> dict[str, Any]:
+    from cutlm.scoring import score_rows
+
+    model = make_model(args)
+    rows = _make_rows(args)
+    began = time.perf_counter()
+    for _ in score_rows(model, rows, is_bf16=args.bf16, show_progress=False):
+        pass
+    return {"seconds": time.perf_counter() - began, "peak": read_peak_bytes()}
+
+
+if __name__ == "__main__":
+    main()
