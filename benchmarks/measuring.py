@@ -57,7 +57,7 @@ def make_model(args: argparse.Namespace) -> Any:
         return LlamaForCausalLM(config)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
-    return model.bfloat16() if args.bf16 else model  # type: ignore[no-untyped-call]
+    return model.bfloat16() if args.bf16 else model
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
