@@ -160,3 +160,30 @@ def test_a_missing_package_is_named_with_the_way_to_it(tmp_path: Path, capsys, m
     references = write(tmp_path / "references.jsonl", RECORDS)
     assert main(["eval", "rouge", "--model", "m", "--references", references, "--out", str(tmp_path / "out")]) == 2
     assert "pip install 'cutlm[eval]'" in capsys.readouterr().err
+
+
+def test_to_begin_anew_means_that_nothing_of_before_is_used(tmp_path: Path):
+    model = save_tiny_model(tmp_path / "model", chat=True)
+    references = write(tmp_path / "references.jsonl", RECORDS)
+    out = tmp_path / "out"
+    command = ["eval", "rouge", "--references", references, "--out", str(out)]
+    options = ["--model", str(model), "--max_new_tokens", "4", "--device", "cpu", "--overwrite"]
+    out.mkdir()
+    (out / "outputs.json").write_text(json.dumps([{"instruction": "Two", "output": "dogs bark"}]))
+    assert main([*command, *options]) == 0
+    assert [row["instruction"] for row in json.loads((out / "outputs.json").read_text("utf-8"))] == [
+        *("One", "Two", "Four")
+    ]
+    # What cannot be done leaves no figure of other settings beside its own.
+    assert main([*command, *options, "--template", "alpaca", "--max_new_tokens", "100000"]) == 2
+    assert not list(out.glob("result.*"))
+
+
+def test_settings_of_which_nothing_came_are_no_hindrance(tmp_path: Path):
+    model = save_tiny_model(tmp_path / "model")
+    references = write(tmp_path / "references.jsonl", RECORDS)
+    command = ["eval", "rouge", "--references", references, "--out", str(tmp_path / "out"), "--model", str(model)]
+    command += ["--max_new_tokens", "4", "--device", "cpu"]
+    assert main(command) == 2  # it has no chat template
+    assert main([*command, "--template", "alpaca"]) == 0
+    assert main(command) == 2

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from cutlm.judges import Response
     from cutlm.judges.chat import ChatServer
 
-_CACHE = "verdicts.sqlite"
 _ANNOTATIONS = "annotations.json"
 
 
@@ -138,7 +137,7 @@ def _ask(args: argparse.Namespace) -> _Compared | None:
     """Has the model answer and the annotator compare; None where a server had no answer to some."""
     from cutlm.cli.reuse import PARTS, answer_once, describe_source
     from cutlm.evaluation.annotator import ask_verdicts, describe_verdicts, load_annotator
-    from cutlm.evaluation.folder import open_folder
+    from cutlm.evaluation.folder import VERDICTS_FILE, open_folder
     from cutlm.jsonl import write_rows
     from cutlm.judges.responses import read_responses
 
@@ -154,7 +153,7 @@ def _ask(args: argparse.Namespace) -> _Compared | None:
         return None
     responses = read_responses(outputs)
     pairs, counts = _pair(args, responses, references)
-    verdicts = ask_verdicts(pairs, annotator, server, folder / _CACHE)
+    verdicts = ask_verdicts(pairs, annotator, server, folder / VERDICTS_FILE)
     for sentence in describe_verdicts(verdicts):
         print(sentence)
     if verdicts.failures:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from cutlm.cli.reuse import PARTS, answer_once, check_source, describe_source
     from cutlm.errors import DataError
-    from cutlm.evaluation.folder import hash_file, need_extra, open_folder, write_result
+    from cutlm.evaluation.folder import PROMPTS_FILE, hash_file, need_extra, open_folder, write_result
     from cutlm.evaluation.pairs import pair_responses
     from cutlm.evaluation.rouge import PACKAGES, list_references, measure_rouge, tabulate_rouge
     from cutlm.jsonl import write_rows
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     folder = open_folder(args.out, settings, PARTS, overwrite=args.overwrite)
     outputs = args.outputs
     if outputs is None:
-        prompts = folder / "prompts.jsonl"
+        prompts = folder / PROMPTS_FILE
         write_rows(prompts, [{"instruction": row.instruction, "input": row.input} for row in references])
         outputs = answer_once(args, folder, str(prompts))
         if outputs is None:

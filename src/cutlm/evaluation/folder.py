@@ -15,6 +15,11 @@ from cutlm.errors import DataError, UserError
 from cutlm.jsonl import open_atomic, read_bytes
 
 SETTINGS_FILE = "settings.json"
+PROMPTS_FILE = "prompts.jsonl"
+VERDICTS_FILE = "verdicts.sqlite"
+_RESULT_FILES = ("result.json", "result.md", "result.png")
+# What is right under any settings: it is made again at each start, or kept by what was asked.
+_NEUTRAL_FILES = (SETTINGS_FILE, PROMPTS_FILE, VERDICTS_FILE)
 
 
 def open_folder(
@@ -26,10 +31,12 @@ def open_folder(
         out: The folder.
         settings: All that the results depend on; JSON values by name.
         parts: Names of files that a stopped evaluation can leave and that are gone on with.
-        overwrite: Whether to begin anew where the settings differ; the parts are removed then.
+        overwrite: Whether to begin anew where the settings differ, or are not known. Where something is begun, no part
+            and no result of anything else stays.
 
     Raises:
-        UserError: The folder is of other settings, or holds other things.
+        UserError: The folder is of other settings, or holds other things. Other settings of which nothing came, such as
+            those of a model that could not be loaded, are no hindrance.
     """
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
@@ -45,16 +52,15 @@ def open_folder(
         differing = sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name))
         if not differing:
             return folder
-        if not overwrite:
+        if not overwrite and not all(path.name.startswith(_NEUTRAL_FILES) for path in folder.iterdir()):
             raise UserError(
                 f"--out {folder}: begun with other settings ({', '.join(differing)} differ); give the same ones to go"
                 " on, name another folder, or begin anew with --overwrite"
             )
-        for name in parts:
-            (folder / name).unlink(missing_ok=True)
-            (folder / f"{name}.partial").unlink(missing_ok=True)
     elif folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"--out {folder}: holds other things; name another folder, or write into it with --overwrite")
+    for name in [*_RESULT_FILES, *(name for part in parts for name in (part, f"{part}.partial"))]:
+        (folder / name).unlink(missing_ok=True)
     write_text(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     return folder
 
