@@ -11,13 +11,17 @@ from cutlm.cli import main
 from cutlm.judges.rules import load_rules
 
 RULES = """
+import sys
+
 def judge(instruction, response):
     return None if response == "right" else f"{instruction!r} is not {response!r}."
 
 def stumble(instruction, response):
-    return {"boom": lambda: 1 / 0, "int": lambda: 3, "empty": lambda: " ", "praise": lambda: "perfect, yes"}.get(
-        response, lambda: None
-    )()
+    return {"boom": lambda: 1 / 0, "int": lambda: 3, "empty": lambda: " ", "praise": lambda: "perfect, yes",
+            "leave": lambda: sys.exit(0), "stop": stop}.get(response, lambda: None)()
+
+def stop():
+    raise KeyboardInterrupt
 
 number = 3
 """
@@ -29,6 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     (tmp_path / "my_rules_for_tests.py").write_text(RULES)
     (tmp_path / "broken_rules.py").write_text("import no_such_module_at_all")
+    (tmp_path / "leaving_rules.py").write_text("import sys\nsys.exit(0)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
@@ -86,6 +91,20 @@ def test_what_rules_do_wrong_is_said_at_once(folder: Path, capsys: pytest.Captur
     assert [row["judgment"] for row in read()] == [None, None]
 
 
+def test_rules_that_leave_are_named_as_those_that_raise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fine", "leave", "leave"], "my_rules_for_tests:stumble") == 2
+    printed = capsys.readouterr().err
+    for line in (2, 3):
+        assert f"in.jsonl:{line}: the rules raised SystemExit: 0; mend them, or leave the row out" in printed
+    assert "2 of 3 responses could not be judged" in printed
+
+
+def test_ctrl_c_stops_rules(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fine", "stop"], "my_rules_for_tests:stumble") == 130
+    assert "stopped" in capsys.readouterr().err
+    assert not Path("out.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -93,6 +112,7 @@ def test_what_rules_do_wrong_is_said_at_once(folder: Path, capsys: pytest.Captur
         ("no_such_rules:judge", "no module 'no_such_rules' on Python's path or in "),
         ("cutlm.no_such_rules:judge", "no module 'cutlm.no_such_rules' on Python's path or in "),
         ("broken_rules:judge", "cannot be imported (ModuleNotFoundError: No module named 'no_such_module_at_all')"),
+        ("leaving_rules:judge", "--rules leaving_rules:judge: its module cannot be imported (SystemExit: 0); mend it"),
         ("my_rules_for_tests:nothing", "expected a function 'nothing' in my_rules_for_tests, got nothing of that name"),
         ("my_rules_for_tests:number", "expected a function 'number' in my_rules_for_tests, got int"),
     ],

@@ -38,7 +38,7 @@ def load_rules(name: str) -> Rules:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script's last line may well be sys.exit
         # Not what the module itself fails to import.
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise UserError(
@@ -72,7 +72,7 @@ def judge_by_rules(responses: Sequence[Response], rules: Rules, *, show_progress
         response = responses[index]
         try:
             judgment = rules(response.full_instruction, response.output)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             problems.append(f"{response.place}: the rules raised {_describe(error)}; mend them, or leave the row out")
             continue
         problem = _describe_wrong_return(judgment)
@@ -103,7 +103,7 @@ def _describe_wrong_return(judgment: Any) -> str | None:
     return None
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     """An exception's type and text, in one line."""
     text = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
