@@ -59,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from cutlm.evaluation.alpaca_eval import PACKAGES, measure_win_rate, tabulate_win_rate
-    from cutlm.evaluation.annotator import import_alpaca_eval
-    from cutlm.evaluation.folder import write_result
+    from cutlm.evaluation.folder import import_alpaca_eval, write_result
 
     _check_options(args)
     import_alpaca_eval("metrics")
@@ -190,9 +189,12 @@ def _make_server(args: argparse.Namespace, settings: dict[str, Any]) -> "ChatSer
     url = args.annotator_url or OPENAI
     if (problem := describe_bad_address(url, "--annotator_url")) is not None:
         raise ConfigError(problem)
+    model = args.annotator_model or settings.get("model_name")
+    if not model:
+        raise ConfigError(f"--annotator {args.annotator}: it names no model to ask; name one by --annotator_model")
     return ChatServer(
         url,
-        args.annotator_model or settings["model_name"],
+        model,
         temperature=settings.get("temperature", 0.0),
         max_tokens=settings.get("max_tokens", 1024),
         fields=read_fields(args.annotator_fields or "{}", "--annotator_fields"),

@@ -12,7 +12,8 @@ from statistics import mean
 from typing import Any
 
 from cutlm.errors import DataError
-from cutlm.evaluation.annotator import DRAW, Pair, import_alpaca_eval
+from cutlm.evaluation.annotator import DRAW, Pair
+from cutlm.evaluation.folder import import_alpaca_eval
 from cutlm.evaluation.paper import ALPACA_COLD_START, ALPACA_ONLINE, ALPACA_WARM_START, SOURCE
 from cutlm.jsonl import read_rows
 from cutlm.records import describe_value

@@ -10,12 +10,12 @@ import json
 import logging
 import re
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import yaml
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cutlm.asking import ask_all
 from cutlm.errors import UserError
-from cutlm.evaluation.folder import need_extra
+from cutlm.evaluation.folder import import_alpaca_eval
 from cutlm.judges.cache import Cache
 from cutlm.judges.chat import Answer, ChatServer, OptionNames, Spending, ask, explain_refusal, make_client
 from cutlm.posting import Refused, read_key
@@ -34,7 +34,7 @@ OPTIONS = OptionNames(
 )
 DRAW = 1.5
 # What can be sent to any server; others ask for functions to be called, or for log-probs.
-_KNOWN = {"model_name", "max_tokens", "temperature"}
+_KNOWN: dict[str, type | UnionType] = {"model_name": str, "max_tokens": int, "temperature": int | float}
 _PLACES = re.compile(r"\{(instruction|output_1|output_2)\}")
 _MESSAGE = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 
@@ -131,21 +131,6 @@ def _quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-def import_alpaca_eval(module: str) -> Any:
-    """A module of the package, which changes the level of all logging when it is imported; that is undone.
-
-    Raises:
-        UserError: The package is missing.
-    """
-    level = logging.root.level
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is told that what it imports will be gone one day
-            return need_extra(f"alpaca_eval.{module}")
-    finally:
-        logging.root.setLevel(level)
-
-
 def load_annotator(name: str) -> Annotator:
     """Reads an annotator's configuration.
 
@@ -153,40 +138,80 @@ def load_annotator(name: str) -> Annotator:
         name: Of one that comes with `alpaca-eval`, or a folder with a `configs.yaml` of the same kind.
 
     Raises:
-        UserError: There is none, or it asks in a way that is not known here.
+        UserError: There is none, or it cannot be used, or it asks in a way that is not known here.
     """
     base = Path(import_alpaca_eval("constants").EVALUATORS_CONFIG_DIR)
     folder = Path(name) if (Path(name) / "configs.yaml").is_file() else base / name
-    try:
-        configs = yaml.safe_load((folder / "configs.yaml").read_text("utf-8"))
-    except (OSError, yaml.YAMLError):
-        raise UserError(
-            f"--annotator {name}: expected an annotator of alpaca-eval such as alpaca_eval_gpt4, or a folder with its"
-            " configs.yaml, got none; check the name"
-        ) from None
-    (config,) = configs.values() if isinstance(configs, dict) and len(configs) == 1 else ({},)
+    config = _read_config(name, folder / "configs.yaml")
     settings = config.get("completions_kwargs") or {}
     is_known = config.get("fn_completions") == "openai_completions" and config.get("batch_size", 1) == 1
-    is_known &= set(settings) <= _KNOWN and not {"completion_key", "processors_to_kwargs"} & set(config)
+    is_known &= set(settings) <= set(_KNOWN) and not {"completion_key", "processors_to_kwargs"} & set(config)
     if not is_known:
         raise UserError(
             f"--annotator {name}: it asks for more than text, or by another service, and cutlm cannot; ask another one,"
             " such as alpaca_eval_gpt4, or have alpaca-eval itself ask and give its verdicts by --annotations"
         )
-    file = config["prompt_template"]
-    template = next(path for path in (folder.parent / file, folder / file, base / file) if path.is_file())
-    text = template.read_text("utf-8")
-    messages = tuple((role, content.strip()) for role, content in _MESSAGE.findall(text)) or (("user", text.strip()),)
+    for key, kind in _KNOWN.items():
+        if not isinstance(settings.get(key), kind | None):
+            raise UserError(
+                f"--annotator {name}: completions_kwargs: field {key!r}: expected"
+                f" {'text' if kind is str else 'a number'}, got {settings[key]!r}; mend {folder / 'configs.yaml'}"
+            )
     parsers = import_alpaca_eval("completion_parsers")
-    parse = getattr(parsers, config.get("fn_completion_parser") or "regex_parser")
+    parser = config.get("fn_completion_parser") or "regex_parser"
+    parse = getattr(parsers, str(parser), None)
+    if not callable(parse):
+        raise UserError(f"--annotator {name}: alpaca-eval has no parser of answers {parser!r}; check its name")
+    text = _read_template(name, config.get("prompt_template"), (folder.parent, folder, base))
     options = config.get("completion_parser_kwargs") or {}
     return Annotator(
         Path(name).name,
-        messages,
+        tuple((role, content.strip()) for role, content in _MESSAGE.findall(text)) or (("user", text.strip()),),
         lambda answer: _take_one(parse(answer, **options)),
         settings,
         config.get("is_randomize_output_order", True),
     )
+
+
+def _read_config(name: str, file: Path) -> dict[str, Any]:
+    """The one configuration in a file."""
+    try:
+        configs = yaml.safe_load(file.read_text("utf-8"))
+    except OSError:
+        raise UserError(
+            f"--annotator {name}: expected an annotator of alpaca-eval such as alpaca_eval_gpt4, or a folder with its"
+            " configs.yaml, got none; check the name"
+        ) from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--annotator {name}: {file} is no YAML in UTF-8 ({reason}); mend it") from None
+    found = list(configs.values()) if isinstance(configs, dict) else []
+    mappings = ("completions_kwargs", "completion_parser_kwargs")
+    if len(found) != 1 or not isinstance(found[0], dict):
+        problem = "one name with the settings of an annotator below it, got something else"
+    elif wrong := [key for key in mappings if not isinstance(found[0].get(key) or {}, dict)]:
+        problem = f"settings below {' and '.join(wrong)}, got something else"
+    else:
+        return found[0]
+    raise UserError(f"--annotator {name}: {file}: expected {problem}; see the configurations of alpaca-eval")
+
+
+def _read_template(name: str, file: Any, folders: Sequence[Path]) -> str:
+    """The text of the question, which must have a place for each of what is compared."""
+    if not isinstance(file, str):
+        raise UserError(f"--annotator {name}: field 'prompt_template': expected a file's name, got {file!r}; add it")
+    path = next((folder / file for folder in folders if (folder / file).is_file()), None)
+    if path is None:
+        raise UserError(f"--annotator {name}: no file {file} (prompt_template); put it beside its configs.yaml")
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--annotator {name}: {path} cannot be read as UTF-8 text ({error}); mend it") from None
+    missing = sorted({"instruction", "output_1", "output_2"} - set(_PLACES.findall(text)))
+    if missing:
+        places = ", ".join(f"{{{place}}}" for place in missing)
+        raise UserError(f"--annotator {name}: {path}: expected a place for {places}, got none; add it")
+    return text
 
 
 def _take_one(verdicts: Sequence[Any]) -> float:

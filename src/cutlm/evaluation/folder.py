@@ -6,6 +6,8 @@ An evaluation that was stopped goes on in its folder, with what is whole in it; 
 import hashlib
 import importlib
 import json
+import logging
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -118,3 +120,18 @@ def need_extra(module: str) -> Any:
             f"the package of the module {error.name} is missing; install what measures a model by:"
             " pip install 'cutlm[eval]'"
         ) from None
+
+
+def import_alpaca_eval(module: str) -> Any:
+    """A module of the package, which changes the level of all logging when it is imported; that is undone.
+
+    Raises:
+        UserError: The package is missing.
+    """
+    level = logging.root.level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is told that what it imports will be gone one day
+            return need_extra(f"alpaca_eval.{module}")
+    finally:
+        logging.root.setLevel(level)
