@@ -248,6 +248,20 @@ def test_a_server_is_asked_once_about_each_pair(command, server: ChatServer, tmp
     assert read(tmp_path / "again" / "result.json")["win_rate"] == result["win_rate"]
 
 
+def test_verdicts_on_an_instruction_with_an_input_are_replayed(command, server: ChatServer, tmp_path: Path, capsys):
+    for name in ("own.json", "other.json"):
+        rows = read(tmp_path / name)
+        write(tmp_path / name, [row | {"input": "In one word."} for row in rows])
+    assert main(command) == 0
+    result = read(tmp_path / "out" / "result.json")
+    replay = ["eval", "alpaca", "--annotations", str(tmp_path / "out" / "annotations.json")]
+    for number, options in enumerate(([], command[2:4], command[4:6], command[2:6])):
+        out = tmp_path / f"again-{number}"
+        assert main([*replay, *options, "--out", str(out)]) == 0
+        again = read(out / "result.json")
+        assert (again["win_rate"], again["num_judged"]) == (result["win_rate"], len(TEXTS)), options
+
+
 def test_a_null_verdict_is_dropped_and_counted_and_asked_for_again(command, server: ChatServer, tmp_path: Path, capsys):
     server.reply = lambda prompt: "I like both." if "Count." in prompt else prefer_longer(prompt)
     assert main(command) == 0

@@ -23,13 +23,16 @@ class Pairs:
 
 
 def pair_responses(responses: Sequence[Response], others: Sequence[Response]) -> Pairs:
-    """Finds for each of the others the response to the same instruction and input; of equal ones in their order."""
-    waiting: dict[tuple[str, str], deque[Response]] = defaultdict(deque)
+    """Finds for each of the others the response to the same instruction; of equal ones in their order.
+
+    An instruction and its input are one text here: files of verdicts know no input.
+    """
+    waiting: dict[str, deque[Response]] = defaultdict(deque)
     for response in responses:
-        waiting[response.instruction, response.input].append(response)
+        waiting[response.full_instruction].append(response)
     pairs = []
     for other in others:
-        found = waiting[other.instruction, other.input]
+        found = waiting[other.full_instruction]
         if found:
             pairs.append((found.popleft(), other))
     return Pairs(pairs, len(responses) - len(pairs), len(others) - len(pairs))
