@@ -13,7 +13,7 @@ from chat_server import CANARY, ChatServer
 from tiny import save_tiny_model
 
 from cutlm.cli import build_parser, main
-from cutlm.evaluation.alpaca_eval import measure_win_rate
+from cutlm.evaluation.alpaca_eval import find_verdicts, measure_win_rate
 from cutlm.evaluation.annotator import Pair, load_annotator
 from cutlm.evaluation.folder import import_alpaca_eval
 
@@ -246,6 +246,15 @@ def test_a_server_is_asked_once_about_each_pair(command, server: ChatServer, tmp
     ]
     assert main(replay) == 0
     assert read(tmp_path / "again" / "result.json")["win_rate"] == result["win_rate"]
+
+
+def test_a_null_verdict_hides_no_other_one_on_the_same_texts():
+    row = {"instruction": "a", "output_1": "b", "output_2": "c"}
+    rows = [row | {"preference": preference} for preference in (None, 2, 1, None)]
+    pair = Pair("", "a", "b", "c")
+    assert find_verdicts(rows, [pair]) == [2]
+    assert find_verdicts(rows, [pair] * 5) == [2, 1, None, None, None]
+    assert find_verdicts(rows[1:2], [pair, pair, Pair("", "a", "b", "d")]) == [2, 2, None]
 
 
 def test_verdicts_on_an_instruction_with_an_input_are_replayed(command, server: ChatServer, tmp_path: Path, capsys):

@@ -6,6 +6,7 @@ dropped and counted: the package's own null ones stand for answers that could no
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -65,9 +66,18 @@ def read_annotations(path: str | Path, annotator: str) -> list[dict[str, Any]]:
 
 
 def find_verdicts(annotations: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> list[float | None]:
-    """The verdict on each pair, of whichever row has its texts; None where there is none, or a null one."""
-    known = {tuple(row[name] for name in _TEXTS): row.get("preference") for row in annotations}
-    return [known.get((pair.instruction, pair.reference, pair.output)) for pair in pairs]
+    """The verdict on each pair, of the rows with its texts; None where there is none, or none but null ones.
+
+    Several rows with the same texts are taken in turn, null ones last, and the last one of them for all further pairs.
+    """
+    known: dict[tuple[str, ...], list[float | None]] = defaultdict(list)
+    for row in sorted(annotations, key=lambda row: row.get("preference") is None):
+        known[tuple(row[name] for name in _TEXTS)].append(row.get("preference"))
+    found = []
+    for pair in pairs:
+        verdicts = known.get((pair.instruction, pair.reference, pair.output), [None])
+        found.append(verdicts.pop(0) if len(verdicts) > 1 else verdicts[0])
+    return found
 
 
 def measure_win_rate(preferences: Sequence[float | None], outputs: Sequence[str]) -> dict[str, Any]:
