@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from cutlm.errors import UserError
 from cutlm.judges import Response, prompt
 from cutlm.judges.prompt import DEFAULT_PROMPT, BadAnswer, choose_marker, fill_prompt, read_answer, read_prompt_file
+from cutlm.records import is_praise
 
 LONG = "The capital of Australia is Sydney, which is also the largest city of the whole country."
 
@@ -72,9 +73,60 @@ def test_the_input_belongs_to_the_instruction() -> None:
     assert "]\nTranslate.\nHello.\n[end of instruction" in question
 
 
-@pytest.mark.parametrize("text", ["Perfect.", "perfect", " PERFECT!\n", '"Perfect."', "**Perfect.**", "Perfect. Good."])
-def test_perfect_as_the_first_word_means_that_nothing_is_wrong(text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("Perfect.", "perfect", " PERFECT!\n", '"Perfect."', "**Perfect.**", "> Perfect.", "Perfect. Good."),
+        "Perfect. It names the largest city.",
+        "Perfect! Nothing is wrong with it.",
+        "Judgment: Perfect.",
+        "**Final answer:**\n\nPerfect.",
+        '{"judgment": "Perfect."}',
+        "<answer>Perfect.</answer>",
+    ],
+)
+def test_perfect_and_no_more_means_that_nothing_is_wrong(text: str) -> None:
     assert read(text) is None
+
+
+UNCLEAR = [
+    "Perfect? No: it is wrong.",
+    "Perfect?",
+    "Perfect grammar, but Sydney is not the capital.",
+    "Perfect, Sydney.",
+    "Perfect.\n\nWait, no: it is Canberra.",
+    "Perfect. Sydney isn’t the capital.",
+    f"Perfect. {'Sydney is a city. ' * 5}",
+    '"Perfect." Or so it says: Sydney is wrong.',
+    "Perfectly fine.",
+    "The response is perfect.",
+    "No issues found.",
+    "No, nothing is wrong.",
+    "Nothing is wrong with the response.",
+    "There are no errors in it.",
+    "Correct.",
+    "Looks good!",
+    "N/A",
+    "10/10",
+    "Rating: 3 out of 10",
+]
+
+
+@pytest.mark.parametrize("text", UNCLEAR)
+def test_praise_that_goes_on_or_is_worded_otherwise_is_neither_praise_nor_objection(text: str) -> None:
+    with pytest.raises(BadAnswer) as error:
+        read(text)
+    assert error.value.kind == "unclear answer"
+
+
+@given(marks=st.text(" \n\"'*_>[{.-", max_size=4), tail=st.text(max_size=30))
+def test_no_objection_begins_as_praise_does_in_records(marks: str, tail: str) -> None:
+    for text in (f"{marks}Perfect{tail}", f" \t\u2028PERFECT{tail}"):
+        try:
+            judgment = read(text)
+        except BadAnswer:
+            continue
+        assert judgment is None or not is_praise(judgment)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +139,14 @@ def test_perfect_as_the_first_word_means_that_nothing_is_wrong(text: str) -> Non
         "The response says 'As an AI', which nobody asked.",
         "I cannot find the capital in it: Sydney is none.",
         "Sorry to say, it is wrong.",
+        "It is wrong.",
+        "There are errors.",
+        "Nothing of it is right.",
+        '"As an AI language model" is no answer to the question.',
+        "I can't help but notice that Sydney is not the capital.",
+        "I can't help noticing Sydney in it.",
+        "It shows '<think>secret</think>' to the reader, which is wrong.",
+        "The '</think>' at its end is no part of an answer.",
         f'"{LONG}" is wrong: the capital is Canberra, and Sydney is only the largest city.',
     ],
 )
@@ -97,6 +157,13 @@ def test_what_is_wrong_is_taken_as_it_is(text: str) -> None:
 def test_thoughts_before_a_judgment_are_no_part_of_it() -> None:
     assert read("<think>Is it Sydney? Perfect?\nNo.</think>\n\nIt is Canberra.") == "It is Canberra."
     assert read("<think></think>Perfect.") is None
+    assert read("<think>One.</think>\n<think>Two.</think>Perfect.") is None
+
+
+@pytest.mark.parametrize("thoughts", ["Sydney is wrong, I think.\n", "", "Perfect. Or is <b>it</b>?"])
+def test_thoughts_that_the_prompt_opened_end_where_the_answer_ends_them(thoughts: str) -> None:
+    assert read(f"{thoughts}</think>\n\nPerfect.") is None
+    assert read(f"{thoughts}</think>It is Canberra.") == "It is Canberra."
 
 
 @pytest.mark.parametrize(
@@ -105,11 +172,21 @@ def test_thoughts_before_a_judgment_are_no_part_of_it() -> None:
         (None, "empty answer"),
         (" \n", "empty answer"),
         ("<think>Hm.</think>", "empty answer"),
+        ("Hm.</think>", "empty answer"),
+        ("\n<think>It is Canberra", "unfinished thoughts"),
+        ("<think>Hm.</think><think>It is Canberra", "unfinished thoughts"),
         ("I'm sorry, I can't do that.", "refusal"),
         ("I’m sorry, but I can’t assist with this.", "refusal"),
         ("Sorry, but I will not.", "refusal"),
         ("As an AI language model, I cannot judge.", "refusal"),
         ("I cannot evaluate this response.", "refusal"),
+        ("I cannot fulfill your request.", "refusal"),
+        ("I can’t fulfill this request.", "refusal"),
+        ("I won't be able to assist with that.", "refusal"),
+        ("I can't help with that.", "refusal"),
+        ("I'm just an AI, I can't judge.", "refusal"),
+        ("I do not feel comfortable judging this.", "refusal"),
+        ('"As an AI language model, I cannot judge."', "refusal"),
         ("I apologize, this is not possible.", "refusal"),
         (LONG, "echo of the response"),
         (f"  {LONG.upper()}", "echo of the response"),

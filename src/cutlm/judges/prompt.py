@@ -12,10 +12,17 @@ from pathlib import Path
 from cutlm.errors import UserError
 from cutlm.jsonl import read_bytes
 from cutlm.judges import Response
+from cutlm.judges.wording import (
+    drop_thoughts,
+    is_other_praise,
+    is_praise_alone,
+    is_refusal,
+    starts_with_perfect,
+)
 from cutlm.records import JudgedRecord
 
 # Part of the key of every cached judgment: to be raised with every change of what `read_answer` makes of an answer.
-PARSING_VERSION = 1
+PARSING_VERSION = 2
 LONGEST_JUDGMENT = 20_000
 
 DEFAULT_PROMPT = """\
@@ -46,16 +53,6 @@ Write your judgment: "Perfect." if nothing is wrong, else what is wrong. Write "
 
 _DECISION = re.compile(r"Satisfactory: (Yes|No)")
 _FIELD = re.compile(r"\{(instruction|response|marker)\}")
-_THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
-# The first word, whatever quotes or stars stand before it.
-_PERFECT = re.compile(r"[\s\"'“‘*_`]*perfect\b", re.IGNORECASE)
-_REFUSAL = re.compile(
-    r"[\s\"']*(?:(?:i'm|i am) (?:(?:very|so|really) )?sorry\b|sorry,? (?:but )?i\b|i (?:must )?apologi[sz]e\b"
-    r"|my apologies\b|as an ai\b|as a (?:large )?language model\b|i(?:'m| am) an ai\b"
-    r"|i(?:'m| am) (?:unable|not able)\b|(?:unfortunately,? )?i (?:can't|cannot|can not|won't|will not) "
-    r"(?:help|assist|comply|provide|judge|evaluate|fulfil|answer|do|engage|continue|rate|review|discuss)\b)",
-    re.IGNORECASE,
-)
 # Shorter texts may well stand in a judgment by chance, or as what it quotes.
 _SHORTEST_ECHO = 40
 
@@ -130,17 +127,21 @@ def read_answer(text: str | None, finish_reason: str | None, response: Response,
         prompt: What was asked.
 
     Returns:
-        The judgment; None where the answer's first word is "Perfect".
+        The judgment; None where the answer is "Perfect." and no more (`is_praise_alone`).
 
     Raises:
-        BadAnswer: It is empty, cut off, a refusal, an echo, or no text that a record can hold.
+        BadAnswer: It is empty, cut off, a refusal, an echo, praise of another kind, or no text that a record can hold.
     """
     judgment = _check_text(text, finish_reason)
     _refuse_echo(judgment, response, prompt)
-    if _PERFECT.match(judgment):
+    if is_praise_alone(judgment):
         return None
-    if _REFUSAL.match(judgment.replace("’", "'")):
+    if is_refusal(judgment):
         raise BadAnswer("refusal", "the model refuses to judge")
+    if starts_with_perfect(judgment):  # which records would take for praise
+        raise BadAnswer("unclear answer", 'the answer starts with "Perfect" and does not leave it at that')
+    if is_other_praise(judgment):
+        raise BadAnswer("unclear answer", 'the answer praises or rates the response, and not by the word "Perfect."')
     return judgment
 
 
@@ -181,7 +182,7 @@ def read_trained_answer(text: str | None, finish_reason: str | None, response: R
     if not judgment:
         raise BadAnswer("empty judgment", "there is a decision, and no judgment before it")
     _refuse_echo(judgment, response, prompt)
-    is_praised = _PERFECT.match(judgment) is not None
+    is_praised = starts_with_perfect(judgment)
     if is_praised != (decision[1] == "Yes"):
         said = "praises the response" if is_praised else "objects to something"
         raise BadAnswer("contradictory answer", f"the judgment {said}, and the decision is {decision[1]}")
@@ -194,7 +195,9 @@ def _check_text(text: str | None, finish_reason: str | None) -> str:
         raise BadAnswer("cut off", "the answer was cut off at the most tokens that it may have; give more --max_tokens")
     if finish_reason == "content_filter":
         raise BadAnswer("refusal", "the server's content filter stopped the answer")
-    judgment = _THOUGHTS.sub("", text or "", count=1).strip()
+    judgment = drop_thoughts(text or "")
+    if judgment is None:
+        raise BadAnswer("unfinished thoughts", "the answer opens its thoughts by <think> and does not end them")
     if not judgment:
         raise BadAnswer("empty answer", "the answer is empty")
     if "\0" in judgment or re.search("[\ud800-\udfff]", judgment):
