@@ -1,6 +1,7 @@
 """Rules as a judge: a Python function, whatever it does."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 
 from cutlm.cli import main
+from cutlm.judges import Failure, Response
+from cutlm.judges.responses import name_failures_file, set_aside_empty, write_outcome
 from cutlm.judges.rules import load_rules
 
 RULES = """
@@ -122,6 +125,75 @@ def test_rules_that_cannot_be_had_are_one_sentence(
 ) -> None:
     assert run(["right"], name) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_no_records_of_an_earlier_run_stay_beside_failures_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["right", "left"], "my_rules_for_tests:judge") == 0
+    rows = [{"instruction": "Say it.", "output": ""}] * 2
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--judge", "rules", "--rules", "my_rules_for_tests:judge", "--out", "out.jsonl", "--overwrite"]
+    assert main(["judge", "--responses", "in.jsonl", *options]) == 1
+    assert not Path("out.jsonl").exists()
+    printed = capsys.readouterr().out
+    assert "out.jsonl of an earlier run is removed" in printed
+    assert "2 responses have no judgment (2 empty response)" in printed
+
+
+# The outputs of an earlier run and of this one; the rules judge all but empty ones, and here to the opposite.
+TWO_RUNS: dict[str, tuple[list[str], list[str]]] = {
+    "other failures": (["right", "", "left"], ["", "right", "left"]),
+    "failures, then none": (["right", "", ""], ["right", "left", "left"]),
+    "none, then failures": (["right", "left", "left"], ["left", "", "left"]),
+    "failures alone, before": (["", "", ""], ["right", "left", ""]),
+    "failures alone, after": (["right", "", "left"], ["", "", ""]),
+}
+
+
+@pytest.mark.parametrize("name", TWO_RUNS)
+def test_a_run_killed_between_its_files_leaves_none_that_are_taken_for_a_pair(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = TWO_RUNS[name]
+    files = [Path("out.jsonl"), name_failures_file("out.jsonl")]
+
+    def write(outputs: list[str], mark: str) -> None:
+        responses = [Response(f"{index}", "Say it.", "", text, {"run": mark}) for index, text in enumerate(outputs)]
+        kept, outcome = set_aside_empty(responses)
+        outcome.judgments |= dict.fromkeys(kept, f"Wrong, by {mark}.")
+        outcome.failures = {index: Failure("empty response", mark) for index in outcome.failures}
+        write_outcome(responses, outcome, "out.jsonl")
+
+    def find_runs() -> tuple[int, set[str]]:
+        rows = [row for file in files if file.exists() for row in map(json.loads, file.read_text().splitlines())]
+        return len(rows), {row.get("run", row.get("reason")) for row in rows}
+
+    num_steps, num_killed = 0, 0
+    while num_steps == num_killed:  # kills at one step after another, until it gets through
+        write(before, "the first")
+        left = iter([True] * num_killed)
+
+        def kill(step: Any, left: Any = left) -> Any:
+            def do(*arguments: Any, **named: Any) -> Any:
+                if not next(left, False):
+                    raise SystemExit  # nothing catches it, and nothing is written any more
+                return step(*arguments, **named)
+
+            return do
+
+        with monkeypatch.context() as patch:
+            for module, step in ((os, "replace"), (Path, "unlink")):
+                patch.setattr(module, step, kill(getattr(module, step)))
+            try:
+                write(after, "the second")
+            except SystemExit:
+                num_steps += 1
+        num_rows, runs = find_runs()
+        assert num_rows != 3 or len(runs) == 1, f"after {num_killed} steps"
+        num_killed += 1
+    assert num_steps >= 1
+    assert find_runs() == (3, {"the second"})
 
 
 def test_a_method_is_a_function_too(folder: Path) -> None:

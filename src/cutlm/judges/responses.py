@@ -74,21 +74,34 @@ def name_failures_file(out: str | Path) -> Path:
 def write_outcome(responses: Sequence[Response], outcome: Outcome, out: str | Path) -> None:
     """Writes the records, in the order of the responses, and a list of failures where there are any.
 
+    Killed on the way, it leaves files whose rows are fewer than the responses, or the whole earlier pair: a list of
+    failures never stands beside records of another run.
+
     Args:
         responses: What was to be judged.
-        outcome: A judgment or a failure for each.
-        out: The file of records. Where not one judgment was had, it is not written: no trainer takes an empty one.
+        outcome: A judgment or a failure for each; gets a note where records of an earlier run are removed.
+        out: The file of records. Where not one judgment was had, there is none: no trainer takes an empty one.
     """
     assert len(outcome.judgments) + len(outcome.failures) == len(responses)
     failures_file = name_failures_file(out)
     judged, failed = sorted(outcome.judgments), sorted(outcome.failures)
-    if failed:
-        write_rows(failures_file, [_make_failure_row(responses[index], outcome.failures[index]) for index in failed])
+    # First of all: an earlier list does not hold any more, and its number of rows may make up for what is missing.
+    _remove(failures_file)
     if judged:
         write_rows(out, [_make_record_row(responses[index], outcome.judgments[index]) for index in judged])
-    if not outcome.failures and failures_file.exists():  # of an earlier run: it does not hold any more
-        failures_file.unlink()
-        sync_directory(failures_file.parent)
+    elif _remove(Path(out)):
+        outcome.notes.append(f"{out} of an earlier run is removed")
+    if failed:
+        write_rows(failures_file, [_make_failure_row(responses[index], outcome.failures[index]) for index in failed])
+
+
+def _remove(path: Path) -> bool:
+    """Removes a file, on the disk too; says whether it was there."""
+    if not path.exists():
+        return False
+    path.unlink()
+    sync_directory(path.parent)
+    return True
 
 
 def _make_record_row(response: Response, judgment: str | None) -> dict[str, Any]:
