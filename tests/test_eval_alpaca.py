@@ -327,6 +327,12 @@ def test_a_model_answers_and_is_compared_with_the_outputs_of_the_prompts(server:
     capsys.readouterr()
     assert main(command) == 0
     assert "outputs.json is there already" in capsys.readouterr().out
+    # Other instructions in a file of the same name are not answered yet.
+    command += ["--reference", write(tmp_path / "reference.json", read(Path(prompts)))]
+    assert main([*command, "--overwrite"]) == 0
+    write(Path(prompts), read(Path(prompts))[1:])
+    assert main(command) == 2
+    assert "begun with other settings (prompts differ)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -338,6 +344,18 @@ def test_a_model_answers_and_is_compared_with_the_outputs_of_the_prompts(server:
         ),
         ([], "--model or --outputs: expected a model to answer, or its responses, got none of them"),
         (["--annotations", "a", "--model", "m"], "--model: with --annotations nothing is asked"),
+        (
+            [*("--annotations", "a", "--prompts", "p", "--concurrency", "3", "--max_new_tokens", "-5")],
+            "--prompts, --max_new_tokens, --concurrency: with --annotations nothing is asked",
+        ),
+        (
+            [*("--outputs", "OWN", "--reference", "OWN", "--prompts", "p", "--top_p", "0.5", "--server", "s")],
+            "--prompts: of no use with both --outputs and --reference",
+        ),
+        (
+            [*("--outputs", "OWN", "--reference", "OWN", "--prompts", "p", "--top_p", "0.5", "--server", "s")],
+            "--top_p, --server: of use with --model alone, for the responses are there",
+        ),
         (["--outputs", "OWN", "--annotator_url", "x"], "--annotator_url: expected an address such as"),
         (
             ["--outputs", "OWN", "--annotator_url", "http://x", "--annotator", "nobody"],

@@ -24,13 +24,12 @@ if TYPE_CHECKING:
     from cutlm.judges.chat import ChatServer
 
 _ANNOTATIONS = "annotations.json"
+_PROMPTS = "alpaca_eval"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="answer by this model: a folder, or a hub name")
-    parser.add_argument(
-        "--prompts", default="alpaca_eval", metavar="FILE", help="the instructions (default: alpaca_eval)"
-    )
+    parser.add_argument("--prompts", default=_PROMPTS, metavar="FILE", help="the instructions (default: alpaca_eval)")
     parser.add_argument("--outputs", metavar="FILE", help="the model's responses, as cutlm generate writes them")
     parser.add_argument(
         "--reference", metavar="FILE", help="responses to compare with (default: the outputs in --prompts)"
@@ -83,23 +82,24 @@ def _check_options(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: All such options are named.
     """
-    from cutlm.cli.reuse import check_source
+    from cutlm.cli.reuse import check_source, list_given
     from cutlm.errors import ConfigError
     from cutlm.evaluation.annotator import OPENAI
     from cutlm.posting import KEY_VARIABLE, read_key
 
-    if args.annotations is None:
-        check_source(args)
-        if args.annotator_url is None and read_key() is None:
-            raise ConfigError(
-                f"{KEY_VARIABLE}: expected a key to {OPENAI}, got none; set it, or name another server by"
-                " --annotator_url"
-            )
+    if args.annotations is not None:
+        own = list_given(args, add_arguments, ("annotations", "annotator", "outputs", "reference"))
+        if own:
+            raise ConfigError(f"{', '.join(own)}: with --annotations nothing is asked; leave out the one or the other")
         return
-    options = ("model", "server", "annotator_url", "annotator_model", "annotator_fields", "annotator_max_requests")
-    given = [f"--{name}" for name in options if getattr(args, name) is not None]
-    if given:
-        raise ConfigError(f"{', '.join(given)}: with --annotations nothing is asked; leave out the one or the other")
+    problems = []
+    if args.prompts != _PROMPTS and args.outputs is not None and args.reference is not None:
+        problems.append("--prompts: of no use with both --outputs and --reference; leave it out")
+    if args.annotator_url is None and read_key() is None:
+        problems.append(
+            f"{KEY_VARIABLE}: expected a key to {OPENAI}, got none; set it, or name another server by --annotator_url"
+        )
+    check_source(args, problems)
 
 
 def _replay(args: argparse.Namespace) -> _Compared:
@@ -136,7 +136,7 @@ def _ask(args: argparse.Namespace) -> _Compared | None:
     """Has the model answer and the annotator compare; None where a server had no answer to some."""
     from cutlm.cli.reuse import PARTS, answer_once, describe_source
     from cutlm.evaluation.annotator import ask_verdicts, describe_verdicts, load_annotator
-    from cutlm.evaluation.folder import VERDICTS_FILE, open_folder
+    from cutlm.evaluation.folder import VERDICTS_FILE, hash_file, open_folder
     from cutlm.jsonl import write_rows
     from cutlm.judges.responses import read_responses
 
@@ -144,7 +144,9 @@ def _ask(args: argparse.Namespace) -> _Compared | None:
     server = _make_server(args, dict(annotator.settings))
     references = _read_references(args)
     settings: dict[str, Any] = {"measure": "alpaca", "annotator": args.annotator, "url": server.url}
-    settings |= {"prompts": args.prompts, "reference": _hash_responses(references)}
+    # A name on the hub, or what a file holds: a changed one is another.
+    prompts = hash_file(args.prompts) if Path(args.prompts).exists() else args.prompts
+    settings |= {"prompts": prompts, "reference": _hash_responses(references)}
     settings |= {"request": server.make_request("")} | describe_source(args)
     folder = open_folder(args.out, settings, (*PARTS, _ANNOTATIONS), overwrite=args.overwrite)
     outputs = args.outputs or answer_once(args, folder, args.prompts)

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.judges.responses import read_responses
     from cutlm.records import check_records, raise_problems
 
-    check_source(args)
+    check_source(args, also_used=["seed"])
     need_extra("rouge_score.rouge_scorer")
     check = check_records(args.references)
     raise_problems(check, args.references)

@@ -12,9 +12,10 @@ the options below, into a file beside the page (report.scores.jsonl). The page l
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cutlm.cli.blame import add_scoring_arguments, score_file
+from cutlm.cli.reuse import list_given
 
 if TYPE_CHECKING:
     from cutlm.token_scores import TokenScores
@@ -70,15 +71,9 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ConfigError("--scores: of no use with --model and --data; give the scores, or what to make them of")
     if not args.scores and not (args.model and args.data):
         raise ConfigError("expected --scores FILE, or --model MODEL and --data FILE; give the one or the other")
-    given = [f"--{name}" for name, default in _list_defaults().items() if getattr(args, name) != default]
+    given = list_given(args, add_scoring_arguments)
     if args.scores and given:
         raise ConfigError(f"{', '.join(given)}: of use with --model alone, for the scores are there; leave out")
-
-
-def _list_defaults() -> dict[str, Any]:
-    parser = argparse.ArgumentParser()
-    add_scoring_arguments(parser)
-    return vars(parser.parse_args([]))
 
 
 def _put_together(

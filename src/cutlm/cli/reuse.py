@@ -1,6 +1,7 @@
 """What another command makes for an evaluation is made once: a stopped evaluation goes on with it."""
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,42 @@ _SETTINGS = (
 )
 
 
-def check_source(args: argparse.Namespace) -> None:
+def check_source(args: argparse.Namespace, problems: Sequence[str] = (), *, also_used: Sequence[str] = ()) -> None:
     """Refuses to have neither or both of responses and a model to give them, and options of answering at odds.
+
+    Args:
+        args: Options of `generate.add_answering_arguments`, `model` and `outputs`.
+        problems: Found before; they are told together.
+        also_used: Options of answering that mean something for responses that are there, too.
 
     Raises:
         ConfigError: All such options are named.
     """
     from cutlm.errors import ConfigError
 
+    problems = list(problems)
     if (args.model is None) == (args.outputs is None):
         got = "none of them" if args.model is None else "both"
-        raise ConfigError(f"--model or --outputs: expected a model to answer, or its responses, got {got}; give one")
+        problems.append(f"--model or --outputs: expected a model to answer, or its responses, got {got}; give one")
+    elif args.outputs is not None and (given := list_given(args, generate.add_answering_arguments, also_used)):
+        problems.append(f"{', '.join(given)}: of use with --model alone, for the responses are there; leave out")
     if args.model is not None:
-        generate.check_options(argparse.Namespace(**vars(args), num_samples=1))
+        try:
+            generate.check_options(argparse.Namespace(**vars(args), num_samples=1))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def list_given(
+    args: argparse.Namespace, add_arguments: Callable[[argparse.ArgumentParser], None], but: Sequence[str] = ()
+) -> list[str]:
+    """Names the options, of those that a function adds, that are not at their defaults."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    return [f"--{name}" for name, default in defaults.items() if name not in but and getattr(args, name) != default]
 
 
 def describe_source(args: argparse.Namespace) -> dict[str, Any]:
