@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from cutlm.errors import UserError
-from cutlm.jsonl import read_bytes, sync_directory
+from cutlm.jsonl import open_atomic, read_bytes, sync_directory
 
 
 class Journal:
@@ -88,15 +88,17 @@ def _read_or_begin(path: Path, header: dict[str, Any], overwrite: bool) -> list[
             raise
         lines = None
     if lines is None:
-        path.write_text(json.dumps(header) + "\n", "utf-8")
+        with open_atomic(path) as file:
+            file.write(f"{json.dumps(header)}\n".encode())
     return lines or []
 
 
 def _read_finished(path: Path, header: dict[str, Any]) -> list[dict[str, Any]] | None:
     """What a stopped run had finished; None where it finished nothing, with whatever settings."""
-    # A kill can leave half a line at the end; it is cut off, and its batch is made again.
-    text = read_bytes(path).decode("utf-8", "replace")
-    whole = text[: text.rfind("\n") + 1]
+    # A kill can leave half a line at the end; it is cut off, and its batch is made again. What is whole is not touched.
+    data = read_bytes(path)
+    num_bytes = data.rfind(b"\n") + 1
+    whole = data[:num_bytes].decode("utf-8", "replace")
     try:
         lines = [json.loads(line) for line in whole.split("\n") if line]
     except (ValueError, RecursionError):
@@ -111,5 +113,8 @@ def _read_finished(path: Path, header: dict[str, Any]) -> list[dict[str, Any]] |
             f"{path}: begun with other settings ({', '.join(differing)} differ); give the same ones to go on,"
             " or remove it to start anew"
         )
-    path.write_text(whole, "utf-8")
+    if num_bytes < len(data):
+        with open(path, "r+b") as file:
+            file.truncate(num_bytes)
+            os.fsync(file.fileno())
     return lines[1:]
