@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from loop_plans import make_plan, make_settings, run_here
 from safetensors.torch import load_file
 from tiny import save_tiny_model
 
@@ -24,7 +25,7 @@ from cutlm.online.loop import Mark, collect_figures, list_places, read_mark, run
 from cutlm.online.manifest import Manifest
 from cutlm.online.processes import lock_folder
 from cutlm.online.report import describe_seconds, make_status, make_table, summarize
-from cutlm.online.settings import parse_options, read_plan
+from cutlm.online.settings import parse_options
 from cutlm.online.stages import StageFailed, WaitingForPerson, list_stages, make_pool
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "online").glob("*.yaml"))
@@ -54,46 +55,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sys.path.remove(str(folder))
 
 
-def _settings(folder: Path, name: str, **further: Any) -> dict[str, Any]:
-    return {
-        "model_name_or_path": str(folder / "base"),
-        "output_dir": str(folder / name),
-        "instructions": str(folder / "instructions.json"),
-        "num_iterations": 2,
-        "num_instructions": 6,
-        "generate": "--max_new_tokens 6 --batch_size 4 --temperature 1 --device cpu",
-        "judge": "rules --rules characters:judge",
-        "eval_instructions": str(folder / "held_out.json"),
-        "detector": "frozen",
-        "max_length": 256,
-        "per_device_train_batch_size": 2,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "lora_dropout": 0.2,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
-    } | further
-
-
-def _plan(folder: Path, name: str, **further: Any) -> Any:
-    settings = _settings(folder, name, **further)
-    options = [f"--{key}={value}" for key, value in settings.items() if value is not None]
-    return read_plan(None, options)
-
-
-def _run_here(arguments: list[str], *, log: Path, lock: int, launcher: str | None = None) -> int:
-    """A stage's command, in this process."""
-    with open(log.parents[1] / "commands.txt", "a") as file:
-        file.write(f"{log.parent.name} {log.stem} {arguments[0]}\n")
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
-        status = main(arguments)
-    if status:
-        print(errors.getvalue(), file=sys.stderr)
-    return status
-
-
 def _run_in_a_fork(plan: Any, prepare: Callable[[], None]) -> int:
     """Runs the loop in a copy of this process, in which `prepare` has laid a trap; returns the exit status."""
     pid = os.fork()
@@ -102,7 +63,7 @@ def _run_in_a_fork(plan: Any, prepare: Callable[[], None]) -> int:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 prepare()
-                run_loop(plan, run=_run_here)
+                run_loop(plan, run=run_here)
             status = 0
         except StageFailed as error:
             print(error, file=sys.stderr)
@@ -118,7 +79,7 @@ def _kill() -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(workplace: Path) -> Any:
-    plan = _plan(workplace, "uninterrupted")
+    plan = make_plan(workplace, "uninterrupted")
     assert _run_in_a_fork(plan, lambda: None) == 0
     return plan
 
@@ -172,7 +133,7 @@ def test_no_instruction_comes_twice(workplace: Path, uninterrupted: Any) -> None
 
 
 def test_killed_before_and_after_each_stage_is_noted_it_ends_the_same(workplace: Path, uninterrupted: Any) -> None:
-    plan = _plan(workplace, "boundaries")
+    plan = make_plan(workplace, "boundaries")
     record = Manifest.record
 
     def trap(when: str) -> Callable[[], None]:
@@ -202,7 +163,7 @@ def _count_complete(plan: Any) -> int:
 
 
 def test_killed_at_any_write_to_the_disk_it_ends_the_same(workplace: Path, uninterrupted: Any) -> None:
-    plan = _plan(workplace, "anywhere")
+    plan = make_plan(workplace, "anywhere")
     fsync, rng = os.fsync, random.Random(1)
 
     def trap(num_writes: int) -> Callable[[], None]:
@@ -227,7 +188,7 @@ def test_killed_at_any_write_to_the_disk_it_ends_the_same(workplace: Path, unint
 
 
 def test_a_full_disk_costs_nothing_that_was_done(workplace: Path, uninterrupted: Any) -> None:
-    plan = _plan(workplace, "full")
+    plan = make_plan(workplace, "full")
     fsync = os.fsync
 
     def trap(num_writes: int) -> Callable[[], None]:
@@ -249,7 +210,9 @@ def test_a_full_disk_costs_nothing_that_was_done(workplace: Path, uninterrupted:
 def test_the_command_itself_survives_ctrl_c_and_a_kill(workplace: Path) -> None:
     folder = workplace / "command"
     config = workplace / "command.yaml"
-    settings = _settings(workplace, "command", num_iterations=1, eval_instructions=None, detector=None, max_steps=150)
+    settings = make_settings(
+        workplace, "command", num_iterations=1, eval_instructions=None, detector=None, max_steps=150
+    )
     config.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
     command = [sys.executable, "-m", "cutlm", "align", "--config", str(config)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(workplace), os.environ.get("PYTHONPATH", "")])}
@@ -282,7 +245,7 @@ def test_the_command_itself_survives_ctrl_c_and_a_kill(workplace: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "going on from" in result.stdout
     assert "iteration 1, judge" not in result.stdout, "what was complete was run again"
-    plan = _plan(workplace, "by-hand", num_iterations=1, eval_instructions="", detector="current", max_steps=150)
+    plan = make_plan(workplace, "by-hand", num_iterations=1, eval_instructions="", detector="current", max_steps=150)
     assert _run_in_a_fork(plan, lambda: None) == 0
     ours, expected = _read_results(folder), _read_results(workplace / "by-hand")
     assert ours == expected
@@ -302,8 +265,8 @@ def test_a_second_loop_in_the_folder_is_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def begun(workplace: Path) -> Any:
     """A run that was stopped after the first judgments."""
-    plan = _plan(workplace, "begun")
-    assert run_loop(plan, until=read_mark(plan, "--until", "judge"), run=_run_here) is False
+    plan = make_plan(workplace, "begun")
+    assert run_loop(plan, until=read_mark(plan, "--until", "judge"), run=run_here) is False
     assert set(Manifest(workplace / "begun" / "iteration-1").stages) == {"sample", "generate", "judge"}
     return plan
 
@@ -311,11 +274,11 @@ def begun(workplace: Path) -> Any:
 def test_other_settings_are_refused_and_named(workplace: Path, begun: Any, tmp_path: Path) -> None:
     others = tmp_path / "others.json"
     others.write_text(json.dumps([{"instruction": str(index)} for index in range(20)]))
-    plan = _plan(workplace, "begun", threshold=1.2, judge="rules --rules characters:raising", instructions=others)
+    plan = make_plan(workplace, "begun", threshold=1.2, judge="rules --rules characters:raising", instructions=others)
     with pytest.raises(ConfigError) as caught:
-        run_loop(plan, run=_run_here)
+        run_loop(plan, run=run_here)
     assert caught.value.problems == [
-        "instructions: this folder was begun with a file of other instructions",
+        "instructions: this folder was begun with a file that held something else",
         "judge: this folder was begun with 'rules --rules characters:judge', got 'rules --rules characters:raising'",
         "threshold: this folder was begun with 1.1, got 1.2",
     ]
@@ -323,15 +286,15 @@ def test_other_settings_are_refused_and_named(workplace: Path, begun: Any, tmp_p
 
 
 def test_what_decides_nothing_may_change(workplace: Path, begun: Any) -> None:
-    plan = _plan(workplace, "begun", logging_steps=2, launcher="torchrun", max_missing=0.5)
-    assert run_loop(plan, until=Mark(1, "judge"), run=_run_here) is False
+    plan = make_plan(workplace, "begun", logging_steps=2, launcher="torchrun", max_missing=0.5)
+    assert run_loop(plan, until=Mark(1, "judge"), run=run_here) is False
 
 
 def test_more_iterations_may_be_asked_for_but_not_fewer(workplace: Path, begun: Any) -> None:
     with pytest.raises(ConfigError, match=r"^num_iterations: this folder was begun with 2, got 1\n"):
-        run_loop(_plan(workplace, "begun", num_iterations=1), run=_run_here)
+        run_loop(make_plan(workplace, "begun", num_iterations=1), run=run_here)
     with pytest.raises(UserError, match="expected 18 instructions, 6 for each of 3 iterations, got 16"):
-        run_loop(_plan(workplace, "begun", num_iterations=3), run=_run_here)
+        run_loop(make_plan(workplace, "begun", num_iterations=3), run=run_here)
 
 
 def test_spending_caps_and_speed_of_a_judge_may_change() -> None:
@@ -345,16 +308,16 @@ def test_spending_caps_and_speed_of_a_judge_may_change() -> None:
 
 
 def test_an_edited_file_is_refused_and_kept_on_request(workplace: Path) -> None:
-    plan = _plan(workplace, "edited", num_iterations=1, eval_instructions="")
-    assert run_loop(plan, run=_run_here) is True
+    plan = make_plan(workplace, "edited", num_iterations=1, eval_instructions="")
+    assert run_loop(plan, run=run_here) is True
     records = workplace / "edited" / "iteration-1" / "records.jsonl"
     rows = [json.loads(line) for line in records.read_text().splitlines()]
     rows[0]["judgment"] = "By hand: this is wrong."
     records.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(UserError, match=r"records\.jsonl: changed since it was made") as caught:
-        run_loop(plan, run=_run_here)
+        run_loop(plan, run=run_here)
     assert "--from the stage that comes next" in str(caught.value)
-    assert run_loop(plan, start=read_mark(plan, "--from", "1.blame"), run=_run_here) is True
+    assert run_loop(plan, start=read_mark(plan, "--from", "1.blame"), run=run_here) is True
     scores = (workplace / "edited" / "iteration-1" / "scores.jsonl").read_text()
     assert "By hand: this is wrong." in scores
     (row,) = collect_figures(plan)
@@ -362,16 +325,16 @@ def test_an_edited_file_is_refused_and_kept_on_request(workplace: Path) -> None:
     assert row["stages"]["train"]["state"] == "done"
     records.unlink()
     with pytest.raises(UserError, match=r"records\.jsonl: made by this run, and not there any more"):
-        run_loop(plan, start=read_mark(plan, "--from", "1.blame"), run=_run_here)
-    assert run_loop(plan, start=read_mark(plan, "--from", "1.judge"), run=_run_here) is True
+        run_loop(plan, start=read_mark(plan, "--from", "1.blame"), run=run_here)
+    assert run_loop(plan, start=read_mark(plan, "--from", "1.judge"), run=run_here) is True
     assert "By hand" not in records.read_text()
 
 
 def test_a_moved_folder_goes_on(workplace: Path, uninterrupted: Any) -> None:
-    plan = _plan(workplace, "before-the-move")
-    assert run_loop(plan, until=read_mark(plan, "--until", "1.train"), run=_run_here) is False
+    plan = make_plan(workplace, "before-the-move")
+    assert run_loop(plan, until=read_mark(plan, "--until", "1.train"), run=run_here) is False
     os.rename(workplace / "before-the-move", workplace / "moved")
-    assert run_loop(_plan(workplace, "moved"), run=_run_here) is True
+    assert run_loop(make_plan(workplace, "moved"), run=run_here) is True
     assert _read_results(workplace / "moved") == _read_results(workplace / "uninterrupted")
 
 
@@ -390,53 +353,53 @@ def test_too_many_missing_judgments_stop_it_and_are_asked_for_again(
     workplace: Path, judge: str, advice: str, request: pytest.FixtureRequest
 ) -> None:
     name = f"missing-{request.node.callspec.id}"
-    plan = _plan(workplace, name, judge=judge, num_iterations=1, eval_instructions="", max_missing=0.2)
+    plan = make_plan(workplace, name, judge=judge, num_iterations=1, eval_instructions="", max_missing=0.4)
     num_missing = 3
 
     def run(arguments: list[str], **kwargs: Any) -> int:
         """A judge that has no answer for some."""
         if arguments[0] != "judge":
-            return _run_here(arguments, **kwargs)
+            return run_here(arguments, **kwargs)
         responses, out = (Path(arguments[arguments.index(name) + 1]) for name in ("--responses", "--out"))
         rows = [json.loads(line) | {"judgment": None} for line in responses.read_text().splitlines()]
-        out.write_text("".join(f"{json.dumps(row)}\n" for row in rows[num_missing:]))
+        out.write_text("".join(f"{json.dumps(row)}\n" for row in rows[num_missing + 1 :]))
         failed = [json.dumps({"kind": "no answer"})] * num_missing + [json.dumps({"kind": "empty response"})]
         Path(f"{out}.failures.jsonl").write_text("\n".join(failed) + "\n")
         return 1
 
-    missing = "iteration 1, judge: 3 of 6 responses have no judgment, more than max_missing"
+    missing = "iteration 1, judge: 4 of 6 responses have no judgment, more than max_missing"
     with pytest.raises(StageFailed, match=f"{missing}.*{advice}"):
         run_loop(plan, run=run)
     num_missing = 1
     assert run_loop(plan, until=Mark(1, "judge"), run=run) is False
     (row,) = collect_figures(plan)
     assert row["stages"]["judge"]["figures"] == {
-        "num_judged": 5,
-        "num_satisfactory": 5,
+        "num_judged": 4,
+        "num_satisfactory": 4,
         "num_missing": 1,
         "num_empty": 1,
     }
 
 
 def test_a_command_that_fails_is_named_with_its_status(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    plan = _plan(workplace, "raising", judge="rules --rules characters:raising", eval_instructions="")
+    plan = make_plan(workplace, "raising", judge="rules --rules characters:raising", eval_instructions="")
     with pytest.raises(StageFailed, match=r"^iteration 1, judge: cutlm judge ended with 2; what it said stands above"):
-        run_loop(plan, run=_run_here)
+        run_loop(plan, run=run_here)
     assert "the rules raised ValueError: no way" in capfd.readouterr().err
     assert "judge" not in Manifest(workplace / "raising" / "iteration-1").stages
 
 
 def test_a_person_may_judge(workplace: Path) -> None:
-    plan = _plan(workplace, "human", num_iterations=1, eval_instructions="", judge="human")
+    plan = make_plan(workplace, "human", num_iterations=1, eval_instructions="", judge="human")
     with pytest.raises(WaitingForPerson) as waiting:
-        run_loop(plan, run=_run_here)
+        run_loop(plan, run=run_here)
     assert waiting.value.todo.is_file()
     with pytest.raises(StageFailed, match="cutlm judge ended with 2"):
-        run_loop(plan, run=_run_here)
+        run_loop(plan, run=run_here)
     lines = Path(f"{workplace}/human/iteration-1/records.jsonl.todo.jsonl")
     rows = [json.loads(line) | {"judgment": "It is gibberish."} for line in lines.read_text().splitlines()]
     lines.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    assert run_loop(plan, until=Mark(1, "judge"), run=_run_here) is False
+    assert run_loop(plan, until=Mark(1, "judge"), run=run_here) is False
     assert all(
         json.loads(line)["judgment"] == "It is gibberish."
         for line in (workplace / "human" / "iteration-1" / "records.jsonl").read_text().splitlines()
@@ -445,9 +408,9 @@ def test_a_person_may_judge(workplace: Path) -> None:
 
 def test_responses_are_refined_where_the_objective_learns_from_that(workplace: Path) -> None:
     further = {"num_iterations": 1, "eval_instructions": "", "objective": "ilf_mle", "detector": None}
-    plan = _plan(workplace, "refined", **further)
+    plan = make_plan(workplace, "refined", **further)
     assert list_stages(plan, 1) == ["sample", "generate", "judge", "refine", "train", "merge"]
-    assert run_loop(plan, run=_run_here) is True
+    assert run_loop(plan, run=run_here) is True
     rows = (workplace / "refined" / "iteration-1" / "refined.jsonl").read_text().splitlines()
     num_refined = sum("i_ans" in json.loads(row) for row in rows)
     assert num_refined > 0
@@ -459,7 +422,7 @@ def test_a_command_of_the_users_evaluates(workplace: Path) -> None:
     command = """test -d {model} && echo '{{"win_rate": 12.5, "note": "text"}}' > {out}""".replace("{{", "{").replace(
         "}}", "}"
     )
-    plan = _plan(
+    plan = make_plan(
         workplace,
         "evaluated",
         num_iterations=1,
@@ -469,7 +432,7 @@ def test_a_command_of_the_users_evaluates(workplace: Path) -> None:
         detector="off",
     )
     assert list_stages(plan, 1) == ["sample", "generate", "judge", "train", "evaluate"]
-    assert run_loop(plan, run=_run_here) is True
+    assert run_loop(plan, run=run_here) is True
     report = (workplace / "evaluated" / "report.md").read_text()
     assert "held-out win rate" in report
     assert [row["evaluation"] for row in json.loads((workplace / "evaluated" / "report.json").read_text())] == [
@@ -490,16 +453,16 @@ def test_instructions_that_are_repeated_or_held_out_are_left_out(workplace: Path
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     further = {"instructions": tmp_path / "rows.json", "num_iterations": 1, "num_instructions": 2}
-    pool = make_pool(_plan(workplace, "pool", **further))
+    pool = make_pool(make_plan(workplace, "pool", **further))
     assert sorted(pool.rows, key=len) == [{"instruction": "a"}, {"instruction": "a", "input": "b"}]
     assert (pool.num_repeated, pool.num_held_out) == (1, 1)
     with pytest.raises(UserError, match=r"expected 3 .* got 2 \(1 repeated and 1 held-out ones left out\); give more"):
-        make_pool(_plan(workplace, "pool", **(further | {"num_instructions": 3})))
+        make_pool(make_plan(workplace, "pool", **(further | {"num_instructions": 3})))
 
 
 def test_all_bad_settings_are_named_at_once(workplace: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        _plan(
+        make_plan(
             workplace,
             "bad",
             instructions="",
@@ -558,7 +521,7 @@ def test_stages_are_named_by_themselves_with_their_iteration_or_by_it_alone(begu
 
 def test_a_filled_folder_is_not_taken(workplace: Path) -> None:
     with pytest.raises(UserError, match=r"base is not empty and holds no align\.yaml; name another folder"):
-        run_loop(_plan(workplace, "base"), run=_run_here)
+        run_loop(make_plan(workplace, "base"), run=run_here)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

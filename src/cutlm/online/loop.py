@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from cutlm.errors import ConfigError, UserError
+from cutlm.errors import ConfigError, DataError, UserError
 from cutlm.jsonl import open_atomic, sync_directory
 from cutlm.online.manifest import Manifest, hash_file, read_versions
 from cutlm.online.processes import lock_folder, run_command, run_shell, serve
@@ -26,6 +26,7 @@ from cutlm.online.stages import (
     Place,
     Runner,
     StageFailed,
+    count_again,
     list_outputs,
     list_remains,
     list_stages,
@@ -80,8 +81,8 @@ def read_mark(plan: Plan, option: str, text: str) -> Mark:
     Raises:
         ConfigError: There is no such stage.
     """
-    number_text, _, stage = text.rpartition(".") if not text.isdigit() else (text, "", "")
-    number = int(number_text) if number_text.isdigit() else None if number_text else _find_current(plan)
+    number_text, _, stage = text.rpartition(".") if not text.isdecimal() else (text, "", "")
+    number = int(number_text) if number_text.isdecimal() else None if number_text else _find_current(plan)
     known = list_stages(plan, number) if number is not None and number <= plan.arguments.num_iterations else []
     if known and not stage:
         stage = known[-1 if option == "--until" else 0]
@@ -155,7 +156,7 @@ def _run_once(plan: Plan, place: Place, stage: str, run: Run, lock: int) -> None
         if not command:
             return nullcontext()
         assert plan.server is not None
-        return serve(command, model, plan.server, plan.arguments.server_wait, place.folder / "server.log")
+        return serve(command, model, plan.server, plan.arguments.server_wait, place.folder / "server.log", lock)
 
     runner = Runner(run_and_note, functools.partial(run_shell, log=log, lock=lock), serve_model)
     try:
@@ -189,16 +190,14 @@ def _check_settings(plan: Plan) -> None:
         ConfigError: As said; all differences are named.
     """
     path = plan.folder / SETTINGS_FILE
-    contents = {
-        f"sha256_of_{name}": hash_file(getattr(plan.arguments, name))
-        for name in ("instructions", "eval_instructions")
-        if getattr(plan.arguments, name)
-    }
+    files = {name: getattr(plan.arguments, name) for name in ("instructions", "eval_instructions")}
+    files |= {f"prompt_file of {name}": path for name, path in plan.prompt_files.items()}
+    contents = {f"sha256_of_{name}": hash_file(path) for name, path in files.items() if path}
     if path.exists():
-        before = yaml.safe_load(path.read_text("utf-8")) or {}
+        before = _read_settings(path)
         hashes = {name: before.pop(name) for name in list(before) if name.startswith("sha256_of_")}
         problems = [
-            f"{name.removeprefix('sha256_of_')}: this folder was begun with a file of other instructions"
+            f"{name.removeprefix('sha256_of_')}: this folder was begun with a file that held something else"
             for name in sorted(set(hashes) | set(contents))
             if hashes.get(name) != contents.get(name)
         ]
@@ -211,6 +210,21 @@ def _check_settings(plan: Plan) -> None:
         raise UserError(f"output_dir: {plan.folder} is not empty and holds no {SETTINGS_FILE}; name another folder")
     with open_atomic(path) as file:
         file.write(_to_yaml(plan.resolved | contents))
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The settings that a folder was begun with.
+
+    Raises:
+        DataError: The file holds none.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise DataError(f"{path}: not the settings of a run; restore it, or name another output_dir to begin anew")
+    return settings
 
 
 def _check_outputs(plan: Plan, places: list[Place]) -> None:
@@ -254,7 +268,7 @@ def _begin_anew(plan: Plan, places: list[Place], start: Mark) -> None:
                 if gone:
                     raise UserError(gone, hint=f"put them back, or begin with {place.number}.{stage}")
                 print("".join(f"{change}; taken as it is now\n" for change in changes), end="")
-                manifest.accept(stage)
+                manifest.accept(stage, count_again(place, stage))
 
 
 def collect_figures(plan: Plan) -> list[dict[str, Any]]:

@@ -39,7 +39,12 @@ class Manifest:
         if self.path.exists():
             try:
                 self.stages = json.loads(self.path.read_text("utf-8"))["stages"]
-                assert all(isinstance(stage["outputs"], dict) for stage in self.stages.values())
+                assert all(
+                    isinstance(stage["versions"], dict)
+                    and isinstance(stage["figures"], dict)
+                    and all({"size", "mtime_ns", "sha256"} <= file.keys() for file in stage["outputs"].values())
+                    for stage in self.stages.values()
+                )
             except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
                 raise DataError(
                     f"{self.path}: not a manifest; restore it, or name another output_dir to begin anew"
@@ -78,11 +83,12 @@ class Manifest:
                 changes.append(f"{path}: changed since it was made")
         return changes
 
-    def accept(self, stage: str) -> None:
-        """Takes the files of a stage as they are now, edited."""
+    def accept(self, stage: str, figures: dict[str, Any]) -> None:
+        """Takes the files of a stage as they are now, edited, and what is counted in them."""
         known = self.stages[stage]
         outputs = {name: _describe(self.folder / name) for name in known["outputs"]}
-        self.stages[stage] = known | {"is_edited": True, "outputs": outputs}
+        figures = known["figures"] | figures
+        self.stages[stage] = known | {"is_edited": True, "figures": figures, "outputs": outputs}
         self._save()
 
     def _save(self) -> None:

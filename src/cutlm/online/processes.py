@@ -1,7 +1,8 @@
 """Processes of the online loop: a stage's command, and a server that stands beside it.
 
 What they are for is left to `cutlm.online.stages`. None of them outlives the loop for long: each is asked to stop when
-the loop is stopped, and, on Linux, when it is killed.
+the loop is stopped, and, on Linux, when it is killed. A shell command of the user's is asked with all that it has
+started, see `cutlm.online.guard`.
 """
 
 import ctypes
@@ -18,8 +19,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from cutlm.errors import UserError
+from cutlm.online.guard import SECONDS_TO_STOP
+from cutlm.posting import read_key
 
 _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_STOP = 60.0
@@ -62,11 +66,20 @@ def lock_folder(folder: Path) -> Iterator[int]:
             except BlockingIOError:
                 file.seek(0)
                 owner = file.read().strip()
-                if _is_alive(owner) or time.monotonic() > deadline:
+                if _is_alive(owner):
                     raise UserError(
-                        f"{folder}: another cutlm align is at work here (process {owner or 'unknown'}); wait for it, or"
-                        " stop it"
+                        f"{folder}: another cutlm align is at work here (process {owner}); wait for it, or stop it"
                     ) from None
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{folder}: a process that an earlier cutlm align started here is still at work; wait for it,"
+                        " or stop it"
+                    ) from None
+            except OSError as error:
+                raise UserError(
+                    f"{path}: cannot be locked ({error.strerror}), so that two loops could be at work here; name an"
+                    " output_dir on another file system"
+                ) from None
             if not is_said:
                 print("waiting for a stage to stop, whose loop was killed", flush=True)
                 is_said = True
@@ -111,10 +124,23 @@ def run_command(arguments: Sequence[str], log: Path, lock: int, launcher: str | 
 
 def run_shell(command: str, log: Path, lock: int) -> int:
     """Runs a shell command of the user's, otherwise as `run_command`."""
-    return _run(["/bin/sh", "-c", command], log, lock)
+    return _run(_guard(command), log, lock)
+
+
+def _guard(command: str) -> list[str]:
+    return [sys.executable, "-m", "cutlm.online.guard", command]
 
 
 def _run(command: Sequence[str], log: Path, lock: int) -> int:
+    errors = log.with_suffix(".err")
+    _append_errors(errors, log)  # of a loop that was killed
+    try:
+        return _run_and_show(command, log, errors, lock)
+    finally:
+        _append_errors(errors, log)
+
+
+def _run_and_show(command: Sequence[str], log: Path, errors: Path, lock: int) -> int:
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
@@ -125,16 +151,18 @@ def _run(command: Sequence[str], log: Path, lock: int) -> int:
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with open(log, "a", encoding="utf-8") as file:
+        with open(log, "a", encoding="utf-8") as file, open(errors, "wb") as error_file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {shlex.join(command)}\n")
             file.flush()
-            # Into the file, not through this process: a stage whose loop is killed can still say and save what it has.
+            # Into files, not through this process: a stage whose loop is killed can still say and save what it has.
             # In a group of its own: Ctrl-C in a terminal reaches the loop alone, which passes it on once.
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                stderr=error_file,
+                # Progress bars go to a file as well.
+                env={"TQDM_MININTERVAL": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"},
                 process_group=0,
                 pass_fds=(lock,),
                 preexec_fn=_stop_with_parent,
@@ -142,13 +170,15 @@ def _run(command: Sequence[str], log: Path, lock: int) -> int:
             start = file.tell()
         if received:
             process.send_signal(received[0])
-        with open(log, encoding="utf-8", errors="replace") as lines:
+        with open(log, encoding="utf-8", errors="replace") as lines, open(errors, newline="", errors="replace") as said:
             lines.seek(start)
             is_over = False
             while not is_over:
-                is_over = process.poll() is not None  # before the last look into the file
+                is_over = process.poll() is not None  # before the last look into the files
                 for line in lines:
                     print(f"  {line}", end="", flush=True)
+                sys.stderr.write(said.read())
+                sys.stderr.flush()
                 if not is_over:
                     time.sleep(_SECONDS_BETWEEN_LOOKS)
     finally:
@@ -160,6 +190,17 @@ def _run(command: Sequence[str], log: Path, lock: int) -> int:
     return process.returncode
 
 
+def _append_errors(errors: Path, log: Path) -> None:
+    """Keeps what a stage said of errors in its log, less what a progress bar wrote over."""
+    if not errors.exists():
+        return
+    lines = errors.read_bytes().decode("utf-8", "replace").split("\n")
+    kept = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
+    with open(log, "a", encoding="utf-8") as file:
+        file.write("".join(f"{line}\n" for line in kept if line.strip()))
+    errors.unlink()
+
+
 def _stop_with_parent() -> None:
     """Has Linux ask this process to stop when the loop is killed; elsewhere it ends its stage first."""
     # A shell that started the loop in the background has it ignore Ctrl-C; its stages are asked by the loop.
@@ -169,7 +210,7 @@ def _stop_with_parent() -> None:
 
 
 @contextmanager
-def serve(command: str, model: str, url: str, seconds: float, log: Path) -> Iterator[None]:
+def serve(command: str, model: str, url: str, seconds: float, log: Path, lock: int) -> Iterator[None]:
     """Lets a server of the user's run for a while.
 
     Args:
@@ -178,60 +219,89 @@ def serve(command: str, model: str, url: str, seconds: float, log: Path) -> Iter
         url: Where it will answer, `/v1` included.
         seconds: In which it must answer.
         log: Where its output goes.
+        lock: The folder's lock: a later loop waits until the server of a killed one is gone.
 
     Raises:
-        UserError: It ended, or did not answer in time.
+        UserError: Another server has the address, or this one ended, or did not answer in time.
     """
+    if _answers(url):
+        raise UserError(
+            f"server_command: something answers at {url} before it is started; stop that, or give another port here"
+            " and by --server in generate"
+        )
     filled = command.replace("{model}", shlex.quote(model))
     print(f"  serving {model}: {filled}", flush=True)
     with open(log, "ab") as file:
         process = subprocess.Popen(
-            ["/bin/sh", "-c", filled],
+            _guard(filled),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             process_group=0,
+            pass_fds=(lock,),
             preexec_fn=_stop_with_parent,
         )
     try:
-        deadline = time.monotonic() + seconds
-        while not _answers(url):
-            if process.poll() is not None:
-                raise UserError(f"server_command: ended with {process.returncode} before it answered; see {log}")
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"server_command: no answer from {url} in {seconds:g} seconds (server_wait); see {log}, and whether"
-                    " --server in generate is its address"
-                )
-            time.sleep(0.5)
+        with _raising_when_asked_to_stop():
+            deadline = time.monotonic() + seconds
+            while True:
+                if process.poll() is not None:
+                    raise UserError(f"server_command: ended with {process.returncode} before it answered; see {log}")
+                if _answers(url):
+                    break
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"server_command: no answer from {url} in {seconds:g} seconds (server_wait); see {log}, and"
+                        " whether --server in generate is its address"
+                    )
+                time.sleep(0.5)
         yield
     finally:
-        _stop_group(process)
+        _stop(process)
+
+
+@contextmanager
+def _raising_when_asked_to_stop() -> Iterator[None]:
+    """Raises Interrupted at SIGINT and SIGTERM."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The key goes to no address that nobody named."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
 
 def _answers(url: str) -> bool:
     request = urllib.request.Request(f"{url.rstrip('/')}/models")
-    key = os.environ.get("OPENAI_API_KEY")
+    key = read_key()
     if key:
         request.add_header("Authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(request, timeout=5):
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=5):
             return True
-    except urllib.error.HTTPError:
-        return True  # it is there; whoever asks it says what it refuses
+    except urllib.error.HTTPError as error:
+        # It is there, and whoever asks it says what it refuses; but some say 503 while they load.
+        return error.code < 500
     except (OSError, ValueError):
         return False
 
 
-def _stop_group(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(timeout=_SECONDS_TO_STOP / 2)
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Asks a guarded command to stop; the guard kills what does not."""
+    process.terminate()
+    try:
+        process.wait(timeout=2 * SECONDS_TO_STOP)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _DPI = 160
 _COLOURS = ("#0072b2", "#d55e00", "#009e73")
+_PANELS_IN_A_ROW = 3
+# What is counted where held-out responses are judged; the table has their share.
+_COUNTS = ("num_judged", "num_satisfactory", "num_missing", "num_empty")
 
 
 def describe_seconds(seconds: float) -> str:
@@ -48,7 +51,7 @@ def summarize(iteration: dict[str, Any]) -> dict[str, Any]:
         "num_steps": trained.get("num_steps"),
         "loss_start": trained.get("loss_start"),
         "loss_end": trained.get("loss_end"),
-        "evaluation": {name: value for name, value in evaluated.items() if not name.startswith("num_")},
+        "evaluation": {name: value for name, value in evaluated.items() if name not in _COUNTS},
         "seconds": sum(seconds) if seconds else None,
     }
 
@@ -60,7 +63,7 @@ def _divide(part: int | None, whole: int | None) -> float | None:
 def make_table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of what `summarize` gives, a row an iteration."""
     evaluations = list(dict.fromkeys(name for row in rows for name in row["evaluation"]))
-    named = [f"held-out {name.replace('_', ' ').replace('share satisfactory', 'satisfactory')}" for name in evaluations]
+    named = [f"held-out {_name_figure(name)}" for name in evaluations]
     header = ["iteration", "responses", "no judgment", "satisfactory", "flagged tokens", "loss", *named, "time"]
     lines = [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
     for row in rows:
@@ -90,6 +93,10 @@ def _show(count: int | None) -> str:
 
 def _show_share(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
+
+
+def _name_figure(name: str) -> str:
+    return name.replace("_", " ").replace("share satisfactory", "satisfactory")
 
 
 def _show_figure(name: str, value: float | None) -> str:
@@ -128,7 +135,7 @@ def write_report(folder: Path, iterations: list[dict[str, Any]], *, is_drawing: 
 
 
 def draw(rows: list[dict[str, Any]]) -> bytes | None:
-    """Draws shares, flagged tokens and losses over iterations.
+    """Draws shares, flagged tokens, losses and what a command of the user's measured over iterations.
 
     Returns:
         A PNG file's bytes; None where there is nothing to draw.
@@ -136,13 +143,18 @@ def draw(rows: list[dict[str, Any]]) -> bytes | None:
     trained = [row for row in rows if row["loss_end"] is not None]
     if not trained:
         return None
+    measured = list(dict.fromkeys(name for row in rows for name in row["evaluation"] if name != "share_satisfactory"))
     # It announces on its first day on a machine that it is looking for fonts.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(10.5, 3.4), dpi=_DPI, layout="constrained")
-    satisfactory, flagged, losses = figure.subplots(1, 3)
+    num_lines = 1 + -(-len(measured) // _PANELS_IN_A_ROW)
+    figure = Figure(figsize=(10.5, 3.4 * num_lines), dpi=_DPI, layout="constrained")
+    panels = list(figure.subplots(num_lines, _PANELS_IN_A_ROW).flat)
+    for unused in panels[3 + len(measured) :]:
+        unused.remove()
+    satisfactory, flagged, losses = panels[:3]
     _plot(satisfactory, trained, "share_satisfactory", "own fresh responses", 0)
     held_out = [
         {"iteration": row["iteration"], "share": row["evaluation"]["share_satisfactory"]}
@@ -153,11 +165,12 @@ def draw(rows: list[dict[str, Any]]) -> bytes | None:
     _plot(flagged, trained, "flagged_share", "flagged", 0)
     _plot(losses, trained, "loss_start", "first steps", 0)
     _plot(losses, trained, "loss_end", "last steps", 1)
-    for axes, title in (
-        (satisfactory, "Satisfactory responses"),
-        (flagged, "Flagged tokens of unsatisfactory ones"),
-        (losses, "Loss"),
-    ):
+    for axes, name in zip(panels[3:], measured, strict=False):
+        known = [{"iteration": row["iteration"], "value": row["evaluation"].get(name)} for row in rows]
+        _plot(axes, known, "value", name, 0)
+    titles = ["Satisfactory responses", "Flagged tokens of unsatisfactory ones", "Loss"]
+    titles += [f"Evaluation: {_name_figure(name)}" for name in measured]
+    for axes, title in zip(panels, titles, strict=False):
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
         axes.set_xlabel("iteration")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

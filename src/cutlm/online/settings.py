@@ -27,6 +27,8 @@ _FREE_OPTIONS = (
     "max_tokens_total",
     "cache",
     "device",
+    # Where the judge is; its model is not free to change.
+    "base_url",
 )
 FREE_SETTINGS = (
     # These are compared by what is in them; see `cutlm.online.loop`.
@@ -138,6 +140,7 @@ class Plan:
         training: Settings of `cutlm train` that all rounds share.
         blaming: Options of `cutlm blame`.
         refining: Options of `cutlm refine`.
+        prompt_files: Of the judges, by the setting that names one.
         resolved: All settings, as they are saved.
     """
 
@@ -152,6 +155,7 @@ class Plan:
     training: dict[str, Any]
     blaming: list[str]
     refining: list[str]
+    prompt_files: dict[str, str]
     resolved: dict[str, Any]
 
 
@@ -219,6 +223,8 @@ def _lasting(name: str, text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     options = parse_options(name.removeprefix("eval_"), text)
+    if options.get("server"):
+        options["server"] = "any"  # where it is, is free to change; not that one answers
     return {name: value for name, value in options.items() if name not in _FREE_OPTIONS}
 
 
@@ -271,5 +277,12 @@ def _read_plan(config: str | None, options: list[str]) -> Plan:
         training=training,
         blaming=blaming,
         refining=[f"--template={train_args.template}", *refining],
+        prompt_files=_find_prompt_files(arguments),
         resolved=settings.resolved,
     )
+
+
+def _find_prompt_files(arguments: AlignArguments) -> dict[str, str]:
+    judges = {"judge": arguments.judge, "eval_judge": arguments.eval_judge}
+    found = {name: parse_options("judge", text).get("prompt_file") for name, text in judges.items() if text}
+    return {name: path for name, path in found.items() if path}

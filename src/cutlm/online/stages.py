@@ -15,6 +15,7 @@ Each file appears whole under its name or not at all, so one that is there is no
 
 import hashlib
 import json
+import math
 import random
 import shlex
 import shutil
@@ -262,25 +263,26 @@ def _ask_judge(plan: Plan, runner: Runner, judge: str, responses: Path) -> dict[
     """
     records = responses.with_name("records.jsonl")
     failures = records.with_name(f"{records.name}.failures.jsonl")
-    counts = _count_records(records, failures)
+    num_responses = len(read_rows(responses)[0])
+    counts = _count_records(records, failures, num_responses)
     if counts is None or _is_too_few(counts, plan.arguments.max_missing):
         arguments = ["judge", "--responses", str(responses), "--out", str(records), "--judge", *shlex.split(judge)]
         arguments += ["--overwrite"] * records.exists()
         todo = _find_todo(records) if judge.split()[0] == "human" else None
         arguments += ["--todo", str(todo)] if todo else []
         status = runner.run(arguments)
-        counts = _count_records(records, failures)
-        if status == 0 and counts is None:
+        counts = _count_records(records, failures, num_responses)
+        if status == 0 and counts is None and judge.split()[0] == "human":
             raise WaitingForPerson(records.with_name(f"{records.name}.todo.csv"))
         if status not in (0, 1) or counts is None:
             _check(status or 1, arguments)
         assert counts is not None
         if _is_too_few(counts, plan.arguments.max_missing):
-            num_missing, num_all = counts["num_missing"], counts["num_missing"] + counts["num_judged"]
+            num_missing = counts["num_missing"] + counts["num_empty"]
             # A model at hand would say the same again.
             again = "" if judge.split()[0] == "local" else "start again to ask for these alone, or "
             raise StageFailed(
-                f"{num_missing} of {num_all} responses have no judgment, more than max_missing"
+                f"{num_missing} of {num_responses} responses have no judgment, more than max_missing"
                 f" ({plan.arguments.max_missing:.0%}); {failures} says why; {again}raise max_missing",
                 1,
             )
@@ -294,12 +296,14 @@ def _find_todo(records: Path) -> Path | None:
     return max(there, key=lambda path: path.stat().st_mtime_ns) if there else None
 
 
-def _count_records(records: Path, failures: Path) -> dict[str, Any] | None:
-    """What was said of how many responses; None where nothing is there yet."""
+def _count_records(records: Path, failures: Path, num_responses: int | None = None) -> dict[str, Any] | None:
+    """What was said of how many responses; None where that is not known yet."""
     if not records.exists():
         return None
     check = check_records(records)
     failed = [row.value.get("kind") for row in read_rows(failures)[0]] if failures.exists() else []
+    if num_responses is not None and len(check.records) + len(failed) != num_responses:
+        return None  # a kill came between the two files, which are not of one run
     num_empty = failed.count(EMPTY_RESPONSE)
     return {
         "num_judged": len(check.records),
@@ -310,7 +314,8 @@ def _count_records(records: Path, failures: Path) -> dict[str, Any] | None:
 
 
 def _is_too_few(counts: dict[str, Any], max_missing: float) -> bool:
-    return counts["num_missing"] > max_missing * (counts["num_missing"] + counts["num_judged"])
+    num_without = counts["num_missing"] + counts["num_empty"]
+    return num_without > max_missing * (num_without + counts["num_judged"])
 
 
 def _refine(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
@@ -328,12 +333,24 @@ def _blame(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
     if not out.exists():
         arguments = ["blame", "--model", place.model, "--data", str(records), "--out", str(out), *plan.blaming]
         _check(runner.run(arguments), arguments)
+    return _count_flags(out)
+
+
+def _count_flags(scores: Path) -> dict[str, Any]:
     num_tokens = num_flagged = 0
-    for row in read_rows(out)[0]:
+    for row in read_rows(scores)[0]:
         if not row.value["is_satisfactory"]:
             num_tokens += len(row.value["is_flagged"])
             num_flagged += sum(row.value["is_flagged"])
     return {"num_tokens": num_tokens, "num_flagged": num_flagged}
+
+
+def count_again(place: Place, stage: str) -> dict[str, Any]:
+    """The figures of a stage whose files were edited, as far as editing changes them."""
+    records = place.folder / "records.jsonl"
+    if stage == "judge":
+        return _count_records(records, records.with_name(f"{records.name}.failures.jsonl")) or {}
+    return _count_flags(place.folder / "scores.jsonl") if stage == "blame" else {}
 
 
 def _train(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
@@ -343,6 +360,7 @@ def _train(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
     target = place.folder / ("adapter" if plan.is_adapting else "model")
     log = _read_state(target)
     if log is None:
+        _refuse_nothing_to_learn(plan, place)
         config = place.folder / "train.yaml"
         settings = plan.training | {
             "model_name_or_path": place.model,
@@ -371,6 +389,21 @@ def _train(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
         "loss_end": mean(losses[-_NUM_AVERAGED:]) if losses else None,
         "flagged_share": mean(shares) if shares else None,
     }
+
+
+def _refuse_nothing_to_learn(plan: Plan, place: Place) -> None:
+    """Raises:
+    StageFailed: Nothing is wrong with any response, and `downsample` leaves out the others.
+    """
+    if plan.training.get("downsample") is None:
+        return
+    check = check_records(place.folder / "records.jsonl")
+    if check.num_satisfactory == len(check.records):
+        raise StageFailed(
+            f"all {len(check.records)} responses are satisfactory, and downsample keeps none of them: there is nothing"
+            f" left to learn from; {place.model} is the last model, or begin anew with harder instructions",
+            2,
+        )
 
 
 def _read_state(target: Path) -> dict[str, Any] | None:
@@ -407,21 +440,45 @@ def _evaluate(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
     if plan.arguments.eval_command:
         out = folder / "figures.json"
         if not out.exists():
+            # Under its name only when the command has ended well and it is what it should be.
+            unproven = folder / "figures.json.partial"
+            unproven.unlink(missing_ok=True)
             command = plan.arguments.eval_command.replace("{model}", shlex.quote(place.new_model))
-            command = command.replace("{out}", shlex.quote(str(out)))
-            _check(runner.run_shell(command), [command])
+            command = command.replace("{out}", shlex.quote(str(unproven)))
+            status = runner.run_shell(command)
+            if status:
+                raise StageFailed(
+                    f"eval_command ended with {status}; what it said stands above; mend it and start again, what is"
+                    " finished is kept",
+                    1,
+                )
+            values = _read_figures(unproven)
+            with open_atomic(out) as file:
+                file.write(json.dumps(values).encode())
+            unproven.unlink()
         figures |= _read_figures(out)
     return figures
 
 
 def _read_figures(path: Path) -> dict[str, float]:
+    """Numbers by name; what else the file holds is left out."""
     try:
         values = json.loads(path.read_text("utf-8"))
-        return {name: value for name, value in values.items() if isinstance(value, int | float)}
+        figures = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
     except (OSError, ValueError, AttributeError):
         raise StageFailed(
             f"eval_command: expected a JSON object of figures in {path}, found none; have the command write it", 2
         ) from None
+    endless = [name for name, value in figures.items() if not math.isfinite(value)]
+    if endless:
+        raise StageFailed(
+            f"eval_command: expected numbers in {path}, got {', '.join(endless)} that are none; leave them out", 2
+        )
+    return figures
 
 
 def _check(status: int, arguments: list[str]) -> None:
@@ -433,11 +490,16 @@ def _check(status: int, arguments: list[str]) -> None:
     what = f"was killed by signal {-status}" if status < 0 else f"ended with {status}"
     raise StageFailed(
         f"cutlm {arguments[0]} {what}; what it said stands above; mend it and start again, what is finished is kept",
-        status if status > 0 else 128 - status,
+        2 if status == 2 else 1,
     )
 
 
 def list_remains(plan: Plan, place: Place, stage: str) -> list[Path]:
-    """What a stage leaves: its outputs, and what it goes on with where it did not end."""
+    """What a stage leaves, the cache of judgments aside: its outputs, and what it goes on with where it did not end."""
+    if stage == "evaluate":
+        # A command of the user's may keep more there, and it is of this model.
+        return [path for path in sorted(place.folder.glob("evaluation/*")) if ".cache.sqlite" not in path.name]
     outputs = list_outputs(plan, place, stage)
+    if stage == "generate":  # these would be lists of other responses
+        outputs += [place.folder / f"records.jsonl.todo.{kind}" for kind in ("csv", "jsonl")]
     return [*outputs, *(Path(f"{path}.partial") for path in outputs if path.suffix == ".jsonl")]

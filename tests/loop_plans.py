@@ -1,0 +1,50 @@
+"""Plans of small online runs, and their stages' commands in this process, for the tests of the loop."""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+from cutlm.cli import main
+from cutlm.online.settings import read_plan
+
+
+def make_settings(folder: Path, name: str, **further: Any) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(folder / "base"),
+        "output_dir": str(folder / name),
+        "instructions": str(folder / "instructions.json"),
+        "num_iterations": 2,
+        "num_instructions": 6,
+        "generate": "--max_new_tokens 6 --batch_size 4 --temperature 1 --device cpu",
+        "judge": "rules --rules characters:judge",
+        "eval_instructions": str(folder / "held_out.json"),
+        "detector": "frozen",
+        "max_length": 256,
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "lora_dropout": 0.2,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    } | further
+
+
+def make_plan(folder: Path, name: str, **further: Any) -> Any:
+    settings = make_settings(folder, name, **further)
+    options = [f"--{key}={value}" for key, value in settings.items() if value is not None]
+    return read_plan(None, options)
+
+
+def run_here(arguments: list[str], *, log: Path, lock: int, launcher: str | None = None) -> int:
+    """A stage's command, in this process."""
+    with open(log.parents[1] / "commands.txt", "a") as file:
+        file.write(f"{log.parent.name} {log.stem} {arguments[0]}\n")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+        status = main(arguments)
+    if status:
+        print(errors.getvalue(), file=sys.stderr)
+    return status
