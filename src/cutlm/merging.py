@@ -102,9 +102,13 @@ def _save(model: nn.Module, tokenizer: object, out: Path) -> None:
     beside = out.with_name(f".{out.name}.saving")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    model.save_pretrained(beside)  # type: ignore[operator]
-    tokenizer.save_pretrained(beside)  # type: ignore[attr-defined]
-    sync_tree(str(beside))
+    try:
+        model.save_pretrained(beside)  # type: ignore[operator]
+        tokenizer.save_pretrained(beside)  # type: ignore[attr-defined]
+        sync_tree(str(beside))
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)  # half a model on a disk that may be full
+        raise
     replaced = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if out.is_dir():

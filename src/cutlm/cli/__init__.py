@@ -95,3 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"cutlm {args.command}: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if not _is_of_a_full_disk(error):
+            raise
+        text = " ".join(str(error).split())
+        print(f"cutlm {args.command}: cannot write ({text}); make room on the disk and start again", file=sys.stderr)
+        return 2
+
+
+def _is_of_a_full_disk(error: Exception) -> bool:
+    """Whether a library says so in an error of its own, as safetensors, datasets and torch do."""
+    return any(said in str(error) for said in ("No space left on device", "PytorchStreamWriter failed writing file"))
