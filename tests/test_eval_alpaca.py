@@ -375,13 +375,20 @@ def test_a_model_answers_and_is_compared_with_the_outputs_of_the_prompts(server:
             ["--annotations", "BAD"],
             "[1]: field 'preference': expected a number from 1 to 2, 0 for a draw, or null, got",
         ),
-        (["--annotations", "BAD"], "[1]: field 'annotator': expected \"alpaca_eval_gpt4\", got"),
+        (
+            ["--annotations", "THEIRS"],
+            "expected verdicts of alpaca_eval_gpt4, got some of b (2 rows), c (1 rows); name",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_told_in_one_sentence(tmp_path: Path, capsys, options, sentence):
     files = {
         "OWN": write(tmp_path / "own.json", [{"instruction": "Say.", "output": "It."}]),
         "BARE": write(tmp_path / "bare.json", [{"instruction": "Say."}, {"instruction": "Do."}]),
+        "THEIRS": write(
+            tmp_path / "theirs.json",
+            [{"instruction": "x", "output_1": "y", "output_2": "z", "preference": 1, "annotator": a} for a in "bbc"],
+        ),
         "BAD": write(
             tmp_path / "bad.json",
             [
@@ -394,3 +401,15 @@ def test_what_cannot_be_done_is_told_in_one_sentence(tmp_path: Path, capsys, opt
     assert main(["eval", "alpaca", "--out", str(out), *(files.get(option, option) for option in options)]) == 2
     assert sentence in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_mistake_is_mended_in_the_same_folder(command, server: ChatServer, tmp_path: Path, capsys):
+    other = write(tmp_path / "another.json", [{"instruction": "Nothing of it.", "output": "It."}])
+    assert main([*command, "--outputs", other]) == 2
+    assert "no response to any instruction of the reference" in capsys.readouterr().err
+    server.fault = lambda handler, number: handler.answer(404, {"error": "no model"}) is None
+    assert main([*command, "--annotator_model", "jugde"]) == 2
+    server.fault = None
+    assert main(command) == 0
+    assert main([*command, "--annotator_model", "jugde"]) == 2
+    assert "begun with other settings (request differ)" in capsys.readouterr().err

@@ -126,8 +126,8 @@ def _replay(args: argparse.Namespace) -> _Compared:
         name: None if getattr(args, name) is None else hash_file(getattr(args, name))
         for name in ("annotations", "outputs", "reference")
     }
-    folder = open_folder(args.out, settings, overwrite=args.overwrite)
     pairs, counts = _pair(args, responses, references)
+    folder = open_folder(args.out, settings, overwrite=args.overwrite)
     about = {"annotator": args.annotator, "reference": _name_generators(references), **counts}
     return folder, responses, references, find_verdicts(rows, pairs), about
 

@@ -4,9 +4,8 @@ Verdicts come from an annotator (`cutlm.evaluation.annotator`) or from a file of
 dropped and counted: the package's own null ones stand for answers that could not be read.
 """
 
-import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -36,6 +35,7 @@ def read_annotations(path: str | Path, annotator: str) -> list[dict[str, Any]]:
         DataError: The file cannot be read, or rows cannot be used; all of them are named.
     """
     rows, problems = read_rows(path)
+    others: Counter[str] = Counter()
     for row in rows:
         if not isinstance(row.value, dict):
             problems.append(f"{row.where}: expected an object, got {describe_value(row.value)}")
@@ -54,10 +54,10 @@ def read_annotations(path: str | Path, annotator: str) -> list[dict[str, Any]]:
             )
         theirs = row.value.get("annotator")
         if theirs not in (None, annotator):
-            problems.append(
-                f"{row.where}: field 'annotator': expected {json.dumps(annotator)}, got {describe_value(theirs)}; name"
-                " theirs by --annotator"
-            )
+            others[str(theirs)] += 1
+    if others:
+        names = ", ".join(f"{name} ({count} rows)" for name, count in others.most_common())
+        problems.append(f"{path}: expected verdicts of {annotator}, got some of {names}; name theirs by --annotator")
     if problems:
         raise DataError(problems, hint=f"{len(problems)} problems in {path}; mend them, nothing was skipped")
     if not rows:
