@@ -163,11 +163,33 @@ def answer_half(handler: Handler, number: int) -> bool:
     return False
 
 
+def drip(handler: Handler, number: int) -> bool:
+    """Answers a byte at a time for ever: never so long without one that it would be noticed."""
+    _send_without_end(handler, b" ", 0.1)
+    return True
+
+
+def pour(handler: Handler, number: int) -> bool:
+    """Answers as much as is taken."""
+    _send_without_end(handler, b" " * 2**20, 0.0)
+    return True
+
+
+def _send_without_end(handler: Handler, piece: bytes, wait: float) -> None:
+    handler.send_response(200 if len(handler.server.requests) % 2 else 500)
+    handler.send_header("Content-Type", "application/json")
+    handler.end_headers()
+    while True:  # until the client hangs up
+        handler.wfile.write(piece)
+        time.sleep(wait)
+
+
 # What may pass, and is asked again.
 PASSING: dict[str, Fault] = {
     "too many requests": answer_once(429, {"error": "slow down"}, Retry_After="0"),
     "its own error": answer_once(500, b"<html>oops</html>"),
     "overloaded": answer_once(503, b""),
+    "an error as success": answer_once(200, {"error": {"message": "Rate limit exceeded", "code": 429}}),
     "no JSON": answer_once(200, b'{"choices": [{"mess'),
     "a cut connection": hang_up,
     "half an answer": answer_half,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import CANARY, PASSING, ChatServer, Handler, make_completion, running
+from chat_server import CANARY, PASSING, ChatServer, Handler, drip, make_completion, pour, running
 from tiny import save_tiny_model
 from transformers import AutoTokenizer
 
@@ -241,6 +241,54 @@ def test_the_key_is_sent_and_is_nowhere_to_be_seen(
     printed = capsys.readouterr()
     everything = [path.read_bytes() for path in folder.iterdir()] + [(printed.out + printed.err).encode()]
     assert not any(CANARY.encode() in part for part in everything)
+
+
+@pytest.mark.parametrize(("key", "is_hidden"), [("EMPTY", False), (CANARY, True)])
+def test_a_key_that_is_but_a_word_stays_in_responses(
+    server: ChatServer,
+    prompts: Path,
+    tmp_path: Path,
+    key: str,
+    is_hidden: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server.reply = lambda prompt: f"The glass is {key}."
+    out = tmp_path / "out.json"
+    server.fault = lambda handler, number: number == 8 and handler.answer(500, f"no {key}".encode()) is None
+    options = list_options(server, prompts, out, "--concurrency", "1", "--max_retries", "0")
+    assert main(options) == 1
+    assert "the server answered 500 (no [key]), after 1 attempts" in Path(f"{out}.failures.jsonl").read_text("utf-8")
+    capsys.readouterr()
+    server.fault = None
+    assert main(options) == 0
+    assert set(read_outputs(out)) == {f"The glass is {'[key]' if is_hidden else key}."}
+    note = "9 responses held the key to the server; [key] stands in its place"
+    assert (note in capsys.readouterr().out) == is_hidden, "those of the run that was stopped count too"
+
+
+ENDLESS = {
+    "a byte at a time": (drip, "the server's answer was not whole after 0.6 seconds, after 1 attempts"),
+    "too much": (pour, "the server's answer is larger than 16 MiB, after 1 attempts"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_an_answer_without_an_end_is_given_up(
+    server: ChatServer, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(posting, "_LONGEST_ANSWER", 2)
+    prompts = tmp_path / "two.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS[:2]))
+    server.fault, reason = ENDLESS[name]
+    out = tmp_path / "out.json"
+    timeout = "0.3" if name == "a byte at a time" else "60"
+    options = ["--timeout", timeout, "--max_retries", "0", "--concurrency", "1"]
+    assert main(list_options(server, prompts, out, *options)) == 1
+    failures = [json.loads(line) for line in Path(f"{out}.failures.jsonl").read_text("utf-8").splitlines()]
+    # Of an error it shows the beginning alone, as far as there is one.
+    assert [row["reason"] for row in failures] == [reason, "the server answered 500, after 1 attempts"]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])

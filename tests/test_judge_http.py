@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import CANARY, PASSING, ChatServer, Handler, answer_once, make_completion, running
+from chat_server import CANARY, PASSING, ChatServer, Handler, answer_once, drip, make_completion, pour, running
 
 import cutlm.posting as posting
 from cutlm.cli import main
@@ -190,6 +190,63 @@ def test_what_never_comes_is_listed_and_the_rest_is_had(
     assert not Path(f"{out}.failures.jsonl").exists(), "it does not hold any more"
 
 
+ENDLESS = {
+    "a byte at a time": (drip, "the server's answer was not whole after 0.6 seconds, after 1 attempts"),
+    "too much": (pour, "the server's answer is larger than 16 MiB, after 1 attempts"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_an_answer_without_an_end_is_given_up(
+    server: ChatServer, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(posting, "_LONGEST_ANSWER", 2)
+    responses = write_lines(tmp_path / "in.jsonl", make_rows(2))
+    server.fault, reason = ENDLESS[name]
+    out = tmp_path / "out.jsonl"
+    timeout = "0.3" if name == "a byte at a time" else "60"
+    options = ["--timeout", timeout, "--max_retries", "0", "--concurrency", "1"]
+    assert main(list_options(server, responses, out, *options)) == 1
+    # The first as an answer, the second as what the server says of an error.
+    assert [row["reason"] for row in find_failures(out)] == [reason, reason]
+
+
+def test_an_error_that_comes_as_success_is_shown(server: ChatServer, responses: Path, tmp_path: Path) -> None:
+    error = {"error": {"message": f"No more for {CANARY}.", "code": 429}}
+    server.fault = lambda handler, number: handler.answer(200, error) is None
+    out = tmp_path / "out.jsonl"
+    assert main(list_options(server, responses, out, "--max_retries", "0", "--max_requests", "3")) == 1
+    assert [(row["kind"], row["reason"]) for row in find_failures(out)][:3] == [
+        ("no answer", "the server answered an error (No more for [key]), after 1 attempts")
+    ] * 3
+
+
+def test_a_count_of_tokens_that_is_none_is_estimated(
+    server: ChatServer, responses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.fault = lambda handler, number: (
+        handler.answer(200, make_completion("It is wrong.", total_tokens=10**400)) is None
+    )
+    assert main(list_options(server, responses, tmp_path / "out.jsonl")) == 0
+    assert re.search(r"12 requests, \d{4} tokens \(some of them estimated", capsys.readouterr().out)
+
+
+def test_a_proxy_that_cannot_be_used_is_one_sentence(
+    server: ChatServer,
+    responses: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for address in ("socks5://me:hush@localhost:1", "foo://me:hush@localhost:1"):
+        monkeypatch.setitem(sys.modules, "socksio", None)
+        monkeypatch.setenv("ALL_PROXY", address)
+        assert main(list_options(server, responses, tmp_path / "out.jsonl")) == 2
+        printed = capsys.readouterr().err
+        assert "ALL_PROXY, HTTPS_PROXY or HTTP_PROXY: expected an address such as http://localhost:3128" in printed
+        assert "hush" not in printed
+
+
 def test_where_no_judgment_is_had_no_records_are_written(
     server: ChatServer, responses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +316,27 @@ def test_the_key_is_sent_and_is_nowhere_to_be_seen(
     printed = capsys.readouterr()
     everything = [path.read_bytes() for path in files] + [(printed.out + printed.err).encode()]
     assert not any(CANARY.encode() in part for part in everything)
+
+
+@pytest.mark.parametrize(("key", "is_hidden"), [("EMPTY", False), (CANARY, True)])
+def test_a_key_that_is_but_a_word_stays_in_judgments(
+    server: ChatServer,
+    responses: Path,
+    tmp_path: Path,
+    key: str,
+    is_hidden: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server.reply = lambda prompt: f"The answer is {key}, which is wrong."
+    out = tmp_path / "out.jsonl"
+    assert main(list_options(server, responses, out)) == 0
+    assert {row["judgment"] for row in read_lines(out)} == {
+        f"The answer is {'[key]' if is_hidden else key}, which is wrong."
+    }
+    note = "12 answers held the key to the server; [key] stands in its place"
+    assert (note in capsys.readouterr().out) == is_hidden
 
 
 def test_without_a_key_none_is_sent(

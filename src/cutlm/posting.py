@@ -2,7 +2,8 @@
 
 Too many requests, a server's own errors, timeouts, cut connections and half an answer may pass; a refusal does not.
 What the answers mean is left to the caller. The standard library alone: which client comes with others changes.
-Addresses, the key, waits and what servers say of errors are read here for those who ask by another client, too.
+Addresses, the key, waits, how much of an answer is waited for and what servers say of errors are settled here for those
+who ask by another client, too.
 """
 
 import email.utils
@@ -16,7 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +27,12 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 60.0
 LONGEST_ASKED_WAIT = 600.0
+LARGEST_ANSWER = 16 * 2**20
+# How many times the seconds without a byte an answer may take from its first byte to its last.
+_LONGEST_ANSWER = 10
+# Shorter keys are words that a server without keys is given, such as EMPTY.
+_SHORTEST_SECRET = 16
+_LONGEST_MESSAGE = 20_000
 # Beside the server's own errors: timeout, too early, too many requests.
 _PASSING = (408, 425, 429)
 
@@ -73,6 +80,20 @@ def choose_wait(attempt: int, retry_after: str | None = None) -> float:
     return max(wait, min(LONGEST_ASKED_WAIT, _read_retry_after(retry_after)))
 
 
+def hide_key(text: str, key: str | None, *, is_content: bool = False) -> str:
+    """A text in which the key is not to be seen.
+
+    Args:
+        text: What a server says.
+        key: Which may be in it.
+        is_content: Whether a model says it: then only a key that is a secret by its length is hidden, as a short one
+            may be a word of the answer.
+    """
+    if not key or (is_content and len(key) < _SHORTEST_SECRET):
+        return text
+    return text.replace(key, "[key]")
+
+
 class Refused(Exception):
     """The server refuses the request, and would again.
 
@@ -94,6 +115,10 @@ class Stopped(Exception):
     """Whoever asked does not wait for the answer any more."""
 
 
+class Endless(Exception):
+    """An answer that is too large, or takes too long although it goes on; says which."""
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirected POST would become a GET, and the key would go to an address that nobody named."""
 
@@ -109,6 +134,7 @@ def post_json(
     timeout: float,
     max_retries: int,
     stop: threading.Event,
+    num_bytes: int = LARGEST_ANSWER,
 ) -> Any:
     """Posts JSON and returns the JSON of the answer.
 
@@ -119,18 +145,24 @@ def post_json(
         timeout: Seconds without a byte after which an attempt is given up.
         max_retries: Attempts after the first.
         stop: Ends the waiting between attempts.
+        num_bytes: The largest answer.
 
     Raises:
         Refused: The server answered with a status that another attempt would not change.
         Unreachable: All attempts failed.
         Stopped: `stop` was set.
     """
-    reason = ""
+    reason: str | None = None
     for attempt in range(max_retries + 1):
         wait = choose_wait(attempt)
         try:
             with _open(url, request, key, timeout) as answer:
-                return json.loads(answer.read())
+                value = json.loads(b"".join(read_bounded(_read_pieces(answer), timeout, num_bytes)))
+            reason = find_error(value, key)
+            if reason is None:
+                return value
+        except Endless as error:
+            reason = str(error)
         except (OSError, http.client.HTTPException) as error:
             reason = _explain(error, key, timeout)
             if isinstance(error, urllib.error.HTTPError):
@@ -140,6 +172,42 @@ def post_json(
         if stop.is_set() or (attempt < max_retries and stop.wait(wait)):
             raise Stopped
     raise Unreachable(f"{reason}, after {max_retries + 1} attempts")
+
+
+def read_bounded(pieces: Iterable[bytes], timeout: float, num_bytes: int = LARGEST_ANSWER) -> Iterator[bytes]:
+    """Passes the pieces of an answer on as long as it is of reasonable length.
+
+    Args:
+        pieces: As they come.
+        timeout: Seconds without a byte; in all it may take ten times as long.
+        num_bytes: The most in all.
+
+    Raises:
+        Endless: There are more, or they take longer.
+    """
+    longest, left = _LONGEST_ANSWER * timeout, num_bytes
+    deadline = time.monotonic() + longest
+    for piece in pieces:
+        left -= len(piece)
+        if left < 0:
+            raise Endless(f"the server's answer is larger than {num_bytes / 2**20:g} MiB")
+        if time.monotonic() > deadline:
+            raise Endless(f"the server's answer was not whole after {longest:g} seconds")
+        yield piece
+
+
+def _read_pieces(answer: Any) -> Iterator[bytes]:
+    """What has come by now, again and again, up to the end."""
+    return iter(lambda: answer.read1(2**16), b"")
+
+
+def find_error(value: Any, key: str | None) -> str | None:
+    """Says what is wrong by a server that gives an error the status of success; None where it gives none."""
+    if not isinstance(value, dict) or value.get("choices"):
+        return None
+    if not value.get("error") and value.get("object") != "error":
+        return None
+    return f"the server answered an error ({shorten_message(json.dumps(value), key)})"
 
 
 def post_for_events(url: str, request: Any, *, key: str | None, timeout: float) -> Generator[str, None, None]:
@@ -182,7 +250,7 @@ def _explain(error: OSError | http.client.HTTPException, key: str | None, timeou
         Refused: It will not.
     """
     if isinstance(error, urllib.error.HTTPError):
-        said = _read_message(error, key)
+        said = _read_message(error, key, timeout)
         if not is_passing(error.code):
             raise Refused(error.code, said) from None
         return f"the server answered {error.code}{f' ({said})' if said else ''}"
@@ -198,12 +266,16 @@ def _describe(cause: Any) -> str:
     return getattr(cause, "strerror", None) or type(cause).__name__
 
 
-def _read_message(error: urllib.error.HTTPError, key: str | None) -> str:
+def _read_message(error: urllib.error.HTTPError, key: str | None, timeout: float) -> str:
+    text = b""
     try:
-        text = error.read(20_000).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
+        for piece in read_bounded(_read_pieces(error.fp), timeout):
+            text += piece
+            if len(text) >= _LONGEST_MESSAGE:
+                break
+    except (OSError, http.client.HTTPException, Endless):
         return ""
-    return shorten_message(text, key)
+    return shorten_message(text[:_LONGEST_MESSAGE].decode("utf-8", "replace"), key)
 
 
 def shorten_message(text: str, key: str | None) -> str:
@@ -215,8 +287,7 @@ def shorten_message(text: str, key: str | None) -> str:
         text = value if isinstance(value, str) else json.dumps(value)
     except (ValueError, RecursionError):
         pass
-    if key:
-        text = text.replace(key, "[key]")
+    text = hide_key(text, key)
     # Nothing of it may steer the terminal on which it is shown.
     line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
     return line[:200].rstrip(".")

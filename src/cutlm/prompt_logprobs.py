@@ -14,8 +14,11 @@ from tqdm import tqdm
 
 from cutlm.asking import GivenUp, Server, ask_all, explain_refusal
 from cutlm.errors import UserError
-from cutlm.posting import Refused, Unreachable, post_json, read_key
+from cutlm.posting import LARGEST_ANSWER, Refused, Unreachable, post_json, read_key
 from cutlm.scoring import Scored, count_tokens
+
+# About a hundred are usual: the token's id and text, its rank and log-prob.
+_MOST_BYTES_PER_TOKEN = 1000
 
 
 def score_rows_by_server(
@@ -94,7 +97,13 @@ def _ask(
     }
     try:
         answer = post_json(
-            server.endpoint, request, key=key, timeout=server.timeout, max_retries=server.max_retries, stop=stop
+            server.endpoint,
+            request,
+            key=key,
+            timeout=server.timeout,
+            max_retries=server.max_retries,
+            stop=stop,
+            num_bytes=max(LARGEST_ANSWER, _MOST_BYTES_PER_TOKEN * len(ids)),
         )
     except Refused as error:
         advice = "if the prompt is too long for the server, give a smaller --max_length"

@@ -15,7 +15,7 @@ from cutlm.asking import GivenUp, Server, ask_all, explain_refusal
 from cutlm.errors import UserError
 from cutlm.generation import Counts, Sampling
 from cutlm.journal import Journal
-from cutlm.posting import Refused, Unreachable, post_json, read_key
+from cutlm.posting import Refused, Unreachable, hide_key, post_json, read_key
 
 # A message, or token ids.
 Prompt = str | list[int]
@@ -25,6 +25,7 @@ Prompt = str | list[int]
 class _Answer:
     text: str
     is_unfinished: bool
+    is_redacted: bool
 
 
 class _Malformed(Exception):
@@ -33,7 +34,7 @@ class _Malformed(Exception):
 
 def generate_by_server(
     server: Server, prompts: Sequence[Prompt], sampling: Sampling, journal: Journal, *, show_progress: bool = True
-) -> tuple[Counts, dict[int, str]]:
+) -> tuple[Counts, dict[int, str], int]:
     """Generates what a journal does not hold yet, and writes each response there as it comes.
 
     Args:
@@ -44,7 +45,7 @@ def generate_by_server(
         show_progress: Whether to show a progress bar.
 
     Returns:
-        Counts and responses, and why there is none, by the index of the prompt.
+        Counts and responses; why there is none, by the index of the prompt; and in how many the key was hidden.
 
     Raises:
         UserError: The server refuses what it is asked. What was had before is in the journal.
@@ -52,6 +53,7 @@ def generate_by_server(
     key = read_key()
     counts, failures = Counts(), dict[int, str]()
     counts.take_over(journal)
+    num_redacted = sum(line.get("is_redacted", False) for line in journal.lines)
     missing = [index for index in range(len(prompts)) if index not in counts.responses]
 
     def ask_one(place: int, stop: threading.Event) -> _Answer:
@@ -73,12 +75,14 @@ def generate_by_server(
                 continue
             if isinstance(result, BaseException):
                 raise result
-            journal.append([{"index": index, "output": result.text, "is_unfinished": result.is_unfinished}])
+            flags = {"is_unfinished": result.is_unfinished, "is_redacted": result.is_redacted}
+            journal.append([{"index": index, "output": result.text} | flags])
+            num_redacted += result.is_redacted
             counts.responses[index] = result.text
             if result.is_unfinished:
                 counts.unfinished.add(index)
             progress.update()
-    return counts, failures
+    return counts, failures, num_redacted
 
 
 def _ask(
@@ -120,4 +124,5 @@ def _read_answer(value: Any, key: str | None) -> _Answer:
     if not isinstance(text, str | None):
         raise _Malformed("expected text in the server's answer, got something else")
     text = text or ""  # a model may say nothing
-    return _Answer(text.replace(key, "[key]") if key else text, finish_reason == "length")
+    shown = hide_key(text, key, is_content=True)
+    return _Answer(shown, finish_reason == "length", is_redacted=shown != text)

@@ -172,7 +172,9 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
         asked = [encoder.encode_prompt(instruction, args.judgment) for instruction in instructions]
     header = describe_run(instructions, args.judgment, sampling, args.template or "the server's", args.model)
     journal = Journal(args.out, header)
-    counts, failures = generate_by_server(server, asked, sampling, journal)
+    counts, failures, num_redacted = generate_by_server(server, asked, sampling, journal)
+    if num_redacted:
+        print(f"{num_redacted} responses held the key to the server; [key] stands in its place")
     failures_file = Path(f"{args.out}.failures.jsonl")
     if failures:
         write_rows(

@@ -15,12 +15,16 @@ from urllib.parse import urlsplit
 from cutlm.errors import ConfigError, UserError
 from cutlm.posting import (
     KEY_VARIABLE,
+    Endless,
     Refused,
     Stopped,
     Unreachable,
     choose_wait,
     describe_bad_address,
+    find_error,
+    hide_key,
     is_passing,
+    read_bounded,
     shorten_message,
 )
 
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 _BYTES_PER_TOKEN = 4
+# Of a question and its answer; what is more is no count of them.
+_MOST_TOKENS = 10**9
 # The user's message, or messages with roles.
 Prompt = str | Sequence[Mapping[str, str]]
 # Answers are read whole, one to a question.
@@ -45,7 +51,8 @@ class ChatServer:
         max_tokens: Of an answer.
         fields: Further fields of every request; None takes one of ours away.
         concurrency: Requests at a time.
-        timeout: Seconds without a byte after which a request is given up and made again.
+        timeout: Seconds without a byte after which a request is given up and made again; an answer may take
+            ten times as long in all.
         max_retries: Further attempts after one that failed for a reason that may pass.
         max_requests: Attempts in all.
         max_tokens_total: Tokens of questions and answers after which nothing more is asked.
@@ -107,10 +114,17 @@ class ChatServer:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server said, and why it ended, where that can be read; None where not."""
+    """What the server said.
+
+    Attributes:
+        text: None where there is none.
+        finish_reason: Why it ended; None where that cannot be read.
+        is_redacted: Whether the key stood in it.
+    """
 
     text: str | None
     finish_reason: str | None
+    is_redacted: bool = False
 
 
 class Malformed(Exception):
@@ -156,21 +170,31 @@ class Spending:
 
 
 def make_client(server: ChatServer, key: str | None) -> "OpenAI":
-    """A client that asks once, and follows nobody to another address.
+    """A client that asks once, follows nobody to another address, and takes no answer without an end.
 
     Raises:
-        UserError: The package is missing.
+        UserError: A package is missing, or the proxy that is set cannot be used.
     """
     try:
         import openai
     except ImportError:
         raise UserError("the package openai is missing; install it by: pip install 'cutlm[serve]'") from None
+
+    def bound(response: Any) -> None:
+        pieces = response.iter_bytes  # by which the client reads an answer whole
+        response.iter_bytes = lambda: read_bounded(pieces(), server.timeout)
+
+    try:
+        client = openai.DefaultHttpxClient(
+            follow_redirects=False, timeout=server.timeout, event_hooks={"response": [bound]}
+        )
+    except (ImportError, ValueError):  # their words may quote a password
+        raise UserError(
+            "ALL_PROXY, HTTPS_PROXY or HTTP_PROXY: expected an address such as http://localhost:3128, got another kind;"
+            " unset it, or, for a SOCKS proxy, install: pip install socksio"
+        ) from None
     return openai.OpenAI(
-        base_url=server.url,
-        api_key=key or "none",
-        max_retries=0,
-        timeout=server.timeout,
-        http_client=openai.DefaultHttpxClient(follow_redirects=False, timeout=server.timeout),
+        base_url=server.url, api_key=key or "none", max_retries=0, timeout=server.timeout, http_client=client
     )
 
 
@@ -206,6 +230,7 @@ def ask(
     fixed = {name: request.pop(name) for name in ("model", "messages")}
     # Whoever has set no key sends none.
     headers: Any = {} if key else {"Authorization": openai.Omit()}
+    reason: str | None = None
     for attempt in range(server.max_retries + 1):
         if stop.is_set():
             raise Stopped
@@ -213,7 +238,10 @@ def ask(
         wait = choose_wait(attempt)
         try:
             raw = client.chat.completions.with_raw_response.create(**fixed, extra_body=request, extra_headers=headers)
-            return _read_completion(json.loads(raw.text), prompt, key, spending)
+            value = json.loads(raw.text)
+            reason = find_error(value, key)
+            if reason is None:
+                return _read_completion(value, prompt, key, spending)
         except openai.APIStatusError as error:
             said = shorten_message(error.response.text, key)
             if not is_passing(error.status_code):
@@ -222,11 +250,11 @@ def ask(
             wait = choose_wait(attempt, error.response.headers.get("Retry-After"))
         except openai.APITimeoutError:
             reason = f"no answer within {server.timeout:g} seconds"
-        except openai.APIConnectionError as error:
+        except (Endless, openai.APIConnectionError) as error:
             cause = error.__cause__ or error
             if "CERTIFICATE_VERIFY_FAILED" in str(cause):
                 raise Refused(0, "its certificate cannot be verified") from None
-            reason = f"no answer ({type(cause).__name__})"
+            reason = str(cause) if isinstance(cause, Endless) else f"no answer ({type(cause).__name__})"
         except (ValueError, RecursionError):
             reason = "the server's answer is not JSON"
         if attempt < server.max_retries and stop.wait(wait):
@@ -243,15 +271,14 @@ def _read_completion(value: Any, prompt: Prompt, key: str | None, spending: Spen
         text, finish_reason = False, None
     usage = value.get("usage") if isinstance(value, dict) else None
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
-    is_number = isinstance(total, int) and not isinstance(total, bool) and total >= 0
+    is_number = isinstance(total, int) and not isinstance(total, bool) and 0 <= total <= _MOST_TOKENS
     asked = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
     num_bytes = len(asked.encode()) + (len(text.encode("utf-8", "replace")) if isinstance(text, str) else 0)
     spending.add_tokens(total if is_number else None, num_bytes)
     if not isinstance(text, str | None):
         raise Malformed("expected choices[0].message.content in the server's answer, got none")
-    if text and key:
-        text = text.replace(key, "[key]")
-    return Answer(text, finish_reason if isinstance(finish_reason, str) else None)
+    shown = hide_key(text, key, is_content=True) if text else text
+    return Answer(shown, finish_reason if isinstance(finish_reason, str) else None, is_redacted=shown != text)
 
 
 class OptionNames(NamedTuple):

@@ -90,6 +90,7 @@ def judge_by_server(
         )
         firsts = [alike[name][0] for name in missing]
         client = make_client(server, key)
+        num_redacted = 0
         with progress:
 
             def ask_one(place: int, stop: threading.Event) -> Answer:
@@ -97,6 +98,7 @@ def judge_by_server(
 
             for place, result in ask_all(len(firsts), ask_one, server.concurrency):
                 name, index = missing[place], firsts[place]
+                num_redacted += isinstance(result, Answer) and result.is_redacted
                 try:
                     judgment = _read_result(result, server, responses[index], prompts[index], read)
                 except _NoJudgment as error:
@@ -110,6 +112,8 @@ def judge_by_server(
                 progress.set_postfix(tokens=spending.num_tokens, failed=len(outcome.failures), refresh=False)
     estimated = " (some of them estimated, as the server did not say)" if spending.is_estimated else ""
     outcome.notes.append(f"{spending.num_requests} requests, {spending.num_tokens} tokens{estimated}")
+    if num_redacted:
+        outcome.notes.append(f"{num_redacted} answers held the key to the server; [key] stands in its place")
     caps = {failure.reason for failure in outcome.failures.values() if failure.kind == NOT_ASKED}
     outcome.notes.extend(f"stopped: {reason}" for reason in sorted(caps))
     return outcome
