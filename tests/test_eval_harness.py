@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,83 @@ def test_the_prompt_is_wrapped_as_the_model_was_trained_where_asked_for(
     assert "no figures to report" in (tmp_path / "plain" / "result.md").read_text("utf-8")
 
 
+def define_plain(folder: Path, name: str, **changes: Any) -> None:
+    """A task of no definition but this one: which of two words follows."""
+    data = folder / f"{name}.jsonl"
+    data.write_text(json.dumps({"asked": "x", "choices": ["good", "bad"], "right": 0}) + "\n")
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{asked}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{right}}",
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | changes))
+
+
+def test_what_is_no_fraction_is_as_it_is_and_no_part_of_the_mean(model: Path, tmp_path: Path):
+    folder, out = tmp_path / "tasks", tmp_path / "out"
+    folder.mkdir()
+    define_plain(folder, "choice")
+    changes = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{choices[0]}} {{asked}}"}
+    define_plain(folder, "text", **changes, doc_to_choice=None, metric_list=[{"metric": "word_perplexity"}])
+    assert run(model, folder, out, "--tasks", "text,choice") == 0
+    result = json.loads((out / "result.json").read_text("utf-8"))
+    # Two words of probability 0.4 and 0.3: what one takes on average is (0.4 * 0.3)^(-1/2).
+    assert result["text"] == pytest.approx(0.12**-0.5, rel=1e-3)
+    assert (result["choice"], result["mean"]) == (100, 100)
+    assert [row["is_percent"] for row in result["tasks"]] == [False, True]
+    table = (out / "result.md").read_text("utf-8")
+    assert "| model | text (0-shot, word_perplexity) | choice (0-shot) |" in table
+    assert "In percent, but where another metric is named" in table
+    assert run(model, folder, tmp_path / "alone", "--tasks", "text") == 0
+    assert json.loads((tmp_path / "alone" / "result.json").read_text("utf-8"))["mean"] is None
+
+
+def test_what_is_wrong_with_tasks_is_told_before_the_model_is_loaded(tmp_path: Path, capsys):
+    folder, out = tmp_path / "tasks", tmp_path / "out"
+    folder.mkdir()
+    for name in ("one", "two"):
+        define_plain(folder, name, tag="both")
+    (folder / "whole.yaml").write_text(yaml.safe_dump({"group": "whole", "task": ["one", "two"]}))
+    define_plain(folder, "field", doc_to_text="{{nobody}}")
+    define_plain(folder, "split", test_split="nowhere")
+    define_plain(folder, "damaged")
+    (folder / "damaged.jsonl").write_text("{")
+    define_plain(folder, "arc_challenge", metric_list=[{"metric": "acc"}])
+    nobody = tmp_path / "nobody"
+    assert run(nobody, folder, out, "--tasks", "both,whole,lost") == 2
+    error = capsys.readouterr().err
+    assert "--tasks: no task lost in lm-eval or" in error
+    for name in ("both", "whole"):
+        assert f"--tasks {name}: it stands for several tasks and has no figure of its own; name them: one,two" in error
+    assert run(nobody, folder, out, "--tasks", "field,split,damaged,arc_challenge,one") == 2
+    error = capsys.readouterr().err
+    assert "--tasks field: its data cannot be loaded, or do not fit it (UndefinedError: 'nobody' is undefined)" in error
+    assert "--tasks split: its data cannot be loaded, or do not fit it (KeyError: 'nowhere')" in error
+    assert "--tasks damaged: its data cannot be loaded, or do not fit it (DatasetGenerationError: " in error
+    assert "--tasks arc_challenge: expected the metric acc_norm, got acc; mend it, or leave it out" in error
+    (folder / "broken.yaml").write_text("task: [one")
+    assert run(nobody, folder, out, "--tasks", "one") == 2
+    assert "broken.yaml is no YAML (while parsing a flow sequence" in capsys.readouterr().err
+
+
+def test_vllm_is_asked_for_before_anything_is_loaded(model: Path, tasks: Path, tmp_path: Path, capsys):
+    if find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed here")
+    options = ("--backend", "vllm", "--limit", "0")
+    assert run(model, tasks, tmp_path / "out", *options) == 2
+    assert capsys.readouterr().err == (
+        "cutlm eval: --limit: expected a whole number of at least 1, got 0\n"
+        "--device: of use with --backend hf alone; vLLM takes the GPUs that it sees\n"
+        "--backend vllm: vLLM is not installed; install it by: pip install vllm\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_tasks_are_read_with_their_numbers_of_examples():
     assert [(benchmark.task, benchmark.num_shots) for benchmark in read_benchmarks(None)] == [
         ("arc_challenge", 25),
@@ -236,7 +314,6 @@ def test_tasks_are_read_with_their_numbers_of_examples():
         (("--batch_size", "0"), "--batch_size: expected a whole number of at least 1, got 0"),
         (("--include_path", "nowhere"), "--include_path nowhere: no such folder"),
         (("--tasks", "lost"), "--tasks lost: its data cannot be loaded"),
-        (("--tasks", "mmlu_mine", "--backend", "vllm"), "pip install"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_sentence(

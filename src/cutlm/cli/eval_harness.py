@@ -33,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from cutlm.errors import ConfigError
     from cutlm.evaluation.folder import hash_file, open_folder, write_result
     from cutlm.evaluation.harness import (
         PACKAGES,
@@ -45,12 +44,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from cutlm.generation import fingerprint_model
 
-    for name in ("batch_size", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name}: expected a whole number of at least 1, got {value}")
-    if args.include_path is not None and not Path(args.include_path).is_dir():
-        raise ConfigError(f"--include_path {args.include_path}: no such folder; check the path")
+    _check_options(args)
     benchmarks = read_benchmarks(args.tasks)
     manager = find_tasks(benchmarks, args.include_path)
     settings: dict[str, Any] = {"measure": "harness", "model": fingerprint_model(args.model)}
@@ -79,24 +73,48 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuses what cannot be, before anything is loaded.
+
+    Raises:
+        ConfigError: All such options are named.
+    """
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    from cutlm.errors import ConfigError
+    from cutlm.model import is_adapter_folder
+
+    problems = []
+    for name in ("batch_size", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name}: expected a whole number of at least 1, got {value}")
+    if args.include_path is not None and not Path(args.include_path).is_dir():
+        problems.append(f"--include_path {args.include_path}: no such folder; check the path")
+    if args.backend == "vllm":
+        if args.device is not None:
+            problems.append("--device: of use with --backend hf alone; vLLM takes the GPUs that it sees")
+        if is_adapter_folder(args.model):
+            problems.append(f"--model {args.model}: vLLM takes a whole model, got an adapter; make one by: cutlm merge")
+        if find_spec("vllm") is None:
+            problems.append("--backend vllm: vLLM is not installed; install it by: pip install vllm")
+    if problems:
+        raise ConfigError(problems)
+
+
 def _load(args: argparse.Namespace) -> Any:
     """The package's model."""
-    from cutlm.errors import UserError
     from cutlm.evaluation.folder import need_extra
-    from cutlm.model import is_adapter_folder, load_trained, unwrap_peft
+    from cutlm.model import load_trained, unwrap_peft
 
-    if args.backend == "hf":
-        model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
-        _check_template(args, tokenizer)
-        kind = need_extra("lm_eval.models.huggingface").HFLM
-        return kind(pretrained=unwrap_peft(model), tokenizer=tokenizer, batch_size=args.batch_size)
-    if is_adapter_folder(args.model):
-        raise UserError(f"--model {args.model}: vLLM takes a whole model, got an adapter; make one by: cutlm merge")
-    kind = need_extra("lm_eval.models.vllm_causallms").VLLM
-    try:
+    if args.backend == "vllm":
+        kind = need_extra("lm_eval.models.vllm_causallms").VLLM
         return kind(pretrained=args.model, dtype=args.dtype, batch_size=args.batch_size)
-    except ModuleNotFoundError as error:
-        raise UserError(f"--backend vllm: the package {error.name} is missing; install vLLM, or leave it out") from None
+    model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
+    _check_template(args, tokenizer)
+    kind = need_extra("lm_eval.models.huggingface").HFLM
+    return kind(pretrained=unwrap_peft(model), tokenizer=tokenizer, batch_size=args.batch_size)
 
 
 def _check_template(args: argparse.Namespace, tokenizer: Any) -> None:

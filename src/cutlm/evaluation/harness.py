@@ -13,12 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+from jinja2 import TemplateError
+
 from cutlm.errors import ConfigError, UserError
 from cutlm.evaluation.folder import need_extra, write_text
 from cutlm.evaluation.paper import SOURCE, TRUTHFULQA
 from cutlm.report.tables import join_cells
 
 PACKAGES = ("lm-eval", "transformers", "datasets", "torch")
+# Metrics of the package that are from 0 to 1, beside accuracies of all kinds.
+_FRACTIONS = {"exact_match", "em", "f1", "likelihood", "mrr"}
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,11 @@ def find_tasks(benchmarks: Sequence[Benchmark], include_path: str | None) -> Any
         include_path: A folder with further tasks, which go before the package's.
 
     Raises:
-        UserError: The package is missing, or there is no task of some name.
+        UserError: The package is missing, or there is no task of some name, or it has no figure of its own.
     """
     tasks = need_extra("lm_eval.tasks")
+    if include_path is not None:
+        _check_files(Path(include_path))
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     own = [] if include_path is None else [include_path]
     base = Path(tasks.__file__).parent
@@ -97,13 +104,47 @@ def find_tasks(benchmarks: Sequence[Benchmark], include_path: str | None) -> Any
     if any(benchmark.task not in manager.task_index for benchmark in benchmarks):
         manager = tasks.TaskManager(include_path=own or None)
     unknown = [benchmark.task for benchmark in benchmarks if benchmark.task not in manager.task_index]
+    problems = []
     if unknown:
-        raise UserError(
+        problems.append(
             f"--tasks: no task {', '.join(unknown)} in lm-eval"
             + (f" or {include_path}" if include_path else "")
             + "; list them by: lm_eval ls tasks; name a folder of your own by --include_path"
         )
+    for benchmark in benchmarks:
+        if members := _list_members(manager.task_index.get(benchmark.task)):
+            problems.append(
+                f"--tasks {benchmark.task}: it stands for several tasks and has no figure of its own; name them:"
+                f" {','.join(members)}"
+            )
+    if problems:
+        raise UserError(problems)
     return manager
+
+
+def _check_files(folder: Path) -> None:
+    """Refuses YAML files that the package would pass over, and with them the tasks in them."""
+    problems = []
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)
+        except (OSError, yaml.YAMLError) as error:
+            problems.append(f"--include_path: {file} is no YAML ({' '.join(str(error).split())}); mend it")
+    if problems:
+        raise UserError(problems)
+
+
+def _list_members(entry: Any) -> list[str]:
+    """The tasks of a tag, or of a group without a figure of its own; of all else none."""
+    if entry is None or entry.kind.name not in ("TAG", "GROUP"):
+        return []
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    if entry.cfg.get("aggregate_metric_list"):
+        return []
+    members = entry.cfg.get("task")
+    members = members if isinstance(members, list) else [members]
+    return [str(member if not isinstance(member, dict) else member.get("task", member)) for member in members]
 
 
 def measure_benchmarks(
@@ -133,14 +174,15 @@ def measure_benchmarks(
     """
     evaluate = need_extra("lm_eval").simple_evaluate
     rows, model = [], None
+    tasks = _load_tasks([benchmark for benchmark in benchmarks if not (folder / benchmark.file).exists()], manager)
     for benchmark in benchmarks:
         file = folder / benchmark.file
-        if not file.exists():
+        if benchmark.task in tasks:
             model = load() if model is None else model
             try:
                 found = evaluate(
                     model=model,
-                    tasks=[benchmark.task],
+                    tasks=[tasks[benchmark.task]],
                     num_fewshot=benchmark.num_shots,
                     task_manager=manager,
                     apply_chat_template=uses_chat_template,
@@ -148,12 +190,8 @@ def measure_benchmarks(
                     limit=limit,
                     log_samples=False,
                 )
-            except OSError as error:
-                reason = str(error).strip().split("\n")[0]
-                raise UserError(
-                    f"--tasks {benchmark.task}: its data cannot be loaded ({reason}); connect to the hub, or name a"
-                    " folder with a task on local files by --include_path"
-                ) from None
+            except TemplateError as error:
+                raise UserError(_explain_failure(benchmark, error)) from None
             write_text(file, json.dumps(_pick_figures(benchmark, found), indent=1) + "\n")
         else:
             print(f"{file} is there already")
@@ -161,8 +199,44 @@ def measure_benchmarks(
     return rows
 
 
+def _load_tasks(benchmarks: Sequence[Benchmark], manager: Any) -> dict[str, Any]:
+    """The package's tasks and groups by name, their data loaded.
+
+    Raises:
+        UserError: Some cannot be loaded, or do not have the metric; all of them are named.
+    """
+    tasks, problems = {}, []
+    for benchmark in benchmarks:
+        try:
+            loaded = manager.load([benchmark.task])
+        except Exception as error:  # whatever is wrong with a task's files comes out as itself
+            problems.append(_explain_failure(benchmark, error))
+            continue
+        group = loaded["groups"].get(benchmark.task)
+        tasks[benchmark.task] = loaded["tasks"][benchmark.task] if group is None else group
+        metrics = {name for task in loaded["tasks"].values() for name in task.aggregation()}
+        if group is not None:
+            metrics &= {setting.metric for setting in group.aggregate_metric_list}
+        if not metrics or benchmark.metric not in (None, *metrics):
+            wanted = f"the metric {benchmark.metric}" if benchmark.metric else "a metric"
+            got = ", ".join(sorted(metrics)) or "none"
+            problems.append(f"--tasks {benchmark.task}: expected {wanted}, got {got}; mend it, or leave it out")
+    if problems:
+        raise UserError(problems)
+    return tasks
+
+
+def _explain_failure(benchmark: Benchmark, error: Exception) -> str:
+    # A failure to read a file of data says in its cause what is wrong with it.
+    reason = " ".join(str(error.__cause__ or error).split())[:300]
+    return (
+        f"--tasks {benchmark.task}: its data cannot be loaded, or do not fit it ({type(error).__name__}: {reason});"
+        " connect to the hub, or name a folder with a task on local files by --include_path"
+    )
+
+
 def _pick_figures(benchmark: Benchmark, found: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of all that the package says."""
+    """What is kept of all that the package says; fractions in percent, and all else as it is."""
     # "acc,none": a metric and the filter of answers that it was taken behind.
     own = {name: value for name, value in found["results"][benchmark.task].items() if "," in name}
     metrics = [name for name in own if "_stderr," not in name]
@@ -170,23 +244,28 @@ def _pick_figures(benchmark: Benchmark, found: dict[str, Any]) -> dict[str, Any]
     chosen = next(name for wanted in order for name in metrics if name.split(",")[0] == wanted)
     metric, _, behind = chosen.partition(",")
     error = own.get(f"{metric}_stderr,{behind}")
+    is_percent = metric in _FRACTIONS or metric.startswith("acc") or metric.endswith("_acc")
+    scale = 100 if is_percent else 1
     shots = {int(number or 0) for number in found["n-shot"].values() if isinstance(number, int)}
     return {
         "task": benchmark.task,
         "title": benchmark.title,
         "num_shots": max(shots, default=benchmark.num_shots),
         "metric": metric,
-        "value": 100 * own[chosen],
-        "standard_error": 100 * error if isinstance(error, float) and math.isfinite(error) else None,
+        "is_percent": is_percent,
+        "value": scale * own[chosen],
+        "standard_error": scale * error if isinstance(error, float) and math.isfinite(error) else None,
         "num_questions": sum(count["effective"] for count in found["n-samples"].values()),
         "versions": found["versions"],
     }
 
 
 def summarize_benchmarks(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `result.json` holds: each benchmark's figure in percent under its name, their mean, and all about them."""
+    """What `result.json` holds: each benchmark's figure under its name, the mean of those in percent (None where there
+    are none), and all about them."""
     figures: dict[str, Any] = {row["task"]: row["value"] for row in rows}
-    return figures | {"mean": sum(figures.values()) / len(figures), "tasks": list(rows)}
+    shares = [row["value"] for row in rows if row["is_percent"]]
+    return figures | {"mean": sum(shares) / len(shares) if shares else None, "tasks": list(rows)}
 
 
 def tabulate_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> str:
@@ -196,7 +275,10 @@ def tabulate_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> str:
         rows: Of `measure_benchmarks`.
         name: Of the model.
     """
-    header = ["model", *(f"{row['title']} ({row['num_shots']}-shot)" for row in rows)]
+    header = ["model"]
+    for row in rows:
+        metric = "" if row["is_percent"] else f", {row['metric']}"
+        header.append(f"{row['title']} ({row['num_shots']}-shot{metric})")
     own = [name]
     for row in rows:
         error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.2f}"
@@ -207,7 +289,8 @@ def tabulate_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> str:
         for method, value in (TRUTHFULQA.items() if any(is_truthful) else ())
     ]
     asked = ", ".join(f"{row['title']} {row['num_questions']:,} by {row['metric']}" for row in rows)
-    note = f"In percent, with standard errors. Questions: {asked}."
+    other = "" if all(row["is_percent"] for row in rows) else ", but where another metric is named"
+    note = f"In percent{other}, with standard errors. Questions: {asked}."
     if theirs:
         note += f" The paper's rows ({SOURCE}) are of LLaMA-2 13B, by the package as it was in 2023."
     return f"# Benchmarks\n\n{join_cells(header, [own, *theirs])}\n\n{note}"
