@@ -223,6 +223,20 @@ def test_a_judgment_and_a_file_must_be_named(base: tuple[Any, Any], tmp_path: Pa
         talk(session, f"/save {tmp_path / 'records.jsonl'}")
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"), [("~nosuchuser/x", "home"), ("x" * 300, "too long"), ("a\0b", "null byte")]
+)
+def test_a_name_that_no_file_can_have_does_not_end_the_chat(
+    name: str, reason: str, base: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "records.jsonl"
+    lines = [JAPAN, "/judge Perfect.", f"/save {name}", f"/save {path}"]
+    make_session(base).run(make_reader(lines), is_interactive=False)
+    error = capsys.readouterr().err
+    assert re.search(f"^-- /save: no file can have this name .*{reason}.*; name another$", error, re.MULTILINE)
+    assert f"-- {path}: 1 record\n" in error
+
+
 def test_templates_can_be_looked_at_and_changed(base: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
     session = make_session(base)
     talk(session, JAPAN, "/template", "/template chat", "/template")
@@ -517,6 +531,7 @@ def test_lines_of_a_pipe_are_messages_and_only_answers_come_out(
         (["--server", "localhost"], "server: expected an address such as http://localhost:8000, got 'localhost'"),
         (["--threshold", "0.5"], "threshold: expected a number of at least 1, got 0.5"),
         (["--max_new_tokens", "0"], "max_new_tokens: expected a whole number of at least 1, got 0"),
+        (["--seed", str(10**22)], f"seed: expected a whole number of at least 0 and below 2^63, got {10**22}"),
         (["--max_new_tokens", "256"], "max_new_tokens: expected fewer than the model's context of 256, got 256"),
     ],
 )

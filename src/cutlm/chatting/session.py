@@ -214,8 +214,14 @@ class Session:
             raise UserError("/save: expected the name of a file of records, got nothing")
         if last.judgment is None:
             raise UserError("/save: the last answer has no judgment yet; give one by /judge TEXT, or /judge Perfect.")
-        path = Path(name).expanduser()
-        num_records = append_record(path, self.conversation.make_record(last.judgment))
+        record = self.conversation.make_record(last.judgment)
+        try:
+            path = Path(name).expanduser()
+            num_records = append_record(path, record)
+        except UserError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, nobody's home, a NUL
+            raise UserError(f"/save: no file can have this name ({error}); name another") from None
         remark(f"{path}: {num_records} record{'s' if num_records > 1 else ''}")
         if not last.is_ended:
             remark("the answer was stopped before its end; training takes it for a whole one")
