@@ -136,6 +136,7 @@ def test_a_model_answers_once_and_what_it_said_is_gone_on_with(tmp_path: Path, c
             ["--outputs", "o", "--temperature", "3", "--server", "http://x", "--seed", "1"],
             "--temperature, --server: of use with --model alone, for the responses are there; leave out",
         ),
+        (["--outputs", "o", "--seed", "-1"], "--seed: expected a whole number of at least 0 and below 2^63, got -1"),
     ],
 )
 def test_options_at_odds_are_refused(tmp_path: Path, capsys, options, sentence):

@@ -53,8 +53,16 @@ class Sampling:
             problems.append(f"temperature: expected a number of at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p: expected a number above 0 and at most 1, got {self.top_p}")
+        if (problem := describe_bad_seed(self.seed)) is not None:
+            problems.append(problem)
         if problems:
             raise UserError(problems)
+
+
+def describe_bad_seed(seed: int) -> str | None:
+    """What is wrong with a seed of random numbers; None where nothing is. Servers and torch take whole numbers of 8
+    bytes, numpy none below 0."""
+    return None if 0 <= seed < 2**63 else f"seed: expected a whole number of at least 0 and below 2^63, got {seed}"
 
 
 @dataclass

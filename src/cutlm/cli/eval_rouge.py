@@ -29,11 +29,13 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.evaluation.folder import PROMPTS_FILE, hash_file, need_extra, open_folder, write_result
     from cutlm.evaluation.pairs import pair_responses
     from cutlm.evaluation.rouge import PACKAGES, list_references, measure_rouge, tabulate_rouge
+    from cutlm.generation import describe_bad_seed
     from cutlm.jsonl import write_rows
     from cutlm.judges.responses import read_responses
     from cutlm.records import check_records, raise_problems
 
-    check_source(args, also_used=["seed"])
+    problem = describe_bad_seed(args.seed)
+    check_source(args, [] if problem is None else [f"--{problem}"], also_used=["seed"])
     need_extra("rouge_score.rouge_scorer")
     check = check_records(args.references)
     raise_problems(check, args.references)

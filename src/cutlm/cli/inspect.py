@@ -36,10 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.errors import UserError
+    from cutlm.errors import ConfigError, UserError
     from cutlm.jsonl import refuse_overwriting
 
     _check_options(args)
+    if Path(args.out).is_dir():
+        raise ConfigError(
+            f"--out {args.out or repr('')}: expected a file to write, got a folder; name a file inside it"
+        )
     files = args.scores or [str(Path(args.out).with_suffix(".scores.jsonl"))]
     refuse_overwriting([*files, *([args.data] if args.data else [])], args.out)
     if Path(args.out).exists() and not args.overwrite:
