@@ -16,6 +16,7 @@ from cutlm.evaluation.detection import (
     find_average_precision,
     gather_evidence,
     measure_detection,
+    tabulate_detection,
 )
 from cutlm.records import JudgedRecord
 from cutlm.token_scores import TokenScores, write_token_scores
@@ -108,13 +109,20 @@ def test_the_best_threshold_and_the_groups_are_found():
     # F1 is 4/6 at 1.1 and 2/5 at 1.9.
     assert (result["best_threshold"], result["best_f1"]) == (1.1, pytest.approx(4 / 6))
     assert [(row["threshold"], row["group"]) for row in result["thresholds"]] == [
-        (threshold, group) for threshold in (1.1, 1.9) for group in ("a", "b", "all")
+        (threshold, group) for threshold in (1.1, 1.9) for group in ("a", "b", None)
     ]
     # In a, 3 and 2 are flagged at both; in b, 1.5 at 1.1 and nothing at 1.9.
     assert [row["precision"] for row in result["thresholds"] if row["group"] == "b"] == [1.0, None]
     # In b, 1.5 comes first and is wrong, 0.5 last and third: precisions 1/1 and 2/3.
     assert result["average_precision_by_group"] == {"a": 1.0, "b": pytest.approx((1 + 2 / 3) / 2)}
     assert (result["num_tokens"], result["num_wrong"]) == (5, 3)
+
+
+def test_a_group_may_have_any_name():
+    result = measure_detection(Evidence({"all": TOKENS[:2], "None": TOKENS[2:]}, 2), [1.1])
+    assert [(row["group"], row["num_flagged"]) for row in result["thresholds"]] == [("None", 1), ("all", 2), (None, 3)]
+    assert sorted(result["average_precision_by_group"]) == ["None", "all"]
+    assert "| all | 0.500 |" in tabulate_detection(result)
 
 
 def test_the_command_writes_figures_table_and_picture(tmp_path: Path, capsys):
@@ -139,7 +147,7 @@ def test_the_command_writes_figures_table_and_picture(tmp_path: Path, capsys):
     assert main(command) == 0
     result = json.loads((out / "result.json").read_text("utf-8"))
     # Above 1.02: 2 (wrong), 1.2 (not), 1.05 (wrong); above 1.1: 2 and 1.2.
-    whole = [row for row in result["thresholds"] if row["group"] == "all"]
+    whole = [row for row in result["thresholds"] if row["group"] is None]
     assert [(row["precision"], row["recall"], row["num_flagged"]) for row in whole] == [
         (pytest.approx(2 / 3), 1.0, 3),
         (1 / 2, 1 / 2, 2),

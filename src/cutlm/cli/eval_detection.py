@@ -23,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from cutlm.errors import DataError
     from cutlm.evaluation.detection import (
-        ALL,
         gather_evidence,
         measure_detection,
         plot_detection,
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {"measure": "detection", "scores": hash_file(args.scores), "thresholds": thresholds, "by": args.by}
     folder = open_folder(args.out, settings, overwrite=args.overwrite)
     result = measure_detection(evidence, thresholds)
-    whole = [row for row in result["thresholds"] if row["group"] == ALL]
+    whole = [row for row in result["thresholds"] if row["group"] is None]
     with open_atomic(folder / "result.png") as file:
         file.write(draw_plot("Detection of wrong tokens", lambda axes: plot_detection(axes, whole)))
     detectors = sorted({score.detector for score in scores})

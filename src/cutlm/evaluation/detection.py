@@ -16,7 +16,6 @@ from cutlm.token_scores import TokenScores
 from cutlm.token_spans import flag_spans
 
 THRESHOLDS = (1.0, 1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 3.0)
-ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,13 @@ class Evidence:
     """What there is to measure detection by.
 
     Attributes:
-        tokens: Of each group of records, for every token its log ratio, log p(y_t|x,j) - log p(y_t|x), and whether it
-            is wrong.
+        tokens: Of each group of records, None where there are no groups, for every token its log ratio,
+            log p(y_t|x,j) - log p(y_t|x), and whether it is wrong.
         num_records: Records looked at.
         left_out: How many were not, by reason.
     """
 
-    tokens: dict[str, list[tuple[float, bool]]] = field(default_factory=dict)
+    tokens: dict[str | None, list[tuple[float, bool]]] = field(default_factory=dict)
     num_records: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
 
@@ -94,7 +93,7 @@ def gather_evidence(scores: Iterable[TokenScores], name_group: Callable[[TokenSc
                 for with_judgment, without in zip(score.logps_with, score.logps_without, strict=True)
             ]
             pairs = zip(ratios, flag_spans(score.spans, record.wrong_spans), strict=True)
-            evidence.tokens.setdefault(name_group(score) if name_group else ALL, []).extend(pairs)
+            evidence.tokens.setdefault(name_group(score) if name_group else None, []).extend(pairs)
     return evidence
 
 
@@ -142,10 +141,12 @@ def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOL
         thresholds: To try.
 
     Returns:
-        What `result.json` holds; precision is None where nothing is flagged.
+        What `result.json` holds; the group of what is of all tokens is None, and so is precision where nothing is
+        flagged.
     """
-    groups = dict(sorted(evidence.tokens.items())) if set(evidence.tokens) != {ALL} else {}
-    groups[ALL] = evidence.all_tokens
+    names = sorted(name for name in evidence.tokens if name is not None)
+    groups: dict[str | None, list[tuple[float, bool]]] = {name: evidence.tokens[name] for name in names}
+    groups[None] = evidence.all_tokens
     rows: list[dict[str, Any]] = []
     for threshold in thresholds:
         for name, tokens in groups.items():
@@ -161,17 +162,17 @@ def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOL
                     "num_flagged": num_flagged,
                 }
             )
-    best = max((row for row in rows if row["group"] == ALL), key=lambda row: row["f1"])
+    best = max((row for row in rows if row["group"] is None), key=lambda row: row["f1"])
     return {
-        "average_precision": find_average_precision(groups[ALL]),
+        "average_precision": find_average_precision(groups[None]),
         "best_threshold": best["threshold"],
         "best_f1": best["f1"],
         "num_records": evidence.num_records,
-        "num_tokens": len(groups[ALL]),
-        "num_wrong": sum(is_wrong for _, is_wrong in groups[ALL]),
+        "num_tokens": len(groups[None]),
+        "num_wrong": sum(is_wrong for _, is_wrong in groups[None]),
         "left_out": dict(evidence.left_out),
         "average_precision_by_group": {
-            name: find_average_precision(tokens) for name, tokens in groups.items() if name != ALL
+            name: find_average_precision(tokens) for name, tokens in groups.items() if name is not None
         },
         "thresholds": rows,
     }
@@ -179,7 +180,7 @@ def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOL
 
 def tabulate_detection(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    whole = [row for row in result["thresholds"] if row["group"] == ALL]
+    whole = [row for row in result["thresholds"] if row["group"] is None]
     table = join_cells(
         ["threshold", "precision", "recall", "F1", "flagged tokens"],
         [[f"{row['threshold']:g}", *_show_rates(row), f"{row['num_flagged']:,}"] for row in whole],
@@ -187,7 +188,9 @@ def tabulate_detection(result: dict[str, Any]) -> str:
     parts = [f"# Detection of wrong tokens\n\n{table}"]
     if result["average_precision_by_group"]:
         best = [
-            row for row in result["thresholds"] if row["threshold"] == result["best_threshold"] and row["group"] != ALL
+            row
+            for row in result["thresholds"]
+            if row["threshold"] == result["best_threshold"] and row["group"] is not None
         ]
         parts.append(
             join_cells(
