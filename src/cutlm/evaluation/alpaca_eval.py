@@ -17,7 +17,7 @@ from cutlm.evaluation.folder import import_alpaca_eval
 from cutlm.evaluation.paper import ALPACA_COLD_START, ALPACA_ONLINE, ALPACA_WARM_START, SOURCE
 from cutlm.jsonl import read_rows
 from cutlm.records import describe_value
-from cutlm.report.tables import join_cells
+from cutlm.report.tables import escape_text, join_cells
 
 PACKAGES = ("alpaca-eval", "pandas")
 _TEXTS = ("instruction", "output_1", "output_2")
@@ -132,7 +132,7 @@ def tabulate_win_rate(result: dict[str, Any], name: str, against: str) -> str:
         [own, *([f"paper: {method}", f"{value:.2f}", *[""] * 6] for method, value in theirs.items())],
     )
     return (
-        f"# AlpacaEval\n\n{table}\n\nAgainst {against}, by {result['annotator']}; {result['num_without_verdict']} pairs"
-        f" without a verdict are left out. The paper's rows ({SOURCE}) are of LLaMA-2 13B against text_davinci_003, by"
-        " alpaca_eval_gpt4."
+        f"# AlpacaEval\n\n{table}\n\nAgainst {escape_text(against)}, by {result['annotator']};"
+        f" {result['num_without_verdict']} pairs without a verdict are left out. The paper's rows"
+        f" ({SOURCE}) are of LLaMA-2 13B against text_davinci_003, by alpaca_eval_gpt4."
     )

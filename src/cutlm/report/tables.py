@@ -2,14 +2,21 @@
 
 import io
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 
 def join_cells(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
+    """A Markdown table: the first column to the left, the others to the right. What stands in a cell is text."""
     rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+    shown = [[escape_text(cell) for cell in cells] for cells in (header, *rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (shown[0], rule, *shown[1:]))
+
+
+def escape_text(cell: str) -> str:
+    """Text that neither ends its cell or its line nor begins an element of HTML."""
+    return re.sub(r"[|<]", r"\\\g<0>", " ".join(cell.split()))
 
 
 def draw_plot(title: str, plot: Callable[[Any], None]) -> bytes:
