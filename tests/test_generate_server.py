@@ -227,7 +227,53 @@ def test_a_refusal_is_one_sentence_and_not_asked_again(
     printed = capsys.readouterr()
     assert expected.format(url=server.url) in printed.err
     assert "Traceback" not in printed.err
-    assert len(server.requests) == 1
+    # One that may be about a prompt alone is told from one that is about all by the first few.
+    assert len(server.requests) == 1 if status != 400 else len(server.requests) >= 8
+
+
+def test_a_prompt_that_is_refused_costs_no_other_its_response(
+    server: ChatServer, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.fault = lambda handler, number: (
+        read_number(server.prompts[number]) in (0, 5) and handler.answer(400, {"message": "too long"}) is None
+    )
+    out = tmp_path / "out.json"
+    options = list_options(server, prompts, out, "--concurrency", "1")
+    for num_asked in (NUM_PROMPTS, 2):  # the second time, they are alone
+        server.requests.clear()
+        assert main(options) == 1, capsys.readouterr().err
+        assert len(server.requests) == num_asked
+        failures = [json.loads(line) for line in Path(f"{out}.failures.jsonl").read_text("utf-8").splitlines()]
+        reason = "the server refuses it (400: too long)"
+        assert [(row["number"], row["reason"]) for row in failures] == [(1, reason), (6, reason)]
+    assert "2 of 9 prompts have no answer" in capsys.readouterr().out
+    server.fault = None
+    assert main(options) == 0
+    assert read_outputs(out) == EXPECTED
+
+
+def test_what_is_on_its_way_when_the_run_ends_is_kept(server: ChatServer, prompts: Path, tmp_path: Path) -> None:
+    under_way = threading.Barrier(4, timeout=10)
+
+    def fault(handler: Handler, number: int) -> bool:
+        under_way.wait()
+        if number < 3:
+            time.sleep(0.5)
+        else:
+            handler.answer(401, b"")
+        return number >= 3
+
+    server.fault = fault
+    out = tmp_path / "out.json"
+    options = list_options(server, prompts, out, "--concurrency", "4")
+    assert main(options) == 2
+    kept = {read_number(prompt) for prompt in server.prompts[:3]}
+    assert len(server.requests) == 4
+    server.fault = None
+    server.requests.clear()
+    assert main(options) == 0
+    assert {read_number(prompt) for prompt in server.prompts} == set(range(NUM_PROMPTS)) - kept
+    assert read_outputs(out) == EXPECTED
 
 
 def test_the_key_is_sent_and_is_nowhere_to_be_seen(

@@ -17,6 +17,8 @@ from chat_server import CANARY, PASSING, ChatServer, Handler, answer_once, drip,
 
 import cutlm.posting as posting
 from cutlm.cli import main
+from cutlm.errors import UserError
+from cutlm.judges.cache import Cache
 from cutlm.judges.prompt import write_question
 from cutlm.records import load_records
 
@@ -39,8 +41,12 @@ def make_rows(num_rows: int = NUM_RESPONSES) -> list[dict[str, Any]]:
 
 
 def reply(prompt: str) -> str:
-    index = int(re.findall(r"Answer <(\d+)>", prompt)[0])
+    index = read_number({"messages": [{"content": prompt}]})
     return "perfect!" if index % 3 == 0 else f"The number {index} is wrong."
+
+
+def read_number(request: dict[str, Any]) -> int:
+    return int(re.findall(r"Answer <(\d+)>", request["messages"][-1]["content"])[0])
 
 
 def expect(index: int) -> str | None:
@@ -297,8 +303,122 @@ def test_a_refusal_is_one_sentence_and_not_asked_again(
     assert expected in printed.err
     assert "Traceback" not in printed.err
     assert CANARY not in printed.err + printed.out
-    assert len(server.requests) == 1
+    # One that may be about a question alone is told from one that is about all by the first few.
+    assert len(server.requests) == 1 if status != 400 else 8 <= len(server.requests) < NUM_RESPONSES
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_question_that_is_refused_costs_no_other_its_judgment(
+    server: ChatServer, tmp_path: Path, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    responses = write_lines(tmp_path / "in.jsonl", make_rows(40))
+    refused = {0, 1, 2, 17, 39}
+
+    def fault(handler: Handler, number: int) -> bool:
+        is_bad = read_number(server.requests[number]) in refused
+        if is_bad:
+            handler.answer(status, {"error": {"message": "maximum context length exceeded"}})
+        return is_bad
+
+    server.fault = fault
+    out = tmp_path / "out.jsonl"
+    options = list_options(server, responses, out, "--concurrency", "8")
+    assert main(options) == 1, capsys.readouterr().err
+    asked = [read_number(request) for request in server.requests]
+    assert sorted(asked) == list(range(40)), "each was asked once"
+    assert [row["judgment"] for row in read_lines(out)] == [
+        expect(index) for index in range(40) if index not in refused
+    ]
+    assert [(row["place"], row["kind"], row["reason"]) for row in find_failures(out)] == [
+        (
+            f"{responses}:{index + 1}",
+            "refused",
+            f"the server refuses it ({status}: maximum context length exceeded); if it is too long for the model, give"
+            " a smaller --max_tokens",
+        )
+        for index in sorted(refused)
+    ]
+    assert "5 responses have no judgment (5 refused)" in capsys.readouterr().out
+    # Alone they are refused as they were among others, and no error.
+    server.requests.clear()
+    assert main([*options, "--overwrite"]) == 1
+    assert sorted(map(read_number, server.requests)) == sorted(refused)
+    assert len(read_lines(out)) == 35
+
+
+ENDS: dict[str, tuple[int, int, list[str]]] = {
+    "a key that expires": (401, 2, []),
+    "a server that is gone": (503, 1, ["--max_retries", "0"]),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_is_on_its_way_when_the_run_ends_is_kept(server: ChatServer, tmp_path: Path, name: str) -> None:
+    status, expected, more = ENDS[name]
+    responses = write_lines(tmp_path / "in.jsonl", make_rows(40))
+    ended = threading.Event()
+    under_way = threading.Barrier(4, timeout=10)
+
+    def fault(handler: Handler, number: int) -> bool:
+        if number < 4:
+            under_way.wait()
+        if number in (0, 1, 2):
+            ended.wait(10)
+            time.sleep(0.3)
+            return False
+        handler.answer(status, b"")
+        if number == (3 if status == 401 else 10):
+            ended.set()
+        return True
+
+    server.fault = fault
+    out = tmp_path / "out.jsonl"
+    options = list_options(server, responses, out, "--concurrency", "4", *more)
+    assert main(options) == expected
+    kept = {read_number(request) for request in server.requests[:3]}
+    assert len(server.requests) == 4 if status == 401 else 11 <= len(server.requests) < 15
+    server.fault = None
+    server.requests.clear()
+    assert main([*options, "--overwrite"]) == 0
+    assert {read_number(request) for request in server.requests} == set(range(40)) - kept
+
+
+def test_a_cache_that_is_full_for_one_keeps_what_is_on_its_way(
+    server: ChatServer,
+    responses: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    under_way = threading.Barrier(4, timeout=10)
+
+    def fault(handler: Handler, number: int) -> bool:
+        if number < 4:
+            under_way.wait()
+        time.sleep(0.3 * number)
+        return False
+
+    def keep(self: Cache, key: str, judgment: str | None) -> None:
+        kept.append(key)
+        if len(kept) == 1:
+            raise UserError("the disk is full")
+        real(self, key, judgment)
+
+    kept: list[str] = []
+    real = Cache.keep
+    server.fault = fault
+    out = tmp_path / "out.jsonl"
+    options = list_options(server, responses, out, "--concurrency", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(Cache, "keep", keep)
+        assert main(options) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert len(kept) == len(server.requests) <= 5
+    server.fault = None
+    server.requests.clear()
+    assert main(options) == 0
+    assert len(server.requests) == NUM_RESPONSES - len(kept) + 1
 
 
 def test_the_key_is_sent_and_is_nowhere_to_be_seen(
@@ -476,7 +596,6 @@ def test_ctrl_c_ends_it_at_once(server: ChatServer, responses: Path, tmp_path: P
 
 
 def test_ten_thousand_judgments_come_from_the_cache_in_seconds(server: ChatServer, tmp_path: Path) -> None:
-    from cutlm.judges.cache import Cache
     from cutlm.judges.chat import ChatServer as Settings
     from cutlm.judges.http import make_key
     from cutlm.judges.prompt import DEFAULT_PROMPT, fill_prompt

@@ -55,62 +55,121 @@ class Server:
         return f"{self.root}/completions"
 
 
+# Statuses that may be about one question alone: it is malformed, too large or cannot be handled.
+_ABOUT_ONE = (400, 413, 422)
+
+
 class GivenUp(Exception):
     """A question that was not asked, as the server gave no answer to many before it."""
 
 
-def ask_all(num: int, ask: Callable[[int, threading.Event], Any], concurrency: int) -> Iterator[tuple[int, Any]]:
+class RefusedAlone(Exception):
+    """A question that a server refuses which answers others; says why."""
+
+
+def ask_all(
+    num: int,
+    ask: Callable[[int, threading.Event], Any],
+    concurrency: int,
+    *,
+    stop: threading.Event | None = None,
+    is_answering: bool = False,
+) -> Iterator[tuple[int, Any]]:
     """Asks questions, several at a time.
+
+    What was sent is paid for. So whatever ends the asking, what is on its way then is waited for and yielded; only who
+    leaves the loop, as Ctrl-C does, waits for nothing.
 
     Args:
         num: How many there are.
         ask: Asks one, by its place; it gives up when the event is set.
         concurrency: How many at a time.
+        stop: For the caller to set when nothing more shall be asked.
+        is_answering: Whether the server is known to answer such questions.
 
     Yields:
-        The place of each, and its answer or an exception, as they come. After `Refused` or `UserError` nothing more is
-        asked, and the caller leaves the loop; `GivenUp` stands for what was not asked.
+        The place of each, and its answer or an exception, as they come. `Refused` and `UserError` end the asking, come
+        last, and are raised by the caller. `GivenUp` stands for what was not asked of a server that is gone, and
+        `RefusedAlone` for what a server refuses that answers others. One that refuses all, or so many at first that it
+        would refuse all, ends the asking.
     """
     places: queue.SimpleQueue[int] = queue.SimpleQueue()
-    results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    stop = threading.Event()
+    results: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
+    stop = stop or threading.Event()
     for place in range(num):
         places.put(place)
+    num_threads = min(concurrency, num)
+    # No pool of the standard library: those wait for their threads at the end, and so would Ctrl-C for each request.
+    for _ in range(num_threads):
+        threading.Thread(target=_work, args=(places, results, ask, stop), daemon=True).start()
+    most_in_a_row = max(8, 2 * concurrency)
+    num_in_a_row, missing = 0, set(range(num))
+    refused: list[tuple[int, Refused]] = []
+    last: tuple[int, Any] | None = None
+    is_gone = False
+    try:
+        while num_threads:
+            got = results.get()
+            if got is None:
+                num_threads -= 1
+                continue
+            place, result = got
+            if is_gone and isinstance(result, Unreachable):
+                continue
+            missing.remove(place)
+            if _is_about_one(result):
+                refused.append((place, result))
+                if not is_answering and len(refused) >= most_in_a_row:
+                    last = last or refused[0]
+                    stop.set()
+            elif isinstance(result, Refused | UserError):
+                last = last or got
+            else:
+                is_answering = is_answering or not isinstance(result, Exception)
+                num_in_a_row = num_in_a_row + 1 if isinstance(result, Unreachable) else 0
+                yield got
+                # A server that is gone for good is not waited for once more with every question.
+                if num_in_a_row >= most_in_a_row:
+                    is_gone = True
+                    stop.set()
+            if is_answering:
+                yield from ((place, RefusedAlone(f"the server refuses it ({error})")) for place, error in refused)
+                refused.clear()
+        if last or refused:
+            yield last or refused[0]
+        elif is_gone:
+            reason = GivenUp(f"the server gave no answer to {most_in_a_row} questions in a row")
+            yield from ((place, reason) for place in sorted(missing))
+    finally:
+        stop.set()
 
-    def work() -> None:
+
+def _work(
+    places: "queue.SimpleQueue[int]",
+    results: "queue.SimpleQueue[tuple[int, Any] | None]",
+    ask: Callable[[int, threading.Event], Any],
+    stop: threading.Event,
+) -> None:
+    """Asks one question after another, up to the last or a stop; then puts None."""
+    try:
         while not stop.is_set():
-            try:
-                place = places.get_nowait()
-            except queue.Empty:
-                return
+            place = places.get_nowait()
             try:
                 results.put((place, ask(place, stop)))
             except Stopped:
                 return
-            except (Refused, UserError) as error:  # as will be what comes next
-                stop.set()
-                results.put((place, error))
             except Exception as error:  # judged, or raised again, by whoever waits for the result
+                if isinstance(error, Refused | UserError) and not _is_about_one(error):  # as will be what comes next
+                    stop.set()
                 results.put((place, error))
-
-    # No pool of the standard library: those wait for their threads at the end, and so would Ctrl-C for each request.
-    for _ in range(min(concurrency, num)):
-        threading.Thread(target=work, daemon=True).start()
-    most_in_a_row = max(8, 2 * concurrency)
-    num_in_a_row, missing = 0, set(range(num))
-    try:
-        while missing:
-            place, result = results.get()
-            missing.remove(place)
-            num_in_a_row = num_in_a_row + 1 if isinstance(result, Unreachable) else 0
-            yield place, result
-            # A server that is gone for good is not waited for once more with every question.
-            if num_in_a_row >= most_in_a_row:
-                reason = GivenUp(f"the server gave no answer to {num_in_a_row} questions in a row")
-                yield from ((place, reason) for place in sorted(missing))
-                return
+    except queue.Empty:
+        pass
     finally:
-        stop.set()
+        results.put(None)
+
+
+def _is_about_one(result: Any) -> bool:
+    return isinstance(result, Refused) and result.status in _ABOUT_ONE
 
 
 def explain_refusal(server: Server, endpoint: str, error: Refused, place: str, advice: str) -> str:
@@ -125,14 +184,13 @@ def explain_refusal(server: Server, endpoint: str, error: Refused, place: str, a
     """
     if not error.status:
         return f"{endpoint}: {error.said}; give another address by --server"
-    said = f"{error.status}: {error.said}" if error.said else str(error.status)
     if error.status in (401, 403):
-        return f"{endpoint}: the server wants another key ({said}); set {KEY_VARIABLE} to one that it takes"
+        return f"{endpoint}: the server wants another key ({error}); set {KEY_VARIABLE} to one that it takes"
     if error.status == 404:
         return (
-            f"{endpoint}: no such address, or no model {server.model!r} there ({said}); give the server's address by"
+            f"{endpoint}: no such address, or no model {server.model!r} there ({error}); give the server's address by"
             " --server and its name of the model by --model"
         )
     if 300 <= error.status < 400:
-        return f"{endpoint}: the server names another address ({said}); give that one by --server"
-    return f"{place}: {endpoint} refuses the request ({said}); {advice}"
+        return f"{endpoint}: the server names another address ({error}); give that one by --server"
+    return f"{place}: {endpoint} refuses the request ({error}); {advice}"

@@ -103,7 +103,7 @@ class Refused(Exception):
     """
 
     def __init__(self, status: int, said: str) -> None:
-        super().__init__(f"{status} {said}")
+        super().__init__(f"{status}: {said}" if said else f"{status}")
         self.status, self.said = status, said
 
 

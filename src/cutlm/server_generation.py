@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cutlm.asking import GivenUp, Server, ask_all, explain_refusal
+from cutlm.asking import GivenUp, RefusedAlone, Server, ask_all, explain_refusal
 from cutlm.errors import UserError
 from cutlm.generation import Counts, Sampling
 from cutlm.journal import Journal
@@ -48,7 +48,7 @@ def generate_by_server(
         Counts and responses; why there is none, by the index of the prompt; and in how many the key was hidden.
 
     Raises:
-        UserError: The server refuses what it is asked. What was had before is in the journal.
+        UserError: The server refuses all that it is asked. What was had before is in the journal.
     """
     key = read_key()
     counts, failures = Counts(), dict[int, str]()
@@ -67,9 +67,11 @@ def generate_by_server(
         disable=not show_progress,
     )
     with journal, progress:
-        for place, result in ask_all(len(missing), ask_one, server.concurrency):
+        for place, result in ask_all(len(missing), ask_one, server.concurrency, is_answering=bool(counts.num_resumed)):
             index = missing[place]
-            if isinstance(result, Unreachable | GivenUp | _Malformed):
+            if isinstance(result, Refused):
+                raise UserError(_explain_refusal(server, prompts[index], result, index))
+            if isinstance(result, Unreachable | RefusedAlone | GivenUp | _Malformed):
                 failures[index] = str(result)
                 progress.set_postfix(failed=len(failures), refresh=False)
                 continue
@@ -95,22 +97,27 @@ def _ask(
         "max_tokens": sampling.max_new_tokens,
         "seed": (sampling.seed + index) % 2**31,
     }
-    if isinstance(prompt, str):
-        endpoint = f"{server.root}/chat/completions"
-        request["messages"] = [{"role": "user", "content": prompt}]
-    else:
-        endpoint = server.endpoint
-        request["prompt"] = prompt
-    try:
-        answer = post_json(
-            endpoint, request, key=key, timeout=server.timeout, max_retries=server.max_retries, stop=stop
-        )
-    except Refused as error:
-        advice = "if the prompt is too long for the model, give a smaller --max_new_tokens"
-        if not isinstance(prompt, str):
-            advice += "; if the server takes no token ids, leave --template to it"
-        raise UserError(explain_refusal(server, endpoint, error, f"prompt {index + 1}", advice)) from None
+    request |= {"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else {"prompt": prompt}
+    answer = post_json(
+        _find_endpoint(server, prompt),
+        request,
+        key=key,
+        timeout=server.timeout,
+        max_retries=server.max_retries,
+        stop=stop,
+    )
     return _read_answer(answer, key)
+
+
+def _find_endpoint(server: Server, prompt: Prompt) -> str:
+    return f"{server.root}/chat/completions" if isinstance(prompt, str) else server.endpoint
+
+
+def _explain_refusal(server: Server, prompt: Prompt, error: Refused, index: int) -> str:
+    advice = "if the prompt is too long for the model, give a smaller --max_new_tokens"
+    if not isinstance(prompt, str):
+        advice += "; if the server takes no token ids, leave --template to it"
+    return explain_refusal(server, _find_endpoint(server, prompt), error, f"prompt {index + 1}", advice)
 
 
 def _read_answer(value: Any, key: str | None) -> _Answer:

@@ -299,17 +299,16 @@ def explain_refusal(server: ChatServer, error: Refused, place: str, options: Opt
     """One sentence for the user, with what to do."""
     if not error.status:
         return f"{server.url}: {error.said}; give another address by {options.url}"
-    said = f"{error.status}: {error.said}" if error.said else str(error.status)
     if error.status in (401, 403):
-        return f"{server.url}: the server wants another key ({said}); set {KEY_VARIABLE} to one that it takes"
+        return f"{server.url}: the server wants another key ({error}); set {KEY_VARIABLE} to one that it takes"
     if error.status == 404:
         return (
-            f"{server.url}: no chat endpoint there, or no model {server.model!r} ({said}); give the server's address"
+            f"{server.url}: no chat endpoint there, or no model {server.model!r} ({error}); give the server's address"
             f" by {options.url}, with its /v1, and its name of the model by {options.model}"
         )
     if 300 <= error.status < 400:
-        return f"{server.url}: the server names another address ({said}); give that one by {options.url}"
+        return f"{server.url}: the server names another address ({error}); give that one by {options.url}"
     return (
-        f"{place}: {server.url} refuses the request ({said}); if it is too long for the model, {options.too_long}, and"
+        f"{place}: {server.url} refuses the request ({error}); if it is too long for the model, {options.too_long}, and"
         f" if it is about a field, change that one by {options.fields}"
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cutlm.asking import GivenUp, ask_all
+from cutlm.asking import GivenUp, RefusedAlone, ask_all
 from cutlm.errors import UserError
 from cutlm.judges import Failure, Outcome, Response
 from cutlm.judges.cache import Cache
@@ -61,11 +61,12 @@ def judge_by_server(
         show_progress: Whether to show a progress bar.
 
     Returns:
-        A judgment for each response, or why there is none: no answer after all attempts, an answer that is no
-        judgment, or nothing more to spend.
+        A judgment for each response, or why there is none: no answer after all attempts, a question that the server
+        refuses, an answer that is no judgment, or nothing more to spend.
 
     Raises:
-        UserError: The server refuses what it is asked. What was judged before is in the cache.
+        UserError: The server refuses all that it is asked, or the cache cannot be written to. What was judged before is
+            in the cache.
     """
     key = read_key()
     kept, outcome = set_aside_empty(responses)
@@ -90,13 +91,13 @@ def judge_by_server(
         )
         firsts = [alike[name][0] for name in missing]
         client = make_client(server, key)
-        num_redacted = 0
+        num_redacted, stop, full = 0, threading.Event(), None
         with progress:
 
             def ask_one(place: int, stop: threading.Event) -> Answer:
                 return ask(client, server, prompts[firsts[place]], key=key, spending=spending, stop=stop)
 
-            for place, result in ask_all(len(firsts), ask_one, server.concurrency):
+            for place, result in ask_all(len(firsts), ask_one, server.concurrency, stop=stop, is_answering=bool(found)):
                 name, index = missing[place], firsts[place]
                 num_redacted += isinstance(result, Answer) and result.is_redacted
                 try:
@@ -106,10 +107,16 @@ def judge_by_server(
                     if error.failure.kind == NOT_ASKED:
                         continue
                 else:
-                    cache.keep(name, judgment)
+                    try:
+                        cache.keep(name, judgment)
+                    except UserError as error:  # there may be room for what is on its way
+                        full = full or error
+                        stop.set()
                     outcome.judgments |= dict.fromkeys(alike[name], judgment)
                 progress.update(len(alike[name]))
                 progress.set_postfix(tokens=spending.num_tokens, failed=len(outcome.failures), refresh=False)
+    if full is not None:
+        raise full
     estimated = " (some of them estimated, as the server did not say)" if spending.is_estimated else ""
     outcome.notes.append(f"{spending.num_requests} requests, {spending.num_tokens} tokens{estimated}")
     if num_redacted:
@@ -139,6 +146,8 @@ def _read_result(
         raise UserError(explain_refusal(server, result, response.place))
     if isinstance(result, CapReached | GivenUp):
         raise _NoJudgment(Failure(NOT_ASKED, str(result)))
+    if isinstance(result, RefusedAlone):
+        raise _NoJudgment(Failure("refused", f"{result}; if it is too long for the model, give a smaller --max_tokens"))
     if isinstance(result, Unreachable):
         raise _NoJudgment(Failure("no answer", str(result)))
     if isinstance(result, Malformed):
