@@ -39,8 +39,27 @@ def test_nothing_that_a_model_wrote_is_obeyed_by_a_terminal(text, capsys):
     Terminal().print_heading(text)
     Terminal().print_line(text)
     out = capsys.readouterr().out
-    assert all(letter.isprintable() or letter == "\n" for letter in out)
+    harmless = ("\n", "\xa0", "\u200d", "\U000e0067", "\U000e0062")
+    assert all(letter.isprintable() or letter in harmless for letter in out)
     assert make_printable("caf\u00e9 \x1b[0m \u202e") == "caf\u00e9 \\x1b[0m \\u202e"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u6771\u4eac\u3000\u5927\u962a",  # an ideographic space
+        "10\xa0km, 1\u202f000\u2009m",
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f4\U000e0067\U000e0062\U000e007f \u2764\ufe0f",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",  # Persian is written with a non-joiner
+    ],
+)
+def test_spaces_of_all_kinds_and_joiners_are_shown_as_they_are(text):
+    assert make_printable(text) == text
+
+
+@pytest.mark.parametrize("letter", ["\x9b", "\u2067", "\u200f", "\u2028", "\ufeff", "\u200b", "\U000e0001", "\ue000"])
+def test_what_cannot_be_seen_or_turns_the_text_is_an_escape(letter):
+    assert make_printable(letter).startswith("\\")
 
 
 def test_letters_that_the_output_cannot_spell_are_escaped(monkeypatch):

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,13 +143,21 @@ def _mark(scores: TokenScores) -> Iterator[tuple[str, str]]:
 
 
 def make_printable(text: str, keep: str = "") -> str:
-    """Text in characters that a terminal shows and does not obey; others as escapes, but for those of `keep`."""
+    """Text in characters that a terminal shows and does not obey; others as escapes, but for those of `keep`.
+
+    Spaces of all widths are shown, and so are joiners and the letters of flags, without which an emoji falls apart.
+    """
     shown = "".join(
-        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
+        letter if letter in keep or _can_be_shown(letter) else letter.encode("unicode_escape").decode()
         for letter in text
     )
     encoding = sys.stdout.encoding or "utf-8"
     return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _can_be_shown(letter: str) -> bool:
+    is_joiner = letter in "\u200c\u200d" or "\U000e0020" <= letter <= "\U000e007f"
+    return letter.isprintable() or is_joiner or unicodedata.category(letter) == "Zs"
 
 
 def _print(text: str = "") -> None:
