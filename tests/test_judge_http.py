@@ -1,5 +1,6 @@
 """The judge on a server: every judgment that can be had is had once, whatever the server does on the way."""
 
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from cutlm.cli import main
 from cutlm.errors import UserError
 from cutlm.judges.cache import Cache
 from cutlm.judges.prompt import write_question
+from cutlm.judges.spending import CapReached, Spending
 from cutlm.records import load_records
 
 NUM_RESPONSES = 12
@@ -221,7 +223,8 @@ def test_an_error_that_comes_as_success_is_shown(server: ChatServer, responses: 
     error = {"error": {"message": f"No more for {CANARY}.", "code": 429}}
     server.fault = lambda handler, number: handler.answer(200, error) is None
     out = tmp_path / "out.jsonl"
-    assert main(list_options(server, responses, out, "--max_retries", "0", "--max_requests", "3")) == 1
+    options = ["--max_retries", "0", "--max_requests", "3", "--concurrency", "1"]
+    assert main(list_options(server, responses, out, *options)) == 1
     assert [(row["kind"], row["reason"]) for row in find_failures(out)][:3] == [
         ("no answer", "the server answered an error (No more for [key]), after 1 attempts")
     ] * 3
@@ -519,14 +522,77 @@ def test_the_cap_on_requests_counts_every_attempt(
     assert main(list_options(server, responses, out, "--max_requests", "7", "--concurrency", "3")) == 1
     assert len(server.requests) == 7
     assert len(read_lines(out)) == 5
-    assert {(row["kind"], row["reason"]) for row in find_failures(out)} == {
-        ("not asked", "--max_requests 7 is reached")
-    }
-    assert "stopped: --max_requests 7 is reached" in capsys.readouterr().out
+    cache = f"{out}.cache.sqlite"
+    reason = f"--max_requests 7 is reached by all runs that share the cache {cache}; give a larger one to go on"
+    assert {(row["kind"], row["reason"]) for row in find_failures(out)} == {("not asked", reason)}
+    assert f"stopped: {reason}" in capsys.readouterr().out
     server.fault = None
     server.requests.clear()
+    assert main(list_options(server, responses, out, "--overwrite", "--max_requests", "7")) == 1
+    assert not server.requests, "a second start has no more to spend"
+    assert main(list_options(server, responses, out, "--overwrite", "--max_requests", "9")) == 1
+    assert len(server.requests) == 2
     assert main(list_options(server, responses, out, "--overwrite")) == 0
     assert len(server.requests) == NUM_RESPONSES - 5, "what was had is kept"
+    assert "5 requests, 500 tokens\n14 requests, 1200 tokens by all runs with this cache" in capsys.readouterr().out
+
+
+def test_what_a_killed_run_has_spent_counts(server: ChatServer, responses: Path, tmp_path: Path) -> None:
+    reached = threading.Event()
+
+    def fault(handler: Handler, number: int) -> bool:
+        if number >= 5:
+            reached.set()
+            time.sleep(60)
+        return False
+
+    server.fault = fault
+    out = tmp_path / "out.jsonl"
+    options = list_options(server, responses, out, "--concurrency", "1", "--max_requests", "8")
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *options], stderr=subprocess.DEVNULL)
+    assert reached.wait(120)
+    process.kill()
+    process.wait()
+    server.fault = None
+    assert main(options) == 1
+    assert len(server.requests) == 8, "six before, the one without an answer among them, and two now"
+    with Cache(f"{out}.cache.sqlite") as cache:
+        assert cache.read_spent() == (8, 700)
+    assert len(read_lines(out)) == 7
+
+
+def test_runs_at_the_same_time_share_what_they_may_spend(tmp_path: Path) -> None:
+    def spend(spending: Spending) -> None:
+        with contextlib.suppress(CapReached):
+            while True:
+                spending.take_request()
+                spending.add_tokens(3, 0)
+
+    with Cache(tmp_path / "a.sqlite") as one, Cache(tmp_path / "a.sqlite") as other:
+        spendings = [Spending(40, None, one), Spending(40, None, other)]
+        threads = [threading.Thread(target=spend, args=(spending,)) for spending in spendings * 4]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        num_requests, num_tokens = one.read_spent()
+        assert num_requests == sum(spending.num_requests for spending in spendings)
+        assert 40 <= num_requests <= 41, "each may take the last"
+        assert num_tokens == 3 * num_requests
+
+
+def test_tokens_that_cannot_be_written_down_cost_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Cache(tmp_path / "a.sqlite") as cache:
+        spending = Spending(None, 10, cache)
+        spending.take_request()
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "_write", lambda *arguments: (_ for _ in ()).throw(UserError("full")))
+            spending.add_tokens(7, 0)
+            with pytest.raises(UserError, match="full"):
+                spending.take_request()
+        assert (spending.read_total(), cache.read_spent()) == ((1, 7), (1, 0))
+        spending.take_request()
+        assert spending.read_total() == cache.read_spent() == (2, 7)
 
 
 @pytest.mark.parametrize("is_said", [True, False])
@@ -644,6 +710,24 @@ def test_a_file_that_is_no_cache_is_refused(
     assert main(options) == 2
     assert "cannot be used as a cache" in capsys.readouterr().err
     assert responses.read_bytes() == before
+
+
+def test_a_cache_that_is_damaged_is_one_sentence(
+    server: ChatServer, responses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cache.sqlite"
+    with Cache(path) as cache:
+        cache._connection.execute("BEGIN")
+        for number in range(2000):
+            cache.keep(f"{number:064}", "Wrong." * 20)
+        cache._connection.execute("COMMIT")
+    data = bytearray(path.read_bytes())
+    data[8192:] = b"\x5a" * (len(data) - 8192)
+    path.write_bytes(data)
+    assert main(list_options(server, responses, tmp_path / "out.jsonl", "--cache", str(path))) == 2
+    printed = capsys.readouterr().err
+    assert re.search(rf"{path}: (the cache cannot be read|cannot be used as a cache) \(", printed)
+    assert "Traceback" not in printed
 
 
 def test_without_the_package_it_is_one_sentence(

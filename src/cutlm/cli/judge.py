@@ -11,7 +11,9 @@ with the reason in OUT.failures.jsonl.
 
 http: an OpenAI-compatible chat endpoint; a key to it is read from the environment variable OPENAI_API_KEY. Judgments
 are kept in a cache as they come: a run that was stopped, or had failures, asks only for the missing ones when started
-again. At --max_tokens_total nothing more is asked, but what is under way is still answered, and counts.
+again. What is spent is kept there, too: --max_requests and --max_tokens_total are totals of all runs that share the
+cache, and a start after a stop does not spend anew. At --max_tokens_total nothing more is asked, but what is under way
+is still answered, and counts.
 
 local: a model that cutlm train-judge trained, an adapter or whole. A run that was stopped goes on where it was when
 started again with the same settings. On a server, the same model is asked by --judge http --trained.
@@ -86,8 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument("--concurrency", type=int, metavar="N", help="requests at a time (default: 8)")
     http.add_argument("--timeout", type=float, metavar="SECONDS", help="without a byte of an answer (default: 120)")
     http.add_argument("--max_retries", type=int, metavar="N", help="further attempts (default: 5)")
-    http.add_argument("--max_requests", type=int, metavar="N", help="most attempts of this run (default: no limit)")
-    http.add_argument("--max_tokens_total", type=int, metavar="N", help="most tokens of this run (default: no limit)")
+    http.add_argument(
+        "--max_requests", type=int, metavar="N", help="most attempts, of all runs with this cache together"
+    )
+    http.add_argument(
+        "--max_tokens_total", type=int, metavar="N", help="most tokens, of all runs with this cache together"
+    )
     add_local_arguments(parser.add_argument_group("--judge local"))
     rules = parser.add_argument_group("--judge rules")
     rules.add_argument("--rules", metavar="NAME", help="a function of instruction and response: module:function")

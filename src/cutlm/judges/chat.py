@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from cutlm.errors import ConfigError, UserError
+from cutlm.judges.spending import Spending
 from cutlm.posting import (
     KEY_VARIABLE,
     Endless,
@@ -31,7 +32,6 @@ from cutlm.posting import (
 if TYPE_CHECKING:
     from openai import OpenAI
 
-_BYTES_PER_TOKEN = 4
 # Of a question and its answer; what is more is no count of them.
 _MOST_TOKENS = 10**9
 # The user's message, or messages with roles.
@@ -54,8 +54,8 @@ class ChatServer:
         timeout: Seconds without a byte after which a request is given up and made again; an answer may take
             ten times as long in all.
         max_retries: Further attempts after one that failed for a reason that may pass.
-        max_requests: Attempts in all.
-        max_tokens_total: Tokens of questions and answers after which nothing more is asked.
+        max_requests: Attempts in all, of all runs that share a cache.
+        max_tokens_total: Tokens of questions and answers, of all such runs, after which nothing more is asked.
     """
 
     base_url: str
@@ -131,44 +131,6 @@ class Malformed(Exception):
     """JSON that is no chat completion."""
 
 
-class CapReached(Exception):
-    """Nothing more may be spent; says on what."""
-
-
-class Spending:
-    """What a run has spent, and may spend; several threads count in it.
-
-    Attributes:
-        num_requests: Attempts so far.
-        num_tokens: Tokens so far, of questions and answers.
-        is_estimated: Whether the server did not say of some how many they were.
-    """
-
-    def __init__(self, max_requests: int | None, max_tokens_total: int | None) -> None:
-        self.num_requests, self.num_tokens, self.is_estimated = 0, 0, False
-        self._max_requests, self._max_tokens_total = max_requests, max_tokens_total
-        self._lock = threading.Lock()
-
-    def take_request(self) -> None:
-        """Counts an attempt before it is made.
-
-        Raises:
-            CapReached: It may not be made.
-        """
-        with self._lock:
-            if self._max_requests is not None and self.num_requests >= self._max_requests:
-                raise CapReached(f"--max_requests {self._max_requests} is reached")
-            if self._max_tokens_total is not None and self.num_tokens >= self._max_tokens_total:
-                raise CapReached(f"--max_tokens_total {self._max_tokens_total} is reached")
-            self.num_requests += 1
-
-    def add_tokens(self, num_tokens: int | None, num_bytes: int) -> None:
-        """Counts the tokens of a question and its answer, or what their length makes likely."""
-        with self._lock:
-            self.is_estimated |= num_tokens is None
-            self.num_tokens += -(-num_bytes // _BYTES_PER_TOKEN) if num_tokens is None else num_tokens
-
-
 def make_client(server: ChatServer, key: str | None) -> "OpenAI":
     """A client that asks once, follows nobody to another address, and takes no answer without an end.
 
@@ -221,7 +183,7 @@ def ask(
         Refused: The server answered with a status that another attempt would not change.
         Unreachable: All attempts failed.
         Malformed: The answer is no chat completion.
-        CapReached: Nothing more may be spent.
+        CapReached: Nothing more may be spent (`cutlm.judges.spending`).
         Stopped: `stop` was set.
     """
     import openai

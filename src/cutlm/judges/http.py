@@ -19,10 +19,8 @@ from cutlm.judges import Failure, Outcome, Response
 from cutlm.judges.cache import Cache
 from cutlm.judges.chat import (
     Answer,
-    CapReached,
     ChatServer,
     Malformed,
-    Spending,
     ask,
     explain_refusal,
     make_client,
@@ -37,6 +35,7 @@ from cutlm.judges.prompt import (
     read_trained_answer,
 )
 from cutlm.judges.responses import set_aside_empty
+from cutlm.judges.spending import CapReached, Spending
 from cutlm.posting import Refused, Unreachable, read_key
 
 NOT_ASKED = "not asked"
@@ -85,7 +84,7 @@ def judge_by_server(
             outcome.notes.append(f"{len(outcome.judgments)} judgments were in the cache {cache.path}")
         if not missing:
             return outcome
-        spending = Spending(server.max_requests, server.max_tokens_total)
+        spending = Spending(server.max_requests, server.max_tokens_total, cache)
         progress = tqdm(
             total=len(kept), initial=len(outcome.judgments), desc="judging", unit="response", disable=not show_progress
         )
@@ -115,10 +114,13 @@ def judge_by_server(
                     outcome.judgments |= dict.fromkeys(alike[name], judgment)
                 progress.update(len(alike[name]))
                 progress.set_postfix(tokens=spending.num_tokens, failed=len(outcome.failures), refresh=False)
-    if full is not None:
-        raise full
+        if full is not None:
+            raise full
+        total = spending.read_total()
     estimated = " (some of them estimated, as the server did not say)" if spending.is_estimated else ""
     outcome.notes.append(f"{spending.num_requests} requests, {spending.num_tokens} tokens{estimated}")
+    if total != (spending.num_requests, spending.num_tokens):
+        outcome.notes.append(f"{total[0]} requests, {total[1]} tokens by all runs with this cache")
     if num_redacted:
         outcome.notes.append(f"{num_redacted} answers held the key to the server; [key] stands in its place")
     caps = {failure.reason for failure in outcome.failures.values() if failure.kind == NOT_ASKED}
