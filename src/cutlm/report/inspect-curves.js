@@ -35,9 +35,11 @@ function measureCurve(listed, index) {
   let numWrong = 0;
   for (const record of listed) {
     const side = record.sides[index];
-    if (record.is_satisfactory || !side.ratios) continue;
+    if (record.is_satisfactory) continue;
     numWrong += side.wrong?.size ?? 0;
-    side.ratios.forEach((ratio, place) => {
+    // Without log-probs a token stays flagged, or not, at every threshold, as in the figures.
+    const ratios = side.ratios ?? Float64Array.from(side.stored, (flag) => (flag ? Infinity : -Infinity));
+    ratios.forEach((ratio, place) => {
       columns.all.push(ratio);
       if (side.wrong) columns.known.push(ratio);
       if (side.wrong?.has(place)) columns.hits.push(ratio);
