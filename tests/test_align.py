@@ -24,7 +24,7 @@ from cutlm.errors import ConfigError, UserError
 from cutlm.online.loop import Mark, collect_figures, list_places, read_mark, run_loop
 from cutlm.online.manifest import Manifest
 from cutlm.online.processes import lock_folder
-from cutlm.online.report import describe_seconds, make_status, make_table, summarize
+from cutlm.online.report import describe_seconds, draw, make_status, make_table, summarize
 from cutlm.online.settings import parse_options
 from cutlm.online.stages import StageFailed, WaitingForPerson, list_stages, make_pool
 
@@ -557,6 +557,25 @@ def test_the_table_shows_each_figure_where_it_is_known() -> None:
         [{"iteration": 1, "stages": known | {"merge": {"state": "-", "seconds": None, "figures": {}}}}]
     )
     assert status.splitlines()[1].split() == ["1", *["done", "30", "min"] * 4, "-"]
+
+
+def test_the_picture_has_a_panel_for_each_figure_that_a_command_measured() -> None:
+    def draw_with(**evaluation: float) -> int:
+        trained = {"loss_start": 2.0, "loss_end": 1.5, "num_steps": 9, "flagged_share": 0.1}
+        stages = {
+            "judge": {"num_judged": 10, "num_satisfactory": 5, "num_missing": 0, "num_empty": 0},
+            "train": trained,
+            "evaluate": evaluation,
+        }
+        known = {name: {"state": "done", "seconds": 1.0, "figures": figures} for name, figures in stages.items()}
+        picture = draw([summarize({"iteration": number, "stages": known}) for number in (1, 2)])
+        assert picture is not None
+        return int.from_bytes(picture[20:24])  # the height, in a PNG's header
+
+    plain = draw_with()
+    assert draw_with(share_satisfactory=0.5) == plain  # a line in a panel that is there
+    assert draw_with(win_rate=50.0) == 2 * plain
+    assert draw_with(a=1.0, b=2.0, c=3.0, num_d=4.0) == 3 * plain
 
 
 def test_durations_are_said_in_words() -> None:

@@ -283,6 +283,24 @@ def test_a_journal_without_finished_lines_is_in_nobodys_way(tmp_path: Path) -> N
         Journal(tmp_path / "out", {"seed": 2})
 
 
+def test_what_a_journal_holds_is_on_the_disk_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.partial"
+    with Journal(tmp_path / "out", {"seed": 1}) as journal:
+        journal.append({"index": index} for index in range(3))
+    before = path.stat()
+    assert [line["index"] for line in Journal(tmp_path / "out", {"seed": 1}).lines] == [0, 1, 2]
+    after = path.stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    # Half a line, and half a letter, as a kill leaves them, are cut off where they begin; the rest is not written anew.
+    whole = path.read_bytes()
+    path.write_bytes(whole + '{"index": 3, "text": "é'.encode()[:-1])
+    monkeypatch.setattr(Path, "write_text", None)
+    monkeypatch.setattr(Path, "write_bytes", None)
+    assert len(Journal(tmp_path / "out", {"seed": 1}).lines) == 3
+    assert path.read_bytes() == whole
+    assert path.stat().st_ino == before.st_ino
+
+
 def test_a_run_that_fails_before_its_first_batch_leaves_no_partial_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no"), Journal(tmp_path / "out", {"seed": 1}):
         raise UserError("no")

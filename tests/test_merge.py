@@ -1,6 +1,9 @@
 """Merging: the same model in one piece, prompted as it was trained."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,3 +167,30 @@ def test_a_filled_folder_is_replaced_only_when_asked_for_and_a_model(
     assert "is no model folder, so it is not replaced" in capsys.readouterr().err
     assert (tmp_path / "letters" / "to_mother.txt").read_text() == "Dear mother"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "letters", "merged"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="makes a small disk, as root on Linux may")
+@pytest.mark.parametrize("command", ["merge", "train"])
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_model(
+    adapter: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], check=False).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        if command == "merge":
+            options = ["--adapter", str(adapter), "--out", str(disk / "model")]
+        else:
+            data = tmp_path / "records.json"
+            data.write_text(json.dumps([{"instruction": "Hi.", "output": "Hello.", "judgment": None}]))
+            base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+            options = ["--model_name_or_path", base, "--data", str(data), "--output_dir", str(disk / "run")]
+            options += ["--use_peft=false", "--max_steps=1", "--use_cpu", "--report_to=none", "--max_length=256"]
+        assert main([command, *options]) == 2
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"cutlm {command}: ")]
+        assert "No space left on device" in said
+        assert not (disk / "model").exists()
+        assert not list(disk.glob(".*"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
