@@ -25,6 +25,7 @@ from cutlm.objectives import blame_tokens
 from cutlm.records import JudgedRecord
 from cutlm.report.columns import make_columns
 from cutlm.report.inspection import render_inspection, write_inspection
+from cutlm.report.pages import Example, write_page
 from cutlm.report.pairing import pair_scores
 from cutlm.token_scores import TokenScores, flag_spans, read_token_scores, write_token_scores
 
@@ -207,6 +208,13 @@ def test_scores_without_log_probs_keep_their_flags_and_say_so(browser, tmp_path)
         page.fill("#threshold", "1000000")
         assert list_flagged(page, 2) == list_pieces(rows[2]) != []
         assert list_flagged(page, 0) == []
+        curve = page.evaluate("measureCurve(records, 0).map(p => [THRESHOLDS[p.step], p.share, p.precision, p.recall])")
+        for threshold, *shares in curve[::25]:
+            page.fill("#threshold", str(threshold))
+            shown = [f"{100 * share:.1f}%" for share in shares if share is not None]
+            figures = read_figures(page)
+            assert shown == re.findall(r"[\d.]+%", " ".join(figures)), f"the curves are those of the figures, {figures}"
+        page.fill("#threshold", "1000000")
         assert "1 unsatisfactory record without log-probs in both contexts; their flags stay" in page.inner_text(
             "#notes"
         )
@@ -426,6 +434,101 @@ def test_the_page_is_light_or_dark_as_the_system_is_and_by_a_switch(browser, tmp
         assert page.evaluate(colour) == dark
         page.click("#theme")
         assert page.evaluate(colour) == light
+
+
+# Of what each selector finds: the contrast (WCAG) of its text, and of what stands before and after it, with its ground.
+CONTRASTS = """selector => {
+  const parse = (colour) => [...colour.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
+  const findGround = (element) => {
+    const [...own] = parse(getComputedStyle(element).backgroundColor);
+    const below = own[3] < 1 && element.parentElement ? findGround(element.parentElement) : own;
+    return own.slice(0, 3).map((part, place) => part * own[3] + below[place] * (1 - own[3]));
+  };
+  const rate = (colour) => {
+    const scale = (part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+    const parts = colour.map((part) => scale(part / 255));
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+  };
+  const compare = (one, other) => (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+  return [...document.querySelectorAll(selector)].flatMap((element) => {
+    const ground = rate(findGround(element));
+    const styles = [null, "::before", "::after"].map((part) => getComputedStyle(element, part));
+    const line = compare(rate(parse(styles[0].textDecorationColor)), ground);
+    return styles.map((style) => [compare(rate(parse(style.color)), ground), line]);
+  });
+}"""
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_text_can_be_read_on_the_strongest_shades(browser, tmp_path, colours):
+    scores = make_scores("up\tto\nthis", "Wrong.")
+    num = len(scores.tokens)
+    strong = [5.0 * (-1) ** place for place in range(num)]  # in turn likelier and less likely by more than any shade
+    scores = flag(replace(scores, logps_without=[-8.0] * num, logps_with=[-8.0 + change for change in strong]), 1.1)
+    for path in (write(tmp_path, [scores]), write_plain(tmp_path, scores)):
+        with visit(browser, path, color_scheme=colours) as page:
+            page.wait_for_selector("article .p5")
+            assert page.locator("article .n5").count() > 0
+            found = page.evaluate(CONTRASTS, ":is(article, .legend) .t, :is(article, .legend) .t *")
+            assert min(text for text, _ in found) >= 4.5
+            lines = page.evaluate(CONTRASTS, "article :is(.flagged, mark)")
+            assert min(line for _, line in lines) >= 3
+
+
+def write_plain(folder: Path, scores: TokenScores) -> Path:
+    """The page without a script, of the same style."""
+    write_page(folder / "plain.html", "Title", [], [Example(scores)])
+    return folder / "plain.html"
+
+
+def test_nothing_is_told_by_colour_alone(browser, tmp_path):
+    rows = make_rows()
+    style = "e => { const s = getComputedStyle(e); return [s.textDecorationLine, s.textDecorationStyle,"
+    style += " s.textDecorationThickness, s.borderTopStyle]; }"
+    with visit(browser, write(tmp_path, rows)) as page:
+        shown = page.locator("article .t").evaluate_all(f"all => all.map(e => [e.className, ({style})(e)])")
+    lines = {"flagged": ["underline", "solid", "3px"], "less likely": ["underline", "dotted", "1px"]}
+    seen = set()
+    for name, (*line, top) in shown:
+        classes = ["less likely" if part[0] == "n" else part for part in name.split()]
+        expected = next((lines[kind] for kind in lines if kind in classes), None)
+        assert line == expected or (expected is None and line[0] == "none"), name
+        assert top == ("dotted" if "wrong" in classes else "none"), name
+        seen |= set(classes)
+    assert {"flagged", "wrong", "less likely"} <= seen
+
+
+def test_a_file_of_any_threshold_opens_without_a_complaint(browser, tmp_path):
+    rows = make_rows()
+    rows = [
+        replace(row, threshold=0.5, is_flagged=[find_ratio(row, place) > 0.5 for place in range(len(row.tokens))])
+        for row in rows
+    ]
+    with visit(browser, write(tmp_path, rows)) as page:
+        assert page.input_value("#threshold") == "0.5"
+        assert page.locator("#threshold:invalid").count() == 0
+        assert page.inner_text("#notes") == "Precision and recall are of the 3 records with wrong_spans."
+        figures = read_figures(page)
+        page.fill("#threshold", "0.25")
+        assert page.locator("#threshold:invalid").count() == 1
+        assert read_figures(page) == figures, "an invalid one changes nothing"
+        page.fill("#threshold", "1")
+        assert read_figures(page) == describe([flag(scores, 1) for scores in rows])
+
+
+def find_ratio(scores: TokenScores, place: int) -> float:
+    """How much likelier the judgment makes a token; 0 where nothing can be flagged."""
+    if scores.record.is_satisfactory or scores.logps_with is None or scores.logps_without is None:
+        return 0.0
+    return math.exp(scores.logps_with[place] - scores.logps_without[place])
+
+
+def test_dots_above_the_first_line_leave_room_for_its_name(browser, tmp_path):
+    rows = [replace(row, record=row.record.model_copy(update={"wrong_spans": ((0, 9),)})) for row in make_rows()[:1]]
+    with visit(browser, write(tmp_path, rows)) as page:
+        top = page.locator("article .wrong").first.bounding_box()["y"]
+        name = page.locator("article dt", has_text="Response").bounding_box()
+        assert top >= name["y"] + name["height"] + 3
 
 
 def test_a_narrow_window_needs_no_sideways_scrolling(browser, tmp_path):

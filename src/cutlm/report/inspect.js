@@ -255,7 +255,7 @@ function listen() {
   byId("slider").addEventListener("change", settleThreshold);
   byId("threshold").addEventListener("input", (event) => {
     const threshold = event.target.valueAsNumber;
-    if (!(threshold >= 1)) return; // half written, or below what eq. 5 allows; the field says so
+    if (!(threshold >= Number(byId("threshold").min))) return; // half written, or below eq. 5's; the field says so
     placeSlider(threshold);
     setThreshold(threshold);
   });
@@ -312,6 +312,7 @@ function start() {
   listen();
   setTheme(isDark);
   byId("slider").max = THRESHOLDS.length - 1;
+  byId("threshold").min = Math.min(1, ...storedThresholds); // what a file was made with is none to complain of
   listRecords();
   restoreFlags();
 }
