@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,22 @@ def test_what_may_pass_is_asked_again(server: ChatServer, prompts: Path, tmp_pat
     assert main(list_options(server, prompts, out, "--concurrency", "2", "--timeout", "0.6")) == 0
     assert read_outputs(out) == EXPECTED
     assert len(server.requests) == NUM_PROMPTS + 2
+
+
+@pytest.mark.parametrize("is_date", [False, True])
+def test_it_waits_as_long_as_the_server_asks(server: ChatServer, prompts: Path, tmp_path: Path, is_date: bool) -> None:
+    times: list[float] = []
+
+    def fault(handler: Handler, number: int) -> bool:
+        times.append(time.monotonic())
+        if number == 0:
+            # A date has whole seconds.
+            handler.answer(429, {}, Retry_After=formatdate(time.time() + 2, usegmt=True) if is_date else "0.7")
+        return number == 0
+
+    server.fault = fault
+    assert main(list_options(server, prompts, tmp_path / "out.json", "--concurrency", "1")) == 0
+    assert 0.7 <= times[1] - times[0] < 5
 
 
 def test_what_never_comes_is_listed_and_asked_for_alone_when_started_again(

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +123,32 @@ def test_what_may_pass_is_asked_again(
     assert len(server.requests) == NUM_RESPONSES + 2
 
 
-def test_it_waits_as_long_as_the_server_asks(server: ChatServer, responses: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_date", [False, True])
+def test_it_waits_as_long_as_the_server_asks(
+    server: ChatServer, responses: Path, tmp_path: Path, is_date: bool
+) -> None:
     times: list[float] = []
 
     def fault(handler: Handler, number: int) -> bool:
         times.append(time.monotonic())
         if number == 0:
-            handler.answer(429, {}, Retry_After="0.7")
+            # A date has whole seconds.
+            handler.answer(429, {}, Retry_After=formatdate(time.time() + 2, usegmt=True) if is_date else "0.7")
         return number == 0
 
     server.fault = fault
     assert main(list_options(server, responses, tmp_path / "out.jsonl", "--concurrency", "1")) == 0
     assert 0.7 <= times[1] - times[0] < 5
+
+
+def test_progress_shows_rate_tokens_and_failures(server: ChatServer, responses: Path, tmp_path: Path) -> None:
+    server.reply = lambda prompt: "" if "<5>" in prompt else reply(prompt)
+    options = list_options(server, responses, tmp_path / "out.jsonl")
+    done = subprocess.run([sys.executable, "-m", "cutlm", *options], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.search(r"^judging: 100%\|.+\| 12/12 \[.+, +[\d.]+response/s, failed=1, tokens=1200\]$", last), last
+    assert "12 requests, 1200 tokens" in done.stdout
 
 
 def test_what_never_comes_is_listed_and_the_rest_is_had(
@@ -722,11 +737,12 @@ def test_a_cache_that_is_damaged_is_one_sentence(
             cache.keep(f"{number:064}", "Wrong." * 20)
         cache._connection.execute("COMMIT")
     data = bytearray(path.read_bytes())
-    data[8192:] = b"\x5a" * (len(data) - 8192)
+    start = 3 * 4096  # the pages before hold the tables' beginnings: it opens, and cannot be searched
+    data[start:] = b"\x5a" * (len(data) - start)
     path.write_bytes(data)
     assert main(list_options(server, responses, tmp_path / "out.jsonl", "--cache", str(path))) == 2
     printed = capsys.readouterr().err
-    assert re.search(rf"{path}: (the cache cannot be read|cannot be used as a cache) \(", printed)
+    assert f"{path}: the cache cannot be read (database disk image is malformed); mend it, or name another" in printed
     assert "Traceback" not in printed
 
 

@@ -112,8 +112,8 @@ def judge_by_server(
                         full = full or error
                         stop.set()
                     outcome.judgments |= dict.fromkeys(alike[name], judgment)
-                progress.update(len(alike[name]))
                 progress.set_postfix(tokens=spending.num_tokens, failed=len(outcome.failures), refresh=False)
+                progress.update(len(alike[name]))
         if full is not None:
             raise full
         total = spending.read_total()
