@@ -192,3 +192,40 @@ def test_settings_of_which_nothing_came_are_no_hindrance(tmp_path: Path):
     assert main(command) == 2  # it has no chat template
     assert main([*command, "--template", "alpaca"]) == 0
     assert main(command) == 2
+
+
+def test_the_critiques_test_split_is_measured_from_the_published_file_on(tmp_path: Path):
+    def answer(text: str, rating: int, *refinements: str) -> dict[str, Any]:
+        critiques = [{"text": "It is bad.", "refinement": refinement} for refinement in refinements]
+        return {"answer": text, "feedback": {"skip": False, "rating": rating, "critiques": critiques}}
+
+    questions = [
+        {"question": "What is it on?", "rankings": [0], "answers": [answer("Dogs.", 3, "A cat.", "The cat sat.")]},
+        {"question": "Is it long?", "rankings": [0, 1], "answers": [answer("Yes.", 3, "No."), answer("No, no.", 7)]},
+        {"question": "Is it new?", "rankings": [0], "answers": [answer("Maybe.", 3)]},
+    ]
+    line = {"id": "p", "data": {"passage": {"title": None, "text": "A passage."}, "questions": questions}}
+    raw, records = tmp_path / "test.jsonl", tmp_path / "records.jsonl"
+    raw.write_text(json.dumps(line) + "\n")
+    assert main(["convert", "critiques", str(raw), "--out", str(records)]) == 0
+    outputs = write(
+        tmp_path / "outputs.jsonl",
+        [
+            {"instruction": "A passage.\nWhat is it on?", "output": "The cat"},
+            {"instruction": "A passage.\nIs it long?", "output": "No, no."},
+        ],
+    )
+    command = ["eval", "rouge", "--references", str(records), "--out", str(tmp_path / "out")]
+    assert main([*command, "--outputs", outputs]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    # The first shares 2 of 2 words with 2 of the 3 of the last refinement; the second is the satisfactory answer.
+    assert result["rouge1"] == pytest.approx(100 * (0.8 + 1) / 2)
+    assert result["num_pairs"] == 2
+    table = (tmp_path / "out" / "result.md").read_text("utf-8")
+    for method, value in ROUGE_LSUM.items():
+        assert f"| paper: {method} |  |  |  | {value:.2f} |" in table
+    model = save_tiny_model(tmp_path / "model", chat=True)
+    options = ["--model", str(model), "--max_new_tokens", "4", "--device", "cpu", "--overwrite"]
+    assert main([*command, *options]) == 0
+    rows = json.loads((tmp_path / "out" / "outputs.json").read_text("utf-8"))
+    assert [row["instruction"] for row in rows] == ["A passage.\nWhat is it on?", "A passage.\nIs it long?"]
