@@ -101,6 +101,7 @@ def test_the_released_models_verdicts_give_the_papers_figure(shared_data: Path, 
         == 0
     )
     result = read(tmp_path / "result.json")
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
     assert round(result["win_rate"], 2) == 91.36
     assert round(result["standard_error"], 2) == 0.99
     assert [result[f"num_{name}"] for name in ("judged", "wins", "losses", "draws", "without_verdict")] == [

@@ -151,6 +151,7 @@ def test_the_papers_four_score_what_is_known_by_construction(model: Path, tasks:
     # Of 0 and 1 and 1: their standard deviation sqrt(1/3) over sqrt(3).
     assert rows["arc_challenge"]["standard_error"] == pytest.approx(100 / 3, abs=0.01)
     assert result["versions"]["lm-eval"] == "0.4.13"
+    assert (out / "result.png").read_bytes().startswith(b"\x89PNG")
     table = (out / "result.md").read_text("utf-8")
     assert "| model | ARC (25-shot) | HellaSwag (10-shot) | MMLU (5-shot) | TruthfulQA (0-shot) |" in table
     assert "| words | 66.67 ± 33.33 | 50.00 ± 50.00 | 60.00 ±" in table
@@ -248,6 +249,7 @@ def test_what_is_no_fraction_is_as_it_is_and_no_part_of_the_mean(model: Path, tm
     assert "In percent, but where another metric is named" in table
     assert run(model, folder, tmp_path / "alone", "--tasks", "text") == 0
     assert json.loads((tmp_path / "alone" / "result.json").read_text("utf-8"))["mean"] is None
+    assert not (tmp_path / "alone" / "result.png").exists(), "there is nothing in percent to draw"
 
 
 def test_what_is_wrong_with_tasks_is_told_before_the_model_is_loaded(tmp_path: Path, capsys):

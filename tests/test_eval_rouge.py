@@ -87,6 +87,7 @@ def test_the_command_compares_responses_with_references(tmp_path: Path, capsys):
     out = tmp_path / "out"
     assert main(["eval", "rouge", "--outputs", outputs, "--references", references, "--out", str(out)]) == 0
     result = json.loads((out / "result.json").read_text("utf-8"))
+    assert (out / "result.png").read_bytes().startswith(b"\x89PNG")
     assert result["rouge1"] == pytest.approx(40)
     assert result["num_pairs"] == 2
     assert result["num_without_reference"] == 1  # Three

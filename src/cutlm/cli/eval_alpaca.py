@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.evaluation.alpaca_eval import PACKAGES, measure_win_rate, tabulate_win_rate
+    from cutlm.evaluation.alpaca_eval import PACKAGES, draw_win_rate, measure_win_rate, tabulate_win_rate
     from cutlm.evaluation.folder import import_alpaca_eval, write_result
 
     _check_options(args)
@@ -67,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
         return 1
     folder, responses, references, preferences, about = compared
     result = measure_win_rate(preferences, [response.output for response in responses]) | about
-    table = tabulate_win_rate(result, _name_generators(responses), _name_generators(references))
-    write_result(folder, result, table, PACKAGES)
+    names = _name_generators(responses), _name_generators(references)
+    table, picture = tabulate_win_rate(result, *names), draw_win_rate(result, *names)
+    write_result(folder, result, table, PACKAGES, picture=picture)
     return 0
 
 

@@ -29,7 +29,6 @@ def run(args: argparse.Namespace) -> int:
         tabulate_detection,
     )
     from cutlm.evaluation.folder import hash_file, open_folder, write_result
-    from cutlm.jsonl import open_atomic
     from cutlm.report.tables import draw_plot
     from cutlm.token_scores import read_token_scores
 
@@ -48,10 +47,9 @@ def run(args: argparse.Namespace) -> int:
     folder = open_folder(args.out, settings, overwrite=args.overwrite)
     result = measure_detection(evidence, thresholds)
     whole = [row for row in result["thresholds"] if row["group"] is None]
-    with open_atomic(folder / "result.png") as file:
-        file.write(draw_plot("Detection of wrong tokens", lambda axes: plot_detection(axes, whole)))
+    picture = draw_plot("Detection of wrong tokens", lambda axes: plot_detection(axes, whole))
     detectors = sorted({score.detector for score in scores})
-    write_result(folder, result | {"detectors": detectors}, tabulate_detection(result))
+    write_result(folder, result | {"detectors": detectors}, tabulate_detection(result), picture=picture)
     return 0
 
 

@@ -34,14 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from cutlm.evaluation.folder import hash_file, open_folder, write_result
-    from cutlm.evaluation.harness import (
-        PACKAGES,
-        find_tasks,
-        measure_benchmarks,
-        read_benchmarks,
-        summarize_benchmarks,
-        tabulate_benchmarks,
-    )
+    from cutlm.evaluation.harness import PACKAGES, find_tasks, measure_benchmarks, read_benchmarks
+    from cutlm.evaluation.harness_tables import draw_benchmarks, summarize_benchmarks, tabulate_benchmarks
     from cutlm.generation import fingerprint_model
 
     _check_options(args)
@@ -65,11 +59,13 @@ def run(args: argparse.Namespace) -> int:
         uses_chat_template=args.apply_chat_template,
         limit=args.limit,
     )
-    table = tabulate_benchmarks(rows, Path(args.model).resolve().name)
+    name = Path(args.model).resolve().name
+    table = tabulate_benchmarks(rows, name)
     if args.limit is not None:
         table += f"\n\nOf each task, {args.limit} questions at most were asked (--limit): no figures to report."
     packages = (*PACKAGES, "vllm") if args.backend == "vllm" else PACKAGES
-    write_result(folder, summarize_benchmarks(rows) | {"limit": args.limit}, table, packages)
+    result = summarize_benchmarks(rows) | {"limit": args.limit}
+    write_result(folder, result, table, packages, picture=draw_benchmarks(rows, name))
     return 0
 
 

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.errors import DataError
     from cutlm.evaluation.folder import PROMPTS_FILE, hash_file, need_extra, open_folder, write_result
     from cutlm.evaluation.pairs import pair_responses
-    from cutlm.evaluation.rouge import PACKAGES, list_references, measure_rouge, tabulate_rouge
+    from cutlm.evaluation.rouge import PACKAGES, draw_rouge, list_references, measure_rouge, tabulate_rouge
     from cutlm.generation import describe_bad_seed
     from cutlm.jsonl import write_rows
     from cutlm.judges.responses import read_responses
@@ -69,10 +69,11 @@ def run(args: argparse.Namespace) -> int:
         "num_without_response": found.num_missing,
         "num_responses_left_out": found.num_alone,
     }
-    names = sorted({str(response.row.get("generator") or "responses") for response, _ in found.pairs})
+    name = ", ".join(sorted({str(response.row.get("generator") or "responses") for response, _ in found.pairs}))
     counts = (
         f"Left out: {num_left_out} records without a reference, {found.num_missing} references without a response,"
         f" {found.num_alone} responses without a reference."
     )
-    write_result(folder, result, f"{tabulate_rouge(result, ', '.join(names))}\n\n{counts}", PACKAGES)
+    table, picture = f"{tabulate_rouge(result, name)}\n\n{counts}", draw_rouge(result, name)
+    write_result(folder, result, table, PACKAGES, picture=picture)
     return 0

@@ -17,6 +17,7 @@ from cutlm.evaluation.folder import import_alpaca_eval
 from cutlm.evaluation.paper import ALPACA_COLD_START, ALPACA_ONLINE, ALPACA_WARM_START, SOURCE
 from cutlm.jsonl import read_rows
 from cutlm.records import describe_value
+from cutlm.report.bars import Bar, draw_bars, list_theirs
 from cutlm.report.tables import escape_text, join_cells
 
 PACKAGES = ("alpaca-eval", "pandas")
@@ -124,15 +125,27 @@ def tabulate_win_rate(result: dict[str, Any], name: str, against: str) -> str:
     error = "" if result["standard_error"] is None else f"{result['standard_error']:.2f}"
     counts = [f"{result[f'num_{name}']:,}" for name in ("judged", "wins", "losses", "draws")]
     own = [name, f"{result['win_rate']:.2f}", error, *counts, f"{result['mean_length']:,.0f}"]
-    theirs = {f"{method}, cold start": value for method, value in ALPACA_COLD_START.items()}
-    theirs |= {f"{method}, warm start": value for method, value in ALPACA_WARM_START.items()}
-    theirs |= {f"CUT, online iteration {number}": value for number, value in enumerate(ALPACA_ONLINE, start=1)}
     table = join_cells(
         ["model", "win rate", "standard error", "judged", "wins", "losses", "draws", "mean length"],
-        [own, *([f"paper: {method}", f"{value:.2f}", *[""] * 6] for method, value in theirs.items())],
+        [own, *([f"paper: {method}", f"{value:.2f}", *[""] * 6] for method, value in _list_theirs().items())],
     )
     return (
         f"# AlpacaEval\n\n{table}\n\nAgainst {escape_text(against)}, by {result['annotator']};"
         f" {result['num_without_verdict']} pairs without a verdict are left out. The paper's rows"
         f" ({SOURCE}) are of LLaMA-2 13B against text_davinci_003, by alpaca_eval_gpt4."
     )
+
+
+def _list_theirs() -> dict[str, float]:
+    """The paper's win rates by method."""
+    theirs = {f"{method}, cold start": value for method, value in ALPACA_COLD_START.items()}
+    theirs |= {f"{method}, warm start": value for method, value in ALPACA_WARM_START.items()}
+    return theirs | {f"CUT, online iteration {number}": value for number, value in enumerate(ALPACA_ONLINE, start=1)}
+
+
+def draw_win_rate(result: dict[str, Any], name: str, against: str) -> bytes:
+    """The win rate with its standard error as a picture, the paper's below; see `tabulate_win_rate`."""
+    rate, error = result["win_rate"], result["standard_error"]
+    ends = (None, None) if error is None else (rate - error, rate + error)
+    bars = [Bar(name, rate, *ends), *list_theirs(_list_theirs(), "")]
+    return draw_bars(f"AlpacaEval: win rate against {against}", bars, "percent, with the standard error")

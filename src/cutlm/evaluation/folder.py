@@ -1,4 +1,4 @@
-"""The folder of an evaluation: the settings it was begun with, and what came of it, as JSON and as Markdown.
+"""The folder of an evaluation: the settings it was begun with, and what came of it, as JSON, Markdown and a picture.
 
 An evaluation that was stopped goes on in its folder, with what is whole in it; so a folder is of one set of settings.
 """
@@ -76,21 +76,32 @@ def hash_file(path: str | Path) -> str:
     return hashlib.sha256(read_bytes(path)).hexdigest()[:16]
 
 
-def write_result(folder: Path, result: Mapping[str, Any], markdown: str, packages: Iterable[str] = ()) -> None:
-    """Writes `result.json`, with the versions of packages, and `result.md`, and prints the latter.
+def write_result(
+    folder: Path,
+    result: Mapping[str, Any],
+    markdown: str,
+    packages: Iterable[str] = (),
+    *,
+    picture: bytes | None = None,
+) -> None:
+    """Writes `result.json`, with the versions of packages, `result.md` and `result.png`, and prints the second.
 
     Args:
         folder: Where to.
         result: Figures by name.
         markdown: The same for people.
         packages: What the figures depend on, beside cutlm.
+        picture: A PNG file's bytes; None for none.
     """
     versions = {name: find_version(name) for name in ("cutlm", *packages)}
     text = json.dumps({**result, "versions": versions}, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(folder / "result.md", markdown.rstrip() + "\n")
+    if picture is not None:
+        with open_atomic(folder / "result.png") as file:
+            file.write(picture)
     write_text(folder / "result.json", text + "\n")
     print(markdown.rstrip())
-    print(f"\n{folder}/result.json and result.md hold it")
+    print(f"\n{folder}/result.json and result.md hold it" + (", result.png shows it" if picture else ""))
 
 
 def find_version(package: str) -> str | None:

@@ -18,8 +18,6 @@ from jinja2 import TemplateError
 
 from cutlm.errors import ConfigError, UserError
 from cutlm.evaluation.folder import need_extra, write_text
-from cutlm.evaluation.paper import SOURCE, TRUTHFULQA
-from cutlm.report.tables import join_cells
 
 PACKAGES = ("lm-eval", "transformers", "datasets", "torch")
 # Metrics of the package that are from 0 to 1, beside accuracies of all kinds.
@@ -258,39 +256,3 @@ def _pick_figures(benchmark: Benchmark, found: dict[str, Any]) -> dict[str, Any]
         "num_questions": sum(count["effective"] for count in found["n-samples"].values()),
         "versions": found["versions"],
     }
-
-
-def summarize_benchmarks(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `result.json` holds: each benchmark's figure under its name, the mean of those in percent (None where there
-    are none), and all about them."""
-    figures: dict[str, Any] = {row["task"]: row["value"] for row in rows}
-    shares = [row["value"] for row in rows if row["is_percent"]]
-    return figures | {"mean": sum(shares) / len(shares) if shares else None, "tasks": list(rows)}
-
-
-def tabulate_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> str:
-    """The figures as Markdown in the layout of the paper's Table 2, the paper's rows below.
-
-    Args:
-        rows: Of `measure_benchmarks`.
-        name: Of the model.
-    """
-    header = ["model"]
-    for row in rows:
-        metric = "" if row["is_percent"] else f", {row['metric']}"
-        header.append(f"{row['title']} ({row['num_shots']}-shot{metric})")
-    own = [name]
-    for row in rows:
-        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.2f}"
-        own.append(f"{row['value']:.2f}{error}")
-    is_truthful = [row["task"] == "truthfulqa_mc2" for row in rows]
-    theirs = [
-        [f"paper: {method}", *(f"{value:.2f}" if has_value else "" for has_value in is_truthful)]
-        for method, value in (TRUTHFULQA.items() if any(is_truthful) else ())
-    ]
-    asked = ", ".join(f"{row['title']} {row['num_questions']:,} by {row['metric']}" for row in rows)
-    other = "" if all(row["is_percent"] for row in rows) else ", but where another metric is named"
-    note = f"In percent{other}, with standard errors. Questions: {asked}."
-    if theirs:
-        note += f" The paper's rows ({SOURCE}) are of LLaMA-2 13B, by the package as it was in 2023."
-    return f"# Benchmarks\n\n{join_cells(header, [own, *theirs])}\n\n{note}"

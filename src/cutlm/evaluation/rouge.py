@@ -13,10 +13,12 @@ from cutlm.evaluation.folder import need_extra
 from cutlm.evaluation.paper import ROUGE_LSUM, SOURCE
 from cutlm.judges import Response
 from cutlm.records import JudgedRecord
+from cutlm.report.bars import Bar, draw_bars, list_theirs
 from cutlm.report.tables import join_cells
 
 PACKAGES = ("rouge-score",)
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+_TITLES = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum")
 _NUM_RESAMPLES = 1000
 _RESAMPLES_AT_A_TIME = 50
 
@@ -84,7 +86,7 @@ def tabulate_rouge(result: dict[str, Any], name: str) -> str:
     """
     own = [f"{result[kind]:.2f} ({result[f'{kind}_low']:.2f} to {result[f'{kind}_high']:.2f})" for kind in KINDS]
     theirs = [[f"paper: {method}", "", "", "", f"{value:.2f}"] for method, value in ROUGE_LSUM.items()]
-    table = join_cells(["model", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"], [[name, *own], *theirs])
+    table = join_cells(["model", *_TITLES], [[name, *own], *theirs])
     notes = [
         f"{result['num_pairs']:,} responses; means and 95% intervals by {_NUM_RESAMPLES:,} resamples. The"
         f" paper's rows ({SOURCE}) are of LLaMA-2 13B."
@@ -97,3 +99,13 @@ def tabulate_rouge(result: dict[str, Any], name: str) -> str:
             " that ROUGE reads: their responses score 0."
         )
     return f"# ROUGE\n\n{table}\n\n{' '.join(notes)}"
+
+
+def draw_rouge(result: dict[str, Any], name: str) -> bytes:
+    """The figures with their intervals as a picture, the paper's below; see `tabulate_rouge`."""
+    bars = [
+        Bar(f"{name}: {title}", result[kind], result[f"{kind}_low"], result[f"{kind}_high"])
+        for kind, title in zip(KINDS, _TITLES, strict=True)
+    ]
+    bars += list_theirs(ROUGE_LSUM, " (ROUGE-Lsum)")
+    return draw_bars("ROUGE", bars, "F-measure, 0 to 100, with 95% intervals")

@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,12 +20,13 @@ def escape_text(cell: str) -> str:
     return re.sub(r"[|<]", r"\\\g<0>", " ".join(cell.split()))
 
 
-def draw_plot(title: str, plot: Callable[[Any], None]) -> bytes:
+def draw_plot(title: str, plot: Callable[[Any], None], *, height: float = 4.6) -> bytes:
     """Draws one plot.
 
     Args:
         title: Above it.
         plot: Draws on matplotlib's axes.
+        height: In inches.
 
     Returns:
         The PNG file's bytes, the same ones each time.
@@ -33,12 +35,14 @@ def draw_plot(title: str, plot: Callable[[Any], None]) -> bytes:
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(7.5, height), dpi=130, layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize=11)
+    axes.set_title(title, fontsize=11, parse_math=False)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     plot(axes)
     file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a name may have letters that its font lacks, and shows boxes
+        figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
