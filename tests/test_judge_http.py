@@ -142,13 +142,18 @@ def test_it_waits_as_long_as_the_server_asks(
 
 
 def test_progress_shows_rate_tokens_and_failures(server: ChatServer, responses: Path, tmp_path: Path) -> None:
-    server.reply = lambda prompt: "" if "<5>" in prompt else reply(prompt)
-    options = list_options(server, responses, tmp_path / "out.jsonl")
+    def fault(handler: Handler, number: int) -> bool:
+        index = read_number(server.requests[number])
+        handler.answer(200, make_completion("" if index == 5 else "It is wrong.", total_tokens=10_000))
+        return True
+
+    server.fault = fault
+    options = list_options(server, responses, tmp_path / "out.jsonl", "--concurrency", "1")
     done = subprocess.run([sys.executable, "-m", "cutlm", *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert re.search(r"^judging: 100%\|.+\| 12/12 \[.+, +[\d.]+response/s, failed=1, tokens=1200\]$", last), last
-    assert "12 requests, 1200 tokens" in done.stdout
+    assert re.search(r"^judging: 100%\|.+\| 12/12 \[.+, +[\d.]+response/s, failed=1, tokens=120000\]$", last), last
+    assert "12 requests, 120000 tokens" in done.stdout
 
 
 def test_what_never_comes_is_listed_and_the_rest_is_had(

@@ -112,7 +112,8 @@ def judge_by_server(
                         full = full or error
                         stop.set()
                     outcome.judgments |= dict.fromkeys(alike[name], judgment)
-                progress.set_postfix(tokens=spending.num_tokens, failed=len(outcome.failures), refresh=False)
+                # As text: tqdm would write 4e+4 for 40000.
+                progress.set_postfix(tokens=f"{spending.num_tokens}", failed=len(outcome.failures), refresh=False)
                 progress.update(len(alike[name]))
         if full is not None:
             raise full
