@@ -28,6 +28,7 @@ class Size:
         num_eval: Tasks to measure on; None for all of the split.
         num_iterations: Of an online run.
         num_responses: To learn from, in the table of judgments against rewards.
+        share: Of the training tasks, to learn from in the others; None for what `cutlm.world.runs` takes.
     """
 
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
@@ -36,9 +37,10 @@ class Size:
     num_eval: int | None = None
     num_iterations: int = 5
     num_responses: tuple[int, ...] = (80, 240, 720)
+    share: float | None = None
 
 
-QUICK = Size((1,), (5e-4,), 12, 70, 2, (64,))
+QUICK = Size((1,), (5e-4,), 12, 70, 2, (64,), 0.1)
 _DEV_SEED = 0
 _SAMPLES_FOR_REWARDS = 4
 
@@ -62,9 +64,11 @@ def choose_rates(run_all: RunAll, templates: Sequence[Run], size: Size) -> list[
 
 def compare_methods(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
     """Table 2 of the paper, on the tiny world: each method trained once on the base model's responses."""
-    templates = [Run(method.name, 0.0, 0, "test", size.num_steps, num_eval=size.num_eval) for method in METHODS]
+    templates = [
+        Run(method.name, 0.0, 0, "test", size.num_steps, num_eval=size.num_eval, share=size.share) for method in METHODS
+    ]
     rates = choose_rates(run_all, templates, size)
-    bases = [Run(method.name, 0.0, 0, "test", 0, num_eval=size.num_eval) for method in BASES]
+    bases = [Run(method.name, 0.0, 0, "test", 0, num_eval=size.num_eval, share=size.share) for method in BASES]
     rows = [
         # One run: there is nothing of chance in it. Listed once per seed, as the others are.
         _describe(method, None, [result] * len(size.seeds))
@@ -78,7 +82,10 @@ def compare_ablations(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
 
     One thing is changed at a time: the learning rate is the one chosen for the whole method.
     """
-    whole = [Run(name, 0.0, 0, "test", size.num_steps, num_eval=size.num_eval) for name in ("cut", "cut_frozen")]
+    whole = [
+        Run(name, 0.0, 0, "test", size.num_steps, num_eval=size.num_eval, share=size.share)
+        for name in ("cut", "cut_frozen")
+    ]
     rate, rate_frozen = choose_rates(run_all, whole, size)
     rates = [rate_frozen if method.name.startswith("cut_frozen") else rate for method in ABLATIONS]
     return _test(run_all, size, ABLATIONS, rates)
@@ -87,7 +94,7 @@ def compare_ablations(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
 def _test(run_all: RunAll, size: Size, methods: Sequence[Method], rates: Sequence[float]) -> list[dict[str, Any]]:
     """A row of test results for each method."""
     runs = [
-        Run(method.name, rate, seed, "test", size.num_steps, num_eval=size.num_eval)
+        Run(method.name, rate, seed, "test", size.num_steps, num_eval=size.num_eval, share=size.share)
         for method, rate in zip(methods, rates, strict=True)
         for seed in size.seeds
     ]
@@ -110,6 +117,7 @@ def compare_iterations(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
             max(1, 2 * size.num_steps // 5),
             num_iterations=size.num_iterations,
             num_eval=size.num_eval,
+            share=size.share,
         )
         for name in ONLINE
     ]
@@ -141,7 +149,7 @@ def compare_rewards(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
 
     The learning rates are those chosen at the full number of responses.
     """
-    whole = [Run(name, 0.0, 0, "test", size.num_steps, num_eval=size.num_eval) for name in REWARDS]
+    whole = [Run(name, 0.0, 0, "test", size.num_steps, num_eval=size.num_eval, share=size.share) for name in REWARDS]
     templates = [
         replace(
             run,
@@ -168,7 +176,7 @@ def compare_rewards(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
 
 def compare_detectors(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
     """Precision and recall of flagged tokens: the frozen base model, and CUT's own at the end of its training."""
-    template = Run("cut", 0.0, 0, "test", size.num_steps, num_eval=size.num_eval)
+    template = Run("cut", 0.0, 0, "test", size.num_steps, num_eval=size.num_eval, share=size.share)
     (rate,) = choose_rates(run_all, [template], size)
     current = [replace(template, learning_rate=rate, seed=seed, detects=True) for seed in size.seeds]
     frozen = replace(template, num_steps=0, detects=True)

@@ -51,6 +51,7 @@ class Run:
         num_responses: Judged responses to learn from, in all; None for those of a share of the training tasks.
         num_samples: Responses an instruction where they are drawn.
         num_eval: Tasks of the split to measure on; None for all.
+        share: Of the training tasks, to learn from; None for two thirds in one iteration, and all in several.
         detects: Whether to measure the trained model as a detector, too.
     """
 
@@ -63,6 +64,7 @@ class Run:
     num_responses: int | None = None
     num_samples: int = NUM_SAMPLES
     num_eval: int | None = None
+    share: float | None = None
     detects: bool = False
 
 
@@ -129,8 +131,8 @@ def _draw(run: Run, method: Method) -> list[list[Task]]:
         num_tasks = run.num_responses // (run.num_samples if method.data == "samples" else 1)
         return [draw_tasks(tasks, num_tasks / len(tasks), run.seed)]
     if run.num_iterations == 1:
-        return [draw_tasks(tasks, TRAIN_SHARE, run.seed)]
-    shuffled = draw_tasks(tasks, 1, run.seed)
+        return [draw_tasks(tasks, run.share or TRAIN_SHARE, run.seed)]
+    shuffled = draw_tasks(tasks, run.share or 1, run.seed)
     size = len(shuffled) // run.num_iterations
     return [shuffled[start : start + size] for start in range(0, size * run.num_iterations, size)]
 
