@@ -22,9 +22,9 @@ from measuring import (
     add_run_arguments,
     add_shape_arguments,
     describe_machine,
+    describe_options,
     make_model,
     make_tokenizer,
-    print_table,
     read_peak_bytes,
     take_turns,
     write_results,
@@ -61,8 +61,8 @@ def main() -> None:
         rows.append(
             row | {"seconds": seconds, "tokens a second": num_tokens / seconds, "peak MB": result["peak"] / 1e6}
         )
-    print_table(rows)
-    write_results({"machine": describe_machine(), "options": vars(args), "results": results}, args.json)
+    known = {"machine": describe_machine(), "options": describe_options(args), "results": results}
+    write_results(rows, known, args.json)
 
 
 def _prepare(args: argparse.Namespace, folder: Path) -> None:

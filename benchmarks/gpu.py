@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measuring import describe_machine, print_table, write_results
+from measuring import describe_machine, describe_options, write_results
 
 SHAPES = {
     "1B": {"vocab_size": 32000, "num_layers": 16, "width": 2048, "num_heads": 32, "mlp_width": 8192},
@@ -55,8 +55,8 @@ def main() -> None:
                 results.append({"shape": name, "variant": variant, "checkpointing": is_checkpointing} | result)
                 rows.append(describe(name, shape, variant, is_checkpointing, result, rate))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    print_table(rows)
-    write_results({"machine": describe_machine(), "matrix_rate": rate, "rows": rows, "results": results}, args.json)
+    known = {"machine": describe_machine(), "options": describe_options(args), "matrix_rate": rate, "results": results}
+    write_results(rows, known, args.json)
 
 
 def measure_rate() -> float:

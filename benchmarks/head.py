@@ -10,7 +10,14 @@ import json
 import time
 from typing import Any
 
-from measuring import add_run_arguments, describe_machine, print_table, read_peak_bytes, take_turns, write_results
+from measuring import (
+    add_run_arguments,
+    describe_machine,
+    describe_options,
+    read_peak_bytes,
+    take_turns,
+    write_results,
+)
 
 KINDS = ("ours", "dense", "torch", "liger")
 
@@ -39,8 +46,8 @@ def main() -> None:
             rows.append(row | {"seconds": result["failed"], "MB": ""})
         else:
             rows.append(row | {"seconds": result["seconds"], "MB": result["peak"] / 1e6})
-    print_table(rows)
-    write_results({"machine": describe_machine(), "options": vars(args), "results": results}, args.json)
+    known = {"machine": describe_machine(), "options": describe_options(args), "results": results}
+    write_results(rows, known, args.json)
 
 
 def _score(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,11 +6,13 @@ another. Variants take turns, as a machine's speed drifts; medians over the turn
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
@@ -110,19 +112,30 @@ def describe_failure(status: int) -> str:
 
 
 def take_turns(
-    variants: Sequence[str], num_repeats: int, folder: str | Path, *, once: Sequence[str] = ()
+    variants: Sequence[str], num_repeats: int, folder: str | Path, *, limit: float = math.inf
 ) -> dict[str, dict[str, Any]]:
-    """Runs the variants in turn, those of `once` in the first turn only.
+    """Runs the variants in turn.
+
+    Args:
+        variants: Their names.
+        num_repeats: How many turns.
+        folder: What each is given.
+        limit: Seconds within which all must be over; after the first turn, what would take longer is left out.
 
     Returns:
         By variant, the median of each figure, and all of `seconds` as `all_seconds`.
     """
     results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
+    durations: dict[str, float] = {}
+    began = time.monotonic()
     for turn in range(num_repeats):
-        for variant in variants:
-            if turn and variant in once:
+        # The quick ones first, once it is known which these are: they are repeated within any limit.
+        for variant in sorted(variants, key=lambda variant: durations.get(variant, 0.0)):
+            started = time.monotonic()
+            if turn and started - began + durations[variant] > limit:
                 continue
             result = run_alone(variant, folder)
+            durations[variant] = time.monotonic() - started
             print(f"turn {turn + 1}, {variant}: {json.dumps(result)}", file=sys.stderr, flush=True)
             results[variant].append(result)
     return {variant: _take_medians(runs) for variant, runs in results.items()}
@@ -158,13 +171,20 @@ def describe_machine() -> dict[str, Any]:
     } | {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints rows as a Markdown table, with the names of the first as its head."""
+def describe_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What a benchmark was asked for, less what says nothing of its figures."""
+    options = {name: value for name, value in vars(args).items() if name not in ("variant", "folder", "json")}
+    if options.get("records"):
+        options["records"] = Path(options["records"]).name
+    return options
+
+
+def make_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a Markdown table, with the names of the first as its head."""
     names = list(rows[0])
-    print("| " + " | ".join(names) + " |")
-    print("|---" + "|---:" * (len(names) - 1) + "|")
-    for row in rows:
-        print("| " + " | ".join(_show(row.get(name)) for name in names) + " |")
+    lines = [f"| {' | '.join(names)} |", f"|---{'|---:' * (len(names) - 1)}|"]
+    lines += [f"| {' | '.join(_show(row.get(name)) for name in names)} |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def _show(value: Any) -> str:
@@ -173,9 +193,10 @@ def _show(value: Any) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def write_results(results: dict[str, Any], path: str | None) -> None:
-    """Prints the results as JSON, and writes them to a file where one is named."""
-    text = json.dumps(results, indent=1)
+def write_results(rows: Sequence[dict[str, Any]], results: dict[str, Any], path: str | None) -> None:
+    """Prints the rows as a table and all results as JSON; writes the JSON to a file where one is named."""
+    print(make_table(rows))
+    text = json.dumps(results | {"rows": rows}, indent=1)
     print(text)
     if path:
         Path(path).write_text(text + "\n", "utf-8")

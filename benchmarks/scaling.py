@@ -14,8 +14,8 @@ from measuring import (
     add_run_arguments,
     add_shape_arguments,
     describe_machine,
+    describe_options,
     make_model,
-    print_table,
     take_turns,
     write_results,
 )
@@ -48,8 +48,8 @@ def main() -> None:
             row |= {f"{kind}, seconds": ", ".join(f"{value:.3g}" for value in seconds)}
             row |= {f"{kind}, exponent": find_exponent(sizes, seconds)}
         rows.append(row)
-    print_table(rows)
-    write_results({"machine": describe_machine(), "options": vars(args), "rows": rows, "results": results}, args.json)
+    known = {"machine": describe_machine(), "options": describe_options(args), "results": results}
+    write_results(rows, known, args.json)
 
 
 def find_exponent(sizes: tuple[int, ...], seconds: list[float]) -> float:

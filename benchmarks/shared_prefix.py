@@ -18,8 +18,8 @@ from measuring import (
     add_run_arguments,
     add_shape_arguments,
     describe_machine,
+    describe_options,
     make_model,
-    print_table,
     read_peak_bytes,
     take_turns,
     write_results,
@@ -48,18 +48,17 @@ def main() -> None:
         results = take_turns(VARIANTS, args.repeats, folder)
     base = results["likelihood"]["seconds"]
     figures = {f"{variant}_over_likelihood": results[variant]["seconds"] / base for variant in VARIANTS[1:]}
-    print_table(
-        [
-            {
-                "step": variant,
-                "seconds": result["seconds"],
-                "over likelihood": result["seconds"] / base,
-                "peak GB": result["peak"] / 1e9,
-            }
-            for variant, result in results.items()
-        ]
-    )
-    write_results(figures | {"machine": describe_machine(), "options": vars(args), "results": results}, args.json)
+    rows = [
+        {
+            "step": variant,
+            "seconds": result["seconds"],
+            "over likelihood": result["seconds"] / base,
+            "peak GB": result["peak"] / 1e9,
+        }
+        for variant, result in results.items()
+    ]
+    known = {"machine": describe_machine(), "options": describe_options(args), "results": results}
+    write_results(rows, figures | known, args.json)
 
 
 def _make_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
