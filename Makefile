@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Files of tests at a time.
 JOBS ?= 2
+# Where this is set, every process that a test starts would compile torch and transformers again.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help setup demo test check format lint types bench clean
 .DEFAULT_GOAL := help
@@ -50,7 +52,7 @@ bench: setup ## measure time and memory (about half an hour of an idle machine; 
 	$(BIN)/python benchmarks/head.py --json benchmarks/results/head.json
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 	$(BIN)/python benchmarks/generation.py --json benchmarks/results/generation.json
-	$(BIN)/python benchmarks/plots.py
+	$(BIN)/python benchmarks/report.py
 
 clean: ## remove what was made here
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
