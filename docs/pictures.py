@@ -49,7 +49,7 @@ def make_pages(folder: Path) -> tuple[Path, Path]:
 
 def draw(browser: Any, page_path: Path, out: Path, colours: str) -> None:
     """Draws the top of a page, the threshold moved a little and the pointer on a flagged token."""
-    page = browser.new_page(viewport={"width": 1120, "height": 930}, color_scheme=colours, device_scale_factor=1.25)
+    page = browser.new_page(viewport={"width": 1120, "height": 1010}, color_scheme=colours, device_scale_factor=1.25)
     page.goto(page_path.as_uri())
     page.fill("#threshold", "1.2")
     page.wait_for_selector("#marker", state="attached")
