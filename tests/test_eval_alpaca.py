@@ -400,7 +400,9 @@ def test_what_cannot_be_done_is_told_in_one_sentence(tmp_path: Path, capsys, opt
     }
     out = tmp_path / "out"
     assert main(["eval", "alpaca", "--out", str(out), *(files.get(option, option) for option in options)]) == 2
-    assert sentence in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert ("problems in" in error) == ("BAD" in options)
     assert not out.exists()
 
 

@@ -56,11 +56,12 @@ def read_annotations(path: str | Path, annotator: str) -> list[dict[str, Any]]:
         theirs = row.value.get("annotator")
         if theirs not in (None, annotator):
             others[str(theirs)] += 1
+    hint = f"{len(problems)} problems in {path}; mend them, nothing was skipped" if problems else ""
     if others:
         names = ", ".join(f"{name} ({count} rows)" for name, count in others.most_common())
         problems.append(f"{path}: expected verdicts of {annotator}, got some of {names}; name theirs by --annotator")
     if problems:
-        raise DataError(problems, hint=f"{len(problems)} problems in {path}; mend them, nothing was skipped")
+        raise DataError(problems, hint=hint)
     if not rows:
         raise DataError(f"{path}: no verdicts; expected a JSON array or JSON Lines with at least one")
     return [row.value for row in rows]
