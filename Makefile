@@ -45,7 +45,7 @@ types: setup ## check the types
 # Judged records to measure on; made-up ones where there are none.
 RECORDS ?=
 
-bench: setup ## measure time and memory (about half an hour of an idle machine; RECORDS=FILE for records of your own)
+bench: setup ## measure time and memory (about three quarters of an hour of an idle machine; RECORDS=FILE for records of your own)
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/train_step.py $(if $(RECORDS),--records $(RECORDS)) --json benchmarks/results/train_step.json
 	$(BIN)/python benchmarks/shared_prefix.py --json benchmarks/results/shared_prefix.json

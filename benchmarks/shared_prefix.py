@@ -98,6 +98,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
             row
             | {
                 "judged_prompt_ids": None,
+                "is_satisfactory": False,
                 "is_flagged": [place % 10 == 0 for place in range(len(row["response_ids"]))],
                 "weights": [float(place % 10 == 0) for place in range(len(row["response_ids"]))],
             }

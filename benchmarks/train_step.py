@@ -256,6 +256,7 @@ def run_frozen(args: argparse.Namespace) -> dict[str, Any]:
             "is_flagged": [place % 10 == 0 for place in range(len(row["response_ids"]))],
             "weights": [float(place % 10 == 0) for place in range(len(row["response_ids"]))],
             "judged_prompt_ids": None,
+            "is_satisfactory": False,
         }
         for row in _encode(args, tokenizer, records)
     ]
