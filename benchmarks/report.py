@@ -20,8 +20,8 @@ RESULTS = Path(__file__).with_name("results")
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "performance.md"
 _PLACE = re.compile(r"(<!-- results/(\w+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#8a8f98")
-_MARKERS = "os^D"
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#8a8f98", "#a87f00")
+_MARKERS = "os^Dv"
 
 
 def main() -> None:

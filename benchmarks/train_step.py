@@ -2,9 +2,9 @@
 
   python benchmarks/train_step.py --records records.json
 
-    released   a twin of the released code, naive as that is: rows padded to the longest, both contexts for every record
-               (dummy rows for satisfactory ones), probabilities of the whole vocabulary in float32 at every position,
-               and attention as the transformers of its day had it, "eager"
+    released   a twin of the released code, naive as that is: both contexts of every record (dummy rows for satisfactory
+               ones) in one batch, padded to the longest of all, probabilities of the whole vocabulary in float32 at
+               every position, copied for each part, and attention as the transformers of its day had it, "eager"
     cutlm      `CUTTrainer` with detector current, as `cutlm train` runs it
     frozen     the same on token scores: known flags, the plain context only
     floor      the body alone, forward and backward over the same tokens, and the head's two matrix products at the
@@ -277,31 +277,30 @@ def run_released(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def find_released_loss(model: Any, rows: Sequence[dict[str, Any]]) -> Any:
-    """CUT's loss as the released code takes it, with the size of the vocabulary at every position, many times over."""
-    import math
+    """CUT's loss as the released code takes it, with the size of the vocabulary at every position, many times over.
 
+    Both contexts are rows of one batch, padded to the longest of all of them. Each part of the loss has a copy of the
+    probabilities of its own, the likelihood's another one of their logarithms.
+    """
     import torch
 
-    judged = _pad([row["judged_prompt_ids"] or row["prompt_ids"] for row in rows], rows, model.device)
-    plain = _pad([row["prompt_ids"] for row in rows], rows, model.device)  # dummies for satisfactory records
-    probs = model(**judged[0]).logits.float().softmax(-1)[:, :-1].contiguous()
-    plain_probs = model(**plain[0]).logits.float().softmax(-1)[:, :-1].contiguous()
-    logs, plain_logs = probs.clamp(min=1e-20).log(), plain_probs.clamp(min=1e-20).log()
-    plain_unlikely = (1.0 - plain_probs).clamp(min=1e-20).log()
-    logs, plain_logs, plain_unlikely = (
-        values.gather(2, labels.clamp(min=0)[:, 1:, None])[..., 0]
-        for values, labels in ((logs, judged[1]), (plain_logs, plain[1]), (plain_unlikely, plain[1]))
-    )
+    judged = [row["judged_prompt_ids"] or row["prompt_ids"] for row in rows]
+    plain = [row["prompt_ids"] for row in rows]  # dummies for satisfactory records
+    inputs, labels = _pad([*judged, *plain], [*rows, *rows], model.device)
+    probs = model(**inputs).logits.float().softmax(-1)
+    half, vocab_size = len(rows), probs.shape[-1]
+    labels = labels[:, 1:]
+    logs = probs[:half, :-1].contiguous().view(-1, vocab_size).log()
+    likelihood = torch.nn.functional.nll_loss(logs, labels[:half].reshape(-1))
     is_judged = torch.tensor([row["judged_prompt_ids"] is not None for row in rows], device=model.device)
-    is_told = judged[1][:, 1:] >= 0
-    is_asked = (plain[1][:, 1:] >= 0) & is_judged[:, None]
-    likelihood = -logs[is_told].mean()
     if not is_judged.any():
         return likelihood
-    with_judgment = logs[is_told & is_judged[:, None]].detach()
-    without = plain_logs[is_asked]
-    is_flagged = with_judgment - without.detach() > math.log(_SETTINGS["threshold"])
-    contrast = torch.where(is_flagged, _SETTINGS["unlikelihood_weight"] * plain_unlikely[is_asked], without)
+    shifted = probs[:, :-1].contiguous().gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    with_judgment = shifted[:half][(labels[:half] >= 0) & is_judged[:, None]]
+    without = shifted[half:][(labels[half:] >= 0) & is_judged[:, None]]
+    is_flagged = with_judgment.detach() > _SETTINGS["threshold"] * without.detach()
+    contrast = torch.where(is_flagged, 1.0 - without, without).clamp(min=1e-5).log()
+    contrast = torch.where(is_flagged, _SETTINGS["unlikelihood_weight"] * contrast, contrast)
     return (likelihood - contrast.mean()) / 2
 
 
