@@ -298,6 +298,14 @@ def test_after_failures_only_the_missing_pairs_are_asked_for(command, server: Ch
     assert read(tmp_path / "out" / "result.json")["num_judged"] == 5
 
 
+def test_the_cap_holds_over_all_starts_and_is_told_by_its_option(command, server: ChatServer, capsys):
+    for _ in range(2):
+        assert main([*command, "--annotator_concurrency", "1", "--annotator_max_requests", "1"]) == 1
+        assert "--annotator_max_requests 1 is reached by all runs that share the cache" in capsys.readouterr().out
+        assert len(server.requests) == 1
+    assert main([*command, "--annotator_max_requests", "100"]) == 0
+
+
 def test_a_refusal_is_told_by_the_names_of_the_options_and_the_key_is_nowhere(
     command, server: ChatServer, tmp_path: Path, capsys, monkeypatch
 ):

@@ -208,6 +208,31 @@ def test_what_never_comes_is_listed_and_asked_for_alone_when_started_again(
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.json"}
 
 
+def test_as_many_as_may_be_missing_are_listed_and_left_out(
+    server: ChatServer, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse_two(handler: Handler, number: int) -> bool:
+        is_refused = read_number(server.prompts[number]) in (2, 5)
+        if is_refused:
+            handler.answer(400, {"error": "content filter"})
+        return is_refused
+
+    server.fault = refuse_two
+    out = tmp_path / "out.json"
+    options = list_options(server, prompts, out, "--concurrency", "1")
+    assert main([*options, "--max_missing", "0.2"]) == 1  # 2 of 9 are more
+    assert not out.exists()
+    assert main([*options, "--max_missing", "0.25"]) == 0
+    printed = capsys.readouterr().out
+    left_out = f"2 of 9 prompts have no answer, listed with the reasons in {out}.failures.jsonl, and are left out"
+    assert f"{left_out} (--max_missing 0.25)\n" in printed
+    assert f"\n7 responses in {out}; " in printed
+    assert read_outputs(out) == [output for index, output in enumerate(EXPECTED) if index not in (2, 5)]
+    failures = [json.loads(line) for line in Path(f"{out}.failures.jsonl").read_text("utf-8").splitlines()]
+    assert [row["number"] for row in failures] == [3, 6]
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.json", "out.json.failures.jsonl"}
+
+
 def test_a_server_that_is_gone_is_not_asked_for_every_prompt(
     server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

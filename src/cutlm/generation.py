@@ -188,9 +188,11 @@ def describe_run(
 def make_rows(
     prompts: Sequence[dict[str, Any]], responses: dict[int, str], generator: str, dataset: str
 ) -> list[dict[str, Any]]:
-    """Rows of AlpacaEval's format, in the order of the prompts."""
+    """Rows of AlpacaEval's format, in the order of the prompts; a prompt without a response has none."""
     rows = []
     for index, row in enumerate(prompts):
+        if index not in responses:
+            continue
         answer = {"instruction": row["instruction"], "output": responses[index], "generator": generator}
         if row.get("input"):
             answer["input"] = row["input"]

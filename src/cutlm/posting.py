@@ -119,7 +119,7 @@ class Endless(Exception):
     """An answer that is too large, or takes too long although it goes on; says which."""
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
+class NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirected POST would become a GET, and the key would go to an address that nobody named."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
@@ -237,7 +237,7 @@ def _open(url: str, request: Any, key: str | None, timeout: float) -> Any:
     headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    opener = urllib.request.build_opener(_NoRedirect)
+    opener = urllib.request.build_opener(NoRedirect)
     return opener.open(
         urllib.request.Request(url, json.dumps(request).encode(), headers, method="POST"), timeout=timeout
     )

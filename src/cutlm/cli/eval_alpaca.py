@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument(
         "--annotator_concurrency", type=int, default=8, metavar="N", help="requests at a time (default: 8)"
     )
-    asking.add_argument("--annotator_max_requests", type=int, metavar="N", help="most attempts (default: no limit)")
+    asking.add_argument(
+        "--annotator_max_requests", type=int, metavar="N", help="most attempts, of all starts (default: no limit)"
+    )
     add_answering_arguments(parser)
 
 

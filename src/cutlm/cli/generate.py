@@ -9,6 +9,7 @@ A server gets each instruction as a message, and prompts the model by the model'
 that of training. With --template it gets the tokens of the prompt instead, made here by --tokenizer. A key to it is
 read from the environment variable OPENAI_API_KEY. Where it has no answer to some prompts even after all attempts, these
 are listed in OUT.failures.jsonl, nothing else is written, and the exit status is 1; start again to ask for them alone.
+With --max_missing, OUT is written without them where they are no larger a share of all.
 """
 
 import argparse
@@ -31,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_samples", type=int, default=1, metavar="N", help="responses to each instruction, one below the other"
     )
     add_answering_arguments(parser)
+    parser.add_argument(
+        "--max_missing",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of prompts to which a server may have no answer: the others are written (default: 0)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
 
 
@@ -88,7 +96,10 @@ def check_options(args: argparse.Namespace) -> None:
     given = [f"--{name}" for name, default in _LOCAL.items() if getattr(args, name) != default]
     if args.server is not None and given:
         problems.append(f"{', '.join(given)}: of use for a local model alone; leave out these, or --server")
+    if not 0 <= args.max_missing < 1:
+        problems.append(f"--max_missing: expected a share from 0 to below 1, got {args.max_missing:g}")
     given = [f"--{name}" for name in _SERVER if getattr(args, name) is not None]
+    given += ["--max_missing"] * bool(args.max_missing)
     if args.server is None and given:
         problems.append(f"{', '.join(given)}: of use with --server alone; leave these out, or give --server")
     if args.server is not None and args.template is None:
@@ -181,16 +192,19 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
             failures_file,
             [{"number": index + 1, "reason": failures[index]} | prompts[index] for index in sorted(failures)],
         )
-        print(
-            f"{len(failures)} of {len(prompts)} prompts have no answer, listed with the reasons in {failures_file};"
-            f" {len(counts.responses)} are kept in {journal.path}: start again with the same options to ask for the"
-            " others alone"
-        )
-        return 1
+        listed = f"{len(failures)} of {len(prompts)} prompts have no answer, listed with the reasons in {failures_file}"
+        if not counts.responses or len(failures) > args.max_missing * len(prompts):
+            print(
+                f"{listed}; {len(counts.responses)} are kept in {journal.path}: start again with the same options to"
+                " ask for the others alone"
+            )
+            return 1
+        print(f"{listed}, and are left out (--max_missing {args.max_missing:g})")
     write_rows(args.out, make_rows(prompts, counts.responses, **_name_output(args)))
     journal.remove()
-    failures_file.unlink(missing_ok=True)  # of an earlier start: it does not hold any more
-    _print_counts(args, len(prompts), counts, max_new_tokens)
+    if not failures:
+        failures_file.unlink(missing_ok=True)  # of an earlier start: it does not hold any more
+    _print_counts(args, len(counts.responses), counts, max_new_tokens)
     return 0
 
 

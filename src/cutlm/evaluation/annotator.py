@@ -252,13 +252,14 @@ def ask_verdicts(
         missing = [index for index in keys if index not in verdicts.preferences]
         if not missing:
             return verdicts
-        spending, client = Spending(server.max_requests, server.max_tokens_total), make_client(server, key)
+        spending = Spending(server.max_requests, server.max_tokens_total, cache, prefix="--annotator_")
+        client = make_client(server, key)
 
         def ask_one(place: int, stop: threading.Event) -> Answer:
             return ask(client, server, questions[missing[place]], key=key, spending=spending, stop=stop)
 
         with tqdm(total=len(missing), desc="comparing", unit="pair", disable=not show_progress) as progress:
-            for place, result in ask_all(len(missing), ask_one, server.concurrency):
+            for place, result in ask_all(len(missing), ask_one, server.concurrency, is_answering=bool(found)):
                 index = missing[place]
                 if isinstance(result, Refused):
                     raise UserError(explain_refusal(server, result, pairs[index].place, OPTIONS))

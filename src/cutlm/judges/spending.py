@@ -23,6 +23,7 @@ class Spending:
         max_requests: Attempts, and
         max_tokens_total: tokens after which nothing more is asked.
         cache: Keeps what is spent, so that the caps hold over all runs that share it; None: over this run.
+        prefix: Of the options that set the caps.
 
     Attributes:
         num_requests: Attempts of this run so far.
@@ -30,9 +31,17 @@ class Spending:
         is_estimated: Whether the server did not say of some how many they were.
     """
 
-    def __init__(self, max_requests: int | None, max_tokens_total: int | None, cache: Cache | None = None) -> None:
+    def __init__(
+        self,
+        max_requests: int | None,
+        max_tokens_total: int | None,
+        cache: Cache | None = None,
+        *,
+        prefix: str = "--",
+    ) -> None:
         self.num_requests, self.num_tokens, self.is_estimated = 0, 0, False
         self._max_requests, self._max_tokens_total, self._cache = max_requests, max_tokens_total, cache
+        self._prefix = prefix
         self._lock = threading.Lock()
         self._num_unwritten = 0
 
@@ -46,9 +55,9 @@ class Spending:
         with self._lock:
             num_requests, num_tokens = self.read_total()
             if self._max_requests is not None and num_requests >= self._max_requests:
-                raise CapReached(self._explain(f"--max_requests {self._max_requests}"))
+                raise CapReached(self._explain(f"max_requests {self._max_requests}"))
             if self._max_tokens_total is not None and num_tokens >= self._max_tokens_total:
-                raise CapReached(self._explain(f"--max_tokens_total {self._max_tokens_total}"))
+                raise CapReached(self._explain(f"max_tokens_total {self._max_tokens_total}"))
             self._write_down(1)
             self.num_requests += 1
 
@@ -77,4 +86,4 @@ class Spending:
 
     def _explain(self, cap: str) -> str:
         by = "" if self._cache is None else f" by all runs that share the cache {self._cache.path}"
-        return f"{cap} is reached{by}; give a larger one to go on"
+        return f"{self._prefix}{cap} is reached{by}; give a larger one to go on"

@@ -19,11 +19,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from cutlm.errors import UserError
 from cutlm.online.guard import SECONDS_TO_STOP
-from cutlm.posting import read_key
+from cutlm.posting import NoRedirect, read_key
 
 _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_STOP = 60.0
@@ -275,20 +274,13 @@ def _raising_when_asked_to_stop() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key goes to no address that nobody named."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
 def _answers(url: str) -> bool:
     request = urllib.request.Request(f"{url.rstrip('/')}/models")
     key = read_key()
     if key:
         request.add_header("Authorization", f"Bearer {key}")
     try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=5):
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=5):
             return True
     except urllib.error.HTTPError as error:
         # It is there, and whoever asks it says what it refuses; but some say 503 while they load.

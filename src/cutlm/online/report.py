@@ -43,6 +43,7 @@ def summarize(iteration: dict[str, Any]) -> dict[str, Any]:
     return {
         "iteration": iteration["iteration"],
         "num_responses": figures.get("generate", {}).get("num_responses"),
+        "num_unanswered": figures.get("generate", {}).get("num_unanswered"),
         "num_missing": judged.get("num_missing"),
         "num_empty": judged.get("num_empty"),
         "share_satisfactory": _divide(judged.get("num_satisfactory"), judged.get("num_judged")),

@@ -15,7 +15,16 @@ from cutlm.errors import ConfigError
 
 # What the loop itself says to a command.
 _OWN_OPTIONS = {
-    "generate": ("--model", "--prompts", "--out", "--seed", "--overwrite", "--template", "--tokenizer"),
+    "generate": (
+        "--model",
+        "--prompts",
+        "--out",
+        "--seed",
+        "--overwrite",
+        "--template",
+        "--tokenizer",
+        "--max_missing",
+    ),
     "judge": ("--responses", "--judge", "--out", "--overwrite", "--todo"),
 }
 # What decides how a stage is run, and not what comes of it: it may change from one start to the next.
@@ -58,7 +67,8 @@ class AlignArguments:
         num_instructions: Fresh ones a round.
         generate: Further options of `cutlm generate`.
         judge: A kind of judge and the options of `cutlm judge` that go with it.
-        max_missing: The largest share of responses without a judgment with which a round goes on.
+        max_missing: The largest share of responses without a judgment with which a round goes on, and of instructions
+            to which a server has no answer.
         eval_instructions: Held-out instructions that every model answers, greedily, and that `eval_judge` judges.
         eval_judge: As `judge`, which it is where it is not given.
         eval_command: A shell command; `{model}` is the model's folder, `{out}` a JSON file of figures to write.

@@ -117,7 +117,7 @@ def list_outputs(plan: Plan, place: Place, stage: str) -> list[Path]:
     folder = place.folder
     names = {
         "sample": ["instructions.jsonl"],
-        "generate": ["responses.jsonl"],
+        "generate": ["responses.jsonl", "responses.jsonl.failures.jsonl"],
         "judge": ["records.jsonl", "records.jsonl.failures.jsonl"],
         "refine": ["refined.jsonl"],
         "blame": ["scores.jsonl"],
@@ -232,7 +232,12 @@ def _generate(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
     seed = make_seed(plan, place.number, "generate")
     _answer(plan, runner, place.model, place.folder / "instructions.jsonl", out, seed)
     rows, _ = read_rows(out)
-    return {"num_responses": len(rows), "num_empty": sum(not row.value["output"].strip() for row in rows)}
+    failures = out.with_name(f"{out.name}.failures.jsonl")
+    return {
+        "num_responses": len(rows),
+        "num_empty": sum(not row.value["output"].strip() for row in rows),
+        "num_unanswered": len(read_rows(failures)[0]) if failures.exists() else 0,
+    }
 
 
 def _answer(plan: Plan, runner: Runner, model: str, prompts: Path | str, out: Path, seed: int, *further: str) -> None:
@@ -245,6 +250,7 @@ def _answer(plan: Plan, runner: Runner, model: str, prompts: Path | str, out: Pa
     is_carried = template == "chat" or model != plan.model
     has_judgment = any(option.partition("=")[0] == "--judgment" for option in options)
     fixed = [] if plan.server and is_carried and not has_judgment else ["--template", template]
+    fixed += ["--max_missing", str(plan.arguments.max_missing)] if plan.server else []
     arguments = ["generate", "--model", model, "--prompts", str(prompts), "--out", str(out), *fixed, *options, *further]
     with runner.serve(model):
         _check(runner.run([*arguments, "--seed", str(seed)]), arguments)
