@@ -75,7 +75,8 @@ class Cache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._connection.close()
+        with self._lock:  # a thread that asks may be in the middle of writing down what it spends
+            self._connection.close()
 
     def find(self, keys: Iterable[str]) -> dict[str, str | None]:
         """The judgments that are there, by key; None is the judgment of a satisfactory response.
