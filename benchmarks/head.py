@@ -92,8 +92,10 @@ def _multiply_alone(hidden: Any, weight: Any, targets: Any) -> Any:
     """The two matrix products that any head takes, in chunks of ours; numbers of no meaning."""
     import torch
 
+    from cutlm.logprobs import choose_chunk_size
+
     with torch.no_grad():
-        parts = [(part @ weight.T) @ weight for part in hidden.split(max(16, 2**24 // len(weight)))]
+        parts = [(part @ weight.T) @ weight for part in hidden.split(choose_chunk_size(len(weight)))]
     return (hidden * torch.cat(parts)).sum(-1)
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from cutlm.errors import UserError
-from cutlm.logprobs import Head, get_head, token_logprobs
+from cutlm.logprobs import Head, choose_chunk_size, get_head, token_logprobs
 from cutlm.model import unwrap_peft
 from cutlm.probes import check_head
 
@@ -214,13 +214,14 @@ def test_full_logits_are_never_made(trains_head, softcap):
     assert watch.numel == num_positions * vocab_size
 
 
-def test_chunks_hold_64_mib_of_logits_where_no_size_is_given():
-    num_positions, vocab_size, chunk_size = 64, 2**20, 16
+def test_chunks_hold_512_positions_and_256_mib_of_logits_at_most_where_no_size_is_given():
+    assert [choose_chunk_size(2**bits) for bits in (10, 15, 17, 18, 20, 23)] == [512, 512, 512, 256, 64, 16]
+    num_positions, vocab_size, chunk_size = 256, 2**20, 64
     hidden, weight, target_ids = torch.ones(num_positions, 1), torch.ones(vocab_size, 1), torch.zeros(num_positions)
     with LargestOutput() as watch:
         token_logprobs(hidden, weight, target_ids.long())
     assert watch.numel == chunk_size * vocab_size
-    assert watch.numel * 4 == 64 * 2**20
+    assert watch.numel * 4 == 256 * 2**20
 
 
 # ---- bfloat16 ----

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cutlm.errors import ConfigError
+from cutlm.logprobs import choose_chunk_size
 
 GPU_SIZES = (24, 40, 80, 141)  # GB
 # Of a GPU's memory, what CUDA itself and the gaps between blocks leave.
 USABLE = 0.9
-# Logits held at a time (`cutlm.logprobs`), in elements.
-_LOGITS = 2**24
 _FLOAT32, _BFLOAT16 = 4, 2
 # NF4 with one float32 scale for 64 weights; 8-bit with a scale for each row, which is next to nothing.
 _QUANTIZED = {4: 0.5 + 4 / 64, 8: 1.0}
@@ -282,7 +281,7 @@ def _measure_work(shape: Shape, plan: Plan) -> float:
     size = _BFLOAT16 if plan.is_bf16 else plan.weight_size
     is_full = plan.lora_r is None
     # Logits in float32, and a copy in the dtype of the matrix product; for a trained head a sum and an addend of it.
-    num_positions = min(plan.num_tokens, max(16, _LOGITS // shape.vocab_size))
+    num_positions = min(plan.num_tokens, choose_chunk_size(shape.vocab_size))
     head: float = num_positions * shape.vocab_size * (_FLOAT32 + (size if size != _FLOAT32 else 0))
     head += 2 * shape.vocab_size * shape.width * _FLOAT32 if is_full else 0
     # Gradients of three inner states of the MLP and of a layer's input and output, and of the largest trained matrix.

@@ -15,8 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from cutlm.errors import ConfigError
 
-# Logits held at a time, in elements: 64 MiB of float32.
-_CHUNK_ELEMENTS = 2**24
+# Positions at a time with which the head's matrix products are about as quick as with all (benchmarks/head.py), and the
+# most logits held for them: 256 MiB of float32.
+_POSITIONS_AT_A_TIME = 512
+_MOST_LOGITS = 2**26
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Head:
     scale: float = 1.0
 
 
+def choose_chunk_size(vocab_size: int) -> int:
+    """Positions whose logits are held at a time: 512, or as many as fit 256 MiB of float32."""
+    return min(_POSITIONS_AT_A_TIME, max(16, _MOST_LOGITS // vocab_size))
+
+
 def token_logprobs(
     hidden: Tensor,
     head_weight: Tensor,
@@ -52,7 +59,7 @@ def token_logprobs(
         hidden: [N, H], the last hidden states at the positions to score.
         head_weight: [V, H]; gets a gradient only if it requires one.
         target_ids: [N], integer token ids.
-        chunk_size: Positions per chunk; None takes as many as fit 64 MiB of float32 logits.
+        chunk_size: Positions per chunk; None chooses by the size of the vocabulary, see `choose_chunk_size`.
         bias: [V] or None.
         softcap: c of c * tanh(logits / c), or None.
         scale: A factor on the logits, before the capping.
@@ -74,7 +81,7 @@ def token_logprobs(
         hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
     elif hidden.dtype != head_weight.dtype:
         hidden = hidden.to(head_weight.dtype)
-    size = chunk_size or max(16, _CHUNK_ELEMENTS // head_weight.shape[0])
+    size = chunk_size or choose_chunk_size(head_weight.shape[0])
     with torch.autocast(device, enabled=False):
         return _TokenLogprobs.apply(hidden, head_weight, bias, target_ids, size, softcap, scale)
 
@@ -100,6 +107,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logps[part], raw, total = _score_chunk(hidden[part], weight, bias, target_ids[part], softcap, scale)
             if slopes is not None:
                 slopes[part] = (raw.to(weight.dtype) @ weight) * (-1.0 / total)[:, None]
+            del raw  # or it would be there beside the next chunk's
         ctx.settings = (chunk_size, softcap, scale)
         ctx.is_made_now = is_made_now
         ctx.save_for_backward(*((slopes,) if is_made_now else (hidden, weight, bias, target_ids)))
@@ -130,6 +138,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_hidden[part] = raw @ weight
             if grad_weight is not None:
                 grad_weight += (raw.T @ hidden[part]).float()
+            del raw
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:
