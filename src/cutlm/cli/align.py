@@ -40,10 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from cutlm.online.judging import WaitingForPerson
     from cutlm.online.loop import read_mark, run_loop
     from cutlm.online.processes import Interrupted
+    from cutlm.online.runner import StageFailed
     from cutlm.online.settings import read_plan
-    from cutlm.online.stages import StageFailed, WaitingForPerson
 
     plan = read_plan(args.config, args.rest)
     if args.dry_run:

@@ -18,19 +18,18 @@ import yaml
 from cutlm.errors import ConfigError, DataError, UserError
 from cutlm.jsonl import open_atomic, sync_directory
 from cutlm.online.manifest import Manifest, hash_file, read_versions
+from cutlm.online.pool import make_pool
 from cutlm.online.processes import lock_folder, run_command, run_shell, serve
 from cutlm.online.report import describe_seconds, write_report
+from cutlm.online.runner import Runner, StageFailed
 from cutlm.online.settings import Plan, find_differences
 from cutlm.online.stages import (
     STAGES,
     Place,
-    Runner,
-    StageFailed,
     count_again,
     list_outputs,
     list_remains,
     list_stages,
-    make_pool,
     make_seed,
     run_stage,
 )

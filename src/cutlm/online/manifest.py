@@ -39,13 +39,9 @@ class Manifest:
         if self.path.exists():
             try:
                 self.stages = json.loads(self.path.read_text("utf-8"))["stages"]
-                assert all(
-                    isinstance(stage["versions"], dict)
-                    and isinstance(stage["figures"], dict)
-                    and all({"size", "mtime_ns", "sha256"} <= file.keys() for file in stage["outputs"].values())
-                    for stage in self.stages.values()
-                )
-            except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+                if not all(map(_is_whole, self.stages.values())):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise DataError(
                     f"{self.path}: not a manifest; restore it, or name another output_dir to begin anew"
                 ) from None
@@ -94,6 +90,15 @@ class Manifest:
     def _save(self) -> None:
         with open_atomic(self.path) as file:
             file.write((json.dumps({"stages": self.stages}, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _is_whole(stage: dict[str, Any]) -> bool:
+    """Whether a stage holds all that is read of it."""
+    return (
+        isinstance(stage["versions"], dict)
+        and isinstance(stage["figures"], dict)
+        and all({"size", "mtime_ns", "sha256"} <= file.keys() for file in stage["outputs"].values())
+    )
 
 
 def _list_files(outputs: Iterable[Path]) -> list[Path]:

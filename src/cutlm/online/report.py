@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 _DPI = 160
 _COLOURS = ("#0072b2", "#d55e00", "#009e73")
 _PANELS_IN_A_ROW = 3
-# What is counted where held-out responses are judged; the table has their share.
-_COUNTS = ("num_judged", "num_satisfactory", "num_missing", "num_empty")
 
 
 def describe_seconds(seconds: float) -> str:
@@ -52,7 +50,7 @@ def summarize(iteration: dict[str, Any]) -> dict[str, Any]:
         "num_steps": trained.get("num_steps"),
         "loss_start": trained.get("loss_start"),
         "loss_end": trained.get("loss_end"),
-        "evaluation": {name: value for name, value in evaluated.items() if name not in _COUNTS},
+        "evaluation": evaluated,
         "seconds": sum(seconds) if seconds else None,
     }
 
@@ -63,7 +61,7 @@ def _divide(part: int | None, whole: int | None) -> float | None:
 
 def make_table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of what `summarize` gives, a row an iteration."""
-    evaluations = list(dict.fromkeys(name for row in rows for name in row["evaluation"]))
+    evaluations = _list_evaluations(rows)
     named = [f"held-out {_name_figure(name)}" for name in evaluations]
     header = ["iteration", "responses", "no judgment", "satisfactory", "flagged tokens", "loss", *named, "time"]
     lines = [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
@@ -81,6 +79,12 @@ def make_table(rows: list[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _list_evaluations(rows: list[dict[str, Any]]) -> list[str]:
+    """The figures of evaluations to be shown; counts, `num_...`, stand in `report.json` alone."""
+    names = dict.fromkeys(name for row in rows for name in row["evaluation"])
+    return [name for name in names if not name.startswith("num_")]
 
 
 def _add(*counts: int | None) -> int | None:
@@ -144,7 +148,7 @@ def draw(rows: list[dict[str, Any]]) -> bytes | None:
     trained = [row for row in rows if row["loss_end"] is not None]
     if not trained:
         return None
-    measured = list(dict.fromkeys(name for row in rows for name in row["evaluation"] if name != "share_satisfactory"))
+    measured = [name for name in _list_evaluations(rows) if name != "share_satisfactory"]
     # It announces on its first day on a machine that it is looking for fonts.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     from matplotlib.figure import Figure

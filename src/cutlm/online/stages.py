@@ -9,18 +9,16 @@
     merge     model/                    cutlm merge; none where the whole model is trained
     evaluate  evaluation/               generate and judge on held-out instructions, and a command of the user's
 
-Each file appears whole under its name or not at all, so one that is there is not made again. What comes when is left to
+Each file appears whole under its name or not at all, so one that is there is not made again. Which instructions are
+drawn is settled by `cutlm.online.pool`, whose judgments suffice by `cutlm.online.judging`; what comes when is left to
 `cutlm.online.loop`.
 """
 
 import hashlib
 import json
 import math
-import random
 import shlex
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -28,14 +26,15 @@ from typing import Any
 
 import yaml
 
-from cutlm.errors import DataError, UserError
 from cutlm.jsonl import open_atomic, read_rows, write_rows
+from cutlm.online.judging import ask_judge, count_records
+from cutlm.online.pool import make_pool
+from cutlm.online.runner import Runner, StageFailed, check_status
 from cutlm.online.settings import Plan
-from cutlm.records import InstructionRow, check_records, validate_row
+from cutlm.records import check_records
 
 STAGES = ("sample", "generate", "judge", "refine", "blame", "train", "merge", "evaluate")
 _NUM_AVERAGED = 3
-EMPTY_RESPONSE = "empty response"
 
 
 @dataclass(frozen=True)
@@ -56,46 +55,6 @@ class Place:
     def new_model(self) -> str:
         """The model that comes of it."""
         return str((self.folder / "model").resolve()) if self.number else self.model
-
-
-@dataclass(frozen=True)
-class Runner:
-    """What a stage may ask for; see `cutlm.online.loop`.
-
-    Attributes:
-        run: Runs `cutlm` with arguments, and maybe a launcher; returns the exit status.
-        run_shell: Runs a shell command; returns the exit status.
-        serve: A context in which a model is served, where one is to be.
-    """
-
-    run: Callable[..., int]
-    run_shell: Callable[[str], int]
-    serve: Callable[[str], AbstractContextManager[None]]
-
-
-class StageFailed(Exception):
-    """A stage's command did not do what it was to do.
-
-    Args:
-        message: What happened, and what to do.
-        status: The exit status for the loop.
-    """
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class WaitingForPerson(Exception):
-    """Responses are there to be judged by a person.
-
-    Args:
-        todo: The list to fill.
-    """
-
-    def __init__(self, todo: Path) -> None:
-        super().__init__(str(todo))
-        self.todo = todo
 
 
 def list_stages(plan: Plan, number: int) -> list[str]:
@@ -134,67 +93,6 @@ def list_outputs(plan: Plan, place: Place, stage: str) -> list[Path]:
 def make_seed(plan: Plan, number: int, stage: str) -> int:
     """A seed of its own for each stage of each iteration."""
     return int.from_bytes(hashlib.sha256(f"{plan.seed} {number} {stage}".encode()).digest()[:4]) // 2
-
-
-def read_instructions(path: str) -> list[dict[str, Any]]:
-    """Reads a file of instructions.
-
-    Raises:
-        DataError: Rows cannot be used; all are named.
-    """
-    rows, problems = read_rows(path)
-    for row in rows:
-        validate_row(row, InstructionRow, problems)
-    if problems:
-        raise DataError(problems, hint=f"{len(problems)} problems in {path}; mend them, nothing was skipped")
-    return [row.value for row in rows]
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Instructions to draw from, each once, in the order in which iterations take them.
-
-    Attributes:
-        rows: As in the file.
-        num_repeated: Left out, as the same instruction stands before.
-        num_held_out: Left out, as they are evaluated on.
-    """
-
-    rows: list[dict[str, Any]]
-    num_repeated: int
-    num_held_out: int
-
-
-def make_pool(plan: Plan) -> Pool:
-    """Reads and shuffles the instructions.
-
-    Raises:
-        UserError: There are fewer than the iterations take.
-    """
-    path = str(plan.arguments.instructions)
-    rows = read_instructions(path)
-    held_out = plan.arguments.eval_instructions
-    evaluated = {_key(row) for row in read_instructions(held_out)} if held_out else set()
-    unique = {_key(row): row for row in reversed(rows)}
-    kept = [unique[key] for key in dict.fromkeys(map(_key, rows)) if key not in evaluated]
-    pool = Pool(
-        random.Random(f"{plan.seed} instructions").sample(kept, len(kept)),
-        len(rows) - len(unique),
-        len(unique) - len(kept),
-    )
-    num_wanted = plan.arguments.num_iterations * plan.arguments.num_instructions
-    if len(kept) < num_wanted:
-        left_out = f" ({pool.num_repeated} repeated and {pool.num_held_out} held-out ones left out)"
-        raise UserError(
-            f"{path}: expected {num_wanted} instructions, {plan.arguments.num_instructions} for each of"
-            f" {plan.arguments.num_iterations} iterations, got {len(kept)}"
-            f"{left_out if len(kept) < len(rows) else ''}; give more, or lower num_instructions or num_iterations"
-        )
-    return pool
-
-
-def _key(row: dict[str, Any]) -> tuple[str, str]:
-    return row["instruction"], row.get("input") or ""
 
 
 def run_stage(plan: Plan, place: Place, stage: str, runner: Runner) -> dict[str, Any]:
@@ -253,75 +151,12 @@ def _answer(plan: Plan, runner: Runner, model: str, prompts: Path | str, out: Pa
     fixed += ["--max_missing", str(plan.arguments.max_missing)] if plan.server else []
     arguments = ["generate", "--model", model, "--prompts", str(prompts), "--out", str(out), *fixed, *options, *further]
     with runner.serve(model):
-        _check(runner.run([*arguments, "--seed", str(seed)]), arguments)
+        check_status(runner.run([*arguments, "--seed", str(seed)]), arguments)
     assert out.exists()
 
 
 def _judge(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
-    return _ask_judge(plan, runner, str(plan.arguments.judge), place.folder / "responses.jsonl")
-
-
-def _ask_judge(plan: Plan, runner: Runner, judge: str, responses: Path) -> dict[str, Any]:
-    """Judges responses into `records.jsonl` beside them.
-
-    Returns:
-        Counts of what is said.
-    """
-    records = responses.with_name("records.jsonl")
-    failures = records.with_name(f"{records.name}.failures.jsonl")
-    num_responses = len(read_rows(responses)[0])
-    counts = _count_records(records, failures, num_responses)
-    if counts is None or _is_too_few(counts, plan.arguments.max_missing):
-        arguments = ["judge", "--responses", str(responses), "--out", str(records), "--judge", *shlex.split(judge)]
-        arguments += ["--overwrite"] * records.exists()
-        todo = _find_todo(records) if judge.split()[0] == "human" else None
-        arguments += ["--todo", str(todo)] if todo else []
-        status = runner.run(arguments)
-        counts = _count_records(records, failures, num_responses)
-        if status == 0 and counts is None and judge.split()[0] == "human":
-            raise WaitingForPerson(records.with_name(f"{records.name}.todo.csv"))
-        if status not in (0, 1) or counts is None:
-            _check(status or 1, arguments)
-        assert counts is not None
-        if _is_too_few(counts, plan.arguments.max_missing):
-            num_missing = counts["num_missing"] + counts["num_empty"]
-            # A model at hand would say the same again.
-            again = "" if judge.split()[0] == "local" else "start again to ask for these alone, or "
-            raise StageFailed(
-                f"{num_missing} of {num_responses} responses have no judgment, more than max_missing"
-                f" ({plan.arguments.max_missing:.0%}); {failures} says why; {again}raise max_missing",
-                1,
-            )
-    return counts
-
-
-def _find_todo(records: Path) -> Path | None:
-    """The list that a person has filled: of the two, the one that was written to last."""
-    lists = [records.with_name(f"{records.name}.todo.{kind}") for kind in ("csv", "jsonl")]
-    there = [path for path in lists if path.exists()]
-    return max(there, key=lambda path: path.stat().st_mtime_ns) if there else None
-
-
-def _count_records(records: Path, failures: Path, num_responses: int | None = None) -> dict[str, Any] | None:
-    """What was said of how many responses; None where that is not known yet."""
-    if not records.exists():
-        return None
-    check = check_records(records)
-    failed = [row.value.get("kind") for row in read_rows(failures)[0]] if failures.exists() else []
-    if num_responses is not None and len(check.records) + len(failed) != num_responses:
-        return None  # a kill came between the two files, which are not of one run
-    num_empty = failed.count(EMPTY_RESPONSE)
-    return {
-        "num_judged": len(check.records),
-        "num_satisfactory": check.num_satisfactory,
-        "num_missing": len(failed) - num_empty,
-        "num_empty": num_empty,
-    }
-
-
-def _is_too_few(counts: dict[str, Any], max_missing: float) -> bool:
-    num_without = counts["num_missing"] + counts["num_empty"]
-    return num_without > max_missing * (num_without + counts["num_judged"])
+    return ask_judge(plan, runner, str(plan.arguments.judge), place.folder / "responses.jsonl")
 
 
 def _refine(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
@@ -330,7 +165,7 @@ def _refine(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
         arguments = ["refine", "--model", place.model, "--data", str(place.folder / "records.jsonl"), "--out", str(out)]
         arguments += plan.refining
         arguments += ["--seed", str(make_seed(plan, place.number, "refine"))]
-        _check(runner.run(arguments), arguments)
+        check_status(runner.run(arguments), arguments)
     return {"num_refined": sum(record.i_ans is not None for record in check_records(out).records)}
 
 
@@ -338,7 +173,7 @@ def _blame(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
     records, out = place.folder / "records.jsonl", place.folder / "scores.jsonl"
     if not out.exists():
         arguments = ["blame", "--model", place.model, "--data", str(records), "--out", str(out), *plan.blaming]
-        _check(runner.run(arguments), arguments)
+        check_status(runner.run(arguments), arguments)
     return _count_flags(out)
 
 
@@ -355,7 +190,7 @@ def count_again(place: Place, stage: str) -> dict[str, Any]:
     """The figures of a stage whose files were edited, as far as editing changes them."""
     records = place.folder / "records.jsonl"
     if stage == "judge":
-        return _count_records(records, records.with_name(f"{records.name}.failures.jsonl")) or {}
+        return count_records(records) or {}
     return _count_flags(place.folder / "scores.jsonl") if stage == "blame" else {}
 
 
@@ -381,7 +216,7 @@ def _train(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
             arguments += ["--resume_from_checkpoint", "last"]
         elif target.exists():
             arguments += ["--overwrite_output_dir", "true"]  # what a kill left before the first checkpoint
-        _check(runner.run(arguments, launcher=plan.arguments.launcher), arguments)
+        check_status(runner.run(arguments, launcher=plan.arguments.launcher), arguments)
         log = _read_state(target)
         assert log is not None
     for path in target.glob("checkpoint-*"):
@@ -426,7 +261,7 @@ def _merge(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
         adapter = place.folder / "adapter"
         # Said, as the adapter names the place where its base was: the folder may have been moved since.
         arguments = ["merge", "--adapter", str(adapter), "--base", place.model, "--out", str(out)]
-        _check(runner.run(arguments), arguments)
+        check_status(runner.run(arguments), arguments)
     return {}
 
 
@@ -441,7 +276,7 @@ def _evaluate(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
         greedy = ("--temperature", "0", "--num_samples", "1")
         _answer(plan, runner, place.new_model, held_out, responses, plan.seed, *greedy)
         judge = plan.arguments.eval_judge or str(plan.arguments.judge)
-        counts = _ask_judge(plan, runner, judge, responses)
+        counts = ask_judge(plan, runner, judge, responses)
         figures |= counts | {"share_satisfactory": counts["num_satisfactory"] / max(1, counts["num_judged"])}
     if plan.arguments.eval_command:
         out = folder / "figures.json"
@@ -485,19 +320,6 @@ def _read_figures(path: Path) -> dict[str, float]:
             f"eval_command: expected numbers in {path}, got {', '.join(endless)} that are none; leave them out", 2
         )
     return figures
-
-
-def _check(status: int, arguments: list[str]) -> None:
-    """Raises:
-    StageFailed: A command's exit status says that it failed.
-    """
-    if status == 0:
-        return
-    what = f"was killed by signal {-status}" if status < 0 else f"ended with {status}"
-    raise StageFailed(
-        f"cutlm {arguments[0]} {what}; what it said stands above; mend it and start again, what is finished is kept",
-        2 if status == 2 else 1,
-    )
 
 
 def list_remains(plan: Plan, place: Place, stage: str) -> list[Path]:
