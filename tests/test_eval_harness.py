@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from cutlm.cli import main
 from cutlm.evaluation.harness import PAPERS, read_benchmarks
 from cutlm.evaluation.paper import TRUTHFULQA
+from cutlm.world.base import base_path
 
 # The probability of each word, whatever stands before it.
 WORDS = {"good": 0.4, "bad": 0.1, "x": 0.3, "A": 0.01, "B": 0.02, "C": 0.08, "D": 0.04}
@@ -213,6 +214,12 @@ def test_the_prompt_is_wrapped_as_the_model_was_trained_where_asked_for(
     assert not any("C C C" in prompt for prompt in asked[:4])
     assert all(prompt.endswith("Answer: C C C ") for prompt in asked[4:])
     assert "no figures to report" in (tmp_path / "plain" / "result.md").read_text("utf-8")
+
+
+def test_a_template_whose_end_is_one_token_with_its_white_space_is_refused(tasks: Path, tmp_path: Path, capsys):
+    options = ("--tasks", "mmlu_mine", "--limit", "1", "--apply_chat_template")
+    assert run(base_path(), tasks, tmp_path / "out", *options) == 2  # "### Response:" and a line's end are one word
+    assert "lm-eval cannot tell prompt from answer in the tokens of" in capsys.readouterr().err
 
 
 def define_plain(folder: Path, name: str, **changes: Any) -> None:

@@ -116,8 +116,19 @@ def _load(args: argparse.Namespace) -> Any:
 def _check_template(args: argparse.Namespace, tokenizer: Any) -> None:
     from cutlm.errors import UserError
 
-    if args.apply_chat_template and not tokenizer.chat_template:
+    if not args.apply_chat_template:
+        return
+    if not tokenizer.chat_template:
         raise UserError(
             f"--apply_chat_template: the tokenizer of {args.model} has no chat template; leave the option out, or merge"
             " the model by cutlm merge, which saves the prompt of training as one"
+        )
+    message = [{"role": "user", "content": "1"}]
+    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    # The package takes the answer for what comes behind as many tokens as the prompt has without its last spaces.
+    alone, whole = (len(tokenizer(text).input_ids) for text in (prompt.rstrip(), f"{prompt}1"))
+    if whole <= alone:
+        raise UserError(
+            f"--apply_chat_template: lm-eval cannot tell prompt from answer in the tokens of {args.model}, where the"
+            " white space at the end of the prompt is part of a longer token; leave the option out"
         )

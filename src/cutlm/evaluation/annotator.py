@@ -25,7 +25,8 @@ from cutlm.asking import ask_all
 from cutlm.errors import UserError
 from cutlm.evaluation.folder import import_alpaca_eval
 from cutlm.judges.cache import Cache
-from cutlm.judges.chat import Answer, ChatServer, OptionNames, Spending, ask, explain_refusal, make_client
+from cutlm.judges.chat import Answer, ChatServer, OptionNames, ask, explain_refusal, make_client
+from cutlm.judges.spending import Spending
 from cutlm.posting import Refused, read_key
 
 OPENAI = "https://api.openai.com/v1"

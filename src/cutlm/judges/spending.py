@@ -22,7 +22,7 @@ class Spending:
     Args:
         max_requests: Attempts, and
         max_tokens_total: tokens after which nothing more is asked.
-        cache: Keeps what is spent, so that the caps hold over all runs that share it; None: over this run.
+        cache: Keeps what is spent: the caps hold over all runs that share it.
         prefix: Of the options that set the caps.
 
     Attributes:
@@ -35,7 +35,7 @@ class Spending:
         self,
         max_requests: int | None,
         max_tokens_total: int | None,
-        cache: Cache | None = None,
+        cache: Cache,
         *,
         prefix: str = "--",
     ) -> None:
@@ -74,16 +74,15 @@ class Spending:
 
     def read_total(self) -> tuple[int, int]:
         """Requests and tokens that count against the caps."""
-        if self._cache is None:
-            return self.num_requests, self.num_tokens
         num_requests, num_tokens = self._cache.read_spent()
         return num_requests, num_tokens + self._num_unwritten
 
     def _write_down(self, num_requests: int) -> None:
-        if self._cache is not None:
-            self._cache.add_spent(num_requests, self._num_unwritten)
-            self._num_unwritten = 0
+        self._cache.add_spent(num_requests, self._num_unwritten)
+        self._num_unwritten = 0
 
     def _explain(self, cap: str) -> str:
-        by = "" if self._cache is None else f" by all runs that share the cache {self._cache.path}"
-        return f"{self._prefix}{cap} is reached{by}; give a larger one to go on"
+        return (
+            f"{self._prefix}{cap} is reached by all runs that share the cache {self._cache.path}; give a larger one to"
+            " go on"
+        )
