@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,41 @@ def stream_events(handler: Handler, events: Sequence[Any]) -> None:
     for event in events:
         handler.wfile.write(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode())
     handler.close_connection = True
+
+
+# The command in a process of its own: the waiting is as in the real one, only shorter.
+COMMAND = """
+import sys
+import cutlm.posting as posting
+posting.FIRST_WAIT = 0.01
+from cutlm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def ask_to_wait(times: list[float], *, is_date: bool) -> Fault:
+    """Has whoever asks first wait for 0.7 seconds, or up to a date, and notes when each request comes."""
+
+    def fault(handler: Handler, number: int) -> bool:
+        times.append(time.monotonic())
+        if number == 0:
+            # A date has whole seconds.
+            handler.answer(429, {}, Retry_After=formatdate(time.time() + 2, usegmt=True) if is_date else "0.7")
+        return number == 0
+
+    return fault
+
+
+def stall(reached: threading.Event, first: int) -> Fault:
+    """Leaves requests from a number on without an answer, and says when there is one."""
+
+    def fault(handler: Handler, number: int) -> bool:
+        if number >= first:
+            reached.set()
+            time.sleep(60)
+        return False
+
+    return fault
 
 
 # Which requests, by their number, go wrong below.

@@ -2,7 +2,9 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # The models are so small that a second thread costs more than it brings; before torch is imported, and inherited by
 # every process that a test starts.
@@ -11,6 +13,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from chat_server import ChatServer
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 
@@ -30,3 +35,15 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("no published data beside the checkout")
     return path
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator["ChatServer"]:
+    """A server of the tests' own, in a process that has its key and waits less between attempts."""
+    from chat_server import CANARY, ChatServer, running
+
+    monkeypatch.setattr("cutlm.posting.FIRST_WAIT", 0.01)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    with running(ChatServer()) as server:
+        yield server

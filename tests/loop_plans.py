@@ -2,12 +2,40 @@
 
 import contextlib
 import io
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tiny import save_tiny_model
+
 from cutlm.cli import main
 from cutlm.online.settings import read_plan
+
+RULES = '''
+"""A judge that minds the number of characters."""
+
+def judge(instruction, response):
+    return None if len(response) % 3 == 0 else f"{len(response)} characters are not a number that I like."
+
+def raising(instruction, response):
+    raise ValueError("no way")
+'''
+
+
+def make_workplace(folder: Path) -> Iterator[Path]:
+    """A folder with a model, instructions and a judge by rules, which can be imported as long as this is not over."""
+    save_tiny_model(folder / "base")
+    rows = [{"instruction": f"Name a city, number {index}."} for index in range(16)]
+    (folder / "instructions.json").write_text(json.dumps(rows))
+    (folder / "held_out.json").write_text(
+        json.dumps([{"instruction": f"Name a river, {index}."} for index in range(4)])
+    )
+    (folder / "characters.py").write_text(RULES)
+    sys.path.insert(0, str(folder))  # as PYTHONPATH has it for the commands
+    yield folder
+    sys.path.remove(str(folder))
 
 
 def make_settings(folder: Path, name: str, **further: Any) -> dict[str, Any]:

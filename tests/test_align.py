@@ -15,44 +15,19 @@ from typing import Any
 
 import pytest
 import yaml
-from loop_plans import make_plan, make_settings, run_here
+from loop_plans import make_plan, make_settings, make_workplace, run_here
 from safetensors.torch import load_file
-from tiny import save_tiny_model
 
-from cutlm.cli import main
 from cutlm.errors import ConfigError, UserError
 from cutlm.online.loop import Mark, collect_figures, list_places, read_mark, run_loop
 from cutlm.online.manifest import Manifest
 from cutlm.online.processes import lock_folder
-from cutlm.online.report import describe_seconds, draw, make_status, make_table, summarize
-from cutlm.online.settings import parse_options
-from cutlm.online.stages import StageFailed, WaitingForPerson, list_stages, make_pool
-
-RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "online").glob("*.yaml"))
-RULES = '''
-"""A judge that minds the number of characters."""
-
-def judge(instruction, response):
-    return None if len(response) % 3 == 0 else f"{len(response)} characters are not a number that I like."
-
-def raising(instruction, response):
-    raise ValueError("no way")
-'''
+from cutlm.online.runner import StageFailed
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("align")
-    save_tiny_model(folder / "base")
-    rows = [{"instruction": f"Name a city, number {index}."} for index in range(16)]
-    (folder / "instructions.json").write_text(json.dumps(rows))
-    (folder / "held_out.json").write_text(
-        json.dumps([{"instruction": f"Name a river, {index}."} for index in range(4)])
-    )
-    (folder / "characters.py").write_text(RULES)
-    sys.path.insert(0, str(folder))  # as PYTHONPATH has it for the commands
-    yield folder
-    sys.path.remove(str(folder))
+    yield from make_workplace(tmp_path_factory.mktemp("align"))
 
 
 def _run_in_a_fork(plan: Any, prepare: Callable[[], None]) -> int:
@@ -338,173 +313,6 @@ def test_a_moved_folder_goes_on(workplace: Path, uninterrupted: Any) -> None:
     assert _read_results(workplace / "moved") == _read_results(workplace / "uninterrupted")
 
 
-# Judges that fail, or take their time.
-
-
-@pytest.mark.parametrize(
-    ("judge", "advice"),
-    [
-        ("http --base_url http://x --judge_model m", "start again to ask for these alone, or raise max_missing$"),
-        ("local --judge_model m", r"\.jsonl says why; raise max_missing$"),  # it would say the same again
-    ],
-    ids=["http", "local"],
-)
-def test_too_many_missing_judgments_stop_it_and_are_asked_for_again(
-    workplace: Path, judge: str, advice: str, request: pytest.FixtureRequest
-) -> None:
-    name = f"missing-{request.node.callspec.id}"
-    plan = make_plan(workplace, name, judge=judge, num_iterations=1, eval_instructions="", max_missing=0.4)
-    num_missing = 3
-
-    def run(arguments: list[str], **kwargs: Any) -> int:
-        """A judge that has no answer for some."""
-        if arguments[0] != "judge":
-            return run_here(arguments, **kwargs)
-        responses, out = (Path(arguments[arguments.index(name) + 1]) for name in ("--responses", "--out"))
-        rows = [json.loads(line) | {"judgment": None} for line in responses.read_text().splitlines()]
-        out.write_text("".join(f"{json.dumps(row)}\n" for row in rows[num_missing + 1 :]))
-        failed = [json.dumps({"kind": "no answer"})] * num_missing + [json.dumps({"kind": "empty response"})]
-        Path(f"{out}.failures.jsonl").write_text("\n".join(failed) + "\n")
-        return 1
-
-    missing = "iteration 1, judge: 4 of 6 responses have no judgment, more than max_missing"
-    with pytest.raises(StageFailed, match=f"{missing}.*{advice}"):
-        run_loop(plan, run=run)
-    num_missing = 1
-    assert run_loop(plan, until=Mark(1, "judge"), run=run) is False
-    (row,) = collect_figures(plan)
-    assert row["stages"]["judge"]["figures"] == {
-        "num_judged": 4,
-        "num_satisfactory": 4,
-        "num_missing": 1,
-        "num_empty": 1,
-    }
-
-
-def test_a_command_that_fails_is_named_with_its_status(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    plan = make_plan(workplace, "raising", judge="rules --rules characters:raising", eval_instructions="")
-    with pytest.raises(StageFailed, match=r"^iteration 1, judge: cutlm judge ended with 2; what it said stands above"):
-        run_loop(plan, run=run_here)
-    assert "the rules raised ValueError: no way" in capfd.readouterr().err
-    assert "judge" not in Manifest(workplace / "raising" / "iteration-1").stages
-
-
-def test_a_person_may_judge(workplace: Path) -> None:
-    plan = make_plan(workplace, "human", num_iterations=1, eval_instructions="", judge="human")
-    with pytest.raises(WaitingForPerson) as waiting:
-        run_loop(plan, run=run_here)
-    assert waiting.value.todo.is_file()
-    with pytest.raises(StageFailed, match="cutlm judge ended with 2"):
-        run_loop(plan, run=run_here)
-    lines = Path(f"{workplace}/human/iteration-1/records.jsonl.todo.jsonl")
-    rows = [json.loads(line) | {"judgment": "It is gibberish."} for line in lines.read_text().splitlines()]
-    lines.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    assert run_loop(plan, until=Mark(1, "judge"), run=run_here) is False
-    assert all(
-        json.loads(line)["judgment"] == "It is gibberish."
-        for line in (workplace / "human" / "iteration-1" / "records.jsonl").read_text().splitlines()
-    )
-
-
-def test_responses_are_refined_where_the_objective_learns_from_that(workplace: Path) -> None:
-    further = {"num_iterations": 1, "eval_instructions": "", "objective": "ilf_mle", "detector": None}
-    plan = make_plan(workplace, "refined", **further)
-    assert list_stages(plan, 1) == ["sample", "generate", "judge", "refine", "train", "merge"]
-    assert run_loop(plan, run=run_here) is True
-    rows = (workplace / "refined" / "iteration-1" / "refined.jsonl").read_text().splitlines()
-    num_refined = sum("i_ans" in json.loads(row) for row in rows)
-    assert num_refined > 0
-    (row,) = collect_figures(plan)
-    assert row["stages"]["refine"]["figures"] == {"num_refined": num_refined}
-
-
-def test_a_command_of_the_users_evaluates(workplace: Path) -> None:
-    command = """test -d {model} && echo '{{"win_rate": 12.5, "note": "text"}}' > {out}""".replace("{{", "{").replace(
-        "}}", "}"
-    )
-    plan = make_plan(
-        workplace,
-        "evaluated",
-        num_iterations=1,
-        eval_instructions="",
-        eval_command=command,
-        use_peft=False,
-        detector="off",
-    )
-    assert list_stages(plan, 1) == ["sample", "generate", "judge", "train", "evaluate"]
-    assert run_loop(plan, run=run_here) is True
-    report = (workplace / "evaluated" / "report.md").read_text()
-    assert "held-out win rate" in report
-    assert [row["evaluation"] for row in json.loads((workplace / "evaluated" / "report.json").read_text())] == [
-        {"win_rate": 12.5},
-        {"win_rate": 12.5},
-    ]
-
-
-# Settings.
-
-
-def test_instructions_that_are_repeated_or_held_out_are_left_out(workplace: Path, tmp_path: Path) -> None:
-    rows = [
-        {"instruction": "a"},
-        {"instruction": "a", "input": "b"},
-        {"instruction": "a"},
-        {"instruction": "Name a river, 1."},
-    ]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    further = {"instructions": tmp_path / "rows.json", "num_iterations": 1, "num_instructions": 2}
-    pool = make_pool(make_plan(workplace, "pool", **further))
-    assert sorted(pool.rows, key=len) == [{"instruction": "a"}, {"instruction": "a", "input": "b"}]
-    assert (pool.num_repeated, pool.num_held_out) == (1, 1)
-    with pytest.raises(UserError, match=r"expected 3 .* got 2 \(1 repeated and 1 held-out ones left out\); give more"):
-        make_pool(make_plan(workplace, "pool", **(further | {"num_instructions": 3})))
-
-
-def test_all_bad_settings_are_named_at_once(workplace: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        make_plan(
-            workplace,
-            "bad",
-            instructions="",
-            num_iterations=0,
-            generate="--temprature 1",
-            judge="http --base_url x",
-            eval_judge="human",
-            eval_command="true",
-            server_command="vllm serve",
-            max_missing=1,
-            threshold=0.5,
-        )
-    text = str(caught.value)
-    for part in (
-        "instructions: expected a file of instructions, got none",
-        "num_iterations: expected a whole number of at least 1, got 0",
-        "generate: unknown arguments of cutlm generate: --temprature 1",
-        "judge: --judge http: expected --judge_model too, got none",
-        "eval_judge: expected a judge that answers at once, got human",
-        "eval_command: expected {model} and {out} in it, got 'true'",
-        "server_command: expected {model} in it, got 'vllm serve'",
-        "max_missing: expected a share from 0 to below 1, got 1.0",
-        "threshold: expected a number of at least 1",
-    ):
-        assert part in text
-
-
-@pytest.mark.parametrize(
-    ("command", "text", "message"),
-    [
-        ("generate", "--seed 1 --model x", "--seed, --model: given by the loop itself; leave it out"),
-        ("generate", "'", "expected options as on a command line"),
-        ("judge", "oracle", "invalid choice: 'oracle'"),
-        ("judge", "rules", "--judge rules: expected --rules too, got none"),
-    ],
-)
-def test_options_of_a_stage_are_checked_beforehand(command: str, text: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse_options(command, text)
-    assert message in str(caught.value)
-
-
 @pytest.mark.parametrize("text", ["3.judge", "merged", "x.judge", "0.judge", "9"])
 def test_a_stage_that_is_none_is_refused(workplace: Path, begun: Any, text: str) -> None:
     with pytest.raises(ConfigError, match=r"^--until: expected a stage, such as judge, or one of an iteration"):
@@ -517,68 +325,3 @@ def test_stages_are_named_by_themselves_with_their_iteration_or_by_it_alone(begu
     assert read_mark(begun, "--until", "2") == Mark(2, "evaluate")
     assert read_mark(begun, "--from", "2") == Mark(2, "sample")
     assert read_mark(begun, "--from", "0") == Mark(0, "evaluate")
-
-
-def test_a_filled_folder_is_not_taken(workplace: Path) -> None:
-    with pytest.raises(UserError, match=r"base is not empty and holds no align\.yaml; name another folder"):
-        run_loop(make_plan(workplace, "base"), run=run_here)
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_read(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["align", "--config", str(recipe), "--use_cpu", "--dry_run"]) == 0
-    resolved = yaml.safe_load(capsys.readouterr().out)
-    assert {"instructions", "judge", "threshold", "output_dir"} <= set(resolved)
-
-
-# The report.
-
-
-def test_the_table_shows_each_figure_where_it_is_known() -> None:
-    stages = {
-        "generate": {"num_responses": 1000, "num_empty": 2},
-        "judge": {"num_judged": 990, "num_satisfactory": 297, "num_missing": 8, "num_empty": 2},
-        "train": {"loss_start": 2.0, "loss_end": 1.5, "num_steps": 9, "flagged_share": 0.125},
-        "evaluate": {"share_satisfactory": 0.5, "num_judged": 10, "win_rate": 61.06},
-    }
-    known = {name: {"state": "done", "seconds": 1800.0, "figures": figures} for name, figures in stages.items()}
-    first = summarize({"iteration": 0, "stages": {"evaluate": {"state": "done", "seconds": 1.0, "figures": {}}}})
-    table = make_table([first, summarize({"iteration": 1, "stages": known})])
-    # 297 / 990 are satisfactory; 8 + 2 have no judgment; 4 x 1800 s are 2 h.
-    assert table.splitlines()[2:] == [
-        "| before |  |  |  |  |  |  |  | 1.0 s |",
-        "| 1 | 1,000 | 10 | 30.0% | 12.5% | 2.000 → 1.500 | 50.0% | 61.06 | 2 h 00 min |",
-    ]
-    assert table.splitlines()[0] == (
-        "| iteration | responses | no judgment | satisfactory | flagged tokens | loss | held-out satisfactory |"
-        " held-out win rate | time |"
-    )
-    status = make_status(
-        [{"iteration": 1, "stages": known | {"merge": {"state": "-", "seconds": None, "figures": {}}}}]
-    )
-    assert status.splitlines()[1].split() == ["1", *["done", "30", "min"] * 4, "-"]
-
-
-def test_the_picture_has_a_panel_for_each_figure_that_a_command_measured() -> None:
-    def draw_with(**evaluation: float) -> int:
-        trained = {"loss_start": 2.0, "loss_end": 1.5, "num_steps": 9, "flagged_share": 0.1}
-        stages = {
-            "judge": {"num_judged": 10, "num_satisfactory": 5, "num_missing": 0, "num_empty": 0},
-            "train": trained,
-            "evaluate": evaluation,
-        }
-        known = {name: {"state": "done", "seconds": 1.0, "figures": figures} for name, figures in stages.items()}
-        picture = draw([summarize({"iteration": number, "stages": known}) for number in (1, 2)])
-        assert picture is not None
-        return int.from_bytes(picture[20:24])  # the height, in a PNG's header
-
-    plain = draw_with()
-    assert draw_with(share_satisfactory=0.5) == plain  # a line in a panel that is there
-    assert draw_with(win_rate=50.0) == 2 * plain
-    assert draw_with(a=1.0, b=2.0, c=3.0, num_d=4.0) == 3 * plain
-
-
-def test_durations_are_said_in_words() -> None:
-    assert [describe_seconds(value) for value in (3.14, 99.9, 120, 5400, 6000)] == [
-        *("3.1 s", "99.9 s", "2 min", "90 min", "1 h 40 min"),
-    ]

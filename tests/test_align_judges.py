@@ -13,22 +13,20 @@ from typing import Any
 import pytest
 import yaml
 from chat_server import CANARY, ChatServer, Handler, make_completion, running
-from loop_plans import make_plan, make_settings, run_here
-from tiny import save_tiny_model
+from loop_plans import make_plan, make_settings, make_workplace, run_here
 
+from cutlm.online.judging import WaitingForPerson
 from cutlm.online.loop import Mark, collect_figures, run_loop
-from cutlm.online.stages import StageFailed
+from cutlm.online.manifest import Manifest
+from cutlm.online.runner import StageFailed
+from cutlm.online.stages import list_stages
 
 NUM_RESPONSES = 6
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("judges")
-    save_tiny_model(folder / "base")
-    rows = [{"instruction": f"Name a city, number {index}."} for index in range(16)]
-    (folder / "instructions.json").write_text(json.dumps(rows))
-    return folder
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield from make_workplace(tmp_path_factory.mktemp("judges"))
 
 
 @pytest.fixture
@@ -182,3 +180,103 @@ def test_where_a_judge_or_a_server_stands_may_change_and_what_it_is_asked_may_no
     prompt.write_text("{response} {instruction}")
     with pytest.raises(ValueError, match=r"^prompt_file of judge: this folder was begun with a file that held somethi"):
         run_loop(plan("http://b/v1", 2), until=Mark(1, "sample"), run=run_here)
+
+
+@pytest.mark.parametrize(
+    ("judge", "advice"),
+    [
+        ("http --base_url http://x --judge_model m", "start again to ask for these alone, or raise max_missing$"),
+        ("local --judge_model m", r"\.jsonl says why; raise max_missing$"),  # it would say the same again
+    ],
+    ids=["http", "local"],
+)
+def test_too_many_missing_judgments_stop_it_and_are_asked_for_again(
+    workplace: Path, judge: str, advice: str, request: pytest.FixtureRequest
+) -> None:
+    name = f"missing-{request.node.callspec.id}"
+    plan = make_plan(workplace, name, judge=judge, num_iterations=1, eval_instructions="", max_missing=0.4)
+    num_missing = 3
+
+    def run(arguments: list[str], **kwargs: Any) -> int:
+        """A judge that has no answer for some."""
+        if arguments[0] != "judge":
+            return run_here(arguments, **kwargs)
+        responses, out = (Path(arguments[arguments.index(name) + 1]) for name in ("--responses", "--out"))
+        rows = [json.loads(line) | {"judgment": None} for line in responses.read_text().splitlines()]
+        out.write_text("".join(f"{json.dumps(row)}\n" for row in rows[num_missing + 1 :]))
+        failed = [json.dumps({"kind": "no answer"})] * num_missing + [json.dumps({"kind": "empty response"})]
+        Path(f"{out}.failures.jsonl").write_text("\n".join(failed) + "\n")
+        return 1
+
+    missing = r"iteration 1, judge: 4 of 6 responses have no judgment \(1 of them are empty\), more than max_missing"
+    with pytest.raises(StageFailed, match=f"{missing}.*{advice}"):
+        run_loop(plan, run=run)
+    num_missing = 1
+    assert run_loop(plan, until=Mark(1, "judge"), run=run) is False
+    (row,) = collect_figures(plan)
+    assert row["stages"]["judge"]["figures"] == {
+        "num_judged": 4,
+        "num_satisfactory": 4,
+        "num_missing": 1,
+        "num_empty": 1,
+    }
+
+
+def test_a_command_that_fails_is_named_with_its_status(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(workplace, "raising", judge="rules --rules characters:raising", eval_instructions="")
+    with pytest.raises(StageFailed, match=r"^iteration 1, judge: cutlm judge ended with 2; what it said stands above"):
+        run_loop(plan, run=run_here)
+    assert "the rules raised ValueError: no way" in capfd.readouterr().err
+    assert "judge" not in Manifest(workplace / "raising" / "iteration-1").stages
+
+
+def test_a_person_may_judge(workplace: Path) -> None:
+    plan = make_plan(workplace, "human", num_iterations=1, eval_instructions="", judge="human")
+    with pytest.raises(WaitingForPerson) as waiting:
+        run_loop(plan, run=run_here)
+    assert waiting.value.todo.is_file()
+    with pytest.raises(StageFailed, match="cutlm judge ended with 2"):
+        run_loop(plan, run=run_here)
+    lines = Path(f"{workplace}/human/iteration-1/records.jsonl.todo.jsonl")
+    rows = [json.loads(line) | {"judgment": "It is gibberish."} for line in lines.read_text().splitlines()]
+    lines.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert run_loop(plan, until=Mark(1, "judge"), run=run_here) is False
+    assert all(
+        json.loads(line)["judgment"] == "It is gibberish."
+        for line in (workplace / "human" / "iteration-1" / "records.jsonl").read_text().splitlines()
+    )
+
+
+def test_responses_are_refined_where_the_objective_learns_from_that(workplace: Path) -> None:
+    further = {"num_iterations": 1, "eval_instructions": "", "objective": "ilf_mle", "detector": None}
+    plan = make_plan(workplace, "refined", **further)
+    assert list_stages(plan, 1) == ["sample", "generate", "judge", "refine", "train", "merge"]
+    assert run_loop(plan, run=run_here) is True
+    rows = (workplace / "refined" / "iteration-1" / "refined.jsonl").read_text().splitlines()
+    num_refined = sum("i_ans" in json.loads(row) for row in rows)
+    assert num_refined > 0
+    (row,) = collect_figures(plan)
+    assert row["stages"]["refine"]["figures"] == {"num_refined": num_refined}
+
+
+def test_a_command_of_the_users_evaluates(workplace: Path) -> None:
+    command = """test -d {model} && echo '{{"win_rate": 12.5, "note": "text"}}' > {out}""".replace("{{", "{").replace(
+        "}}", "}"
+    )
+    plan = make_plan(
+        workplace,
+        "evaluated",
+        num_iterations=1,
+        eval_instructions="",
+        eval_command=command,
+        use_peft=False,
+        detector="off",
+    )
+    assert list_stages(plan, 1) == ["sample", "generate", "judge", "train", "evaluate"]
+    assert run_loop(plan, run=run_here) is True
+    report = (workplace / "evaluated" / "report.md").read_text()
+    assert "held-out win rate" in report
+    assert [row["evaluation"] for row in json.loads((workplace / "evaluated" / "report.json").read_text())] == [
+        {"win_rate": 12.5},
+        {"win_rate": 12.5},
+    ]

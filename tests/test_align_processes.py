@@ -25,7 +25,7 @@ from cutlm.errors import DataError, UserError
 from cutlm.online.loop import Mark, run_loop
 from cutlm.online.manifest import Manifest
 from cutlm.online.processes import Interrupted, lock_folder, run_shell, serve
-from cutlm.online.stages import StageFailed
+from cutlm.online.runner import StageFailed
 
 # The shell stays, and the server is its child.
 SERVER = "cd . && {python} -m http.server {port} --bind 127.0.0.1 >/dev/null 2>&1 # {{model}}"
@@ -151,7 +151,6 @@ def test_half_a_file_of_figures_is_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "iteration-0"
     assert Manifest(folder).stages["evaluate"]["figures"] == {"win_rate": 2, "num_judged_by_me": 5}
     assert [path.name for path in (folder / "evaluation").iterdir()] == ["figures.json"]
-    # A figure that is called as ours are is one all the same.
     (row,) = json.loads((tmp_path / "run" / "report.json").read_text())
     assert row["evaluation"] == {"win_rate": 2, "num_judged_by_me": 5}
 

@@ -8,12 +8,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import CANARY, PASSING, Handler, ModelServer, running
+from chat_server import CANARY, COMMAND, PASSING, Handler, ModelServer, ask_to_wait, running
 from tiny import save_tiny_model
 
 import cutlm.posting as posting
@@ -31,14 +30,6 @@ RECORDS: list[dict[str, Any]] = [
     {"instruction": "Ask.", "output": "yes", "judgment": "No question."},
 ]
 NUM_REQUESTS = 2 * 3 + 2
-# In a process of its own: `from server` and the waiting are as in the real command.
-COMMAND = """
-import sys
-import cutlm.posting as posting
-posting.FIRST_WAIT = 0.01
-from cutlm.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +107,7 @@ def test_it_waits_as_long_as_the_server_asks(
     server: ModelServer, model: Path, data: Path, tmp_path: Path, is_date: bool
 ) -> None:
     times: list[float] = []
-
-    def fault(handler: Handler, number: int) -> bool:
-        times.append(time.monotonic())
-        if number == 0:
-            # A date has whole seconds.
-            handler.answer(429, {}, Retry_After=formatdate(time.time() + 2, usegmt=True) if is_date else "0.7")
-        return number == 0
-
-    server.fault = fault
+    server.fault = ask_to_wait(times, is_date=is_date)
     assert main(list_options(server, model, data, tmp_path / "out.jsonl", "--concurrency", "1")) == 0
     assert 0.7 <= times[1] - times[0] < 5
 

@@ -8,13 +8,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import CANARY, PASSING, ChatServer, Handler, drip, make_completion, pour, running
+from chat_server import (
+    CANARY,
+    COMMAND,
+    PASSING,
+    ChatServer,
+    Handler,
+    ask_to_wait,
+    drip,
+    make_completion,
+    pour,
+    running,
+)
 from tiny import save_tiny_model
 from transformers import AutoTokenizer
 
@@ -27,14 +36,6 @@ PROMPTS: list[dict[str, Any]] = [
     {"instruction": f"Name {index}.", "input": "Of <|im_end|> all." if index == 2 else "", "dataset": "d"}
     for index in range(NUM_PROMPTS)
 ]
-# In a process of its own: the waiting is as in the real command, only shorter.
-COMMAND = """
-import sys
-import cutlm.posting as posting
-posting.FIRST_WAIT = 0.01
-from cutlm.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def reply(prompt: str) -> str:
@@ -46,13 +47,9 @@ def read_number(prompt: str) -> int:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
-    monkeypatch.setattr(posting, "FIRST_WAIT", 0.01)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
-    with running(ChatServer()) as server:
-        server.reply = reply
-        yield server
+def server(server: ChatServer) -> ChatServer:
+    server.reply = reply
+    return server
 
 
 @pytest.fixture
@@ -144,15 +141,7 @@ def test_what_may_pass_is_asked_again(server: ChatServer, prompts: Path, tmp_pat
 @pytest.mark.parametrize("is_date", [False, True])
 def test_it_waits_as_long_as_the_server_asks(server: ChatServer, prompts: Path, tmp_path: Path, is_date: bool) -> None:
     times: list[float] = []
-
-    def fault(handler: Handler, number: int) -> bool:
-        times.append(time.monotonic())
-        if number == 0:
-            # A date has whole seconds.
-            handler.answer(429, {}, Retry_After=formatdate(time.time() + 2, usegmt=True) if is_date else "0.7")
-        return number == 0
-
-    server.fault = fault
+    server.fault = ask_to_wait(times, is_date=is_date)
     assert main(list_options(server, prompts, tmp_path / "out.json", "--concurrency", "1")) == 0
     assert 0.7 <= times[1] - times[0] < 5
 

@@ -72,6 +72,12 @@ def test_the_wheel_holds_all_that_is_needed_and_no_more(wheel: Path) -> None:
     assert "License-Expression: Apache-2.0" in metadata
 
 
+def test_the_tables_of_speed_are_those_of_the_results() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "report.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import sys, cutlm; dir(cutlm); assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
