@@ -103,6 +103,8 @@ def draw_head(figure: Any, results: dict[str, Any]) -> None:
 
 def draw_scaling(figure: Any, results: dict[str, Any]) -> None:
     """Seconds over each size, on logarithmic axes."""
+    from matplotlib.ticker import LogLocator
+
     growing = list(dict.fromkeys(name.split()[1] for name in results["results"]))
     for axes, name in zip(figure.subplots(1, len(growing)), growing, strict=True):
         for number, kind in enumerate(("cutlm", "floor")):
@@ -114,9 +116,11 @@ def draw_scaling(figure: Any, results: dict[str, Any]) -> None:
             _draw_line(axes, list(known), list(known.values()), kind, number)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()
         axes.set_xticks(list(known), list(map(str, known)))
-        axes.set_title(f"Seconds by {name}", loc="left", fontweight="bold")
+        axes.set_title(f"Seconds by {name.replace('_', ' ')}", loc="left", fontweight="bold")
         axes.legend(frameon=False)
 
 
