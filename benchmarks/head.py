@@ -57,7 +57,8 @@ def _score(args: argparse.Namespace) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     torch.manual_seed(0)
-    weight = torch.randn(int(vocab_size), args.width, device=device, dtype=dtype) * args.width**-0.5
+    # In place: a second copy, gone by then, would hide as much of the peak.
+    weight = torch.randn(int(vocab_size), args.width, device=device, dtype=dtype).mul_(args.width**-0.5)
     hidden = torch.randn(args.num_positions, args.width, device=device, dtype=dtype, requires_grad=True)
     targets = torch.randint(int(vocab_size), (args.num_positions,), device=device)
     slopes = torch.linspace(-1, 1, args.num_positions, device=device)
