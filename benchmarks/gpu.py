@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--num_records", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--large_vocabulary", action="store_true")
+    parser.add_argument("--torch_compile", action="store_true", help="compile all but released style")
     parser.add_argument("--json", metavar="FILE", help="write the results here, too")
     args = parser.parse_args()
     import torch
@@ -50,6 +51,7 @@ def main() -> None:
             options += [f"--num_records={args.num_records}", f"--batch_size={args.batch_size}", "--bf16", "--repeats=1"]
             options += ["--activation_checkpointing"] * is_checkpointing
             options += ["--num_tokens=4096"] * args.large_vocabulary
+            options += ["--torch_compile"] * args.torch_compile
             for variant in args.variants:
                 result = run(options, variant)
                 results.append({"shape": name, "variant": variant, "checkpointing": is_checkpointing} | result)

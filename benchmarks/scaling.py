@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--activation_checkpointing", action="store_true")
+    parser.set_defaults(torch_compile=False)
     add_shape_arguments(parser)
     add_run_arguments(parser, num_repeats=3)
     args = parser.parse_args()

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--num_judgment", type=int, default=60, help="of a judgment (default: 60)")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--activation_checkpointing", action="store_true")
+    parser.set_defaults(torch_compile=False)
     add_shape_arguments(parser)
     add_run_arguments(parser, num_repeats=3)
     args = parser.parse_args()

@@ -52,6 +52,11 @@ def main() -> None:
     parser.add_argument("--num_tokens", type=int, help="of every record, made up (default: as they come)")
     parser.add_argument("--bf16", action="store_true", help="by autocast; on a GPU the weights, too")
     parser.add_argument("--activation_checkpointing", action="store_true")
+    parser.add_argument(
+        "--torch_compile",
+        action="store_true",
+        help="compile all but released style, in a first round that is not timed",
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     add_shape_arguments(parser)
     parser.add_argument(
@@ -201,12 +206,16 @@ def make_settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "disable_tqdm": True,
         "bf16": args.bf16,
         "activation_checkpointing": args.activation_checkpointing,
+        "torch_compile": args.torch_compile,
         "use_cpu": not torch.cuda.is_available(),
         "seed": 0,
     }
 
 
 def time_trainer(trainer: Any) -> dict[str, Any]:
+    if trainer.args.torch_compile:
+        trainer.train()
+        trainer.state.log_history.clear()
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began  # the last line of the log has waited for the GPU
@@ -322,11 +331,16 @@ def _pad(prompts: Sequence[list[int]], rows: Sequence[dict[str, Any]], device: A
 
 def run_floor(args: argparse.Namespace) -> dict[str, Any]:
     from cutlm.collator import CutCollator
+    from cutlm.model import compile_layers
 
     tokenizer, records, model = _load(args)
     rows = _encode(args, tokenizer, records)
     batches = [CutCollator()(rows[start : start + args.batch_size]) for start in range(0, len(rows), args.batch_size)]
-    return time_loop(args, adapt(model, args), batches, find_floor)
+    adapted = adapt(model, args)
+    if args.torch_compile:
+        compile_layers(adapted)
+        time_loop(args, adapted, batches, find_floor)
+    return time_loop(args, adapted, batches, find_floor)
 
 
 def find_floor(model: Any, batch: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What each process of `test_fsdp.py` runs, started by torchrun: CUT on weights that FSDP2 spreads over processes.
+"""What each process of `test_scale.py` runs, started by torchrun: CUT on weights that FSDP2 spreads over processes.
 
 Every process compares its loss and gradients with those of the whole model over the records of all processes.
 """
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from cutlm.batch_loss import compute_batch_loss
 from cutlm.collator import CutCollator, count_batch
 from cutlm.config import CUTConfig
-from cutlm.model import unwrap_peft
+from cutlm.model import compile_layers, unwrap_peft
 from cutlm.objectives import combine_parts
 from cutlm.passes import Passes, run_inside, score_batch
 
@@ -44,7 +44,7 @@ def make(kind: str) -> nn.Module:
     model = make_model(VOCAB_SIZE, tie_word_embeddings=kind == "tied").train()
     if kind == "checkpointed":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if kind != "lora":
+    if kind not in ("lora", "compiled"):
         return model
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj", "down_proj"], task_type="CAUSAL_LM"))
@@ -97,7 +97,10 @@ def compare(kind: str, layout: str, passes: Passes) -> None:
     every_row = list(itertools.chain(*RECORDS_OF_RANKS))
     counts = count_batch(collate(every_row), "token")
     whole = make(kind)
-    sharded = shard(copy.deepcopy(whole), layout)
+    inner = copy.deepcopy(whole)
+    if kind == "compiled":
+        compile_layers(inner, backend="aot_eager")
+    sharded = shard(inner, layout)
     for needs_judged_grad in (True, False):  # two steps: what the first leaves behind must not harm the second
         want = find_loss(whole, every_row, counts, Passes(), needs_judged_grad)
         want.backward()
@@ -123,6 +126,8 @@ if __name__ == "__main__":
         for layout in ("root", "head apart", "accelerate"):
             if (kind, layout) == ("tied", "head apart"):
                 continue  # torch refuses one weight in two groups
+            if kind == "compiled" and layout != "accelerate":
+                continue  # it takes long
             for is_sharing in (False, True):
                 compare(kind, layout, Passes(is_single=True, is_sharing=is_sharing))
     dist.destroy_process_group()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig
+from safetensors import safe_open
 from tiny import make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -277,6 +278,45 @@ def test_recomputing_activations_changes_no_gradient_but_runs_the_layers_again(t
     assert num_calls == [3, 6]
     assert gradients[0].norm() > 0
     assert torch.allclose(gradients[0], gradients[1], atol=1e-7)
+
+
+def test_compiled_layers_take_the_same_steps_and_are_saved_under_the_same_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    start = list(range(3, 23))
+    sharing = {"prompt_ids": [*start, 1], "judged_prompt_ids": [*start, 2, 4], "response_ids": [7, 2]}
+    trajectories, names = [], []
+    for is_compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        # This back end needs no compiler of C++; what is traced is the same.
+        compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if is_compiled else {}
+        trainer = CUTTrainer(
+            make_model(32),
+            _config(tmp_path, max_steps=3, learning_rate=1e-2, activation_checkpointing=True, **compiled),
+            [JUDGED, SATISFACTORY, sharing] * 2,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["down_proj"], lora_dropout=0.0),
+        )
+        trainer.train()
+        assert bool(counters["stats"]["unique_graphs"]) == is_compiled
+        trajectories.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        trainer.save_model()
+        with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+            names.append(sorted(file.keys()))
+    assert trajectories[1] == pytest.approx(trajectories[0], rel=1e-5)
+    assert trajectories[0][-1] < trajectories[0][0]
+    assert names[0] == names[1]
+
+
+def test_a_model_that_does_not_name_its_layers_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(32)
+    monkeypatch.setattr(model, "_no_split_modules", None)
+    with pytest.raises(ConfigError, match=r"^torch_compile: LlamaForCausalLM does not say which of its modules are"):
+        CUTTrainer(model, _config(tmp_path, torch_compile=True), [JUDGED])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "qwen3", "opt", "gpt_neox", "mistral", "phi"])

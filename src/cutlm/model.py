@@ -1,4 +1,4 @@
-"""Models: load, quantize, adapt with LoRA.
+"""Models: load, quantize, adapt with LoRA, compile.
 
 Running them over a micro-batch is left to `cutlm.passes`, training to `cutlm.trainer`, generating to
 `cutlm.generation`.
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
+# A compiled layer is made anew for one row or several, with a mask or none, gradients or none, dropout or none, and for
+# an input that needs a gradient or not; torch gives up compiling after 8.
+_MOST_COMPILED = 32
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -138,6 +141,34 @@ def check_lora_targets(model: nn.Module, config: "PeftConfig") -> None:
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:
     """The `transformers` model inside a PEFT model, adapter layers in place; any other model as it is."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def compile_layers(model: nn.Module, backend: str | None = None, mode: str | None = None) -> None:
+    """Compiles each decoder layer in place, for sequences of any length.
+
+    Layers run from whichever forward pass they are called; the model's own, which the Trainer would compile, is not
+    run by `cutlm.passes`. They are compiled when they first run, once for all of them.
+
+    Args:
+        model: A causal language model, bare or with an adapter.
+        backend: As of `torch.compile`; None for its default.
+        mode: Likewise.
+
+    Raises:
+        ConfigError: The model does not say which of its modules are layers.
+    """
+    language_model = unwrap_peft(model)
+    names = set(language_model._no_split_modules or ())
+    layers = [module for module in language_model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ConfigError(
+            f"torch_compile: {type(language_model).__name__} does not say which of its modules are layers"
+            " (_no_split_modules); train it without"
+        )
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_COMPILED)
+    for layer in layers:
+        layer.compile(dynamic=True, backend=backend or "inductor", mode=mode)
 
 
 def is_adapter_folder(path: str | Path) -> bool:

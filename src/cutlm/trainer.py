@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler
@@ -27,7 +28,7 @@ from cutlm.batch_loss import compute_batch_loss
 from cutlm.collator import CutCollator, count_batch, find_non_finite, split_batch
 from cutlm.config import CUTConfig
 from cutlm.errors import ConfigError, DataError, NonFiniteError
-from cutlm.model import check_lora_targets, load_model
+from cutlm.model import check_lora_targets, compile_layers, load_model
 from cutlm.objectives import combine_parts
 from cutlm.passes import count_busy_tokens, run_inside, score_batch
 from cutlm.preparation import (
@@ -167,6 +168,11 @@ class CUTTrainer(SafeTrainer):
         if self.is_fsdp_enabled:
             _keep_log_probs_exact(self.accelerator.state.fsdp_plugin)
         self._passes = choose_passes(model, is_sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+        if args.torch_compile:
+            self.accelerator.state.dynamo_plugin.backend = (
+                DynamoBackend.NO
+            )  # it would compile a forward that is not run
+            compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
         self._max_tokens = args.max_tokens_per_batch or count_busy_tokens(args.device)
         self._tally = Tally(args.device)
         self._eval_tally: Tally | None = None
