@@ -154,6 +154,14 @@ def test_a_shared_beginning_is_run_once(model: nn.Module) -> None:
     assert count_passes(model, lambda: score_batch(model, batch)) == [4 * 44, 3]
 
 
+def test_rows_under_a_mask_are_kept_shorter_than_others(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = collate(TWO_TREES)
+    monkeypatch.setattr("cutlm.passes.count_busy_tokens", lambda device: 16384)
+    monkeypatch.setattr("cutlm.passes._MOST_MASKED", 50)
+    # The two trees of 47 and 42 tokens no longer go together; the third record is no tree.
+    assert count_passes(model, lambda: score_batch(model, batch, passes=SHARING)) == [47, 42, 3]
+
+
 def test_a_beginning_that_is_a_small_part_is_not_shared(model: nn.Module) -> None:
     # 10 tokens of 50 and 50, of which a tree has 90: a tenth less.
     batch = collate([make_row([*range(10), *[7] * 38], [*range(10), *[8] * 38], [1, 2, 3])])

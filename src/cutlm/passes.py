@@ -25,6 +25,8 @@ from cutlm.model import unwrap_peft
 _MAX_PADDING = 1 / 8
 # A mask costs attention to all places of a row. Below this share of both sequences, a common beginning is not worth it.
 _LEAST_SHARED = 1 / 5
+# Under a mask attention looks at all places of a row: in a longer one company costs more than it brings.
+_MOST_MASKED = 4096
 # Kinds of attention that take any mask.
 MASKED_KINDS = ("sdpa", "eager")
 
@@ -166,7 +168,7 @@ def _plan_passes(batch: Mapping[str, Any], passes: Passes, needs_judged_grad: bo
     if passes.is_single:
         yield _Pass([*trees, *alone], passes.is_packed or passes.is_sharing, True)
         return
-    for group in _cut_rows(trees, limit):
+    for group in _cut_rows(trees, min(limit, _MOST_MASKED)):
         yield _Pass(group, True, True)
     judged = range(num_judged, 2 * num_judged)
     unlearned = [tree for tree in alone if is_split and tree.indices[0] in judged]
