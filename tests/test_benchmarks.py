@@ -1,0 +1,104 @@
+"""The benchmarks run, and say what they are asked for. What they measure here is of no meaning: the models are tiny."""
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SHAPE = {"vocab_size": 1000, "num_layers": 1, "width": 32, "num_heads": 2, "mlp_width": 64}
+OPTIONS = [f"--{name}={value}" for name, value in SHAPE.items()]
+
+
+Load = Callable[..., Any]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Imports a script of benchmarks/, which stand beside each other and are no package."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def import_script(name: str, *options: str) -> Any:
+        monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / f"{name}.py"), *options])
+        return __import__(name)
+
+    return import_script
+
+
+def test_the_training_step_is_compared_with_every_other(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results.json"
+    train_step = load("train_step", *OPTIONS, "--num_records=3", "--repeats=1", f"--json={out}")
+    options = sys.argv
+
+    def run_here(variant: str, folder: str) -> Any:
+        """As `run_alone`, without a process that would spend its time on imports."""
+        monkeypatch.setattr(sys, "argv", [*options, "--variant", variant, "--folder", folder])
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            train_step.main()
+        return json.loads(printed.getvalue().splitlines()[-1])
+
+    monkeypatch.setattr("measuring.run_alone", run_here)
+    train_step.main()
+    known = json.loads(out.read_text())
+    variants = ["released", "cutlm", "frozen", "floor", "dpo", "sft"]
+    assert [row["variant"] for row in known["rows"]] == variants
+    seconds = {name: known["results"][name]["seconds"] for name in variants}
+    assert known["speedup_over_released_style"] == pytest.approx(seconds["released"] / seconds["cutlm"])
+    assert known["time_over_floor"] == pytest.approx(seconds["cutlm"] / seconds["floor"])
+    assert known["time_over_trl_dpo"] == pytest.approx(seconds["cutlm"] / seconds["dpo"])
+    assert known["time_over_trl_sft"] == pytest.approx(seconds["cutlm"] / seconds["sft"])
+    peaks = {name: known["results"][name]["peak"] for name in variants}
+    assert known["memory_ratio_over_released_style"] == pytest.approx(peaks["released"] / peaks["cutlm"])
+    # One and the same loss, whichever way it is taken.
+    first = {name: known["results"][name]["first_loss"] for name in variants}
+    assert first["cutlm"] == pytest.approx(first["released"], abs=1e-4)
+    assert "| cutlm |" in capsys.readouterr().out
+
+
+def test_a_gpu_is_measured_by_the_variants_of_the_training_step(load: Load) -> None:
+    gpu = load("gpu")
+    result = gpu.run([*OPTIONS, "--num_records=2", "--batch_size=2", "--bf16", "--repeats=1"], "frozen")
+    assert result["seconds"] > 0
+    assert result["num_tokens"] > result["num_response_tokens"] > 0
+    assert gpu.run(["--num_records=nothing"], "frozen") == {"failed": "ended with 2"}
+
+
+def test_work_on_a_gpu_is_told_as_a_share_of_its_matrix_rate(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results.json"
+    gpu = load("gpu", "--variants", "cutlm", "--shapes", "tiny", f"--json={out}")
+    # What needs a GPU is left out: its name, its rate, and the measuring.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(gpu, "measure_rate", lambda: 1e9)
+    monkeypatch.setattr(gpu, "SHAPES", {"tiny": SHAPE})
+    found = {"seconds": 0.5, "peak": 3e9, "num_tokens": 2000, "num_response_tokens": 1000}
+    runs = []
+    monkeypatch.setattr(gpu, "run", lambda options, variant: runs.append((options, variant)) or found)
+    gpu.main()
+    assert [("--activation_checkpointing" in options, variant) for options, variant in runs] == [
+        (False, "cutlm"),
+        (True, "cutlm"),
+    ]
+    # Weights: 4 * 32 * 32 + 3 * 32 * 64 = 10,240 in the one layer, 1000 * 32 = 32,000 in the head. Without
+    # checkpointing 2 * (2 * 10,240 * 2000 + 2 * 32,000 * 1000) = 209,920,000 operations in half a second.
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["tokens a second"] for row in rows] == [4000, 4000]
+    assert rows[0]["of the matrix rate"] == pytest.approx(0.41984)
+    assert rows[1]["of the matrix rate"] == pytest.approx(0.41984 + 2 * 10_240 * 2000 / 0.5 / 1e9)
+    assert [row["peak GB"] for row in rows] == [3, 3]
+
+
+@pytest.mark.parametrize("kind", ["ours", "products", "dense", "torch"])
+def test_every_head_is_measured(load: Load, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    load("head", "--num_positions=20", "--width=8", f"--variant={kind} 300").main()
+    assert set(json.loads(capsys.readouterr().out)) == {"seconds", "peak"}
