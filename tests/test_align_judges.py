@@ -126,6 +126,21 @@ def test_killed_while_it_judges_it_pays_for_no_judgment_twice(workplace: Path, s
     assert row["stages"]["judge"]["figures"]["num_judged"] == NUM_RESPONSES
 
 
+def test_a_cap_is_one_for_all_iterations_and_nothing_is_paid_for_twice(workplace: Path, server: ChatServer) -> None:
+    def plan(cap: int) -> Any:
+        settings = _judged_by(server, num_iterations=2, max_steps=1)
+        return make_plan(workplace, "capped", **settings | {"judge": f"{settings['judge']} --max_requests {cap}"})
+
+    with pytest.raises(StageFailed, match=f"^iteration 2, judge: 4 of {NUM_RESPONSES} responses have no judgment"):
+        run_loop(plan(8), run=run_here)
+    assert len(server.requests) == 8
+    # What an earlier iteration paid for is had for nothing, though its records are made anew.
+    assert run_loop(plan(8), start=Mark(1, "judge"), until=Mark(1, "judge"), run=run_here) is False
+    assert len(server.requests) == 8
+    assert run_loop(plan(12), run=run_here) is True
+    assert len(server.requests) <= 12
+
+
 def test_records_and_failures_of_two_runs_are_not_taken_for_one(workplace: Path, server: ChatServer) -> None:
     plan = make_plan(workplace, "two", **_judged_by(server, max_missing=0.1))
 

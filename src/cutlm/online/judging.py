@@ -27,8 +27,15 @@ class WaitingForPerson(Exception):
         self.todo = todo
 
 
-def ask_judge(plan: Plan, runner: Runner, judge: str, responses: Path) -> dict[str, Any]:
+def ask_judge(plan: Plan, runner: Runner, judge: str, responses: Path, cache: str = "judge") -> dict[str, Any]:
     """Judges responses into `records.jsonl` beside them.
+
+    Args:
+        plan: The loop's.
+        runner: Runs the command.
+        judge: Who judges, and how, as `cutlm judge` takes it after `--judge`.
+        responses: What is judged.
+        cache: Name of what is kept of a paid judge's answers, one for all iterations: so caps are of them all.
 
     Returns:
         Counts of what is said.
@@ -38,6 +45,8 @@ def ask_judge(plan: Plan, runner: Runner, judge: str, responses: Path) -> dict[s
     counts = count_records(records, num_responses)
     if counts is None or _is_too_few(counts, plan.arguments.max_missing):
         arguments = ["judge", "--responses", str(responses), "--out", str(records), "--judge", *shlex.split(judge)]
+        if judge.split()[0] == "http" and not any(part.partition("=")[0] == "--cache" for part in arguments):
+            arguments += ["--cache", str(plan.folder / f"{cache}.cache.sqlite")]
         arguments += ["--overwrite"] * records.exists()
         todo = _find_todo(records) if judge.split()[0] == "human" else None
         arguments += ["--todo", str(todo)] if todo else []

@@ -275,8 +275,10 @@ def _evaluate(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
         # The same for every model: what differs between iterations is then the model alone.
         greedy = ("--temperature", "0", "--num_samples", "1")
         _answer(plan, runner, place.new_model, held_out, responses, plan.seed, *greedy)
-        judge = plan.arguments.eval_judge or str(plan.arguments.judge)
-        counts = ask_judge(plan, runner, judge, responses)
+        if plan.arguments.eval_judge:
+            counts = ask_judge(plan, runner, plan.arguments.eval_judge, responses, cache="eval_judge")
+        else:
+            counts = ask_judge(plan, runner, str(plan.arguments.judge), responses)
         figures |= counts | {"share_satisfactory": counts["num_satisfactory"] / max(1, counts["num_judged"])}
     if plan.arguments.eval_command:
         out = folder / "figures.json"
@@ -323,10 +325,10 @@ def _read_figures(path: Path) -> dict[str, float]:
 
 
 def list_remains(plan: Plan, place: Place, stage: str) -> list[Path]:
-    """What a stage leaves, the cache of judgments aside: its outputs, and what it goes on with where it did not end."""
+    """What a stage leaves: its outputs, and what it goes on with where it did not end."""
     if stage == "evaluate":
         # A command of the user's may keep more there, and it is of this model.
-        return [path for path in sorted(place.folder.glob("evaluation/*")) if ".cache.sqlite" not in path.name]
+        return sorted(place.folder.glob("evaluation/*"))
     outputs = list_outputs(plan, place, stage)
     if stage == "generate":  # these would be lists of other responses
         outputs += [place.folder / f"records.jsonl.todo.{kind}" for kind in ("csv", "jsonl")]
