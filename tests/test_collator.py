@@ -207,7 +207,7 @@ def test_a_satisfactory_record_costs_one_forward_pass_and_an_unsatisfactory_one_
 @given(st.lists(st.integers(1, 3000), max_size=40), st.integers(1, 2000))
 def test_groups_hold_every_sequence_once_within_the_limit_and_with_little_padding(lengths, limit):
     trees = [Tree((index,), 0, length) for index, length in enumerate(lengths)]
-    groups = [[tree.indices[0] for tree in group] for group in _group_by_length(trees, limit)]
+    groups = [[tree.indices[0] for tree in group] for group in _group_by_length(trees, limit, lengths)]
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     for group in groups:
         padded = len(group) * max(lengths[index] for index in group)

@@ -1,6 +1,7 @@
 """The layouts of the passes through a model: whatever goes together, a record gets what it has alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     BloomConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -24,11 +26,12 @@ from transformers import (
 )
 
 from cutlm.collator import CutCollator
-from cutlm.passes import PLAIN, Passes, score_batch
+from cutlm.passes import PLAIN, Passes, Tree, _group_by_length, score_batch
 from cutlm.probes import choose_passes
 
 VOCAB_SIZE = 50
 SHARING = Passes(is_sharing=True)
+LENDING = Passes(is_lending=True)
 SINGLE = Passes(is_single=True)
 SINGLE_ROW = Passes(is_sharing=True, is_single=True)
 SHAPE: dict[str, Any] = {
@@ -97,7 +100,7 @@ def assert_same_gradients(got: list[Tensor], want: list[Tensor]) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=batches, passes=st.sampled_from([SHARING, SINGLE, SINGLE_ROW]))
+@given(rows=batches, passes=st.sampled_from([SHARING, LENDING, SINGLE, SINGLE_ROW]))
 def test_every_layout_gives_the_log_probs_of_passes_apart(model: nn.Module, rows: Any, passes: Passes) -> None:
     batch = collate(rows)
     with torch.no_grad():
@@ -105,7 +108,7 @@ def test_every_layout_gives_the_log_probs_of_passes_apart(model: nn.Module, rows
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("passes", [SHARING, SINGLE, SINGLE_ROW])
+@pytest.mark.parametrize("passes", [SHARING, LENDING, SINGLE, SINGLE_ROW])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_every_layout_gives_the_gradients_of_passes_apart(passes: Passes, attention: str) -> None:
     model = make_model(VOCAB_SIZE)
@@ -122,7 +125,7 @@ def test_checkpointed_activations_change_nothing() -> None:
     assert_same_gradients(find_gradients(model, batch, SHARING), want)
 
 
-@pytest.mark.parametrize("passes", [PLAIN, SHARING])
+@pytest.mark.parametrize("passes", [PLAIN, SHARING, LENDING])
 def test_passes_over_very_long_records_are_made_again_with_the_same_dropout(passes: Passes) -> None:
     model = get_peft_model(make_model(VOCAB_SIZE), LoraConfig(lora_dropout=0.5, target_modules=["up_proj"]))
     # Weights of B are 0 at first, and so would be the gradients of A, whose input is dropped out.
@@ -138,7 +141,8 @@ def test_passes_over_very_long_records_are_made_again_with_the_same_dropout(pass
             model.get_base_model(),
             lambda max_tokens=max_tokens: gradients.append(find_gradients(model, batch, passes, max_tokens=max_tokens)),
         )
-        assert len(sizes) == (3 if max_tokens == 10 else 2), "all but the last once more"
+        num_first = 2 if passes == LENDING else 1
+        assert len(sizes) == num_first * (2 if max_tokens == 10 else 1) + 1, "all but the last once more"
     for again in gradients[1:]:
         assert_same_gradients(again, gradients[0])
 
@@ -160,6 +164,49 @@ def test_rows_under_a_mask_are_kept_shorter_than_others(model: nn.Module, monkey
     monkeypatch.setattr("cutlm.passes._MOST_MASKED", 50)
     # The two trees of 47 and 42 tokens no longer go together; the third record is no tree.
     assert count_passes(model, lambda: score_batch(model, batch, passes=SHARING)) == [47, 42, 3]
+
+
+def test_a_shared_beginning_is_lent_to_what_follows_it(model: nn.Module) -> None:
+    batch = collate(TWO_TREES)
+    sizes = count_passes(model, lambda: score_batch(model, batch, passes=LENDING))
+    # Plain contexts of 40 + 1 + 2 and 40 + 1 tokens, the second padded; of their own, judged ones have 2 + 2 and 1. The
+    # third record by itself.
+    assert sizes == [2 * 43, 2 * 4, 3]
+    assert sum(sizes) < 4 * 44
+
+
+def test_what_is_lent_and_not_learned_from_costs_a_way_forward(model: nn.Module) -> None:
+    batch = collate([make_row([*LONG, 1], [*LONG, *[2] * 9], [3])])
+    grads: list[bool] = []
+    hook = model.base_model.register_forward_hook(  # type: ignore[operator]
+        lambda module, args, output: grads.append(output.last_hidden_state.requires_grad)
+    )
+    score_batch(model, batch, passes=LENDING, needs_judged_grad=False)
+    hook.remove()
+    assert grads == [True, False]
+
+
+def test_trees_are_grouped_by_the_lengths_of_both_parts() -> None:
+    # All have 100 tokens: 90 and 10 of their own, or 10 and 90. Padded together they would be of 90 + 90.
+    trees = [Tree((0, 1), 0, 100), Tree((2, 3), 0, 100), Tree((4, 5), 0, 100)]
+    groups = list(_group_by_length(trees, 1000, [90, 0, 10, 0, 90, 0]))
+    assert sorted(len(group) for group in groups) == [1, 1, 1]
+    assert len(list(_group_by_length(trees, 1000, [90, 0, 90, 0, 90, 0]))) == 1
+
+
+def test_positions_that_depend_on_the_length_of_the_input_do_not_depend_on_company() -> None:
+    rope = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 36}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = make_model(VOCAB_SIZE, max_position_embeddings=144, rope_parameters=rope, num_attention_heads=4)
+    passes = choose_passes(model)
+    assert passes == Passes(unpadded_beyond=36)
+    rows = [make_row(LONG[:length], None, [1, 2, 3]) for length in (32, 33, 34, 35, 37, 37)]
+    rows.insert(0, make_row(LONG[:32], [*LONG[:31], *LONG[:9]], [1, 2, 3]))
+    with torch.no_grad():
+        got = score_batch(model, collate(rows), passes=passes)
+        alone = [score_batch(model, collate([row]), passes=passes) for row in rows]
+        assert (score_batch(model, collate(rows)) - got).abs().max() > 0.1, "padded, they do"
+    torch.testing.assert_close(got, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
 def test_a_beginning_that_is_a_small_part_is_not_shared(model: nn.Module) -> None:
@@ -190,7 +237,7 @@ def test_under_sharding_a_batch_is_one_pass_whatever_is_in_it(model: nn.Module) 
                 assert len(sizes) == 1
 
 
-@pytest.mark.parametrize("passes", [SHARING, SINGLE, SINGLE_ROW])
+@pytest.mark.parametrize("passes", [SHARING, LENDING, SINGLE, SINGLE_ROW])
 def test_nothing_flows_back_through_a_context_from_which_nothing_is_learned(passes: Passes) -> None:
     model, batch = make_model(VOCAB_SIZE), collate(TWO_TREES)
     want = find_gradients(model, batch, PLAIN, needs_judged_grad=False)
@@ -237,17 +284,23 @@ def test_sequences_in_one_row_are_kept_apart_by_attention_of_variable_length() -
     assert_same_gradients(find_gradients(model, batch, passes), want)
 
 
+GPT_NEO = [[["global", "local"], 1]]
+EITHER = Passes(is_sharing=True, is_lending=True)
 CHOICES: dict[str, tuple[Any, Passes]] = {
-    "LLaMA": (LlamaConfig(**SHAPE), SHARING),
-    "LLaMA, eager": (LlamaConfig(**SHAPE, attn_implementation="eager"), SHARING),
-    "Qwen 3": (Qwen3Config(**SHAPE, head_dim=8), SHARING),
-    "GPT-2": (GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4), SHARING),
+    "LLaMA": (LlamaConfig(**SHAPE), EITHER),
+    "LLaMA, eager": (LlamaConfig(**SHAPE, attn_implementation="eager"), EITHER),
+    "Qwen 3": (Qwen3Config(**SHAPE, head_dim=8), EITHER),
+    "GPT-2": (GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4), EITHER),
+    "GPT-Neo": (
+        GPTNeoConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_layers=2, num_heads=4, attention_types=GPT_NEO),
+        PLAIN,
+    ),
     "Mistral with a window": (MistralConfig(**SHAPE, sliding_window=4), PLAIN),
-    "Mistral without": (MistralConfig(**SHAPE, sliding_window=None), SHARING),
+    "Mistral without": (MistralConfig(**SHAPE, sliding_window=None), EITHER),
     "Gemma 3": (Gemma3TextConfig(**SHAPE, head_dim=8), PLAIN),
     "a model whose positions are no ids": (
         BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4),
-        PLAIN,
+        LENDING,
     ),
     "a recurrent model": (MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2), PLAIN),
 }
@@ -258,6 +311,7 @@ def test_a_layout_is_taken_only_where_the_model_bears_it(name: str) -> None:
     config, expected = CHOICES[name]
     model = AutoModelForCausalLM.from_config(config).train()
     assert choose_passes(model) == expected
+    assert choose_passes(model, can_lend=False) == replace(expected, is_lending=False)
     assert all(module.training for module in model.modules()), "left as it was"
     batch = collate(TWO_TREES)
     model.eval()

@@ -1,10 +1,10 @@
 """The passes of a micro-batch through a model: each token once, next to no padding, and the head where it counts.
 
-Sequences go through the body in one of three layouts, whichever the model and the machine have:
+Sequences go through the body in one of four layouts, whichever the model and the machine have:
 
 - in groups of nearly one length, padded on the right, where no token of a causal model looks;
-- as trees: the tokens with which both contexts of a response begin stand once, and both continuations behind them, kept
-  from each other by a mask;
+- one context of a response as above, which lends its keys and values to the other one where both begin alike;
+- as trees: the tokens with which both begin stand once, and both continuations behind them, kept apart by a mask;
 - end to end in one row with position ids that begin anew, which attention of variable length (flash, flex) keeps apart.
 
 Which a model bears is found out by `cutlm.probes`. What comes of the log-probs is left to `cutlm.batch_loss`, the
@@ -13,17 +13,20 @@ log-probs themselves to `cutlm.logprobs`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 from cutlm.logprobs import find_head_layer, get_head, token_logprobs
 from cutlm.model import unwrap_peft
 
 _MAX_PADDING = 1 / 8
-# A mask costs attention to all places of a row. Below this share of both sequences, a common beginning is not worth it.
+# A mask costs attention to all places of a row, lending a second pass. Below this share of both sequences, a common
+# beginning is not worth it.
 _LEAST_SHARED = 1 / 5
 # Under a mask attention looks at all places of a row: in a longer one company costs more than it brings.
 _MOST_MASKED = 4096
@@ -37,14 +40,19 @@ class Passes:
 
     Attributes:
         is_packed: End to end in one row, kept apart by their position ids.
-        is_sharing: What two contexts have in common at their beginning is run once.
+        is_sharing: What two contexts have in common at their beginning is run once, both behind it under a mask.
+        is_lending: It is run once, and its keys and values are lent to the second context; before `is_sharing`.
         is_single: A micro-batch is one pass, whatever is in it: under FSDP and ZeRO-3 every pass gathers weights, and
             all ranks must make the same number of them.
+        unpadded_beyond: Where the positions of a model depend on the length of its input, the length beyond which they
+            do: longer sequences go together with those of their own length alone.
     """
 
     is_packed: bool = False
     is_sharing: bool = False
+    is_lending: bool = False
     is_single: bool = False
+    unpadded_beyond: int | None = None
 
 
 PLAIN = Passes()
@@ -65,18 +73,23 @@ class Tree:
     num_tokens: int
 
 
+# Runs trees, given a model and the sequences; yields the index of each sequence and its hidden states [L, H], which may
+# lack those of a shared beginning.
+_Run = Callable[[nn.Module, Sequence[Tree], Sequence[Tensor]], Iterator[tuple[int, Tensor]]]
+
+
 @dataclass(frozen=True)
 class _Pass:
     """What goes through the body at a time.
 
     Attributes:
         trees: What is in it.
-        is_row: End to end in one row; else each sequence, of which a tree then has one, is a padded row of its own.
+        run: In which layout: `run_padded`, `run_row` or `run_lending`.
         needs_grad: Whether anything is learned from it.
     """
 
     trees: list[Tree]
-    is_row: bool
+    run: _Run
     needs_grad: bool
 
 
@@ -121,13 +134,12 @@ def score_batch(
     is_too_much = max_tokens is not None and sum(lengths) > 2 * max_tokens
     for one in planned:
         needs_grad = one.needs_grad and torch.is_grad_enabled()
-        run = run_row if one.is_row else run_padded
         arguments = (language_model, one.trees, sequences)
         with torch.set_grad_enabled(needs_grad):
             if is_too_much and needs_grad and one is not planned[-1]:
-                found = checkpoint(lambda *given, run=run: dict(run(*given)), *arguments, use_reentrant=False)
+                found = checkpoint(lambda *given, run=one.run: dict(run(*given)), *arguments, use_reentrant=False)
             else:
-                found = dict(run(*arguments))
+                found = dict(one.run(*arguments))
         for index, states in found.items():
             hidden[index] = states[len(states) - response_lengths[index] :]
     if not needs_judged_grad:
@@ -157,36 +169,47 @@ def _plan_passes(batch: Mapping[str, Any], passes: Passes, needs_judged_grad: bo
     """Divides a micro-batch into passes; every sequence is in one of them."""
     lengths, num_judged = batch["sequence_lengths"], batch.get("num_unsatisfactory", 0)
     is_split = torch.is_grad_enabled() and not needs_judged_grad
-    shared = batch.get("shared_lengths", []) if passes.is_sharing else []
+    is_lending = passes.is_lending and not passes.is_single
+    shared = batch.get("shared_lengths", []) if passes.is_sharing or is_lending else []
     trees = [
         Tree((first, first + num_judged), num_shared, lengths[first] + lengths[first + num_judged] - num_shared)
         for first, num_shared in enumerate(shared)
-        if _is_worth_sharing(num_shared, lengths[first], lengths[first + num_judged], is_split)
+        if _is_worth_sharing(num_shared, lengths[first], lengths[first + num_judged], is_split, is_lending)
     ]
     in_trees = {index for tree in trees for index in tree.indices}
     alone = [Tree((index,), 0, length) for index, length in enumerate(lengths) if index not in in_trees]
     if passes.is_single:
-        yield _Pass([*trees, *alone], passes.is_packed or passes.is_sharing, True)
+        yield _Pass([*trees, *alone], run_row if passes.is_packed or passes.is_sharing else run_padded, True)
         return
-    for group in _cut_rows(trees, min(limit, _MOST_MASKED)):
-        yield _Pass(group, True, True)
+    if is_lending:
+        run: _Run = partial(run_lending, needs_second_grad=needs_judged_grad)
+        for group in _group_by_length(trees, limit, lengths):
+            yield _Pass(group, run, True)
+    else:
+        for group in _cut_rows(trees, min(limit, _MOST_MASKED)):
+            yield _Pass(group, run_row, True)
     judged = range(num_judged, 2 * num_judged)
     unlearned = [tree for tree in alone if is_split and tree.indices[0] in judged]
     learned = [tree for tree in alone if tree not in unlearned]
     for part, needs_grad in ((learned, True), (unlearned, False)):
-        for group in _cut_rows(part, limit) if passes.is_packed else _group_by_length(part, limit):
-            yield _Pass(group, passes.is_packed, needs_grad)
+        if passes.is_packed:
+            for group in _cut_rows(part, limit):
+                yield _Pass(group, run_row, needs_grad)
+        else:
+            for group in _group_by_length(part, limit, lengths, passes.unpadded_beyond):
+                yield _Pass(group, run_padded, needs_grad)
 
 
-def _is_worth_sharing(num_shared: int, length: int, judged_length: int, is_split: bool) -> bool:
-    """Whether one pass over a tree is less work than one over each sequence.
+def _is_worth_sharing(num_shared: int, length: int, judged_length: int, is_split: bool, is_lending: bool) -> bool:
+    """Whether running a common beginning once is less work than running each sequence.
 
     A pass that is learned from counts three times, for the way back. Where nothing is learned from the judged context
-    (`is_split`), it counts once by itself, but three times in a tree.
+    (`is_split`), it counts once by itself or with what it is lent, but three times in a tree.
     """
-    tree = 3 * (length + judged_length - num_shared)
-    apart = 3 * length + (1 if is_split else 3) * judged_length
-    return apart - tree >= _LEAST_SHARED * apart
+    weight = 1 if is_split else 3
+    apart = 3 * length + weight * judged_length
+    together = 3 * length + (weight if is_lending else 3) * (judged_length - num_shared)
+    return apart - together >= _LEAST_SHARED * apart
 
 
 def _cut_rows(trees: Sequence[Tree], limit: int) -> Iterator[list[Tree]]:
@@ -203,18 +226,28 @@ def _cut_rows(trees: Sequence[Tree], limit: int) -> Iterator[list[Tree]]:
         yield group
 
 
-def _group_by_length(sequences: Sequence[Tree], limit: int) -> Iterator[list[Tree]]:
-    """Groups sequences, longest first, so that a group's padded tokens stay within `limit` and are few."""
+def _group_by_length(
+    trees: Sequence[Tree], limit: int, lengths: Sequence[int], unpadded_beyond: int | None = None
+) -> Iterator[list[Tree]]:
+    """Groups trees, longest first, so that a group's padded tokens stay within `limit` and are few.
+
+    Their first sequences are padded to the longest of them, and so is what second ones have of their own. Nothing is
+    padded to more than `unpadded_beyond`.
+    """
     group: list[Tree] = []
-    num_tokens = 0
-    for sequence in sorted(sequences, key=lambda sequence: -sequence.num_tokens):
-        if group:
-            size = (len(group) + 1) * group[0].num_tokens
-            if size > limit or size > (1 + _MAX_PADDING) * (num_tokens + sequence.num_tokens):
-                yield group
-                group, num_tokens = [], 0
-        group.append(sequence)
-        num_tokens += sequence.num_tokens
+    num_tokens = widest_first = widest_second = 0
+    for tree in sorted(trees, key=lambda tree: -tree.num_tokens):
+        first = lengths[tree.indices[0]]
+        second = tree.num_tokens - first
+        size = (len(group) + 1) * (max(widest_first, first) + max(widest_second, second))
+        is_exact = unpadded_beyond is not None and widest_first > unpadded_beyond
+        most = min(limit, (1 if is_exact else 1 + _MAX_PADDING) * (num_tokens + tree.num_tokens))
+        if group and size > most:
+            yield group
+            group, num_tokens, widest_first, widest_second = [], 0, 0, 0
+        group.append(tree)
+        num_tokens += tree.num_tokens
+        widest_first, widest_second = max(widest_first, first), max(widest_second, second)
     if group:
         yield group
 
@@ -233,6 +266,66 @@ def run_padded(model: nn.Module, trees: Sequence[Tree], sequences: Sequence[Tens
     states = _run_body(model, input_ids=ids)
     for row, index in enumerate(indices):
         yield index, states[row, : len(sequences[index])]
+
+
+def run_lending(
+    model: nn.Module, trees: Sequence[Tree], sequences: Sequence[Tensor], *, needs_second_grad: bool = True
+) -> Iterator[tuple[int, Tensor]]:
+    """Runs the first sequence of each tree, then the second behind the keys and values of what both begin with.
+
+    Args:
+        model: A causal language model that keeps keys and values (`use_cache`).
+        trees: Of two sequences each.
+        sequences: All.
+        needs_second_grad: Whether anything is learned from second sequences.
+
+    Yields:
+        The index of each sequence and its hidden states: of the first [L, H], of the second [L - num_shared, H].
+    """
+    cache = DynamicCache()
+    firsts = [sequences[tree.indices[0]] for tree in trees]
+    states = _run_body(model, input_ids=nn.utils.rnn.pad_sequence(firsts, batch_first=True), past_key_values=cache)
+    for row, tree in enumerate(trees):
+        yield tree.indices[0], states[row, : len(firsts[row])]
+    with torch.set_grad_enabled(torch.is_grad_enabled() and needs_second_grad):
+        states = _run_behind(model, trees, [sequences[tree.indices[1]][tree.num_shared :] for tree in trees], cache)
+    for row, tree in enumerate(trees):
+        yield tree.indices[1], states[row, : len(sequences[tree.indices[1]]) - tree.num_shared]
+
+
+def _run_behind(model: nn.Module, trees: Sequence[Tree], seconds: Sequence[Tensor], cache: DynamicCache) -> Tensor:
+    """Runs what second sequences have of their own, padded on the right, what they are lent padded on the left.
+
+    Returns:
+        [trees, longest of `seconds`, H]
+    """
+    device = seconds[0].device
+    longest = max(tree.num_shared for tree in trees)
+    num_shared = torch.tensor([[tree.num_shared] for tree in trees], device=device)
+    ids = nn.utils.rnn.pad_sequence(list(seconds), batch_first=True)
+    last = num_shared + torch.tensor([[len(own) - 1] for own in seconds], device=device)
+    # Padding stays where the model has positions.
+    positions = torch.minimum(num_shared + torch.arange(ids.shape[1], device=device), last)
+    inputs = {}
+    if len(trees) > 1:
+        places = torch.arange(longest + ids.shape[1], device=device)
+        inputs["attention_mask"] = (places >= longest - num_shared).long()
+    lent = DynamicCache()
+    for number, layer in enumerate(cache.layers):
+        kept: tuple[Any, Any] = (layer.keys, layer.values)  # type: ignore[union-attr]
+        keys, values = (_lend(states, trees, longest) for states in kept)
+        lent.update(keys, values, number)
+    return _run_body(model, input_ids=ids, position_ids=positions, past_key_values=lent, **inputs)
+
+
+def _lend(states: Tensor, trees: Sequence[Tree], longest: int) -> Tensor:
+    """Keys or values [trees, heads, L, D] of what trees share, padded on the left: [trees, heads, longest, D]."""
+    if len(trees) == 1:
+        return states[:, :, :longest]
+    pairs = zip(states, trees, strict=True)
+    return torch.stack(
+        [nn.functional.pad(one[:, : tree.num_shared], (0, 0, longest - tree.num_shared, 0)) for one, tree in pairs]
+    )
 
 
 def run_row(model: nn.Module, trees: Sequence[Tree], sequences: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -288,8 +381,9 @@ def _make_mask(model: nn.Module, owners: Tensor, branches: Tensor) -> Tensor:
     return torch.zeros(is_seen.shape, dtype=dtype, device=owners.device).masked_fill(~is_seen, torch.finfo(dtype).min)
 
 
-def _run_body(model: nn.Module, **inputs: Tensor) -> Tensor:
-    return model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
+def _run_body(model: nn.Module, **inputs: Any) -> Tensor:
+    use_cache = "past_key_values" in inputs
+    return model.base_model(**inputs, use_cache=use_cache).last_hidden_state  # type: ignore[operator]
 
 
 def name_attention(language_model: nn.Module) -> str:

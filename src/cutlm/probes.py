@@ -13,7 +13,7 @@ from torch import nn
 
 from cutlm.errors import UserError
 from cutlm.model import unwrap_peft
-from cutlm.passes import MASKED_KINDS, Passes, Tree, name_attention, run_padded, run_row, score_batch
+from cutlm.passes import MASKED_KINDS, Passes, Tree, name_attention, run_lending, run_padded, run_row, score_batch
 
 logger = logging.getLogger(__name__)
 
@@ -30,24 +30,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = is_training
 
 
-def choose_passes(model: nn.Module, *, is_sharded: bool = False) -> Passes:
+def choose_passes(model: nn.Module, *, is_sharded: bool = False, can_lend: bool = True) -> Passes:
     """Finds out which layouts a model bears, by trying them on a few tokens.
 
     Args:
         model: A causal language model, bare or with an adapter, all of whose weights are here.
         is_sharded: Whether it will be trained with its weights spread over processes.
+        can_lend: Whether it will keep keys and values while it is trained: not where activations are checkpointed, nor
+            where layers are compiled, which would be done for each of them anew.
     """
     language_model = unwrap_peft(model)
     if not is_at_hand(language_model):
         return Passes(is_single=is_sharded)
+    unpadded_beyond = _find_switch(language_model)
+    if unpadded_beyond is not None:
+        return Passes(is_single=is_sharded, unpadded_beyond=unpadded_beyond)
     attention = name_attention(language_model)
+    looks_back_whole = _looks_back_whole(language_model)
     # A mask of ours stands for all layers, so all must look at everything before them.
-    is_masked = attention in MASKED_KINDS and _looks_back_whole(language_model)
+    is_masked = attention in MASKED_KINDS and looks_back_whole
     # Flash attention, flex attention and their like; on a CPU the second is compiled anew for each length.
     is_other = attention not in MASKED_KINDS and (attention != "flex_attention" or language_model.device.type == "cuda")
+    can_lend = can_lend and not is_sharded and looks_back_whole and (is_masked or is_other)
     return Passes(
-        is_packed=is_other and _keeps_apart(language_model, num_shared=0),
-        is_sharing=is_masked and _keeps_apart(language_model, num_shared=3),
+        is_packed=is_other and _bears(language_model, run_row, [Tree((0,), 0, 9), Tree((1,), 0, 11), Tree((2,), 0, 7)]),
+        is_sharing=is_masked and _bears(language_model, run_row, [Tree((0, 1), 3, 17), Tree((2,), 0, 7)]),
+        is_lending=can_lend and _bears(language_model, run_lending, [Tree((0, 1), 3, 17), Tree((2, 3), 2, 14)]),
         is_single=is_sharded,
     )
 
@@ -57,39 +65,56 @@ def is_at_hand(language_model: nn.Module) -> bool:
     return not any(weight.is_meta or hasattr(weight, "ds_id") for weight in language_model.parameters())
 
 
+def _find_switch(language_model: Any) -> int | None:
+    """The length from which a model turns its positions by other angles, for all that it is given at once."""
+    config = language_model.config.get_text_config()
+    known = getattr(config, "rope_parameters", None) or {}
+    for parameters in (known, *(value for value in known.values() if isinstance(value, dict))):
+        kind = parameters.get("rope_type")
+        if kind in ("dynamic", "longrope"):
+            return int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return None
+
+
 def _looks_back_whole(language_model: Any) -> bool:
     config = language_model.config.get_text_config()
+    if "local" in str(getattr(config, "attention_types", "")):  # GPT-Neo
+        return False
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return set(kinds) <= {"full_attention"}
     return getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
 
 
-def _keeps_apart(language_model: Any, num_shared: int) -> bool:
-    """Whether sequences in one row get the hidden states that they have alone."""
+def _bears(language_model: Any, run: Any, trees: list[Tree]) -> bool:
+    """Whether sequences that are run together get the hidden states that they have alone.
+
+    Args:
+        language_model: The model.
+        run: A layout of `cutlm.passes`.
+        trees: Of sequences of 9, 11, 7 and 9 tokens; the first two have 3 in common at their beginning, the others 2.
+    """
     vocab_size = language_model.config.get_text_config().vocab_size
     device = language_model.device
     ids = [(number * 7 + 3) % vocab_size for number in range(20)]
-    sequences = [torch.tensor(part, device=device) for part in (ids[:9], [*ids[:3], *ids[12:]], ids[5:12])]
-    trees = [Tree((0,), 0, 9), Tree((1,), 0, 11)]
-    if num_shared:
-        trees = [Tree((0, 1), num_shared, 20 - num_shared)]
-    trees.append(Tree((2,), 0, 7))
+    parts = (ids[:9], [*ids[:3], *ids[12:]], ids[5:12], [*ids[5:7], *ids[:7]])
+    sequences = [torch.tensor(part, device=device) for part in parts]
     try:
         with evaluating(language_model), torch.no_grad():
-            in_row = dict(run_row(language_model, trees, sequences))
+            together = dict(run(language_model, trees, sequences))
             alone = {
                 index: states
-                for tree in ((0, 9), (1, 11), (2, 7))
-                for index, states in run_padded(language_model, [Tree((tree[0],), 0, tree[1])], sequences)
+                for tree in trees
+                for number in tree.indices
+                for index, states in run_padded(language_model, [Tree((number,), 0, len(parts[number]))], sequences)
             }
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, LookupError) as error:
         logger.debug("sequences are run apart from each other: %s", error)
         return False
     tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.05
     return all(
         (states - alone[index][-len(states) :]).float().norm() <= tolerance * alone[index].float().norm()
-        for index, states in in_row.items()
+        for index, states in together.items()
     )
 
 

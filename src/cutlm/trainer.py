@@ -167,7 +167,11 @@ class CUTTrainer(SafeTrainer):
                 logger.warning(notice)
         if self.is_fsdp_enabled:
             _keep_log_probs_exact(self.accelerator.state.fsdp_plugin)
-        self._passes = choose_passes(model, is_sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+        self._passes = choose_passes(
+            model,
+            is_sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
+            can_lend=not (args.activation_checkpointing or args.torch_compile),
+        )
         if args.torch_compile:
             self.accelerator.state.dynamo_plugin.backend = (
                 DynamoBackend.NO
