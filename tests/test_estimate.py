@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
+from transformers import (
+    ArceeConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PhiConfig,
+    Qwen3Config,
+    RecurrentGemmaConfig,
+    Starcoder2Config,
+    YoutuConfig,
+)
 
 from cutlm.cli import main
 from cutlm.errors import ConfigError
@@ -130,6 +144,82 @@ def test_other_layers_are_refused(config: object, message: str) -> None:
         read_shape(config)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [ArceeConfig, BertConfig, GPTNeoXConfig, PhiConfig, RecurrentGemmaConfig, Starcoder2Config, YoutuConfig],
+)
+def test_layers_that_have_llamas_sizes_but_other_weights_are_refused(kind: type) -> None:
+    config = kind()
+    with torch.device("meta"):
+        num_real = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    with pytest.raises(ConfigError) as caught:
+        read_shape(config)
+    assert re.fullmatch(
+        rf"{config.model_type}: the formulas are for layers as LLaMA has them, and they give [\d,]+ weights where the"
+        rf" model has {num_real:,}; measure a step instead",
+        str(caught.value),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            LlamaConfig(**CONFIG | {"num_hidden_layers": -1, "vocab_size": 0}, bos_token_id=None, eos_token_id=None),
+            r"^llama: expected sizes of at least 1, got num_hidden_layers: -1, vocab_size: 0; mend the config$",
+        ),
+        (
+            LlamaConfig(**CONFIG | {"hidden_act": "nothing"}),
+            r"^llama: no language model can be made of its config \(KeyError: 'nothing'\); check the values in it$",
+        ),
+    ],
+)
+def test_a_config_that_no_model_can_be_made_of_is_refused(config: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_shape(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("not json", "It looks like the config file at 'PATH' is not a valid JSON file."),
+        ("{}", "Unrecognized model in PATH. Should have a `model_type` key in its config.json."),
+        (
+            '{"model_type": "llama", "hidden_size": "x"}',
+            "Validation error for field 'hidden_size': TypeError: Field 'hidden_size' expected int, got str"
+            " (value: 'x')",
+        ),
+        (
+            '{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 7}',
+            "Class validation error for validator 'validate_architecture': ValueError: The hidden size (64) is not a"
+            " multiple of the number of attention heads (7).",
+        ),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "integer division or modulo by zero"),
+        ('{"model_type": ["llama"]}', "unhashable type: 'list'"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_said_in_a_sentence(
+    text: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert main(["estimate", "--config", str(path)]) == 2
+    reason = reason.replace("PATH", str(path))
+    assert capsys.readouterr().err.endswith(
+        f"cutlm estimate: {path}: no config of a model can be read from it ({reason}); give a config that transformers"
+        " reads\n"
+    )
+
+
+def test_a_file_of_settings_is_no_config(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[1] / "recipes" / "small-instruct.yaml"
+    assert main(["estimate", "--config", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        f"cutlm estimate: {path}: expected a model's config.json, got a file of settings; give its model_name_or_path"
+        " by --model\n"
+    )
+
+
 def test_the_command_prints_parts_and_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     LlamaConfig(**CONFIG).save_pretrained(tmp_path)
     assert main(["estimate", "--config", str(tmp_path / "config.json"), "--use_peft", "false"]) == 0
@@ -150,6 +240,8 @@ def test_the_command_prints_parts_and_what_fits(tmp_path: Path, capsys: pytest.C
         (["--shape", "llama-2-7b", "--load_in_4bit", "--use_peft", "false"], "expected use_peft: true, got false"),
         (["--shape", "llama-2-7b", "--load_in_4bit", "--fsdp"], "expected none with --fsdp"),
         (["--shape", "llama-2-7b", "--lora_target_modules", "c_attn"], "lora_target_modules: expected some of q_proj"),
+        (["--shape", "llama-2-7b", "--lora_r", "0"], "lora_r: expected a whole number of at least 1, got 0"),
+        (["--shape", "llama-2-7b", "--lora_r", "-4"], "lora_r: expected a whole number of at least 1, got -4"),
         (["--shape", "llama-2-7b", "--num_gpus", "0"], "expected whole numbers of at least 1"),
         (["--config", "nowhere.json"], "nowhere.json: no such file"),
         (["--model", "./nowhere"], "no such folder"),

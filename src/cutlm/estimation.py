@@ -16,6 +16,8 @@ GPU_SIZES = (24, 40, 80, 141)  # GB
 # Of a GPU's memory, what CUDA itself and the gaps between blocks leave.
 USABLE = 0.9
 _FLOAT32, _BFLOAT16 = 4, 2
+# Biases and norms of a head's width are left out of the formulas; other layers than LLaMA's differ by more.
+_WEIGHTS_TOLERANCE = 0.05
 # NF4 with one float32 scale for 64 weights; 8-bit with a scale for each row, which is next to nothing.
 _QUANTIZED = {4: 0.5 + 4 / 64, 8: 1.0}
 
@@ -143,25 +145,53 @@ class Memory:
 
 
 def read_shape(config: Any) -> Shape:
-    """Reads the shape out of a `transformers` config.
+    """Reads the shape out of a `transformers` config, and holds it against the model, of which nothing is loaded.
 
     Raises:
-        ConfigError: The model has no layers as LLaMA has them.
+        ConfigError: The model has no layers as LLaMA has them, or the config is of no model.
     """
     config = config.get_text_config()
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     missing = [name for name in names if not isinstance(getattr(config, name, None), int)]
     experts = [name for name in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, name, None)]
     if missing or experts:
-        what = f"it has no {', '.join(missing)}" if missing else "it has experts"
+        raise _refuse_layers(config, f"it has no {', '.join(missing)}" if missing else "it has experts")
+    num_layers, width, inner, num_heads, vocab_size = sizes = [getattr(config, name) for name in names]
+    if problems := [f"{name}: {value}" for name, value in zip(names, sizes, strict=True) if value < 1]:
         raise ConfigError(
-            f"{config.model_type}: the formulas are for layers as LLaMA has them, and {what}; measure a step instead"
+            f"{config.model_type}: expected sizes of at least 1, got {', '.join(problems)}; mend the config"
         )
-    num_layers, width, inner, num_heads, vocab_size = (getattr(config, name) for name in names)
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(config, "head_dim", None) or width // num_heads
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    return Shape(num_layers, width, inner, num_heads, num_kv_heads, head_dim, vocab_size, tied)
+    shape = Shape(num_layers, width, inner, num_heads, num_kv_heads, head_dim, vocab_size, tied)
+    num_real = _count_weights(config)
+    if abs(shape.num_weights - num_real) > _WEIGHTS_TOLERANCE * num_real:
+        what = f"they give {shape.num_weights:,} weights where the model has {num_real:,}"
+        raise _refuse_layers(config, what)
+    return shape
+
+
+def _refuse_layers(config: Any, what: str) -> ConfigError:
+    return ConfigError(
+        f"{config.model_type}: the formulas are for layers as LLaMA has them, and {what}; measure a step instead"
+    )
+
+
+def _count_weights(config: Any) -> int:
+    """How many weights the model of a config has."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):  # shapes alone, without memory; attention that needs no further package
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except Exception as error:  # each model has checks and words of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(
+            f"{config.model_type}: no language model can be made of its config ({reason}); check the values in it"
+        ) from error
+    return sum(weight.numel() for weight in model.parameters())
 
 
 def estimate(shape: Shape, plan: Plan) -> Memory:
@@ -197,6 +227,8 @@ def _check(shape: Shape, plan: Plan) -> None:
     unknown = sorted(set(plan.lora_targets) - set(shape.matrices))
     if plan.lora_r is not None and unknown:
         problems.append(f"lora_target_modules: expected some of {', '.join(shape.matrices)}, got {', '.join(unknown)}")
+    if plan.lora_r is not None and plan.lora_r < 1:
+        problems.append(f"lora_r: expected a whole number of at least 1, got {plan.lora_r}")
     if plan.load_in is not None and plan.lora_r is None:
         problems.append("load_in_4bit and load_in_8bit train an adapter; expected use_peft: true, got false")
     if plan.load_in is not None and plan.is_sharded:

@@ -79,16 +79,24 @@ def _find_shape(args: argparse.Namespace) -> "Shape":
     if args.shape:
         return SHAPES[args.shape]
     path = args.config or args.model
+    if args.config and Path(path).suffix in (".yaml", ".yml"):
+        raise UserError(
+            f"{path}: expected a model's config.json, got a file of settings; give its model_name_or_path by --model"
+        )
     if args.config and not Path(path).is_file():
         raise UserError(f"{path}: no such file; give a config.json")
     if args.model and path.startswith((".", "/")) and not Path(path).is_dir():
         raise UserError(f"{path}: no such folder; give a model folder, or a name on the hub such as owner/name")
     try:
-        return read_shape(AutoConfig.from_pretrained(path))
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: no config of a model can be read from it ({str(error).splitlines()[0]})") from error
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # each config has checks and words of its own
+        # A line that ends in a colon only says whose words follow.
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
+        raise UserError(
+            f"{path}: no config of a model can be read from it ({reason}); give a config that transformers reads"
+        ) from error
+    return read_shape(config)
 
 
 def _read_plan(args: argparse.Namespace) -> "Plan":
