@@ -1,6 +1,6 @@
 """Training on one CUDA GPU: tokens a second, share of the GPU's matrix rate, peak memory.
 
-  python benchmarks/gpu.py                      LLaMA shapes of 1B and 7B, about 20 minutes of an H200
+  python benchmarks/gpu.py                      LLaMA shapes of 1B and 7B
   python benchmarks/gpu.py --large_vocabulary   128k tokens of vocabulary, 4096 positions: where released style fails
 
 bfloat16, LoRA of rank 16 on the MLP, with activation checkpointing and without, on made-up records. The variants are
