@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from cutlm.errors import ConfigError, UserError
 
@@ -37,7 +38,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     _check_folder(path)
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision or "main")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file may break a library anywhere
         raise UserError(f"{path}: no tokenizer can be loaded from it ({_first_line(error)})") from error
 
 
@@ -61,7 +62,7 @@ def load_model(
         device: Where a quantized model goes; None for this process's own.
 
     Raises:
-        UserError: There is none, or bitsandbytes is missing.
+        UserError: There is none, weights of it are missing, it has an encoder, or bitsandbytes is missing.
     """
     _check_folder(path)
     if Path(path).is_dir():
@@ -75,18 +76,36 @@ def load_model(
         check_bitsandbytes()
         kwargs |= {"quantization_config": quantization, "device_map": {"": device if device is not None else "cpu"}}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        # A folder with an adapter alone has none, and is told of below.
+        if (
+            not is_adapter_folder(path)
+            and AutoConfig.from_pretrained(path, revision=revision or "main").is_encoder_decoder
+        ):
+            raise UserError(f"{path}: expected a causal language model, got one with an encoder, which would be lost")
+        # Of another shape is told of below, with what is missing.
+        asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **asked, **kwargs)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file may break a library anywhere
         raise UserError(f"{path}: no causal language model can be loaded from it ({_first_line(error)})") from error
+    model, info = loaded
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
             f"{path}: an adapter, not a whole model; fold it in first: cutlm merge --adapter {path} --out DIR"
+        )
+    absent = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if absent:
+        # They would be drawn at random.
+        raise UserError(
+            f"{path}: expected every weight of {type(model).__name__}; {len(absent)} are missing or of another shape,"
+            f" the first {absent[0]}: this is another kind of model, or damaged"
         )
     for module in model.modules():
         # On some CPUs bitsandbytes repacks 4-bit weights for good at the first evaluation, into a form through which
         # no gradient flows, and training goes on without a word.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -111,11 +130,11 @@ def _check_folder(path: str | Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
 
 
 def check_lora_targets(model: nn.Module, config: "PeftConfig") -> None:
-    """Refuses LoRA targets that match nothing, and names the modules that exist.
+    """Refuses LoRA targets that match nothing, and names the modules that exist; and an embedding that is the head too.
 
     Raises:
         ConfigError: As said.
@@ -123,19 +142,31 @@ def check_lora_targets(model: nn.Module, config: "PeftConfig") -> None:
     targets = getattr(config, "target_modules", None)
     if not targets or targets == "all-linear":  # PEFT's own choice
         return
-    names = [name for name, module in model.named_modules() if module is not model]
-    if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        missing = [
-            target for target in targets if not any(name == target or name.endswith(f".{target}") for name in names)
-        ]
+    modules = {name: module for name, module in model.named_modules() if module is not model}
+    found: dict[str, list[str]] = {}  # by target, the modules that it matches
+    for target in [targets] if isinstance(targets, str) else sorted(targets):
+        if isinstance(targets, str):
+            found[target] = [name for name in modules if re.fullmatch(target, name)]
+        else:
+            found[target] = [name for name in modules if name == target or name.endswith(f".{target}")]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    missing = [target for target, names in found.items() if not names]
     if missing:
-        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head
+        }
         raise ConfigError(
-            f"lora_target_modules: no module is named {', '.join(sorted(missing))}; this model's linear layers are"
+            f"lora_target_modules: no module is named {', '.join(missing)}; this model's linear layers are"
             f" {', '.join(sorted(linear)) or 'none'}"
         )
+    for target, names in found.items():
+        if any(modules[name] is embedding for name in names) and head is not None and head.weight is embedding.weight:
+            raise ConfigError(
+                f"lora_target_modules: {target} is the model's head too, with which LoRA on it could not be merged;"
+                " leave it out, or train it whole by lora_modules_to_save"
+            )
 
 
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
+from cutlm.errors import ConfigError
 from cutlm.logprobs import find_head_layer, get_head, token_logprobs
 from cutlm.model import unwrap_peft
 
@@ -383,7 +384,20 @@ def _make_mask(model: nn.Module, owners: Tensor, branches: Tensor) -> Tensor:
 
 def _run_body(model: nn.Module, **inputs: Any) -> Tensor:
     use_cache = "past_key_values" in inputs
-    return model.base_model(**inputs, use_cache=use_cache).last_hidden_state  # type: ignore[operator]
+    return _find_body(model)(**inputs, use_cache=use_cache).last_hidden_state
+
+
+def _find_body(model: Any) -> nn.Module:
+    """What makes the hidden states.
+
+    Raises:
+        ConfigError: It cannot be told from the head.
+    """
+    # A class that names no part of its own as its base, as Llama 4's text model, is its own `base_model`.
+    body = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    if body is None:
+        raise ConfigError(f"{type(model).__name__}: expected a body and a head, found no base_model or model in it")
+    return body
 
 
 def name_attention(language_model: nn.Module) -> str:
