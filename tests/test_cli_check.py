@@ -46,6 +46,25 @@ def test_every_bad_row_is_named_on_stderr_and_gives_exit_code_2(tmp_path, capsys
     ]
 
 
+@pytest.mark.parametrize("value", ["1e999", "[" * 300 + "]" * 300])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["check", "FILE"],
+        ["convert", "alpaca", "FILE", "--out", "OUT"],
+        ["blame", "--model", "nowhere", "--data", "FILE", "--out", "OUT"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_extra_field_that_could_not_be_written_again_is_refused_by_all_who_read_it(command, value, tmp_path, capsys):
+    file, out = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    file.write_text(f'{json.dumps(GOOD)}\n{json.dumps(GOOD)[:-1]}, "extra": {value}}}\n')
+    assert main([{"FILE": str(file), "OUT": str(out)}.get(word, word) for word in command]) == 2
+    problem = "finite numbers, got one beyond 1.8e308" if "e" in value else "values nested at most 100 deep, got deeper"
+    assert f"{file}:2: field 'extra': expected {problem}" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_duplicates_are_named_and_are_no_error(tmp_path, capsys):
     file = write(tmp_path / "a.jsonl", [GOOD, GOOD])
     assert main(["check", file]) == 0

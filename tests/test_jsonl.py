@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cutlm.errors import DataError
-from cutlm.jsonl import open_atomic, read_bytes, read_rows, write_rows
+from cutlm.jsonl import MAX_DEPTH, open_atomic, read_bytes, read_rows, write_rows
 
 NAMES = ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.json.gz", "rows.jsonl.xz", "rows.json.xz"]
 
@@ -166,6 +166,37 @@ def test_lines_that_are_not_json_are_named_and_the_others_kept(tmp_path):
     assert problems[1] == f"{path}:3: not JSON (Infinity is not JSON); each line must be one JSON object"
     assert problems[2].startswith(f"{path}:4: not JSON (")
     assert len(problems) == 3
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", '[0, {"b": [1, 2e308]}]', "1" * 310 + ".0"])
+def test_an_infinite_number_is_refused_with_its_place_and_field(number, tmp_path):
+    message = "field 'a': expected finite numbers, got one beyond 1.8e308; write a smaller one, or null"
+    lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    lines.write_text(f'{{"a": 1e308}}\n{{"b": 1, "a": {number}}}\n')
+    rows, problems = read_rows(lines)
+    assert ([row.where for row in rows], problems) == ([f"{lines}:1"], [f"{lines}:2: {message}"])
+    array.write_text(f'[{{"a": 1e308}}, {{"b": 1, "a": {number}}}]')
+    rows, problems = read_rows(array)
+    assert ([row.where for row in rows], problems) == ([f"{array}[0]"], [f"{array}[1]: {message}"])
+
+
+def test_values_nested_too_deep_are_refused_with_their_place_and_field(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    deep, deeper = ("[" * depth + "]" * depth for depth in (MAX_DEPTH, MAX_DEPTH + 1))
+    objects = '{"b": ' * MAX_DEPTH + "1" + "}" * MAX_DEPTH
+    path.write_text("".join(f'{{"a": {value}}}\n' for value in (deep, deeper, objects, "[" * 300 + "]" * 300)))
+    rows, problems = read_rows(path)
+    assert [row.where for row in rows] == [f"{path}:1"]
+    message = "field 'a': expected values nested at most 100 deep, got deeper ones; flatten or leave them out"
+    assert problems == [f"{path}:{number}: {message}" for number in (2, 3, 4)]
+
+
+def test_a_file_in_which_no_row_can_be_used_names_each(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1e999}\n')
+    rows, problems = read_rows(path)
+    assert (rows, len(problems)) == ([], 1)
+    assert problems[0].startswith(f"{path}:1: field 'a': expected finite numbers")
 
 
 def test_paths_that_are_no_files_are_refused(tmp_path):

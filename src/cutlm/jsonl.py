@@ -19,6 +19,9 @@ from cutlm.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _XZ_MAGIC = b"\xfd7zXZ\x00"
+# What is read is written again by libraries that follow a value into its depth by recursion.
+MAX_DEPTH = 100
+_INFINITE = float("inf")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,27 @@ def _parse(text: str) -> Any:
     return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated_keys)
 
 
+def _find_unusable(value: Any) -> str | None:
+    """Says which field holds a number too large for one, or is nested too deep; None where all can be written again."""
+    for name, inner in value.items() if isinstance(value, dict) else [(None, value)]:
+        place = "" if name is None else f"field {name!r}: "
+        level = [inner]
+        for _ in range(MAX_DEPTH):
+            if _INFINITE in level or -_INFINITE in level:
+                return f"{place}expected finite numbers, got one beyond 1.8e308; write a smaller one, or null"
+            level = [
+                item
+                for outer in level
+                if isinstance(outer, dict | list)
+                for item in (outer.values() if isinstance(outer, dict) else outer)
+            ]
+            if not level:
+                break
+        else:
+            return f"{place}expected values nested at most {MAX_DEPTH} deep, got deeper ones; flatten or leave them out"
+    return None
+
+
 def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
     """Reads the rows of a JSON array or of a JSON Lines file, whichever it is.
 
@@ -78,7 +102,8 @@ def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
         path: The file; gzip and xz are unpacked.
 
     Returns:
-        The rows that are JSON, and a sentence for each line that is not.
+        The rows that are JSON, and a sentence for each line that is not, or that holds what JSON cannot say again: a
+        number that is infinite, or values nested too deep.
 
     Raises:
         DataError: The file as a whole cannot be read: missing, a directory, not UTF-8, not JSON at all.
@@ -92,7 +117,7 @@ def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
         raise DataError(f"{path}:{number}: expected UTF-8 text, got the byte 0x{data[error.start]:02x}") from None
     start = text.lstrip()[:1]
     if start == "[":
-        return _read_array(path, text), []
+        return _set_unusable_aside(_read_array(path, text))
     # JSON Lines end at "\n" alone: other Unicode line ends may stand inside a string.
     lines = text.split("\n")
     rows, problems = [], []
@@ -105,7 +130,19 @@ def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
             problems.append(f"{path}:{number}: not JSON ({_reason(error)}); each line must be one JSON object")
     if problems and not rows:
         raise DataError(_describe_foreign_file(path, text, problems))
-    return rows, problems
+    rows, unusable = _set_unusable_aside(rows)
+    return rows, problems + unusable
+
+
+def _set_unusable_aside(rows: list[SourceRow]) -> tuple[list[SourceRow], list[str]]:
+    kept, problems = [], []
+    for row in rows:
+        problem = _find_unusable(row.value)
+        if problem is None:
+            kept.append(row)
+        else:
+            problems.append(f"{row.where}: {problem}")
+    return kept, problems
 
 
 def _read_array(path: Path, text: str) -> list[SourceRow]:
