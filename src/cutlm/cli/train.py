@@ -5,6 +5,7 @@ Settings come from a flat YAML file (--config) and from options, which take prec
   data              a file of judged records                  model_name_or_path  a folder, or a name on the hub
   eval_data         records to evaluate on                    output_dir          where the adapter or model goes
   eval_split        share of data to evaluate on instead      use_peft            LoRA (default); false: all weights
+  overwrite_output_dir  start anew in a folder that is not empty, checkpoints in it removed
   objective         cut (default), dual_cut, likelihood, hindsight, forward_prediction, ilf_mle, unlikelihood; by TRL:
                     dpo (several responses an instruction), ilf_dpo (i_ans over output)
   detector          which model finds the inappropriate tokens: current (default; the paper's), frozen (the model before
@@ -20,10 +21,14 @@ Settings come from a flat YAML file (--config) and from options, which take prec
   max_length        of prompt and response    (default 2048)  attn_implementation as of transformers
   downsample        most satisfactory records per unsatisfactory one  (default: all are kept)
   head_chunk_size   positions whose logits are held at a time
+  max_tokens_per_batch  most tokens that go forward and backward at a time (default: by the device)
+  lora_target_modules all-linear  adapts every linear layer, for models without modules of the default names
 
 and every field of transformers.TrainingArguments: per_device_train_batch_size, gradient_accumulation_steps,
 num_train_epochs, max_steps, learning_rate (default 4e-4), lr_scheduler_type (default cosine), warmup_steps, bf16,
 activation_checkpointing, eval_strategy, eval_steps, save_steps, save_total_limit, logging_steps, report_to, seed, ...
+
+Each is explained in docs/settings.md.
 
   cutlm train --config recipes/shepherd-13b.yaml --output_dir runs/shepherd
   cutlm train --config my.yaml --resume_from_checkpoint last
