@@ -1,6 +1,7 @@
 """Checkpoints survive a kill at any moment, and a run that was stopped ends bit for bit like one that was not."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,10 +208,70 @@ def test_resuming_with_other_records_or_batches_is_refused(workplace: Path, caps
     assert "max_length: the run to go on with has 2048, got 100" in message
 
 
+def test_resuming_on_data_that_were_edited_or_in_other_processes_is_refused(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads((workplace / "records.json").read_text())
+    data = workplace / "edited.json"
+    data.write_text(json.dumps(rows))
+    assert main(["train", *_options(workplace, "edited", data=data, max_steps=3)]) == 0
+    data.write_text(json.dumps(rows[:12]))
+    run = workplace / "edited" / "cutlm_run.json"
+    run.write_text(run.read_text().replace('"num_processes": 1', '"num_processes": 2'))
+    resumed = _options(workplace, "edited", data=data, max_steps=6, resume_from_checkpoint="last")
+    assert main(["train", *resumed]) == 2
+    message = capsys.readouterr().err
+    assert f"data: {data} holds something else than when the run began; restore it, or start anew" in message
+    assert "the run to go on with has 2 processes, got 1; start as many, or start anew" in message
+    assert len(_checkpoints(workplace / "edited")) == 1
+
+
+def test_what_another_run_left_is_compared_with_and_nothing_of_a_third_is_overwritten(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = workplace / "uninterrupted" / _checkpoints(workplace / "uninterrupted")[0]
+    folder = workplace / "third"
+    folder.mkdir()
+    (folder / "README.md").write_text("mine")
+    assert main(["train", *_options(workplace, "third", resume_from_checkpoint=checkpoint)]) == 2
+    assert "third is not empty" in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == "mine"
+    other = _options(workplace, "fourth", seed=7, lora_r=2, use_peft=True, resume_from_checkpoint=checkpoint)
+    assert main(["train", *other]) == 2
+    message = capsys.readouterr().err
+    assert "seed: the run to go on with has " in message
+    assert "lora_r: the run to go on with has " in message
+    assert main(["train", *_options(workplace, "fourth", resume_from_checkpoint=checkpoint)]) == 0
+    want, got = (load_file(workplace / name / "adapter_model.safetensors") for name in ("uninterrupted", "fourth"))
+    assert all((want[name] == got[name]).all() for name in want)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("optimizer.pt", None, "found no state of the optimizer (save_only_model saves none); go on from another, or"),
+        ("scheduler.pt", None, "found no state of the schedule"),
+        ("rng_state.pth", None, "found no state of random numbers"),
+        ("adapter_model.safetensors", None, "found no weights"),
+        ("optimizer.pt", b"PK", "optimizer.pt cannot be read; restore it, or go on from another checkpoint"),
+        ("adapter_model.safetensors", b"{", "adapter_model.safetensors cannot be read"),
+        ("trainer_state.json", b"{", "trainer_state.json cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_not_gone_on_from(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None, message: str
+) -> None:
+    shutil.copytree(workplace / "uninterrupted", tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint-10" / name
+    file.unlink() if content is None else file.write_bytes(content)
+    assert main(["train", *_options(tmp_path, "run", resume_from_checkpoint="last")]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_run_folder_is_no_checkpoint(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(workplace / "uninterrupted")
     assert main(["train", *_options(workplace, "from-run", resume_from_checkpoint=folder)]) == 2
-    assert "expected a checkpoint folder with trainer_state.json" in capsys.readouterr().err
+    assert "expected a whole checkpoint, found no state of the optimizer" in capsys.readouterr().err
 
 
 def test_resuming_with_other_settings_names_them(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,15 @@ A folder named `checkpoint-N` is always whole; what was being written when a pro
 that is cleared by the next save. What goes into a checkpoint is left to `transformers.Trainer`.
 """
 
+import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
@@ -23,6 +26,13 @@ SCORES_FILE = "token_scores.jsonl"
 SCORES_HEADER_FILE = "token_scores.json"
 _STAGING = ".saving"
 _REPLACED = ".replaced"
+# By what stands in a checkpoint, names of its files; DeepSpeed keeps most of it in a folder of its own.
+_PARTS = {
+    "weights": ("*.safetensors", "pytorch_model*", "global_step*"),
+    "state of the optimizer": ("optimizer*", "global_step*"),
+    "state of the schedule": (SCHEDULER_NAME, "global_step*"),
+    "state of random numbers": ("rng_state*.pth",),
+}
 # Tools take a folder for a model by these; they arrive last.
 _MARKERS = ("config.json", "adapter_config.json")
 
@@ -101,12 +111,43 @@ def find_checkpoint(output_dir: str, wanted: str) -> str:
         found = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
         if found is None:
             raise UserError(f"{output_dir}: no checkpoint to go on from; leave --resume_from_checkpoint out to start")
-        return found
-    if not all(os.path.exists(os.path.join(wanted, name)) for name in (TRAINER_STATE_NAME, SCHEDULER_NAME)):
+        wanted = found
+    elif not os.path.exists(os.path.join(wanted, TRAINER_STATE_NAME)):
         raise UserError(
             f"{wanted}: expected a checkpoint folder with {TRAINER_STATE_NAME}, found none; give one, or 'last'"
         )
+    _check_whole(Path(wanted))
     return wanted
+
+
+def _check_whole(folder: Path) -> None:
+    """Refuses a checkpoint from which a run would go on other than it was left.
+
+    Raises:
+        UserError: Something of it is missing, or damaged.
+    """
+    absent = [part for part, names in _PARTS.items() if not any(any(folder.glob(name)) for name in names)]
+    if absent:
+        raise UserError(
+            f"{folder}: expected a whole checkpoint, found no {', no '.join(absent)} (save_only_model saves none); go"
+            " on from another, or start anew with --overwrite_output_dir"
+        )
+    damaged = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not _is_sound(path)]
+    if damaged:
+        raise UserError(f"{folder}: {', '.join(damaged)} cannot be read; restore it, or go on from another checkpoint")
+
+
+def _is_sound(path: Path) -> bool:
+    if path.suffix in (".pt", ".pth"):
+        return zipfile.is_zipfile(path)
+    try:
+        if path.name == TRAINER_STATE_NAME:
+            json.loads(path.read_text("utf-8"))
+        if path.suffix == ".safetensors":
+            safe_open(path, "pt").__enter__()
+    except (ValueError, SafetensorError):
+        return False
+    return True
 
 
 def check_output_dir(output_dir: str, overwrite: bool) -> None:

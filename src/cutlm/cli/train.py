@@ -36,6 +36,8 @@ Each is explained in docs/settings.md.
 """
 
 import argparse
+import hashlib
+import json
 import logging
 import os
 import shlex
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from cutlm.settings import Settings
 
 SETTINGS_FILE = "cutlm_train.yaml"
+# What no setting says of a run, and what it must have again to go on: its data, and how many processes.
+RUN_FILE = "cutlm_run.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,20 +98,23 @@ def train(
     checkpoint = None
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.output_dir, str(config.resume_from_checkpoint))
-    elif is_main:
+    is_own = checkpoint is not None and Path(checkpoint).resolve().parent == Path(config.output_dir).resolve()
+    if is_main and not is_own:
         check_output_dir(config.output_dir, data_args.overwrite_output_dir)
+    if is_main and checkpoint is not None:
+        _compare_settings(settings, Path(checkpoint).parent)
     with _log_to_stdout():
         trainer = build_trainer(data_args, model_args, config, prepare)
     if not len(trainer.get_train_dataloader()):
         raise ConfigError("dataloader_drop_last: the records fill no batch; give a smaller per_device_train_batch_size")
     if is_main:
-        if checkpoint is None:
+        if not is_own:
             clear_output_dir(config.output_dir)  # not before everything that can be wrong has been looked at
         counts = count_parameters(trainer.accelerator.unwrap_model(trainer.model))
         print(f"training {counts['trained']:,} of {counts['all']:,} parameters; output in {config.output_dir}")
         if checkpoint is not None:
             print(f"going on from {checkpoint}")
-        _save_settings(settings, Path(config.output_dir), is_resumed=checkpoint is not None)
+        _save_settings(settings, Path(config.output_dir))
         sys.stdout.flush()
     with _stop_on_signals(trainer, is_main) as signals:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -137,21 +144,32 @@ def train(
     return 0
 
 
-# With another one of these a resumed run would skip records or see others.
+# With another one of these a resumed run would skip records or see others, or have no use for what it left.
 _SETTINGS_OF_A_RUN = (
-    "data",
+    "data_seed",
     "detector",
     "downsample",
     "eval_split",
     "gradient_accumulation_steps",
+    "load_in_4bit",
+    "load_in_8bit",
+    "lora_alpha",
+    "lora_modules_to_save",
+    "lora_r",
+    "lora_target_modules",
     "max_length",
     "objective",
+    "optim",
     "per_device_train_batch_size",
     "satisfactory_only",
     "seed",
     "template",
+    "train_sampling_strategy",
+    "use_dora",
     "use_l1",
     "use_l2_satisfactory",
+    "use_peft",
+    "use_rslora",
 )
 
 
@@ -168,32 +186,63 @@ def _log_to_stdout() -> Iterator[None]:
         logger.propagate = propagates
 
 
-def _save_settings(settings: "Settings", folder: Path, is_resumed: bool) -> None:
-    """Writes the resolved settings beside the output; when resuming, says which differ from those before.
+def _describe_run(settings: "Settings") -> dict[str, Any]:
+    with open(settings.parts[0].data, "rb") as file:
+        return {"data_sha256": hashlib.file_digest(file, "sha256").hexdigest(), "num_processes": _count_processes()}
+
+
+def _count_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _compare_settings(settings: "Settings", folder: Path) -> None:
+    """Says which settings differ from those of the run that is gone on with.
+
+    Args:
+        settings: Of this start.
+        folder: Of that run.
 
     Raises:
-        ConfigError: One differs that decides which records come when.
+        ConfigError: One differs that decides which records come when, or what is trained.
     """
     import yaml
 
+    path, run_path = folder / SETTINGS_FILE, folder / RUN_FILE
+    if not path.is_file():
+        print(f"{folder}: no {SETTINGS_FILE} there, so these settings are not compared with that run's")
+        return
+    before = yaml.safe_load(path.read_text("utf-8")) or {}
+    pairs = {name: (before.get(name), settings.resolved.get(name)) for name in before | settings.resolved}
+    problems = [
+        f"{name}: the run to go on with has {old!r}, got {new!r}; give the same, or start anew"
+        for name, (old, new) in sorted(pairs.items())
+        if old != new and name in _SETTINGS_OF_A_RUN
+    ]
+    run, now = json.loads(run_path.read_text("utf-8")) if run_path.is_file() else {}, _describe_run(settings)
+    if run.get("data_sha256", now["data_sha256"]) != now["data_sha256"]:
+        problems.append(
+            f"data: {pairs['data'][1]} holds something else than when the run began; restore it, or start anew"
+        )
+    if run.get("num_processes", now["num_processes"]) != now["num_processes"]:
+        problems.append(
+            f"the run to go on with has {run['num_processes']} processes, got {now['num_processes']}; start as many, or"
+            " start anew"
+        )
+    if problems:
+        raise ConfigError(problems)
+    for name, (old, new) in sorted(pairs.items()):
+        if old != new and name not in ("resume_from_checkpoint", "overwrite_output_dir"):
+            print(f"{name} was {old!r} before this resume, and is {new!r} now")
+
+
+def _save_settings(settings: "Settings", folder: Path) -> None:
+    """Writes the resolved settings beside the output, and what else a run that goes on must have again."""
     from cutlm.jsonl import open_atomic
 
-    path = folder / SETTINGS_FILE
-    if is_resumed and path.is_file():
-        before = yaml.safe_load(path.read_text("utf-8")) or {}
-        pairs = {name: (before.get(name), settings.resolved.get(name)) for name in before | settings.resolved}
-        problems = [
-            f"{name}: the run to go on with has {old!r}, got {new!r}; give the same, or start anew"
-            for name, (old, new) in sorted(pairs.items())
-            if old != new and name in _SETTINGS_OF_A_RUN
-        ]
-        if problems:
-            raise ConfigError(problems)
-        for name, (old, new) in sorted(pairs.items()):
-            if old != new and name not in ("resume_from_checkpoint", "overwrite_output_dir"):
-                print(f"{name} was {old!r} before this resume, and is {new!r} now")
-    with open_atomic(path) as file:
+    with open_atomic(folder / SETTINGS_FILE) as file:
         file.write(settings.to_yaml().encode("utf-8"))
+    with open_atomic(folder / RUN_FILE) as file:
+        file.write(json.dumps(_describe_run(settings)).encode("utf-8"))
 
 
 @contextmanager
