@@ -1,7 +1,13 @@
 """Settings: the paper's defaults, and every bad one named at once."""
 
-import pytest
+import importlib.metadata
+from pathlib import Path
 
+import pytest
+import torch
+import yaml
+
+from cutlm.cli import main
 from cutlm.config import CUTConfig
 from cutlm.errors import ConfigError
 
@@ -84,3 +90,66 @@ def test_all_problems_are_told_at_once(tmp_path):
 def test_settings_of_the_trainer_are_still_checked(tmp_path):
     with pytest.raises(ValueError, match="sometimes is not a valid SaveStrategy"):
         make(tmp_path, save_strategy="sometimes")
+
+
+def dry_run(tmp_path, *options, **settings) -> int:
+    """Reads settings by a file and by options."""
+    path = tmp_path / "settings.yaml"
+    needed = {"model_name_or_path": "model", "data": "data.jsonl", "output_dir": str(tmp_path / "out")}
+    path.write_text(yaml.safe_dump(needed | settings))
+    return main(["train", "--config", str(path), "--dry_run", *options])
+
+
+def read_back(tmp_path, capsys) -> dict:
+    """What a dry run printed, once it was read back to the same."""
+    first = yaml.safe_load(capsys.readouterr().out)
+    assert dry_run(tmp_path, **first) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == first
+    return first
+
+
+def test_a_list_of_choices_is_printed_and_read_back(tmp_path, capsys):
+    assert dry_run(tmp_path, "--use_cpu", "--debug", "underflow_overflow") == 0
+    assert read_back(tmp_path, capsys)["debug"] == ["underflow_overflow"]
+
+
+def test_a_field_that_holds_a_mapping_is_read_from_json_and_from_a_file(tmp_path, capsys):
+    assert dry_run(tmp_path, "--use_cpu", "--liger_kernel_config", '{"rope": true}') == 0
+    assert read_back(tmp_path, capsys)["liger_kernel_config"] == {"rope": True}
+    assert dry_run(tmp_path, "--use_cpu", liger_kernel_config={"rope": False}) == 0
+    assert read_back(tmp_path, capsys)["liger_kernel_config"] == {"rope": False}
+
+
+@pytest.mark.parametrize("text", ["rope", "[1]", '{"rope": true'])
+def test_what_is_no_mapping_is_named(tmp_path, capsys, text):
+    assert dry_run(tmp_path, "--use_cpu", "--liger_kernel_config", text) == 2
+    message = f"""expected a JSON object such as '{{"name": true}}', got {text!r}\n"""
+    assert capsys.readouterr().err.endswith(message)
+    assert dry_run(tmp_path, "--use_cpu", liger_kernel_config=text) == 2
+    assert capsys.readouterr().err.endswith(f"liger_kernel_config: expected a mapping, got {text!r}\n")
+
+
+def test_without_the_package_of_deepspeed_what_to_install_is_said(tmp_path, capsys, monkeypatch):
+    find = importlib.metadata.version
+
+    def find_others(name: str) -> str:
+        if name == "deepspeed":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return find(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", find_others)
+    assert dry_run(tmp_path, "--use_cpu", "--deepspeed", "zero.json") == 2
+    assert capsys.readouterr().err.endswith(
+        "cutlm train: deepspeed: the package deepspeed is missing; install it by: pip install deepspeed\n"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_a_recipe_in_bfloat16_says_what_to_add(capsys):
+    recipe = Path(__file__).parents[1] / "recipes" / "small-instruct.yaml"
+    assert main(["train", "--config", str(recipe), "--dry_run"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "cutlm train: bf16: expected a GPU that computes in bfloat16, got none; add --use_cpu true, or --bf16 false\n"
+    )
+    for options in (["--use_cpu", "true"], ["--bf16", "false"]):
+        assert main(["train", "--config", str(recipe), "--dry_run", *options]) == 0

@@ -124,6 +124,8 @@ def read_settings(types: Sequence[Any], config: str | None, options: Sequence[st
     actions: dict[str, Any] = {}
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # a field that is true by default has a second one, `--no_field`
+        if getattr(action.type, "__name__", "") == "dict":
+            action.type = _read_json_object
     fixed = {field.name for kind in types for field in dataclasses.fields(kind) if not field.init}
 
     def describe_unknown(what: str, name: str, names: Iterable[str]) -> str:
@@ -162,13 +164,41 @@ def read_settings(types: Sequence[Any], config: str | None, options: Sequence[st
             parts.append(kind(**{name: values[name] for name in fields}))
         except ConfigError as error:
             problems += error.problems
-        except (ValueError, TypeError) as error:  # what `transformers` says of its own fields
-            problems.append(str(error))
+        except (ValueError, TypeError, KeyError, ImportError) as error:  # what `transformers` says of its own fields
+            problems.append(_say_what_to_do(error))
     if problems:
         raise ConfigError(problems)
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)} - set(CUTConfig.__annotations__)
     resolved = {name: value for name, value in values.items() if name not in theirs or value != defaults[name]}
-    return Settings(tuple(parts), {name: getattr(value, "value", value) for name, value in resolved.items()})
+    return Settings(tuple(parts), {name: _as_plain(value) for name, value in resolved.items()})
+
+
+def _as_plain(value: Any) -> Any:
+    """A setting as YAML has it: members of an enumeration by their values."""
+    return [_as_plain(item) for item in value] if isinstance(value, list) else getattr(value, "value", value)
+
+
+def _read_json_object(text: str) -> dict[str, Any] | None:
+    """Raises:
+    ArgumentTypeError: It is none.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if value is None or isinstance(value, dict):
+        return value
+    raise ArgumentTypeError(f"""expected a JSON object such as '{{"name": true}}', got {text!r}""")
+
+
+def _say_what_to_do(error: Exception) -> str:
+    """The words of `transformers`, or our own where theirs do not say what to do here."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError) and "deepspeed" in text:
+        return "deepspeed: the package deepspeed is missing; install it by: pip install deepspeed"
+    if text.startswith("Your setup doesn't support bf16"):
+        return "bf16: expected a GPU that computes in bfloat16, got none; add --use_cpu true, or --bf16 false"
+    return text
 
 
 def _load_yaml(path: str) -> dict[str, Any]:
@@ -208,7 +238,9 @@ def _check_value(value: Any, action: Any) -> str | None:
             return None
         return f"expected one value, got a list of {len(value)}"
     kind = getattr(action.type, "__name__", "value").replace("string_to_bool", "true or false").replace("_", " ")
-    kind = {"int": "a whole number", "float": "a number", "str": "text"}.get(kind, kind)
+    kind = {"int": "a whole number", "float": "a number", "str": "text", " read json object": "a mapping"}.get(
+        kind, kind
+    )
     try:
         converted = action.type(str(value)) if action.type else value
     except (ValueError, TypeError, ArgumentTypeError):
