@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer, save_tiny_model
 
@@ -235,6 +236,85 @@ def test_encoded_rows_are_refused_where_they_hold_something_else_than_is_learned
         _make_trainer(tmp_path, rows, **settings)
 
 
+ROW = {"prompt_ids": [1, 5], "judged_prompt_ids": [1, 5, 9], "response_ids": [7, 8, 2]}
+FLAGGED = ROW | {"is_flagged": [True, False, True], "weights": [1.0, 0.0, 0.5]}
+SATISFACTORY = ROW | {"judged_prompt_ids": None}
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+@pytest.mark.parametrize("detector", ["current", "spans"])
+def test_encoded_rows_whose_flags_fit_their_tokens_are_learned(tmp_path, kind, detector):
+    trainer = _make_trainer(tmp_path, kind([FLAGGED, SATISFACTORY]), detector=detector)
+    assert trainer.train_dataset[0]["is_flagged"] == FLAGGED["is_flagged"]
+    assert trainer.train_dataset[0]["weights"] == FLAGGED["weights"]
+    assert math.isfinite(trainer.train().training_loss)
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+@pytest.mark.parametrize("detector", ["current", "spans"])
+def test_flags_and_weights_that_do_not_fit_the_tokens_are_all_named(tmp_path, kind, detector):
+    rows = [
+        FLAGGED,
+        FLAGGED | {"is_flagged": [True]},
+        FLAGGED | {"weights": None},
+        FLAGGED | {"weights": [1.0, -1.0, 0.5]},
+        ROW | {"is_flagged": None, "weights": None},
+        SATISFACTORY | {"is_flagged": None, "weights": [1.0]},
+    ]
+    with pytest.raises(DataError) as caught:
+        _make_trainer(tmp_path, kind(rows), detector=detector)
+    flags = "field 'is_flagged': expected true or false for each of the 3 tokens of response_ids"
+    weights = "field 'weights': expected a number of at least 0 for each of the 3 tokens of response_ids"
+    assert caught.value.problems == [
+        f"train_dataset[1]: {flags}, got 1 of them",
+        f"train_dataset[2]: {weights}, got none",
+        f"train_dataset[3]: {weights}, got -1.0",
+        f"train_dataset[4]: {flags}, got none",
+        f"train_dataset[4]: {weights}, got none",
+        f"train_dataset[5]: {flags}, got none",
+        f"train_dataset[5]: {weights}, got 1 of them",
+    ]
+
+
+def test_flags_and_praise_of_another_kind_are_named(tmp_path):
+    rows = [
+        FLAGGED | {"is_flagged": ["yes", "no", "no"]},
+        FLAGGED | {"is_flagged": 3},
+        FLAGGED | {"is_praised": "yes"},
+        "no row",
+    ]
+    with pytest.raises(DataError) as caught:
+        _make_trainer(tmp_path, rows)
+    flags = "field 'is_flagged': expected true or false for each of the 3 tokens of response_ids"
+    assert caught.value.problems == [
+        f"train_dataset[0]: {flags}, got 'yes'",
+        f"train_dataset[1]: {flags}, got int",
+        "train_dataset[2]: field 'is_praised': expected true or false, got 'yes'",
+        "train_dataset[3]: expected a row of token ids, as the first one is, got str",
+    ]
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_encoded_rows_for_dual_cut_that_do_not_say_whether_they_praise_are_all_named(tmp_path, kind):
+    rows = [ROW | {"is_praised": True}, ROW | {"is_praised": None}, SATISFACTORY | {"is_praised": None}, ROW]
+    with pytest.raises(DataError) as caught:
+        _make_trainer(tmp_path, kind(rows), objective="dual_cut")
+    assert caught.value.problems == [
+        f"train_dataset[{index}]: field 'is_praised': expected true or false beside judged_prompt_ids, got none"
+        for index in (1, 3)
+    ]
+    assert _make_trainer(tmp_path, kind(rows[::2]), objective="dual_cut").train_dataset[0]["is_praised"]
+
+
+def test_several_data_sets_at_once_are_refused(tmp_path):
+    tokenizer = make_tokenizer("bpe")
+    args = CUTConfig(output_dir=str(tmp_path), **SETTINGS)
+    data = {"train_dataset": RECORDS, "eval_dataset": {"a": RECORDS, "b": RECORDS}}
+    message = r"^eval_dataset: expected one data set, .*, got a mapping of several \(a, b\); give one of them$"
+    with pytest.raises(ConfigError, match=message):
+        CUTTrainer(make_model(len(tokenizer)), args, processing_class=tokenizer, **data)
+
+
 def test_evaluation_without_l2_does_not_depend_on_the_batch_size(tmp_path):
     losses = []
     for batch_size in (1, 3, 8):
@@ -252,13 +332,23 @@ def test_evaluation_without_l2_does_not_depend_on_the_batch_size(tmp_path):
 def test_scores_of_another_prompt_are_refused(workplace, tmp_path):
     tokenizer = make_tokenizer("bpe", chat=True)
     args = CUTConfig(output_dir=str(tmp_path), template="chat", **SETTINGS)
-    with pytest.raises(DataError, match=r"train_dataset\[0\]: field 'template': made with alpaca.*, the training's is"):
+    message = r"train_dataset\[0\]: field 'template': made with alpaca.*, the training's is"
+    with pytest.raises(DataError, match=message) as caught:
         CUTTrainer(
             make_model(len(tokenizer)),
             args,
             train_dataset=read_token_scores(workplace / "s.jsonl"),
             processing_class=tokenizer,
         )
+    hint = "set map_spans: true to take flags and weights over by their characters"
+    assert str(caught.value).endswith(f"\ntrain with --template alpaca, as the scores were made, or {hint}")
+
+
+def test_scores_of_the_same_template_with_other_words_are_not_told_to_name_it(workplace, tmp_path):
+    scores = [replace(row, template="alpaca 0123456789abcdef") for row in read_token_scores(workplace / "s.jsonl")]
+    with pytest.raises(DataError, match=r"field 'template': made with alpaca 0123456789abcdef") as caught:
+        _make_trainer(tmp_path, scores)
+    assert str(caught.value).endswith("\nset map_spans: true to take flags and weights over by their characters")
 
 
 @pytest.mark.parametrize("settings", [{"detector": "current"}, {"objective": "hindsight"}])

@@ -18,6 +18,7 @@ from cutlm.encoding import EncodedRecord, Encoder, encode_records
 from cutlm.errors import ConfigError, DataError
 from cutlm.model import unwrap_peft
 from cutlm.objectives import blame_tokens
+from cutlm.prompts import TEMPLATES
 from cutlm.records import JudgedRecord, as_records
 from cutlm.scoring import score_rows
 from cutlm.token_scores import TokenScores, fingerprint_template, fingerprint_tokenizer, map_to_tokenizer
@@ -62,8 +63,13 @@ def prepare_data(
 
     Raises:
         DataError: Bad records or rows; all are named.
-        ConfigError: Records without a tokenizer, or one that does not fit the template.
+        ConfigError: Records without a tokenizer, one that does not fit the template, or no single data set.
     """
+    if isinstance(dataset, Mapping):
+        raise ConfigError(
+            f"{name}: expected one data set, as a list or a datasets.Dataset, got a mapping of several"
+            f" ({', '.join(map(str, dataset))}); give one of them"
+        )
     if len(dataset) and isinstance(dataset[0], Mapping) and "response_ids" in dataset[0]:
         rows = _check_encoded(dataset, name)
         _refuse_other_objectives(rows, name, args)
@@ -103,10 +109,11 @@ def _view_scores(
             f" {args.objective}, detector {args.detector}"
         )
     tokenizer, template = fingerprint_tokenizer(encoder.tokenizer), fingerprint_template(encoder)
-    problems, by_record = [], {}
+    problems, by_record, others = [], {}, set()
     for scores, place in zip(dataset, places, strict=True):
         if not args.map_spans and scores.template != template:
             problems.append(f"{place}: field 'template': made with {scores.template}, the training's is {template}")
+            others.add(scores.template.partition(" ")[0])
         if scores.token_ids != encoder.encode_response(scores.record.output):
             if scores.tokenizer == tokenizer:
                 problems.append(f"{place}: field 'token_ids': expected those of output, got others; blame it again")
@@ -118,6 +125,8 @@ def _view_scores(
         by_record[id(scores.record)] = scores
     if problems:
         hint = "set map_spans: true to take flags and weights over by their characters"
+        if len(others) == 1 and (other := others.pop()) != args.template and other in TEMPLATES:
+            hint = f"train with --template {other}, as the scores were made, or {hint}"
         raise DataError(problems, hint=hint)
 
     def view(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
@@ -240,18 +249,42 @@ def _refuse_other_objectives(rows: Dataset, name: str, args: CUTConfig) -> None:
     ):
         if wanted and column not in rows.column_names:
             raise ConfigError(f"{name}: encoded rows for {setting} need the column {column}")
+    if args.objective == "dual_cut":
+        both = zip(rows["judged_prompt_ids"], rows["is_praised"], strict=True)
+        problems = [
+            f"{name}[{index}]: field 'is_praised': expected true or false beside judged_prompt_ids, got none"
+            for index, (judged, is_praised) in enumerate(both)
+            if judged is not None and is_praised is None
+        ]
+        if problems:
+            raise DataError(problems)
 
 
 def _check_encoded(dataset: Dataset | Sequence[Any], name: str) -> Dataset:
-    """Checks rows of token ids that were made elsewhere."""
+    """Checks rows of token ids that were made elsewhere.
+
+    Raises:
+        DataError: Rows that cannot be used; all are named.
+    """
     problems = []
+    may_be_flagged = not isinstance(dataset, Dataset) or "is_flagged" in dataset.column_names
+    is_any_flagged = may_be_flagged and any(
+        isinstance(row, Mapping) and row.get("is_flagged") is not None for row in dataset
+    )
     for index, row in enumerate(dataset):
+        place = f"{name}[{index}]"
+        if not isinstance(row, Mapping):
+            problems.append(f"{place}: expected a row of token ids, as the first one is, got {type(row).__name__}")
+            continue
+        num_before = len(problems)
         for key in _ID_COLUMNS:
             value = row.get(key)
             if value is None and key == "judged_prompt_ids":
                 continue
             if not value or not all(isinstance(token, int) and token >= 0 for token in value):
-                problems.append(f"{name}[{index}]: field {key!r}: expected a filled list of token ids, got {value!r}")
+                problems.append(f"{place}: field {key!r}: expected a filled list of token ids, got {value!r}")
+        if len(problems) == num_before:
+            problems += [f"{place}: {problem}" for problem in _find_bad_flags(row, is_any_flagged)]
     if problems:
         raise DataError(problems)
     if isinstance(dataset, Dataset):
@@ -271,3 +304,32 @@ def _check_encoded(dataset: Dataset | Sequence[Any], name: str) -> Dataset:
             for index, row in enumerate(dataset)
         ]
     )
+
+
+def _find_bad_flags(row: Mapping[str, Any], is_any_flagged: bool) -> list[str]:
+    """What is wrong with the flags, weights and praise of a row, where it has any or other rows have flags."""
+    problems = []
+    num_tokens = len(row["response_ids"])
+    flags, weights, is_praised = (row.get(key) for key in ("is_flagged", "weights", "is_praised"))
+    is_good = row.get("is_satisfactory", row.get("judged_prompt_ids") is None)
+    are_needed = flags is not None or weights is not None or (is_any_flagged and not is_good)
+    columns = (
+        ("is_flagged", flags, "true or false", lambda flag: isinstance(flag, bool)),
+        ("weights", weights, "a number of at least 0", _is_weight),
+    )
+    for key, values, expected, check in columns if are_needed else ():
+        problem = f"field {key!r}: expected {expected} for each of the {num_tokens} tokens of response_ids"
+        if values is None:
+            problems.append(f"{problem}, got none")
+        elif not isinstance(values, list | tuple) or len(values) != num_tokens:
+            got = f"{len(values)} of them" if isinstance(values, list | tuple) else type(values).__name__
+            problems.append(f"{problem}, got {got}")
+        elif bad := [value for value in values if not check(value)]:
+            problems.append(f"{problem}, got {bad[0]!r}")
+    if is_praised is not None and not isinstance(is_praised, bool):
+        problems.append(f"field 'is_praised': expected true or false, got {is_praised!r}")
+    return problems
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
