@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,quantization,serve,eval]'
 	touch $@
 
-demo: setup ## see a tiny model answer, be judged and learn from it (CPU, one to two minutes)
+demo: setup ## see a tiny model answer, be judged and learn from it (CPU, under two minutes)
 	$(BIN)/cutlm demo
 
 test: setup ## run the tests
