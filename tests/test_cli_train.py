@@ -334,7 +334,8 @@ def test_a_path_that_cannot_be_written_is_one_sentence(
 def test_an_evaluation_split_that_leaves_nothing_is_one_sentence(
     tmp_path: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _expect_problem(tmp_path, settings | {"eval_split": 0.01}, capsys, "eval_split: 0.01 of 8 records leaves none")
+    settings |= {"eval_split": 0.01, "eval_strategy": "epoch"}
+    _expect_problem(tmp_path, settings, capsys, "eval_split: 0.01 of 8 records leaves none")
 
 
 @pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])

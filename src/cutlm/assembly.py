@@ -84,7 +84,7 @@ def build_trainer(
         raise ConfigError(f"eval_data, eval_split: not for objective {config.objective}; leave them out")
     kwargs = {} if is_pairs else {"eval_dataset": eval_records or None}
     with _say_in_a_sentence():
-        return (PairTrainer if is_pairs else CUTTrainer)(
+        trainer = (PairTrainer if is_pairs else CUTTrainer)(
             model=model,
             args=config,
             train_dataset=train_rows,
@@ -93,17 +93,29 @@ def build_trainer(
             places=train_places,
             **kwargs,
         )
+    if not config.is_sharded:
+        # Made for a look, and again by training: what is wrong with it is said before anything gives way.
+        with _say_in_a_sentence("optim, optim_args, adam_*, lr_scheduler_*"):
+            trainer.create_optimizer()
+            trainer.create_scheduler(num_training_steps=10**6)
+        trainer.optimizer = trainer.lr_scheduler = None
+    return trainer
 
 
 @contextmanager
-def _say_in_a_sentence() -> Iterator[None]:
-    """Turns what the libraries say of settings that are theirs into an error of the user's."""
+def _say_in_a_sentence(names: str = "") -> Iterator[None]:
+    """Turns what the libraries say of settings that are theirs into an error of the user's.
+
+    Args:
+        names: Of these settings, where the libraries may not say them.
+    """
     try:
         yield
     except UserError:
         raise
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise ConfigError(str(error).strip().split("\n")[0]) from error
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        said = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{names}: {said}" if names else said) from error
 
 
 def load_data(path: str) -> tuple[list[Any], list[str]]:

@@ -1,7 +1,10 @@
 """Settings of training: the paper's, on top of every field of `transformers.TrainingArguments`."""
 
+import importlib.util
+import json
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -22,6 +25,9 @@ OBJECTIVES = (
     "ilf_dpo",
 )
 DETECTORS = ("current", "frozen", "spans", "off")
+# What an evaluation measures, by which the best checkpoint may be chosen.
+METRICS = ("loss", "loss_likelihood", "loss_contrast", "flagged_share", "mean_log_ratio")
+_CHECKPOINTING_OPTIONS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 
 @dataclass
@@ -141,11 +147,54 @@ class CUTConfig(TrainingArguments):
             )
         if self.remove_unused_columns:
             problems.append("remove_unused_columns: expected false, as the collator needs every column, got true")
+        if self.neftune_noise_alpha:
+            problems.append(
+                "neftune_noise_alpha: expected none, as its noise would depend on what else is in a batch, got"
+                f" {self.neftune_noise_alpha}"
+            )
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            problems.append(
+                "num_train_epochs, max_steps: expected at least one step, got none; give one of them a number above 0"
+            )
+        if self.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+            problems.append("use_liger_kernel: needs the package liger-kernel; run: pip install liger-kernel")
+        unknown = sorted(set(self._read_checkpointing_options()) - set(_CHECKPOINTING_OPTIONS))
+        if unknown:
+            problems.append(
+                f"activation_checkpointing_kwargs: expected some of {', '.join(_CHECKPOINTING_OPTIONS)}, got"
+                f" {', '.join(unknown)}"
+            )
+        wanted = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if not self.is_of_pairs and wanted not in METRICS:
+            problems.append(f"metric_for_best_model: expected one of {', '.join(METRICS)}, got {wanted!r}")
         if problems:
             raise ConfigError(problems)
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for
+        self._check_device()
+
+    def _read_checkpointing_options(self) -> dict[str, Any]:
+        options = self.activation_checkpointing_kwargs or {}
+        return json.loads(options) if isinstance(options, str) else options
+
+    def _check_device(self) -> None:
+        """What can be told only when the processes and their devices are known.
+
+        Raises:
+            ConfigError: As said.
+        """
+        problems = []
+        if self.fp16 and self.device.type == "cpu":
+            problems.append("fp16: expected false on a CPU, where it would have no effect, got true; bf16 works there")
+        loading = self.accelerator_config
+        for name, expected in (("split_batches", False), ("dispatch_batches", False), ("even_batches", True)):
+            got = getattr(loading, name, expected)
+            if got is not None and bool(got) is not expected:
+                # Batches are lists of lengths and tensors without rows, and every process must have as many of them.
+                problems.append(f"accelerator_config: expected {name} {str(expected).lower()}, got {str(got).lower()}")
+        if problems:
+            raise ConfigError(problems)
 
     def _check_objective(self) -> list[str]:
         problems = []
@@ -153,6 +202,19 @@ class CUTConfig(TrainingArguments):
             return [f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}"]
         if self.detector is not None and self.detector not in DETECTORS:
             problems.append(f"detector: expected one of {', '.join(DETECTORS)}, got {self.detector!r}")
+        unused = [
+            name
+            for name, default, is_used in (
+                ("threshold", 1.1, self.objective in ("cut", "dual_cut") and self.detector not in ("spans", "off")),
+                ("gamma", 1.0, self.objective in ("cut", "dual_cut") and self.detector != "spans"),
+                ("unlikelihood_weight", 1.0, self.objective in ("cut", "dual_cut", "unlikelihood")),
+                ("map_spans", False, self.objective == "cut"),
+            )
+            if not is_used and getattr(self, name) != default
+        ]
+        if unused:
+            which = f"objective {self.objective}" + (f", detector {self.detector}" if self.detector else "")
+            problems.append(f"{', '.join(unused)}: not used by {which}; leave them out")
         if self.objective != "cut":
             changed = [
                 name

@@ -20,6 +20,7 @@ from cutlm.errors import ConfigError, DataError
 from cutlm.preparation import check_vocabulary
 from cutlm.records import JudgedRecord
 from cutlm.safe_trainer import SafeTrainer
+from cutlm.scoring import check_context
 from cutlm.token_scores import TokenScores
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class PairTrainer(SafeTrainer, DPOTrainer):
         ]
         data = Dataset.from_list(rows)
         check_vocabulary(model, data, "train_dataset", ("prompt_ids", "chosen_ids", "rejected_ids"))
+        check_context(model, data, args.max_length, ("prompt_ids",), ("chosen_ids", "rejected_ids"))
         template = encoder.build_chat_template()
         if template is not None:
             # Saved with the model, so that every tool prompts it as it was trained.

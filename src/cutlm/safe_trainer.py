@@ -3,6 +3,7 @@
 Shared by CUT's trainer and TRL's for pairs. How a checkpoint gets to its place is `cutlm.checkpoints`.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from cutlm.checkpoints import publish_checkpoint, publish_files, staged
 from cutlm.errors import NonFiniteError
 
+logger = logging.getLogger(__name__)
+
 
 class SafeTrainer(Trainer):
     """A `Trainer` that stops before a bad optimizer step, saves when asked to stop, and saves all or nothing."""
@@ -25,6 +28,19 @@ class SafeTrainer(Trainer):
     def request_stop(self) -> None:
         """Asks training to save a checkpoint and stop at the end of the next optimizer step, on all ranks."""
         self._stop_requested = True
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of the learning rate; says so where it never comes to its peak."""
+        num_warmup = self.args.get_warmup_steps(num_training_steps)
+        if num_warmup >= num_training_steps and self.args.lr_scheduler_type != "constant":
+            logger.warning(
+                "warmup_steps: %d of the %d steps warm up, so the learning rate never comes to %g; give fewer, or a"
+                " share such as 0.1",
+                min(num_warmup, num_training_steps),
+                num_training_steps,
+                self.args.learning_rate,
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetches the micro-batches of an optimizer step, and whether any rank was asked to stop."""

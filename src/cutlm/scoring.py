@@ -3,7 +3,7 @@
 What is made of them, such as flags, is left to `cutlm.blame`.
 """
 
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,15 +105,42 @@ def check_rows(model: nn.Module, rows: Sequence[Mapping[str, Any]], max_length: 
             f"tokenizer: expected token ids below {num_embeddings}, the size of the model's vocabulary, got {largest};"
             " give the model's own tokenizer"
         )
-    limit = getattr(language_model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, sequences))
+    try:
+        check_context(model, rows, max_length)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_context(
+    model: nn.Module,
+    rows: Iterable[Mapping[str, Any]],
+    max_length: int,
+    prompts: Sequence[str] = ("prompt_ids", "judged_prompt_ids"),
+    responses: Sequence[str] = ("response_ids",),
+) -> None:
+    """Refuses rows that are longer than what the model has positions for.
+
+    Args:
+        model: The model.
+        rows: With token ids.
+        max_length: As it was asked for, for the message.
+        prompts: Columns of prompts.
+        responses: Columns of what follows one of them.
+
+    Raises:
+        ConfigError: There are such.
+    """
+    limit = getattr(unwrap_peft(model).config.get_text_config(), "max_position_embeddings", None)
+    longest = max(
+        max(len(row[name] or ()) for name in prompts) + max(len(row[name]) for name in responses) for row in rows
+    )
     if limit is not None and longest > limit:
-        problems.append(
+        raise ConfigError(
             f"max_length: expected at most the model's context of {limit} tokens, got {max_length}, and a record of"
             f" {longest}; give --max_length {limit}"
         )
-    if problems:
-        raise ConfigError(problems)
 
 
 def count_tokens(row: Mapping[str, Any]) -> int:

@@ -42,7 +42,7 @@ from cutlm.preparation import (
 from cutlm.probes import check_head, choose_passes
 from cutlm.safe_trainer import SafeTrainer
 from cutlm.sampling import BalancedSampler
-from cutlm.scoring import count_tokens
+from cutlm.scoring import check_context, count_tokens
 from cutlm.tally import Tally
 from cutlm.token_scores import TokenScores
 
@@ -100,6 +100,9 @@ class CUTTrainer(SafeTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or CUTConfig()
+        unused = sorted({"compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"} & kwargs.keys())
+        if unused:
+            raise ConfigError(f"{', '.join(unused)}: would never be called, as no logits are made; leave them out")
         self.notices: list[str] = []
         if args.n_gpu > 1:
             # torch's DataParallel would deal a batch's tensors out by rows, and they have none.
@@ -135,6 +138,7 @@ class CUTTrainer(SafeTrainer):
                 use = "train" if is_training else "evaluate"
                 raise DataError(f"{name}: nothing is left to {use} on", hint="\n".join(data.notices))
             check_vocabulary(model, data.rows, name)
+            check_context(model, data.rows, args.max_length)
             if args.has_known_flags:
                 if "is_flagged" not in data.rows.column_names:
                     refuse_sharded_blame(args)
@@ -147,6 +151,11 @@ class CUTTrainer(SafeTrainer):
             self.num_left_out += data.num_left_out if is_training else 0
             prepared[name] = data
             if data.chat_template is not None and processing_class is not None:
+                if is_training and processing_class.chat_template not in (None, data.chat_template):
+                    self.notices.append(
+                        f"the tokenizer's chat template gives way to that of training (template: {args.template}), with"
+                        " which the model will be prompted; to keep it give template: chat"
+                    )
                 # Saved with the model, so that every tool prompts it as it was trained.
                 processing_class = copy.deepcopy(processing_class)
                 processing_class.chat_template = data.chat_template
@@ -188,8 +197,8 @@ class CUTTrainer(SafeTrainer):
         num_repeats = -num_rows % (batch_size * self.args.world_size)
         if self.args.world_size > 1 and num_repeats and not self.args.dataloader_drop_last:
             self.notices.append(
-                f"{name}: {num_repeats} of {num_rows} records are seen twice in a pass, to fill the last batches of"
-                f" {self.args.world_size} processes"
+                f"{name}: the last batches of {self.args.world_size} processes are filled up with {num_repeats} records"
+                f" that are seen once more than the others of {num_rows}"
             )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:

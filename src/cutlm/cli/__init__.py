@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from cutlm import __version__
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.rest = rest
     # It tells, wherever PEFT imports it, of an optional kernel for 4-bit weights on a CPU.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # What PEFT asks of transformers, and nobody who trains can change.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         return args.run(args)
     except UserError as error:

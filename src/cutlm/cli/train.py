@@ -72,6 +72,12 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(settings.to_yaml(), end="")
         return 0
+    data_args, _, config = settings.parts
+    if (data_args.eval_data or data_args.eval_split) and config.eval_strategy == "no":
+        raise ConfigError(
+            "eval_data, eval_split: nothing would be evaluated, as eval_strategy is no; give --eval_strategy epoch (or"
+            " steps), or leave them out"
+        )
     return train(settings, ["--config", args.config, *args.rest] if args.config else args.rest)
 
 
@@ -116,7 +122,7 @@ def train(
             print(f"going on from {checkpoint}")
         _save_settings(settings, Path(config.output_dir))
         sys.stdout.flush()
-    with _stop_on_signals(trainer, is_main) as signals:
+    with _stop_on_signals(trainer, is_main) as signals, _log_to_stdout():
         trainer.train(resume_from_checkpoint=checkpoint)
     if signals and trainer.state.global_step < trainer.state.max_steps:
         if is_main:
