@@ -258,7 +258,11 @@ def test_without_the_package_it_is_one_sentence(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     assert main(list_options(server, responses, tmp_path / "out.jsonl")) == 2
-    assert "the package openai is missing; install it by: pip install 'cutlm[serve]'" in capsys.readouterr().err
+    # Before a progress bar, and before a cache.
+    assert capsys.readouterr().err == (
+        "cutlm judge: the package openai is missing; install it by: pip install 'cutlm[serve]'\n"
+    )
+    assert not list(tmp_path.glob("*.sqlite*"))
 
 
 def test_bad_options_are_said_at_once(responses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

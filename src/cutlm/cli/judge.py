@@ -171,9 +171,9 @@ def fill_options(args: argparse.Namespace) -> None:
 
 
 def _make_server(args: argparse.Namespace) -> "ChatServer":
-    from cutlm.judges.chat import ChatServer
+    from cutlm.judges.chat import ChatServer, check_package
 
-    return ChatServer(
+    server = ChatServer(
         args.base_url,
         args.judge_model,
         temperature=args.temperature,
@@ -185,6 +185,8 @@ def _make_server(args: argparse.Namespace) -> "ChatServer":
         max_requests=args.max_requests,
         max_tokens_total=args.max_tokens_total,
     )
+    check_package()  # before anything is begun
+    return server
 
 
 def read_fields(text: str, option: str) -> dict[str, Any]:

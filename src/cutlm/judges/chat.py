@@ -131,16 +131,24 @@ class Malformed(Exception):
     """JSON that is no chat completion."""
 
 
+def check_package() -> None:
+    """Raises:
+    UserError: The package openai is missing.
+    """
+    try:
+        import openai  # noqa: F401
+    except ImportError:
+        raise UserError("the package openai is missing; install it by: pip install 'cutlm[serve]'") from None
+
+
 def make_client(server: ChatServer, key: str | None) -> "OpenAI":
     """A client that asks once, follows nobody to another address, and takes no answer without an end.
 
     Raises:
         UserError: A package is missing, or the proxy that is set cannot be used.
     """
-    try:
-        import openai
-    except ImportError:
-        raise UserError("the package openai is missing; install it by: pip install 'cutlm[serve]'") from None
+    check_package()
+    import openai
 
     def bound(response: Any) -> None:
         pieces = response.iter_bytes  # by which the client reads an answer whole
