@@ -41,11 +41,7 @@ _FROZEN = {"detector": "frozen"}
 METHODS = (
     Method("cut", about="CUT as in the paper"),
     Method("cut_frozen", _FROZEN, about="CUT, tokens blamed once by the frozen base model"),
-    Method(
-        "cut_frozen_threshold_1.05",
-        _FROZEN | {"threshold": 1.05},
-        about="the same, at the threshold of the best F1 on development tasks",
-    ),
+    Method("cut_frozen_threshold_1.05", _FROZEN | {"threshold": 1.05}, about="the same at threshold 1.05"),
     Method("cut_true_spans", {"detector": "spans"}, about="CUT, the truly wrong tokens given by the oracle"),
     Method("dual_cut", {"objective": "dual_cut"}, about="DualCUT: praise too"),
     Method("likelihood", {"objective": "likelihood"}, about="likelihood of every response"),
