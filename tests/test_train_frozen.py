@@ -171,6 +171,19 @@ def test_the_scores_stay_beside_the_run_and_are_used_again(workplace, capsys):
     assert read_token_scores(workplace / "kept" / "token_scores.jsonl")[0].threshold == 1.5
 
 
+def test_settings_that_scores_were_not_made_with_are_refused(workplace, capsys):
+    assert _train(workplace, "other", data="s.jsonl", threshold=50, gamma=0.0) == 2
+    message = capsys.readouterr().err
+    assert "threshold: the token scores were made with 1.1, got 50.0; leave it out, or blame the records" in message
+    assert "gamma: the token scores were made with 1.0, got 0.0" in message
+    made = _options(
+        model=workplace / "base", data=workplace / "records.json", out=workplace / "s2.jsonl", threshold=1.2
+    )
+    assert main(["blame", *made]) == 0
+    assert _train(workplace, "same", data="s2.jsonl", threshold=1.2) == 0
+    assert _train(workplace, "unsaid", data="s2.jsonl") == 0
+
+
 def test_scores_left_by_a_run_that_died_before_its_first_step_are_in_nobodys_way(workplace):
     folder = workplace / "died"
     folder.mkdir()

@@ -100,7 +100,7 @@ def _view_scores(
     """A view that takes flags and weights from token scores.
 
     Raises:
-        ConfigError: Other settings than for known flags.
+        ConfigError: Other settings than for known flags, or than the scores were made with.
         DataError: Scores of another tokenizer or template, and `map_spans` is off.
     """
     if args.objective != "cut" or args.detector != "frozen":
@@ -108,6 +108,20 @@ def _view_scores(
             "the data are token scores, whose flags are for objective cut and detector frozen; got objective"
             f" {args.objective}, detector {args.detector}"
         )
+    # A default is not taken for a wish.
+    made_with = {
+        name: sorted({getattr(scores, name) for scores in dataset} - {getattr(args, name)})
+        for name in ("threshold", "unlikelihood_weight", "gamma")
+        if getattr(args, name) != CUTConfig.__dataclass_fields__[name].default
+    }
+    differing = [
+        f"{name}: the token scores were made with {values[0]}, got {getattr(args, name)}; leave it out, or blame the"
+        " records again"
+        for name, values in made_with.items()
+        if values
+    ]
+    if differing:
+        raise ConfigError(differing)
     tokenizer, template = fingerprint_tokenizer(encoder.tokenizer), fingerprint_template(encoder)
     problems, by_record, others = [], {}, set()
     for scores, place in zip(dataset, places, strict=True):
