@@ -321,6 +321,16 @@ def test_a_layout_is_taken_only_where_the_model_bears_it(name: str) -> None:
         )
 
 
+def test_a_model_that_checkpoints_its_activations_keeps_no_keys_to_lend() -> None:
+    model = make_model(VOCAB_SIZE)
+    assert choose_passes(model).is_lending
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    passes = choose_passes(model)
+    assert passes == SHARING
+    batch = collate(TWO_TREES)
+    assert_same_gradients(find_gradients(model.train(), batch, passes), find_gradients(model, batch, PLAIN))
+
+
 def test_of_weights_that_are_elsewhere_nothing_is_tried() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))

@@ -175,7 +175,7 @@ class CUTConfig(TrainingArguments):
         self._check_device()
 
     def _read_checkpointing_options(self) -> dict[str, Any]:
-        options = self.activation_checkpointing_kwargs or {}
+        options = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}
         return json.loads(options) if isinstance(options, str) else options
 
     def _check_device(self) -> None:

@@ -51,7 +51,9 @@ def choose_passes(model: nn.Module, *, is_sharded: bool = False, can_lend: bool 
     is_masked = attention in MASKED_KINDS and looks_back_whole
     # Flash attention, flex attention and their like; on a CPU the second is compiled anew for each length.
     is_other = attention not in MASKED_KINDS and (attention != "flex_attention" or language_model.device.type == "cuda")
-    can_lend = can_lend and not is_sharded and looks_back_whole and (is_masked or is_other)
+    # What was set on the model before says so, too.
+    is_checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in language_model.modules())
+    can_lend = can_lend and not (is_checkpointed or is_sharded) and looks_back_whole and (is_masked or is_other)
     return Passes(
         is_packed=is_other and _bears(language_model, run_row, [Tree((0,), 0, 9), Tree((1,), 0, 11), Tree((2,), 0, 7)]),
         is_sharing=is_masked and _bears(language_model, run_row, [Tree((0, 1), 3, 17), Tree((2,), 0, 7)]),
