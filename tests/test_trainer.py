@@ -312,6 +312,16 @@ def test_compiled_layers_take_the_same_steps_and_are_saved_under_the_same_names(
     assert names[0] == names[1]
 
 
+def test_an_adapters_card_is_no_form_to_be_filled(tmp_path: Path) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["down_proj"])
+    CUTTrainer(make_model(32), _config(tmp_path), [JUDGED], peft_config=config).save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "library_name: peft\n" in card.split("---\n")[1]
+    assert card.split("---\n")[2].startswith("\n# An adapter trained by cutlm\n")
+    assert "More Information Needed" not in card
+
+
 def test_a_model_that_does_not_name_its_layers_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(32)
     monkeypatch.setattr(model, "_no_split_modules", None)

@@ -18,6 +18,13 @@ from cutlm.errors import NonFiniteError
 
 logger = logging.getLogger(__name__)
 
+_CARD = """# An adapter trained by cutlm
+
+What it was trained with stands in `cutlm_train.yaml`, where `cutlm train` made it. To fold it into its base model:
+
+    cutlm merge --adapter FOLDER --out MODEL
+"""
+
 
 class SafeTrainer(Trainer):
     """A `Trainer` that stops before a bad optimizer step, saves when asked to stop, and saves all or nothing."""
@@ -121,3 +128,12 @@ class SafeTrainer(Trainer):
         if self.args.should_save and folder:
             # A pickle that nothing of ours reads; the command line saves its settings as YAML.
             (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            _fill_card(Path(folder) / "README.md")
+
+
+def _fill_card(path: Path) -> None:
+    """Puts a few true lines in the place of the form that PEFT leaves beside an adapter, and keeps its header."""
+    if not path.is_file() or "[More Information Needed]" not in (text := path.read_text("utf-8")):
+        return
+    header = text.split("---\n", 2)[1] if text.startswith("---\n") else ""
+    path.write_text(f"---\n{header}---\n\n{_CARD}", "utf-8")
