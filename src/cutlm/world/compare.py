@@ -40,7 +40,7 @@ class Size:
     share: float | None = None
 
 
-QUICK = Size((1,), (5e-4,), 12, 70, 2, (64,), 0.1)
+QUICK = Size((1,), (5e-4,), 6, 35, 2, (64,), 0.1)
 _DEV_SEED = 0
 _SAMPLES_FOR_REWARDS = 4
 
