@@ -199,14 +199,17 @@ def test_positions_that_depend_on_the_length_of_the_input_do_not_depend_on_compa
     rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     model = make_model(VOCAB_SIZE, max_position_embeddings=144, rope_parameters=rope, num_attention_heads=4)
     passes = choose_passes(model)
-    assert passes == Passes(unpadded_beyond=36)
+    assert passes == replace(EITHER, unpadded_beyond=36)
     rows = [make_row(LONG[:length], None, [1, 2, 3]) for length in (32, 33, 34, 35, 37, 37)]
-    rows.insert(0, make_row(LONG[:32], [*LONG[:31], *LONG[:9]], [1, 2, 3]))
+    rows.insert(0, make_row(LONG[:32], [*LONG[:31], *LONG[:9]], [1, 2, 3]))  # 34 and 42 tokens: nothing is shared
+    rows.insert(1, make_row(LONG[:32], [*LONG[:31], 7, 8], [1, 2, 3]))  # 34 and 35: it is
     with torch.no_grad():
-        got = score_batch(model, collate(rows), passes=passes)
-        alone = [score_batch(model, collate([row]), passes=passes) for row in rows]
-        assert (score_batch(model, collate(rows)) - got).abs().max() > 0.1, "padded, they do"
-    torch.testing.assert_close(got, torch.cat(alone), atol=1e-5, rtol=1e-5)
+        alone = torch.cat([score_batch(model, collate([row]), passes=Passes(unpadded_beyond=36)) for row in rows])
+        order = [0, 1, 2, 6, 7, 8, 3, 4, 5, 9, 10, 11, *range(12, 30)]  # both plain contexts, then both judged ones
+        for chosen in (passes, replace(passes, is_lending=False), Passes(unpadded_beyond=36)):
+            got = score_batch(model, collate(rows), passes=chosen)
+            torch.testing.assert_close(got, alone[order], atol=1e-5, rtol=1e-5)
+        assert (score_batch(model, collate(rows)) - alone[order]).abs().max() > 0.1, "padded, they do"
 
 
 def test_a_beginning_that_is_a_small_part_is_not_shared(model: nn.Module) -> None:
@@ -311,7 +314,7 @@ def test_a_layout_is_taken_only_where_the_model_bears_it(name: str) -> None:
     config, expected = CHOICES[name]
     model = AutoModelForCausalLM.from_config(config).train()
     assert choose_passes(model) == expected
-    assert choose_passes(model, can_lend=False) == replace(expected, is_lending=False)
+    assert choose_passes(model, is_compiled=True) == replace(expected, is_lending=False)
     assert all(module.training for module in model.modules()), "left as it was"
     batch = collate(TWO_TREES)
     model.eval()
@@ -321,14 +324,29 @@ def test_a_layout_is_taken_only_where_the_model_bears_it(name: str) -> None:
         )
 
 
-def test_a_model_that_checkpoints_its_activations_keeps_no_keys_to_lend() -> None:
-    model = make_model(VOCAB_SIZE)
-    assert choose_passes(model).is_lending
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+def test_while_activations_are_checkpointed_there_are_no_keys_to_lend() -> None:
+    model, batch = make_model(VOCAB_SIZE).train(), collate(TWO_TREES)
     passes = choose_passes(model)
-    assert passes == SHARING
-    batch = collate(TWO_TREES)
-    assert_same_gradients(find_gradients(model.train(), batch, passes), find_gradients(model, batch, PLAIN))
+    assert passes == EITHER
+    want = find_gradients(model, batch, PLAIN)
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # whenever that is done
+    assert count_passes(model, lambda: score_batch(model, batch, passes=passes)) == [47 + 42, 3], "the mask"
+    assert_same_gradients(find_gradients(model, batch, passes), want)
+    model.eval()  # nothing is checkpointed then
+    assert count_passes(model, lambda: score_batch(model, batch, passes=passes)) == [2 * 43, 2 * 4, 3]
+
+
+def test_what_is_lent_is_not_kept_twice(model: nn.Module) -> None:
+    batch = collate([make_row([*LONG, 1], [*LONG, 2, 3], [3])])
+    caches: list[Any] = []
+    hook = model.base_model.register_forward_pre_hook(  # type: ignore[operator]
+        lambda module, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        score_batch(model, batch, passes=LENDING)
+    hook.remove()
+    assert all(layer.keys is None and layer.values is None for layer in caches[0].layers)
+    assert [layer.keys.shape[2] for layer in caches[1].layers] == [42, 42]
 
 
 def test_of_weights_that_are_elsewhere_nothing_is_tried() -> None:

@@ -1,5 +1,6 @@
 """Checkpoints survive a kill at any moment, and a run that was stopped ends bit for bit like one that was not."""
 
+import gzip
 import json
 import shutil
 import signal
@@ -226,6 +227,33 @@ def test_resuming_on_data_that_were_edited_or_in_other_processes_is_refused(
     assert len(_checkpoints(workplace / "edited")) == 1
 
 
+def test_the_files_of_a_run_that_are_damaged_or_older_are_no_leave_to_go_on(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(workplace / "uninterrupted", tmp_path / "run")
+    run, other = tmp_path / "run" / "cutlm_run.json", tmp_path / "other.json"
+    other.write_bytes((workplace / "records.json").read_bytes())
+    options = {"resume_from_checkpoint": "last", "model_name_or_path": workplace / "base"}
+    run.write_text("{")
+    assert main(["train", *_options(tmp_path, "run", **options, data=other)]) == 2
+    assert "cutlm_run.json: damaged, so the run cannot be gone on with; restore them" in capsys.readouterr().err
+    run.unlink()  # as before there was such a file: the name is all that is known of the data
+    assert main(["train", *_options(tmp_path, "run", **options, data=other)]) == 2
+    assert "data: the run to go on with has " in capsys.readouterr().err
+
+
+def test_data_may_move_and_a_checkpoint_may_stand_elsewhere(workplace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workplace / "uninterrupted", tmp_path / "run")
+    last = tmp_path / "run" / _checkpoints(tmp_path / "run")[-1]
+    (tmp_path / "scratch").mkdir()
+    last.rename(tmp_path / "scratch" / last.name)
+    last.symlink_to(tmp_path / "scratch" / last.name)
+    data = tmp_path / "moved.json.gz"
+    data.write_bytes(gzip.compress((workplace / "records.json").read_bytes()))
+    options = {"resume_from_checkpoint": "last", "model_name_or_path": workplace / "base", "data": data}
+    assert main(["train", *_options(tmp_path, "run", **options)]) == 0
+
+
 def test_what_another_run_left_is_compared_with_and_nothing_of_a_third_is_overwritten(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,7 +283,9 @@ def test_what_another_run_left_is_compared_with_and_nothing_of_a_third_is_overwr
         ("adapter_model.safetensors", None, "found no weights"),
         ("optimizer.pt", b"PK", "optimizer.pt cannot be read; restore it, or go on from another checkpoint"),
         ("adapter_model.safetensors", b"{", "adapter_model.safetensors cannot be read"),
+        ("trainer_state.json", None, "found no state of the trainer"),
         ("trainer_state.json", b"{", "trainer_state.json cannot be read"),
+        ("trainer_state.json", b"{}", "trainer_state.json cannot be read"),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_not_gone_on_from(

@@ -55,7 +55,8 @@ def test_what_would_have_no_effect_is_refused(settings: dict[str, Any], message:
         {"objective": "dual_cut", "threshold": 1.2, "gamma": 0.5},
         {"detector": "spans", "unlikelihood_weight": 0.5},
         {"metric_for_best_model": "eval_loss_contrast"},
-        {"activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {"metric_for_best_model": "flagged_share_q50"},
+        {"activation_checkpointing_kwargs": {"use_reentrant": False, "every_n_layers": 2}},
         {"num_train_epochs": 0, "max_steps": 1},
         {"accelerator_config": {"even_batches": True}},
     ],
@@ -74,6 +75,7 @@ def test_liger_kernels_without_their_package_say_what_to_install(monkeypatch: py
 def test_functions_that_would_never_be_called_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: would never be called, as no logits are made; leave them out"):
         CUTTrainer(make_model(10), make_config(), [ROW], **{name: print})
+    CUTTrainer(make_model(10), make_config(), [ROW], **{name: None})
 
 
 def test_records_longer_than_the_models_context_are_refused() -> None:
@@ -84,6 +86,9 @@ def test_records_longer_than_the_models_context_are_refused() -> None:
     )
     with pytest.raises(ConfigError, match=message):
         CUTTrainer(model, make_config(), [ROW])
+    # Positions that are stretched are meant for more.
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 4}
+    CUTTrainer(make_model(10, max_position_embeddings=4, rope_parameters=yarn), make_config(), [ROW])
 
 
 @pytest.fixture

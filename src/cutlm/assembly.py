@@ -93,7 +93,9 @@ def build_trainer(
             places=train_places,
             **kwargs,
         )
-    if not config.is_sharded:
+    # Some would hold on to the weights.
+    can_look = not any(word in str(config.optim) for word in ("layerwise", "lomo"))
+    if can_look and not config.is_sharded:
         # Made for a look, and again by training: what is wrong with it is said before anything gives way.
         with _say_in_a_sentence("optim, optim_args, adam_*, lr_scheduler_*"):
             trainer.create_optimizer()

@@ -32,6 +32,7 @@ _PARTS = {
     "state of the optimizer": ("optimizer*", "global_step*"),
     "state of the schedule": (SCHEDULER_NAME, "global_step*"),
     "state of random numbers": ("rng_state*.pth",),
+    "state of the trainer": (TRAINER_STATE_NAME,),
 }
 # Tools take a folder for a model by these; they arrive last.
 _MARKERS = ("config.json", "adapter_config.json")
@@ -142,10 +143,10 @@ def _is_sound(path: Path) -> bool:
         return zipfile.is_zipfile(path)
     try:
         if path.name == TRAINER_STATE_NAME:
-            json.loads(path.read_text("utf-8"))
+            return "global_step" in json.loads(path.read_text("utf-8"))
         if path.suffix == ".safetensors":
             safe_open(path, "pt").__enter__()
-    except (ValueError, SafetensorError):
+    except (ValueError, TypeError, SafetensorError):
         return False
     return True
 

@@ -26,8 +26,15 @@ OBJECTIVES = (
 )
 DETECTORS = ("current", "frozen", "spans", "off")
 # What an evaluation measures, by which the best checkpoint may be chosen.
-METRICS = ("loss", "loss_likelihood", "loss_contrast", "flagged_share", "mean_log_ratio")
-_CHECKPOINTING_OPTIONS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
+METRICS = (
+    *("loss", "loss_likelihood", "loss_contrast", "mean_log_ratio"),
+    *("flagged_share", "flagged_share_q10", "flagged_share_q50", "flagged_share_q90"),
+)
+# Of torch, and the last two of transformers.
+_CHECKPOINTING_OPTIONS = (
+    *("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"),
+    *("every_n_layers", "offload"),
+)
 
 
 @dataclass
@@ -158,7 +165,7 @@ class CUTConfig(TrainingArguments):
             )
         if self.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
             problems.append("use_liger_kernel: needs the package liger-kernel; run: pip install liger-kernel")
-        unknown = sorted(set(self._read_checkpointing_options()) - set(_CHECKPOINTING_OPTIONS))
+        unknown = sorted(set(self._read_checkpointing_options(problems)) - set(_CHECKPOINTING_OPTIONS))
         if unknown:
             problems.append(
                 f"activation_checkpointing_kwargs: expected some of {', '.join(_CHECKPOINTING_OPTIONS)}, got"
@@ -174,9 +181,13 @@ class CUTConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to pin for
         self._check_device()
 
-    def _read_checkpointing_options(self) -> dict[str, Any]:
-        options = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}
-        return json.loads(options) if isinstance(options, str) else options
+    def _read_checkpointing_options(self, problems: list[str]) -> dict[str, Any]:
+        given = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}
+        try:
+            return dict(json.loads(given) if isinstance(given, str) else given)
+        except (ValueError, TypeError):
+            problems.append(f"activation_checkpointing_kwargs: expected a JSON object, got {given!r}")
+            return {}
 
     def _check_device(self) -> None:
         """What can be told only when the processes and their devices are known.

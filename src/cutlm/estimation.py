@@ -263,7 +263,7 @@ def _measure_layer(shape: Shape, plan: Plan) -> float:
 
     - Both norms keep their input in float32: 2 * 4 * width; where their weights are trained, also what these multiply.
     - Attention keeps queries, keys, values, its output, and a float32 for each head. Keys and values are repeated for
-      all query heads, as a mask (of contexts that share their beginning) asks for.
+      all query heads, as a mask asks for (of contexts that share their beginning, where activations are checkpointed).
     - The MLP keeps its gate before and after the activation, and what it is multiplied with: 3 * inner_width.
     - A matrix that is trained keeps its input, and so does one under LoRA, after dropout, which keeps a mask of a byte
       (on a CPU, of a float), and what its first factor makes of it. Inputs are kept once for matrices that read one and

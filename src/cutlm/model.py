@@ -76,11 +76,7 @@ def load_model(
         check_bitsandbytes()
         kwargs |= {"quantization_config": quantization, "device_map": {"": device if device is not None else "cpu"}}
     try:
-        # A folder with an adapter alone has none, and is told of below.
-        if (
-            not is_adapter_folder(path)
-            and AutoConfig.from_pretrained(path, revision=revision or "main").is_encoder_decoder
-        ):
+        if _has_encoder(path, revision or "main"):
             raise UserError(f"{path}: expected a causal language model, got one with an encoder, which would be lost")
         # Of another shape is told of below, with what is missing.
         asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -107,6 +103,13 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _has_encoder(path: str | Path, revision: str) -> bool:
+    try:
+        return bool(AutoConfig.from_pretrained(path, revision=revision).is_encoder_decoder)
+    except Exception:  # an adapter has no config; what else is wrong is said where the model is loaded
+        return False
 
 
 def check_bitsandbytes() -> None:
@@ -288,6 +291,13 @@ def load_trained(
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not to be had here ({_first_line(error)})") from error
     return model.eval(), load_own_tokenizer(path, base)
+
+
+def list_rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """How a text model turns its positions by angles, for all its layers or for each kind of them."""
+    known = getattr(config, "rope_parameters", None) or {}
+    by_kind = [value for value in known.values() if isinstance(value, dict) and "rope_type" in value]
+    return by_kind or [known]
 
 
 def count_parameters(model: nn.Module) -> Counter[str]:

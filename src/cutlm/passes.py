@@ -12,9 +12,9 @@ log-probs themselves to `cutlm.logprobs`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Passes:
         is_single: A micro-batch is one pass, whatever is in it: under FSDP and ZeRO-3 every pass gathers weights, and
             all ranks must make the same number of them.
         unpadded_beyond: Where the positions of a model depend on the length of its input, the length beyond which they
-            do: longer sequences go together with those of their own length alone.
+            do: longer sequences share nothing, and go together with those of their own length alone.
     """
 
     is_packed: bool = False
@@ -126,6 +126,8 @@ def score_batch(
         [R] float32, in the order of `batch["target_ids"]`.
     """
     language_model = unwrap_peft(model)
+    if passes.is_lending and language_model.training and _is_checkpointing(language_model):
+        passes = replace(passes, is_lending=False)  # transformers keeps no keys and values then
     lengths, response_lengths = batch["sequence_lengths"], batch["response_lengths"]
     sequences = batch["input_ids"].split(lengths)
     judged = range(batch.get("num_unsatisfactory", 0), 2 * batch.get("num_unsatisfactory", 0))
@@ -163,6 +165,10 @@ def score_batch(
     return run_inside(layer, layer, apply_head, torch.cat(hidden), batch["target_ids"])
 
 
+def _is_checkpointing(language_model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in language_model.modules())
+
+
 # ---- What goes together ----
 
 
@@ -171,11 +177,13 @@ def _plan_passes(batch: Mapping[str, Any], passes: Passes, needs_judged_grad: bo
     lengths, num_judged = batch["sequence_lengths"], batch.get("num_unsatisfactory", 0)
     is_split = torch.is_grad_enabled() and not needs_judged_grad
     is_lending = passes.is_lending and not passes.is_single
+    most = passes.unpadded_beyond or max(lengths)
     shared = batch.get("shared_lengths", []) if passes.is_sharing or is_lending else []
     trees = [
         Tree((first, first + num_judged), num_shared, lengths[first] + lengths[first + num_judged] - num_shared)
         for first, num_shared in enumerate(shared)
-        if _is_worth_sharing(num_shared, lengths[first], lengths[first + num_judged], is_split, is_lending)
+        if max(lengths[first], lengths[first + num_judged]) <= most
+        and _is_worth_sharing(num_shared, lengths[first], lengths[first + num_judged], is_split, is_lending)
     ]
     in_trees = {index for tree in trees for index in tree.indices}
     alone = [Tree((index,), 0, length) for index, length in enumerate(lengths) if index not in in_trees]
@@ -193,12 +201,12 @@ def _plan_passes(batch: Mapping[str, Any], passes: Passes, needs_judged_grad: bo
     unlearned = [tree for tree in alone if is_split and tree.indices[0] in judged]
     learned = [tree for tree in alone if tree not in unlearned]
     for part, needs_grad in ((learned, True), (unlearned, False)):
-        if passes.is_packed:
-            for group in _cut_rows(part, limit):
-                yield _Pass(group, run_row, needs_grad)
-        else:
-            for group in _group_by_length(part, limit, lengths, passes.unpadded_beyond):
-                yield _Pass(group, run_padded, needs_grad)
+        packed = [tree for tree in part if passes.is_packed and tree.num_tokens <= most]
+        for group in _cut_rows(packed, limit):
+            yield _Pass(group, run_row, needs_grad)
+        padded = [tree for tree in part if tree not in packed]
+        for group in _group_by_length(padded, limit, lengths, passes.unpadded_beyond):
+            yield _Pass(group, run_padded, needs_grad)
 
 
 def _is_worth_sharing(num_shared: int, length: int, judged_length: int, is_split: bool, is_lending: bool) -> bool:
@@ -311,11 +319,10 @@ def _run_behind(model: nn.Module, trees: Sequence[Tree], seconds: Sequence[Tenso
     if len(trees) > 1:
         places = torch.arange(longest + ids.shape[1], device=device)
         inputs["attention_mask"] = (places >= longest - num_shared).long()
-    lent = DynamicCache()
-    for number, layer in enumerate(cache.layers):
-        kept: tuple[Any, Any] = (layer.keys, layer.values)  # type: ignore[union-attr]
-        keys, values = (_lend(states, trees, longest) for states in kept)
-        lent.update(keys, values, number)
+    lent, layers = DynamicCache(), cast(list[Any], cache.layers)
+    for number, layer in enumerate(layers):
+        lent.update(_lend(layer.keys, trees, longest), _lend(layer.values, trees, longest), number)
+        layer.keys = layer.values = None  # or all of it would be there twice
     return _run_body(model, input_ids=ids, position_ids=positions, past_key_values=lent, **inputs)
 
 

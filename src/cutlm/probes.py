@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cutlm.errors import UserError
-from cutlm.model import unwrap_peft
+from cutlm.model import list_rope_parameters, unwrap_peft
 from cutlm.passes import MASKED_KINDS, Passes, Tree, name_attention, run_lending, run_padded, run_row, score_batch
 
 logger = logging.getLogger(__name__)
@@ -30,35 +30,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = is_training
 
 
-def choose_passes(model: nn.Module, *, is_sharded: bool = False, can_lend: bool = True) -> Passes:
+def choose_passes(model: nn.Module, *, is_sharded: bool = False, is_compiled: bool = False) -> Passes:
     """Finds out which layouts a model bears, by trying them on a few tokens.
 
     Args:
         model: A causal language model, bare or with an adapter, all of whose weights are here.
         is_sharded: Whether it will be trained with its weights spread over processes.
-        can_lend: Whether it will keep keys and values while it is trained: not where activations are checkpointed, nor
-            where layers are compiled, which would be done for each of them anew.
+        is_compiled: Whether its layers will be, which would be done for each of them anew if it kept keys and values.
     """
     language_model = unwrap_peft(model)
     if not is_at_hand(language_model):
         return Passes(is_single=is_sharded)
-    unpadded_beyond = _find_switch(language_model)
-    if unpadded_beyond is not None:
-        return Passes(is_single=is_sharded, unpadded_beyond=unpadded_beyond)
     attention = name_attention(language_model)
     looks_back_whole = _looks_back_whole(language_model)
     # A mask of ours stands for all layers, so all must look at everything before them.
     is_masked = attention in MASKED_KINDS and looks_back_whole
     # Flash attention, flex attention and their like; on a CPU the second is compiled anew for each length.
     is_other = attention not in MASKED_KINDS and (attention != "flex_attention" or language_model.device.type == "cuda")
-    # What was set on the model before says so, too.
-    is_checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in language_model.modules())
-    can_lend = can_lend and not (is_checkpointed or is_sharded) and looks_back_whole and (is_masked or is_other)
+    can_lend = not (is_compiled or is_sharded) and looks_back_whole and (is_masked or is_other)
     return Passes(
         is_packed=is_other and _bears(language_model, run_row, [Tree((0,), 0, 9), Tree((1,), 0, 11), Tree((2,), 0, 7)]),
         is_sharing=is_masked and _bears(language_model, run_row, [Tree((0, 1), 3, 17), Tree((2,), 0, 7)]),
         is_lending=can_lend and _bears(language_model, run_lending, [Tree((0, 1), 3, 17), Tree((2, 3), 2, 14)]),
         is_single=is_sharded,
+        unpadded_beyond=_find_switch(language_model),
     )
 
 
@@ -68,13 +63,14 @@ def is_at_hand(language_model: nn.Module) -> bool:
 
 
 def _find_switch(language_model: Any) -> int | None:
-    """The length from which a model turns its positions by other angles, for all that it is given at once."""
+    """The length from which a model turns its positions by other angles, for all that it is given at once.
+
+    "dynamic" angles depend on the longest input so far, too, which `transformers` keeps in the model.
+    """
     config = language_model.config.get_text_config()
-    known = getattr(config, "rope_parameters", None) or {}
-    for parameters in (known, *(value for value in known.values() if isinstance(value, dict))):
-        kind = parameters.get("rope_type")
-        if kind in ("dynamic", "longrope"):
-            return int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
+    for rope in list_rope_parameters(config):
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
     return None
 
 

@@ -39,7 +39,8 @@ class SafeTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of the learning rate; says so where it never comes to its peak."""
         num_warmup = self.args.get_warmup_steps(num_training_steps)
-        if num_warmup >= num_training_steps and self.args.lr_scheduler_type != "constant":
+        is_endless = num_warmup >= num_training_steps and self.args.lr_scheduler_type != "constant"
+        if is_endless and self.is_world_process_zero():
             logger.warning(
                 "warmup_steps: %d of the %d steps warm up, so the learning rate never comes to %g; give fewer, or a"
                 " share such as 0.1",

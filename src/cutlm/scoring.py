@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from cutlm.collator import CutCollator, find_non_finite
 from cutlm.errors import ConfigError, UserError
-from cutlm.model import unwrap_peft
+from cutlm.model import list_rope_parameters, unwrap_peft
 from cutlm.passes import score_batch
 from cutlm.probes import choose_passes, evaluating
 
@@ -132,7 +132,10 @@ def check_context(
     Raises:
         ConfigError: There are such.
     """
-    limit = getattr(unwrap_peft(model).config.get_text_config(), "max_position_embeddings", None)
+    config = unwrap_peft(model).config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if any(rope.get("rope_type") not in (None, "default") for rope in list_rope_parameters(config)):
+        return  # stretched: it is meant for more than it says
     longest = max(
         max(len(row[name] or ()) for name in prompts) + max(len(row[name]) for name in responses) for row in rows
     )

@@ -100,7 +100,8 @@ class CUTTrainer(SafeTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or CUTConfig()
-        unused = sorted({"compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"} & kwargs.keys())
+        names = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
+        unused = [name for name in names if kwargs.get(name) is not None]
         if unused:
             raise ConfigError(f"{', '.join(unused)}: would never be called, as no logits are made; leave them out")
         self.notices: list[str] = []
@@ -179,12 +180,11 @@ class CUTTrainer(SafeTrainer):
         self._passes = choose_passes(
             model,
             is_sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
-            can_lend=not (args.activation_checkpointing or args.torch_compile),
+            is_compiled=args.torch_compile,
         )
         if args.torch_compile:
-            self.accelerator.state.dynamo_plugin.backend = (
-                DynamoBackend.NO
-            )  # it would compile a forward that is not run
+            # It would compile a forward that is not run.
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
         self._max_tokens = args.max_tokens_per_batch or count_busy_tokens(args.device)
         self._tally = Tally(args.device)
@@ -198,7 +198,7 @@ class CUTTrainer(SafeTrainer):
         if self.args.world_size > 1 and num_repeats and not self.args.dataloader_drop_last:
             self.notices.append(
                 f"{name}: the last batches of {self.args.world_size} processes are filled up with {num_repeats} records"
-                f" that are seen once more than the others of {num_rows}"
+                f" seen before, {num_rows} being there"
             )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:

@@ -48,7 +48,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutlm.errors import ConfigError
+from cutlm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from cutlm.safe_trainer import SafeTrainer
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         print(settings.to_yaml(), end="")
         return 0
     data_args, _, config = settings.parts
-    if (data_args.eval_data or data_args.eval_split) and config.eval_strategy == "no":
+    if (data_args.eval_data or data_args.eval_split) and config.eval_strategy == "no" and not config.eval_on_start:
         raise ConfigError(
             "eval_data, eval_split: nothing would be evaluated, as eval_strategy is no; give --eval_strategy epoch (or"
             " steps), or leave them out"
@@ -104,7 +104,7 @@ def train(
     checkpoint = None
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.output_dir, str(config.resume_from_checkpoint))
-    is_own = checkpoint is not None and Path(checkpoint).resolve().parent == Path(config.output_dir).resolve()
+    is_own = checkpoint is not None and Path(checkpoint).parent.resolve() == Path(config.output_dir).resolve()
     if is_main and not is_own:
         check_output_dir(config.output_dir, data_args.overwrite_output_dir)
     if is_main and checkpoint is not None:
@@ -193,8 +193,13 @@ def _log_to_stdout() -> Iterator[None]:
 
 
 def _describe_run(settings: "Settings") -> dict[str, Any]:
-    with open(settings.parts[0].data, "rb") as file:
-        return {"data_sha256": hashlib.file_digest(file, "sha256").hexdigest(), "num_processes": _count_processes()}
+    from cutlm.jsonl import read_bytes
+
+    try:
+        data = hashlib.sha256(read_bytes(settings.parts[0].data)).hexdigest()
+    except (OSError, UserError):
+        data = None  # what is wrong with it is said where it is read
+    return {"data_sha256": data, "num_processes": _count_processes()}
 
 
 def _count_processes() -> int:
@@ -217,22 +222,27 @@ def _compare_settings(settings: "Settings", folder: Path) -> None:
     if not path.is_file():
         print(f"{folder}: no {SETTINGS_FILE} there, so these settings are not compared with that run's")
         return
-    before = yaml.safe_load(path.read_text("utf-8")) or {}
+    try:
+        before = dict(yaml.safe_load(path.read_text("utf-8")))
+        run = dict(json.loads(run_path.read_text("utf-8"))) if run_path.is_file() else {}
+    except (ValueError, TypeError, yaml.YAMLError):
+        raise UserError(f"{path}, {run_path.name}: damaged, so the run cannot be gone on with; restore them") from None
+    now = _describe_run(settings)
     pairs = {name: (before.get(name), settings.resolved.get(name)) for name in before | settings.resolved}
+    fixed = _SETTINGS_OF_A_RUN if "data_sha256" in run else ("data", *_SETTINGS_OF_A_RUN)
     problems = [
         f"{name}: the run to go on with has {old!r}, got {new!r}; give the same, or start anew"
         for name, (old, new) in sorted(pairs.items())
-        if old != new and name in _SETTINGS_OF_A_RUN
+        if old != new and name in fixed
     ]
-    run, now = json.loads(run_path.read_text("utf-8")) if run_path.is_file() else {}, _describe_run(settings)
-    if run.get("data_sha256", now["data_sha256"]) != now["data_sha256"]:
+    if now["data_sha256"] is not None and run.get("data_sha256", now["data_sha256"]) != now["data_sha256"]:
         problems.append(
-            f"data: {pairs['data'][1]} holds something else than when the run began; restore it, or start anew"
+            f"data: {settings.parts[0].data} holds something else than when the run began; restore it, or start anew"
         )
     if run.get("num_processes", now["num_processes"]) != now["num_processes"]:
         problems.append(
             f"the run to go on with has {run['num_processes']} processes, got {now['num_processes']}; start as many, or"
-            " start anew"
+            " start anew with --overwrite_output_dir"
         )
     if problems:
         raise ConfigError(problems)

@@ -212,7 +212,7 @@ def _train(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
         with open_atomic(config) as file:
             file.write(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
         arguments = ["train", "--config", str(config)]
-        if any(target.glob("checkpoint-*")):
+        if any(target.glob("checkpoint-*")) and not plan.training.get("save_only_model"):
             arguments += ["--resume_from_checkpoint", "last"]
         elif target.exists():
             arguments += ["--overwrite_output_dir", "true"]  # what a kill left before the first checkpoint
