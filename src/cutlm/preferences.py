@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from cutlm.config import CUTConfig
 from cutlm.encoding import Encoder
 from cutlm.errors import ConfigError, DataError
-from cutlm.preparation import check_vocabulary
+from cutlm.preparation import check_vocabulary, describe_replaced_template
 from cutlm.records import JudgedRecord
 from cutlm.safe_trainer import SafeTrainer
 from cutlm.scoring import check_context
@@ -154,6 +154,7 @@ class PairTrainer(SafeTrainer, DPOTrainer):
         check_vocabulary(model, data, "train_dataset", ("prompt_ids", "chosen_ids", "rejected_ids"))
         check_context(model, data, args.max_length, ("prompt_ids",), ("chosen_ids", "rejected_ids"))
         template = encoder.build_chat_template()
+        self.notices += describe_replaced_template(processing_class, template, args.template)
         if template is not None:
             # Saved with the model, so that every tool prompts it as it was trained.
             processing_class = copy.deepcopy(processing_class)

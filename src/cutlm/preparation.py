@@ -151,6 +151,22 @@ def _view_scores(
     return view
 
 
+def describe_replaced_template(tokenizer: PreTrainedTokenizerBase, template: str | None, name: str) -> list[str]:
+    """Says that a tokenizer's own chat template will be another one in what is saved, where that is so.
+
+    Args:
+        tokenizer: With its own template.
+        template: That of training; None where the tokenizer's stays.
+        name: What training's is called.
+    """
+    if template is None or tokenizer.chat_template in (None, template):
+        return []
+    return [
+        f"the tokenizer's chat template gives way to that of training (template: {name}), with which the model will be"
+        " prompted; to keep it give template: chat"
+    ]
+
+
 def refuse_sharded_blame(args: CUTConfig) -> None:
     """Raises:
     ConfigError: Tokens would be blamed by a model whose weights are to be spread over processes.

@@ -35,6 +35,7 @@ from cutlm.preparation import (
     PreparedData,
     blame_beforehand,
     check_vocabulary,
+    describe_replaced_template,
     downsample,
     prepare_data,
     refuse_sharded_blame,
@@ -152,11 +153,8 @@ class CUTTrainer(SafeTrainer):
             self.num_left_out += data.num_left_out if is_training else 0
             prepared[name] = data
             if data.chat_template is not None and processing_class is not None:
-                if is_training and processing_class.chat_template not in (None, data.chat_template):
-                    self.notices.append(
-                        f"the tokenizer's chat template gives way to that of training (template: {args.template}), with"
-                        " which the model will be prompted; to keep it give template: chat"
-                    )
+                if is_training:
+                    self.notices += describe_replaced_template(processing_class, data.chat_template, args.template)
                 # Saved with the model, so that every tool prompts it as it was trained.
                 processing_class = copy.deepcopy(processing_class)
                 processing_class.chat_template = data.chat_template
