@@ -140,12 +140,12 @@ def _compare(args: argparse.Namespace) -> int:
     if args.seeds is not None:
         size = replace(size, seeds=tuple(range(1, args.seeds + 1)))
     base = hash_folder(base_path())
-    pool = Pool(Path(args.cache) if args.cache else out / ".runs", f"{base} {hash_code()}", args.workers)
-    for name in args.table or TABLES:
-        rows = compare_table(name, pool.run_all, size)
-        command = f"cutlm world compare {name}" + " --quick" * args.quick
-        command += "" if args.seeds is None else f" --seeds {args.seeds}"
-        write_results(out, name, rows, size.seeds, command, base)
-        print((out / f"{name}.md").read_text("utf-8"))
+    with Pool(Path(args.cache) if args.cache else out / ".runs", f"{base} {hash_code()}", args.workers) as pool:
+        for name in args.table or TABLES:
+            rows = compare_table(name, pool.run_all, size)
+            command = f"cutlm world compare {name}" + " --quick" * args.quick
+            command += "" if args.seeds is None else f" --seeds {args.seeds}"
+            write_results(out, name, rows, size.seeds, command, base)
+            print((out / f"{name}.md").read_text("utf-8"))
     print(f"tables, plots and JSON are in {out}")
     return 0

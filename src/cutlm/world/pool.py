@@ -18,7 +18,7 @@ from cutlm.world.runs import Run, execute, start_worker
 
 
 class Pool:
-    """Does runs, one to a processor core, each on one thread.
+    """Does runs, one to a processor core, each on one thread; a context, at whose end its processes go.
 
     Args:
         cache: The folder of results.
@@ -30,6 +30,16 @@ class Pool:
         self._cache = cache
         self._version = version
         self._num_workers = num_workers or len(os.sched_getaffinity(0))
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._executor is not None:
+            # Not without waiting: processes that outlive this one's queues would wait for each other for good.
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = None
 
     def run_all(self, runs: Sequence[Run], what: str) -> list[dict[str, Any]]:
         """Results of runs in their order; each is on disk as soon as it is there."""
@@ -45,20 +55,17 @@ class Pool:
         return [json.loads(paths[run].read_text("utf-8"))["result"] for run in runs]
 
     def _do(self, missing: Sequence[Run], paths: dict[Run, Path], progress: Any) -> None:
-        # Two runs that wait for each other's threads are slower than one after the other.
-        os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(self._num_workers, len(missing)), context, start_worker, (1,)) as executor:
-            futures = {executor.submit(execute, run): run for run in missing}
-            try:
-                for future in as_completed(futures):
-                    run = futures[future]
-                    with open_atomic(paths[run]) as file:
-                        file.write(json.dumps({"run": asdict(run), "result": future.result()}).encode())
-                    progress.update()
-            except BaseException:
-                executor.shutdown(wait=False, cancel_futures=True)
-                raise
+        if self._executor is None:
+            # Two runs that wait for each other's threads are slower than one after the other.
+            os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+            context = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(self._num_workers, context, start_worker, (1,))
+        futures = {self._executor.submit(execute, run): run for run in missing}
+        for future in as_completed(futures):
+            run = futures[future]
+            with open_atomic(paths[run]) as file:
+                file.write(json.dumps({"run": asdict(run), "result": future.result()}).encode())
+            progress.update()
 
     def _name(self, run: Run) -> str:
         text = json.dumps([self._version, asdict(run), asdict(find_method(run.method))], sort_keys=True)
