@@ -10,7 +10,8 @@ from tiny import make_model
 from torch import Tensor, nn
 
 from cutlm.collator import CutCollator, count_batch, find_non_finite, split_batch, split_lengths
-from cutlm.passes import Tree, _group_by_length, run_inside, score_batch
+from cutlm.layouts import Tree
+from cutlm.passes import _group_by_length, run_inside, score_batch
 
 VOCAB_SIZE = 50
 collate = CutCollator()

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from cutlm.collator import CutCollator
-from cutlm.passes import PLAIN, Passes, Tree, _group_by_length, score_batch
+from cutlm.layouts import Tree
+from cutlm.passes import PLAIN, Passes, _group_by_length, score_batch
 from cutlm.probes import choose_passes
 
 VOCAB_SIZE = 50

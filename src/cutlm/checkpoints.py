@@ -145,7 +145,8 @@ def _is_sound(path: Path) -> bool:
         if path.name == TRAINER_STATE_NAME:
             return "global_step" in json.loads(path.read_text("utf-8"))
         if path.suffix == ".safetensors":
-            safe_open(path, "pt").__enter__()
+            with safe_open(path, "pt"):
+                pass
     except (ValueError, TypeError, SafetensorError):
         return False
     return True

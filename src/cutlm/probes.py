@@ -1,6 +1,6 @@
 """What a model bears, tried on a few tokens before the long run: layouts of sequences, and the head read by its weight.
 
-The layouts themselves are `cutlm.passes`.
+The layouts themselves are `cutlm.layouts`.
 """
 
 import logging
@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from cutlm.errors import UserError
+from cutlm.layouts import MASKED_KINDS, Run, Tree, name_attention, run_lending, run_padded, run_row
 from cutlm.model import list_rope_parameters, unwrap_peft
-from cutlm.passes import MASKED_KINDS, Passes, Tree, name_attention, run_lending, run_padded, run_row, score_batch
+from cutlm.passes import Passes, score_batch
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +85,12 @@ def _looks_back_whole(language_model: Any) -> bool:
     return getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
 
 
-def _bears(language_model: Any, run: Any, trees: list[Tree]) -> bool:
+def _bears(language_model: Any, run: Run, trees: list[Tree]) -> bool:
     """Whether sequences that are run together get the hidden states that they have alone.
 
     Args:
         language_model: The model.
-        run: A layout of `cutlm.passes`.
+        run: One of `cutlm.layouts`.
         trees: Of sequences of 9, 11, 7 and 9 tokens; the first two have 3 in common at their beginning, the others 2.
     """
     vocab_size = language_model.config.get_text_config().vocab_size

@@ -195,8 +195,8 @@ class CUTTrainer(SafeTrainer):
         num_repeats = -num_rows % (batch_size * self.args.world_size)
         if self.args.world_size > 1 and num_repeats and not self.args.dataloader_drop_last:
             self.notices.append(
-                f"{name}: the last batches of {self.args.world_size} processes are filled up with {num_repeats} records"
-                f" seen before, {num_rows} being there"
+                f"{name}: {num_rows} records are made up to {num_rows + num_repeats} by seeing some again, so that"
+                f" each of {self.args.world_size} processes has full batches"
             )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:

@@ -36,8 +36,6 @@ Each is explained in docs/settings.md.
 """
 
 import argparse
-import hashlib
-import json
 import logging
 import os
 import shlex
@@ -48,15 +46,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutlm.errors import ConfigError, UserError
+from cutlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from cutlm.safe_trainer import SafeTrainer
     from cutlm.settings import Settings
-
-SETTINGS_FILE = "cutlm_train.yaml"
-# What no setting says of a run, and what it must have again to go on: its data, and how many processes.
-RUN_FILE = "cutlm_run.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +92,7 @@ def train(
     from cutlm.assembly import build_trainer
     from cutlm.checkpoints import check_output_dir, clear_output_dir, find_checkpoint
     from cutlm.model import count_parameters
+    from cutlm.resuming import compare_settings, describe_run, save_settings
 
     data_args, model_args, config = settings.parts
     is_main = int(os.environ.get("RANK", "0")) == 0
@@ -107,8 +102,9 @@ def train(
     is_own = checkpoint is not None and Path(checkpoint).parent.resolve() == Path(config.output_dir).resolve()
     if is_main and not is_own:
         check_output_dir(config.output_dir, data_args.overwrite_output_dir)
+    run_facts = describe_run(data_args.data) if is_main else {}
     if is_main and checkpoint is not None:
-        _compare_settings(settings, Path(checkpoint).parent)
+        compare_settings(settings, run_facts, Path(checkpoint).parent)
     with _log_to_stdout():
         trainer = build_trainer(data_args, model_args, config, prepare)
     if not len(trainer.get_train_dataloader()):
@@ -120,7 +116,7 @@ def train(
         print(f"training {counts['trained']:,} of {counts['all']:,} parameters; output in {config.output_dir}")
         if checkpoint is not None:
             print(f"going on from {checkpoint}")
-        _save_settings(settings, Path(config.output_dir))
+        save_settings(settings, run_facts, Path(config.output_dir))
         sys.stdout.flush()
     with _stop_on_signals(trainer, is_main) as signals, _log_to_stdout():
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -150,35 +146,6 @@ def train(
     return 0
 
 
-# With another one of these a resumed run would skip records or see others, or have no use for what it left.
-_SETTINGS_OF_A_RUN = (
-    "data_seed",
-    "detector",
-    "downsample",
-    "eval_split",
-    "gradient_accumulation_steps",
-    "load_in_4bit",
-    "load_in_8bit",
-    "lora_alpha",
-    "lora_modules_to_save",
-    "lora_r",
-    "lora_target_modules",
-    "max_length",
-    "objective",
-    "optim",
-    "per_device_train_batch_size",
-    "satisfactory_only",
-    "seed",
-    "template",
-    "train_sampling_strategy",
-    "use_dora",
-    "use_l1",
-    "use_l2_satisfactory",
-    "use_peft",
-    "use_rslora",
-)
-
-
 @contextmanager
 def _log_to_stdout() -> Iterator[None]:
     """Lets what the trainer logs of the data stand among the rest of the output."""
@@ -190,75 +157,6 @@ def _log_to_stdout() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagates
-
-
-def _describe_run(settings: "Settings") -> dict[str, Any]:
-    from cutlm.jsonl import read_bytes
-
-    try:
-        data = hashlib.sha256(read_bytes(settings.parts[0].data)).hexdigest()
-    except (OSError, UserError):
-        data = None  # what is wrong with it is said where it is read
-    return {"data_sha256": data, "num_processes": _count_processes()}
-
-
-def _count_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _compare_settings(settings: "Settings", folder: Path) -> None:
-    """Says which settings differ from those of the run that is gone on with.
-
-    Args:
-        settings: Of this start.
-        folder: Of that run.
-
-    Raises:
-        ConfigError: One differs that decides which records come when, or what is trained.
-    """
-    import yaml
-
-    path, run_path = folder / SETTINGS_FILE, folder / RUN_FILE
-    if not path.is_file():
-        print(f"{folder}: no {SETTINGS_FILE} there, so these settings are not compared with that run's")
-        return
-    try:
-        before = dict(yaml.safe_load(path.read_text("utf-8")))
-        run = dict(json.loads(run_path.read_text("utf-8"))) if run_path.is_file() else {}
-    except (ValueError, TypeError, yaml.YAMLError):
-        raise UserError(f"{path}, {run_path.name}: damaged, so the run cannot be gone on with; restore them") from None
-    now = _describe_run(settings)
-    pairs = {name: (before.get(name), settings.resolved.get(name)) for name in before | settings.resolved}
-    fixed = _SETTINGS_OF_A_RUN if "data_sha256" in run else ("data", *_SETTINGS_OF_A_RUN)
-    problems = [
-        f"{name}: the run to go on with has {old!r}, got {new!r}; give the same, or start anew"
-        for name, (old, new) in sorted(pairs.items())
-        if old != new and name in fixed
-    ]
-    if now["data_sha256"] is not None and run.get("data_sha256", now["data_sha256"]) != now["data_sha256"]:
-        problems.append(
-            f"data: {settings.parts[0].data} holds something else than when the run began; restore it, or start anew"
-        )
-    if run.get("num_processes", now["num_processes"]) != now["num_processes"]:
-        problems.append(
-            f"the run to go on with has {run['num_processes']} processes, got {now['num_processes']}; start as many, or"
-            " start anew with --overwrite_output_dir"
-        )
-    if problems:
-        raise ConfigError(problems)
-    for name, (old, new) in sorted(pairs.items()):
-        if old != new and name not in ("resume_from_checkpoint", "overwrite_output_dir"):
-            print(f"{name} was {old!r} before this resume, and is {new!r} now")
-
-
-def _save_settings(settings: "Settings", folder: Path) -> None:
-    """Writes the resolved settings beside the output, and what else a run that goes on must have again."""
-    from cutlm.jsonl import open_atomic
-
-    with open_atomic(folder / SETTINGS_FILE) as file:
-        file.write(settings.to_yaml().encode("utf-8"))
-    with open_atomic(folder / RUN_FILE) as file:
-        file.write(json.dumps(_describe_run(settings)).encode("utf-8"))
 
 
 @contextmanager
