@@ -231,3 +231,8 @@ PASSING: dict[str, Fault] = {
     "half an answer": answer_half,
     "a hang": hang,
 }
+# What never ends, and why it is given up.
+ENDLESS: dict[str, tuple[Fault, str]] = {
+    "a byte at a time": (drip, "the server's answer was not whole after 0.6 seconds, after 1 attempts"),
+    "too much": (pour, "the server's answer is larger than 16 MiB, after 1 attempts"),
+}

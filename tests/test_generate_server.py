@@ -15,13 +15,12 @@ import pytest
 from chat_server import (
     CANARY,
     COMMAND,
+    ENDLESS,
     PASSING,
     ChatServer,
     Handler,
     ask_to_wait,
-    drip,
     make_completion,
-    pour,
     running,
 )
 from tiny import save_tiny_model
@@ -343,12 +342,6 @@ def test_a_key_that_is_but_a_word_stays_in_responses(
     assert set(read_outputs(out)) == {f"The glass is {'[key]' if is_hidden else key}."}
     note = "9 responses held the key to the server; [key] stands in its place"
     assert (note in capsys.readouterr().out) == is_hidden, "those of the run that was stopped count too"
-
-
-ENDLESS = {
-    "a byte at a time": (drip, "the server's answer was not whole after 0.6 seconds, after 1 attempts"),
-    "too much": (pour, "the server's answer is larger than 16 MiB, after 1 attempts"),
-}
 
 
 @pytest.mark.parametrize("name", ENDLESS)

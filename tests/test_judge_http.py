@@ -27,17 +27,6 @@ from cutlm.judges.prompt import write_question
 from cutlm.records import load_records
 
 
-@pytest.fixture
-def server(server: ChatServer) -> ChatServer:
-    server.reply = reply
-    return server
-
-
-@pytest.fixture
-def responses(tmp_path: Path) -> Path:
-    return write_lines(tmp_path / "responses.jsonl", make_rows())
-
-
 def test_responses_become_records_in_their_order(
     server: ChatServer, responses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import CANARY, COMMAND, PASSING, ChatServer, Handler, ask_to_wait, drip, make_completion, pour, stall
+from chat_server import CANARY, COMMAND, ENDLESS, PASSING, ChatServer, Handler, ask_to_wait, make_completion, stall
 from judged_rows import (
     NUM_RESPONSES,
     expect,
@@ -20,7 +20,6 @@ from judged_rows import (
     make_rows,
     read_lines,
     read_number,
-    reply,
     write_lines,
 )
 
@@ -28,17 +27,6 @@ import cutlm.posting as posting
 from cutlm.cli import main
 from cutlm.errors import UserError
 from cutlm.judges.cache import Cache
-
-
-@pytest.fixture
-def server(server: ChatServer) -> ChatServer:
-    server.reply = reply
-    return server
-
-
-@pytest.fixture
-def responses(tmp_path: Path) -> Path:
-    return write_lines(tmp_path / "responses.jsonl", make_rows())
 
 
 @pytest.mark.parametrize("name", PASSING)
@@ -123,12 +111,6 @@ def test_what_never_comes_is_listed_and_the_rest_is_had(
     assert [row["judgment"] for row in read_lines(out)] == [expect(index) for index in range(NUM_RESPONSES)]
     assert "2 judgments were in the cache" in capsys.readouterr().out
     assert not Path(f"{out}.failures.jsonl").exists(), "it does not hold any more"
-
-
-ENDLESS = {
-    "a byte at a time": (drip, "the server's answer was not whole after 0.6 seconds, after 1 attempts"),
-    "too much": (pour, "the server's answer is larger than 16 MiB, after 1 attempts"),
-}
 
 
 @pytest.mark.parametrize("name", ENDLESS)

@@ -19,27 +19,13 @@ from judged_rows import (
     NUM_RESPONSES,
     find_failures,
     list_options,
-    make_rows,
     read_lines,
-    reply,
-    write_lines,
 )
 
 from cutlm.cli import main
 from cutlm.errors import UserError
 from cutlm.judges.cache import Cache
 from cutlm.judges.spending import CapReached, Spending
-
-
-@pytest.fixture
-def server(server: ChatServer) -> ChatServer:
-    server.reply = reply
-    return server
-
-
-@pytest.fixture
-def responses(tmp_path: Path) -> Path:
-    return write_lines(tmp_path / "responses.jsonl", make_rows())
 
 
 def test_a_count_of_tokens_that_is_none_is_estimated(
