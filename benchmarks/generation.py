@@ -92,8 +92,8 @@ def _read_instructions(args: argparse.Namespace) -> list[str]:
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from cutlm.encoding import Encoder
-    from cutlm.generation import Counts, Sampling, generate_batches
+    from cutlm.generation.local import Counts, Sampling, generate_batches
+    from cutlm.prompting.encoding import Encoder
 
     folder = Path(args.folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -84,7 +84,7 @@ def _score(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _score_ours(hidden: Any, weight: Any, targets: Any) -> Any:
-    from cutlm.logprobs import token_logprobs
+    from cutlm.model.logprobs import token_logprobs
 
     return token_logprobs(hidden, weight, targets)
 
@@ -93,7 +93,7 @@ def _multiply_alone(hidden: Any, weight: Any, targets: Any) -> Any:
     """The two matrix products that any head takes, in chunks of ours; numbers of no meaning."""
     import torch
 
-    from cutlm.logprobs import choose_chunk_size
+    from cutlm.model.logprobs import choose_chunk_size
 
     with torch.no_grad():
         parts = [(part @ weight.T) @ weight for part in hidden.split(choose_chunk_size(len(weight)))]

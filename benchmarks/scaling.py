@@ -67,7 +67,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from cutlm import CUTConfig, CUTTrainer
-    from cutlm.collator import CutCollator
+    from cutlm.model.collator import CutCollator
 
     kind, name, size = args.variant.split()
     point: dict[str, int] = DEFAULTS | {name: int(size)}

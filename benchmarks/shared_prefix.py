@@ -89,7 +89,7 @@ def _make_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:
     from cutlm import CUTConfig, CUTTrainer
-    from cutlm.passes import PLAIN
+    from cutlm.model.forward import PLAIN
 
     rows = _make_rows(args)
     if args.variant == "likelihood":
@@ -114,7 +114,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _blame(args: argparse.Namespace) -> dict[str, Any]:
-    from cutlm.scoring import score_rows
+    from cutlm.blame.scoring import score_rows
 
     model = make_model(args)
     rows = _make_rows(args)

@@ -177,8 +177,8 @@ def make_adapter() -> Any:
 
 
 def _encode(args: argparse.Namespace, tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    from cutlm.encoding import Encoder
-    from cutlm.records import JudgedRecord
+    from cutlm.data.records import JudgedRecord
+    from cutlm.prompting.encoding import Encoder
 
     encoder = Encoder(tokenizer, args.template)
     rows = []
@@ -330,8 +330,8 @@ def _pad(prompts: Sequence[list[int]], rows: Sequence[dict[str, Any]], device: A
 
 
 def run_floor(args: argparse.Namespace) -> dict[str, Any]:
-    from cutlm.collator import CutCollator
-    from cutlm.model import compile_layers
+    from cutlm.model.collator import CutCollator
+    from cutlm.model.loading import compile_layers
 
     tokenizer, records, model = _load(args)
     rows = _encode(args, tokenizer, records)
@@ -403,7 +403,7 @@ def run_sft(args: argparse.Namespace) -> dict[str, Any]:
 def _make_completions(
     args: argparse.Namespace, tokenizer: Any, records: Sequence[dict[str, Any]]
 ) -> list[dict[str, str]]:
-    from cutlm.prompts import render_alpaca_prompt, render_chat_prompt
+    from cutlm.prompting.templates import render_alpaca_prompt, render_chat_prompt
 
     rows = []
     for record in records:

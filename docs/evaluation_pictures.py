@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from cutlm.cli import main as run_command
-from cutlm.jsonl import write_rows
+from cutlm.data.files import write_rows
 from cutlm.world.base import base_path
 from cutlm.world.mistakes import draw_mistake
 from cutlm.world.tasks import FAMILIES, list_tasks

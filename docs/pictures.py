@@ -15,8 +15,8 @@ from typing import Any
 from playwright.sync_api import sync_playwright
 
 from cutlm.cli import main as run_command
-from cutlm.jsonl import read_rows, write_rows
-from cutlm.report.terminal import Terminal
+from cutlm.data.files import read_rows, write_rows
+from cutlm.inspect.terminal import Terminal
 from cutlm.world.base import base_path
 from cutlm.world.demo_iteration import blame, generate, run_iteration
 from cutlm.world.judge import judge_task

@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from cutlm.config import CUTConfig
-from cutlm.report.tables import escape_text
-from cutlm.settings import DataArguments, ModelArguments
+from cutlm.inspect.tables import escape_text
+from cutlm.training.config import CUTConfig
+from cutlm.training.settings import DataArguments, ModelArguments
 
 PAGE = Path(__file__).with_suffix(".md")
 _PLACE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

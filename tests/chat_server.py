@@ -126,7 +126,7 @@ def stream_events(handler: Handler, events: Sequence[Any]) -> None:
 # The command in a process of its own: the waiting is as in the real one, only shorter.
 COMMAND = """
 import sys
-import cutlm.posting as posting
+import cutlm.servers.http as posting
 posting.FIRST_WAIT = 0.01
 from cutlm.cli import main
 sys.exit(main(sys.argv[1:]))

@@ -46,7 +46,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator["ChatServer"]:
     from chat_server import CANARY, ChatServer, running
     from judged_rows import reply
 
-    monkeypatch.setattr("cutlm.posting.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("cutlm.servers.http.FIRST_WAIT", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
     with running(ChatServer()) as server:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from report_scores import make_scores
 
-from cutlm.objectives import blame_tokens
-from cutlm.records import JudgedRecord
-from cutlm.report.columns import make_columns
-from cutlm.report.inspection import write_inspection
-from cutlm.token_scores import TokenScores, flag_spans
+from cutlm.blame.token_scores import TokenScores, flag_spans
+from cutlm.data.records import JudgedRecord
+from cutlm.inspect.columns import make_columns
+from cutlm.inspect.inspection import write_inspection
+from cutlm.losses import blame_tokens
 
 OUTPUTS = (
     "The capital is Sydney, a large city.",

@@ -11,7 +11,7 @@ from typing import Any
 from tiny import save_tiny_model
 
 from cutlm.cli import main
-from cutlm.online.settings import read_plan
+from cutlm.loop.settings import read_plan
 
 RULES = '''
 """A judge that minds the number of characters."""

@@ -6,9 +6,9 @@ from typing import Any
 
 from tiny import make_tokenizer
 
-from cutlm.encoding import Encoder
-from cutlm.records import JudgedRecord
-from cutlm.token_scores import TokenScores
+from cutlm.blame.token_scores import TokenScores
+from cutlm.data.records import JudgedRecord
+from cutlm.prompting.encoding import Encoder
 
 NASTY = (
     "The capital is Sydney.",

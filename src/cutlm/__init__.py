@@ -7,18 +7,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cutlm.config import CUTConfig
-    from cutlm.records import JudgedRecord, load_records
-    from cutlm.trainer import CUTTrainer
+    from cutlm.data.records import JudgedRecord, load_records
+    from cutlm.training.config import CUTConfig
+    from cutlm.training.trainer import CUTTrainer
 
 __version__ = "0.1.0"
 __all__ = ["CUTConfig", "CUTTrainer", "JudgedRecord", "load_records"]
 
 _HOMES = {
-    "CUTConfig": "cutlm.config",
-    "CUTTrainer": "cutlm.trainer",
-    "JudgedRecord": "cutlm.records",
-    "load_records": "cutlm.records",
+    "CUTConfig": "cutlm.training.config",
+    "CUTTrainer": "cutlm.training.trainer",
+    "JudgedRecord": "cutlm.data.records",
+    "load_records": "cutlm.data.records",
 }
 
 

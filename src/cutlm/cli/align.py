@@ -28,7 +28,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cutlm.online.settings import Plan
+    from cutlm.loop.settings import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.online.judging import WaitingForPerson
-    from cutlm.online.loop import read_mark, run_loop
-    from cutlm.online.processes import Interrupted
-    from cutlm.online.runner import StageFailed
-    from cutlm.online.settings import read_plan
+    from cutlm.loop.judging import WaitingForPerson
+    from cutlm.loop.loop import read_mark, run_loop
+    from cutlm.loop.processes import Interrupted
+    from cutlm.loop.runner import StageFailed
+    from cutlm.loop.settings import read_plan
 
     plan = read_plan(args.config, args.rest)
     if args.dry_run:
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_status(plan: "Plan") -> None:
-    from cutlm.online.loop import collect_figures
-    from cutlm.online.report import make_status, make_table, summarize
+    from cutlm.loop.loop import collect_figures
+    from cutlm.loop.report import make_status, make_table, summarize
 
     iterations = collect_figures(plan)
     if not iterations:
@@ -88,8 +88,8 @@ def _print_status(plan: "Plan") -> None:
 
 
 def _print_end(plan: "Plan") -> None:
-    from cutlm.online.loop import collect_figures, list_places
-    from cutlm.online.report import make_table, summarize
+    from cutlm.loop.loop import collect_figures, list_places
+    from cutlm.loop.report import make_table, summarize
 
     print(make_table([summarize(iteration) for iteration in collect_figures(plan)]))
     model = shlex.quote(list_places(plan)[-1].new_model)

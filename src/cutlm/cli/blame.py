@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from cutlm.scoring import Scorer
+    from cutlm.blame.scoring import Scorer
 
 # Options that mean something to one of the two backends alone, and their defaults.
 _LOCAL = {"base": None, "dtype": "auto", "device": None, "bf16": False, "max_tokens_per_batch": 8192}
@@ -76,17 +76,17 @@ def run(args: argparse.Namespace) -> int:
 
 def score_file(args: argparse.Namespace) -> None:
     """Scores the records of `args.data`, writes `args.out`, and prints what was counted."""
+    from cutlm.data.files import refuse_overwriting
     from cutlm.errors import UserError
-    from cutlm.jsonl import refuse_overwriting
 
     _fill_options(args)
     refuse_overwriting([args.data], args.out)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
 
-    from cutlm.blame import BlameSettings, blame_file
-    from cutlm.encoding import Encoder
-    from cutlm.records import check_records, raise_problems
+    from cutlm.blame.detector import BlameSettings, blame_file
+    from cutlm.data.records import check_records, raise_problems
+    from cutlm.prompting.encoding import Encoder
 
     settings = BlameSettings(args.threshold, args.unlikelihood_weight, args.gamma, args.max_length, args.with_praise)
     check = check_records(args.data)
@@ -134,11 +134,10 @@ def _fill_options(args: argparse.Namespace) -> None:
 
 
 def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
+    from cutlm.blame.scoring import check_rows, score_rows
     from cutlm.errors import ConfigError
-    from cutlm.generation import fingerprint_model
-    from cutlm.model import find_base_model, is_adapter_folder, load_trained, unwrap_peft
-    from cutlm.probes import check_head
-    from cutlm.scoring import check_rows, score_rows
+    from cutlm.model.loading import find_base_model, fingerprint_model, is_adapter_folder, load_trained, unwrap_peft
+    from cutlm.model.probes import check_head
 
     if args.max_tokens_per_batch < 1:
         raise ConfigError(
@@ -167,10 +166,10 @@ def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, 
 
 
 def _prepare_server(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
-    from cutlm.asking import Server
-    from cutlm.model import load_tokenizer
-    from cutlm.posting import read_key
-    from cutlm.prompt_logprobs import score_rows_by_server
+    from cutlm.blame.server import score_rows_by_server
+    from cutlm.model.loading import load_tokenizer
+    from cutlm.servers.http import read_key
+    from cutlm.servers.requests import Server
 
     server = Server(args.server, args.model, args.concurrency, args.timeout, args.max_retries)
     read_key()  # what is wrong with it is said before anything else is loaded
@@ -185,7 +184,7 @@ def _prepare_server(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase,
 def _suggest_training(args: argparse.Namespace) -> str:
     import shlex
 
-    from cutlm.model import is_adapter_folder
+    from cutlm.model.loading import is_adapter_folder
 
     # The model's name on a server may be of no use elsewhere.
     model, merging = args.tokenizer or args.model, ""

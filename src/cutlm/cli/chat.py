@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from cutlm.cli.generate import add_sampling_arguments
 
 if TYPE_CHECKING:
-    from cutlm.chatting import Engine
+    from cutlm.chat import Engine
 
 _LOCAL = {"dtype": "auto", "device": None}
 _SERVER = {"tokenizer": None, "timeout": None}
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are told, and no reason to end
     engine = _prepare_server(args) if args.server else _prepare_model(args)
 
-    from cutlm.chatting.session import Session, remark
+    from cutlm.chat.session import Session, remark
 
     if is_interactive:
         remark(f"{args.model}, prompted by {engine.template or 'its server'}; /help lists the commands, Ctrl-D leaves")
@@ -70,12 +70,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare_model(args: argparse.Namespace) -> "Engine":
-    from cutlm.blame import BlameSettings
-    from cutlm.chatting.local import LocalEngine
-    from cutlm.encoding import choose_template
+    from cutlm.blame.detector import BlameSettings
+    from cutlm.chat.local import LocalEngine
     from cutlm.errors import UserError
-    from cutlm.generation import Sampling, choose_max_new_tokens
-    from cutlm.model import load_trained
+    from cutlm.generation.local import Sampling, choose_max_new_tokens
+    from cutlm.model.loading import load_trained
+    from cutlm.prompting.encoding import choose_template
 
     settings = BlameSettings(args.threshold)
     model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
@@ -87,11 +87,11 @@ def _prepare_model(args: argparse.Namespace) -> "Engine":
 
 
 def _prepare_server(args: argparse.Namespace) -> "Engine":
-    from cutlm.asking import Server
-    from cutlm.blame import BlameSettings
-    from cutlm.chatting.server import ServerEngine
-    from cutlm.generation import Sampling
-    from cutlm.model import load_tokenizer
+    from cutlm.blame.detector import BlameSettings
+    from cutlm.chat.server import ServerEngine
+    from cutlm.generation.local import Sampling
+    from cutlm.model.loading import load_tokenizer
+    from cutlm.servers.requests import Server
 
     # A person sees at once that there was no answer, and asks again.
     server = Server(args.server, args.model, 1, 600.0 if args.timeout is None else args.timeout, max_retries=0)

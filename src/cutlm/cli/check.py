@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.records import check_records
+    from cutlm.data.records import check_records
 
     check = check_records(args.file)
     for problem in check.problems:

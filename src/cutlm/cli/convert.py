@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from cutlm.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from cutlm.convert import Conversion
+    from cutlm.data.convert import Conversion
 
 SOURCES = ("alpaca", "critiques", "shepherd", "ultrafeedback")
 
@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.jsonl import refuse_overwriting, write_rows
-    from cutlm.records import check_rows, raise_problems
+    from cutlm.data.files import refuse_overwriting, write_rows
+    from cutlm.data.records import check_rows, raise_problems
 
     if args.pairs and args.source != "ultrafeedback":
         raise UserError(f"--pairs: expected the source 'ultrafeedback', got {args.source!r}; leave --pairs away")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _find_files(source: str, inputs: Sequence[str]) -> list[Path]:
     """Returns the files to read; for Shepherd a folder stands for its two files."""
-    from cutlm.convert import shepherd
+    from cutlm.data.convert import shepherd
 
     paths = [Path(name) for name in inputs]
     if source != "shepherd":
@@ -88,8 +88,8 @@ def _convert(source: str, paths: Sequence[Path], pairs: bool) -> "Conversion":
     Raises:
         DataError: A file cannot be read, or lines of it are bad; all of them are named.
     """
-    from cutlm.convert import alpaca, critiques, shepherd, ultrafeedback
-    from cutlm.jsonl import read_rows
+    from cutlm.data.convert import alpaca, critiques, shepherd, ultrafeedback
+    from cutlm.data.files import read_rows
 
     files, problems = [], []
     for path in paths:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cutlm.estimation import Plan, Shape
+    from cutlm.model.memory import Plan, Shape
 
 _SHAPES = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from cutlm.errors import ConfigError
-    from cutlm.estimation import GPU_SIZES, USABLE, choose_gpus, estimate
+    from cutlm.model.memory import GPU_SIZES, USABLE, choose_gpus, estimate
 
     if args.table:
         print("\n".join(_make_table()))
@@ -74,7 +74,7 @@ def _find_shape(args: argparse.Namespace) -> "Shape":
     from transformers import AutoConfig
 
     from cutlm.errors import UserError
-    from cutlm.estimation import SHAPES, read_shape
+    from cutlm.model.memory import SHAPES, read_shape
 
     if args.shape:
         return SHAPES[args.shape]
@@ -101,7 +101,7 @@ def _find_shape(args: argparse.Namespace) -> "Shape":
 
 def _read_plan(args: argparse.Namespace) -> "Plan":
     from cutlm.errors import ConfigError
-    from cutlm.estimation import Plan
+    from cutlm.model.memory import Plan
 
     if args.load_in_4bit and args.load_in_8bit:
         raise ConfigError("load_in_4bit and load_in_8bit: expected one of them, got both")
@@ -125,7 +125,7 @@ def _make_table() -> list[str]:
     from dataclasses import replace
 
     from cutlm.errors import ConfigError
-    from cutlm.estimation import SHAPES, Plan, choose_gpus, estimate
+    from cutlm.model.memory import SHAPES, Plan, choose_gpus, estimate
 
     lora = Plan(num_tokens=4096)
     ways = {"LoRA": lora, "QLoRA (4 bits)": replace(lora, load_in=4), "full": replace(lora, lora_r=None, weight_size=4)}

@@ -21,7 +21,7 @@ from cutlm.cli.generate import add_answering_arguments
 if TYPE_CHECKING:
     from cutlm.evaluation.annotator import Pair
     from cutlm.judges import Response
-    from cutlm.judges.chat import ChatServer
+    from cutlm.servers.chat import ChatServer
 
 _ANNOTATIONS = "annotations.json"
 _PROMPTS = "alpaca_eval"
@@ -88,7 +88,7 @@ def _check_options(args: argparse.Namespace) -> None:
     from cutlm.cli.reuse import check_source, list_given
     from cutlm.errors import ConfigError
     from cutlm.evaluation.annotator import OPENAI
-    from cutlm.posting import KEY_VARIABLE, read_key
+    from cutlm.servers.http import KEY_VARIABLE, read_key
 
     if args.annotations is not None:
         own = list_given(args, add_arguments, ("annotations", "annotator", "outputs", "reference"))
@@ -138,9 +138,9 @@ def _replay(args: argparse.Namespace) -> _Compared:
 def _ask(args: argparse.Namespace) -> _Compared | None:
     """Has the model answer and the annotator compare; None where a server had no answer to some."""
     from cutlm.cli.reuse import PARTS, answer_once, describe_source
+    from cutlm.data.files import write_rows
     from cutlm.evaluation.annotator import ask_verdicts, describe_verdicts, load_annotator
     from cutlm.evaluation.folder import VERDICTS_FILE, hash_file, open_folder
-    from cutlm.jsonl import write_rows
     from cutlm.judges.responses import read_responses
 
     annotator = load_annotator(args.annotator)
@@ -188,8 +188,8 @@ def _make_server(args: argparse.Namespace, settings: dict[str, Any]) -> "ChatSer
     from cutlm.cli.judge import read_fields
     from cutlm.errors import ConfigError
     from cutlm.evaluation.annotator import OPENAI
-    from cutlm.judges.chat import ChatServer
-    from cutlm.posting import describe_bad_address
+    from cutlm.servers.chat import ChatServer
+    from cutlm.servers.http import describe_bad_address
 
     url = args.annotator_url or OPENAI
     if (problem := describe_bad_address(url, "--annotator_url")) is not None:
@@ -210,7 +210,7 @@ def _make_server(args: argparse.Namespace, settings: dict[str, Any]) -> "ChatSer
 
 def _read_references(args: argparse.Namespace) -> "list[Response]":
     from cutlm.errors import ConfigError
-    from cutlm.generation import load_prompts
+    from cutlm.generation.local import load_prompts
     from cutlm.judges import Response
     from cutlm.judges.responses import read_responses
 

@@ -11,7 +11,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cutlm.token_scores import TokenScores
+    from cutlm.blame.token_scores import TokenScores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from cutlm.blame.token_scores import read_token_scores
     from cutlm.errors import DataError
     from cutlm.evaluation.detection import (
         gather_evidence,
@@ -29,8 +30,7 @@ def run(args: argparse.Namespace) -> int:
         tabulate_detection,
     )
     from cutlm.evaluation.folder import hash_file, open_folder, write_result
-    from cutlm.report.tables import draw_plot
-    from cutlm.token_scores import read_token_scores
+    from cutlm.inspect.tables import draw_plot
 
     thresholds = _read_thresholds(args.thresholds)
     scores = read_token_scores(args.scores)

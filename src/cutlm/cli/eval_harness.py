@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.evaluation.folder import hash_file, open_folder, write_result
     from cutlm.evaluation.harness import PACKAGES, find_tasks, measure_benchmarks, read_benchmarks
     from cutlm.evaluation.harness_tables import draw_benchmarks, summarize_benchmarks, tabulate_benchmarks
-    from cutlm.generation import fingerprint_model
+    from cutlm.model.loading import fingerprint_model
 
     _check_options(args)
     benchmarks = read_benchmarks(args.tasks)
@@ -79,7 +79,7 @@ def _check_options(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from cutlm.errors import ConfigError
-    from cutlm.model import is_adapter_folder
+    from cutlm.model.loading import is_adapter_folder
 
     problems = []
     for name in ("batch_size", "limit"):
@@ -102,7 +102,7 @@ def _check_options(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace) -> Any:
     """The package's model."""
     from cutlm.evaluation.folder import need_extra
-    from cutlm.model import load_trained, unwrap_peft
+    from cutlm.model.loading import load_trained, unwrap_peft
 
     if args.backend == "vllm":
         kind = need_extra("lm_eval.models.vllm_causallms").VLLM

@@ -25,14 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from cutlm.cli.reuse import PARTS, answer_once, check_source, describe_source
+    from cutlm.data.files import write_rows
+    from cutlm.data.records import check_records, raise_problems
     from cutlm.errors import DataError
     from cutlm.evaluation.folder import PROMPTS_FILE, hash_file, need_extra, open_folder, write_result
     from cutlm.evaluation.pairs import pair_responses
     from cutlm.evaluation.rouge import PACKAGES, draw_rouge, list_references, measure_rouge, tabulate_rouge
-    from cutlm.generation import describe_bad_seed
-    from cutlm.jsonl import write_rows
+    from cutlm.generation.local import describe_bad_seed
     from cutlm.judges.responses import read_responses
-    from cutlm.records import check_records, raise_problems
 
     problem = describe_bad_seed(args.seed)
     check_source(args, [] if problem is None else [f"--{problem}"], also_used=["seed"])

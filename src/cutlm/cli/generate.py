@@ -115,15 +115,15 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from cutlm.data.files import refuse_overwriting
     from cutlm.errors import UserError
-    from cutlm.jsonl import refuse_overwriting
 
     check_options(args)
     refuse_overwriting([args.prompts], args.out)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
 
-    from cutlm.generation import load_prompts
+    from cutlm.generation.local import load_prompts
 
     prompts = [row for row in load_prompts(args.prompts) for _ in range(args.num_samples)]
     return _answer_locally(args, prompts) if args.server is None else _answer_by_server(args, prompts)
@@ -137,10 +137,10 @@ def _name_output(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:
-    from cutlm.encoding import Encoder, choose_template
     from cutlm.errors import UserError
-    from cutlm.generation import Sampling, choose_max_new_tokens, fingerprint_model, generate_file
-    from cutlm.model import load_trained
+    from cutlm.generation.local import Sampling, choose_max_new_tokens, generate_file
+    from cutlm.model.loading import fingerprint_model, load_trained
+    from cutlm.prompting.encoding import Encoder, choose_template
 
     model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
     if args.template is None and not tokenizer.chat_template:
@@ -164,11 +164,11 @@ def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
 
 
 def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:
-    from cutlm.asking import Server
-    from cutlm.generation import Sampling, describe_run, join_instruction, make_rows
-    from cutlm.journal import Journal
-    from cutlm.jsonl import write_rows
-    from cutlm.server_generation import Prompt, generate_by_server
+    from cutlm.data.files import write_rows
+    from cutlm.data.journal import Journal
+    from cutlm.generation.local import Sampling, describe_run, join_instruction, make_rows
+    from cutlm.generation.server import Prompt, generate_by_server
+    from cutlm.servers.requests import Server
 
     server = Server(args.server, args.model, args.concurrency, args.timeout, args.max_retries)
     max_new_tokens = _MAX_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
@@ -176,8 +176,8 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
     instructions = [join_instruction(row) for row in prompts]
     asked: list[Prompt] = list(instructions)
     if args.template is not None:
-        from cutlm.encoding import Encoder
-        from cutlm.model import load_tokenizer
+        from cutlm.model.loading import load_tokenizer
+        from cutlm.prompting.encoding import Encoder
 
         encoder = Encoder(load_tokenizer(args.tokenizer or args.model), args.template)
         asked = [encoder.encode_prompt(instruction, args.judgment) for instruction in instructions]

@@ -18,7 +18,7 @@ from cutlm.cli.blame import add_scoring_arguments, score_file
 from cutlm.cli.reuse import list_given
 
 if TYPE_CHECKING:
-    from cutlm.token_scores import TokenScores
+    from cutlm.blame.token_scores import TokenScores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from cutlm.data.files import refuse_overwriting
     from cutlm.errors import ConfigError, UserError
-    from cutlm.jsonl import refuse_overwriting
 
     _check_options(args)
     if Path(args.out).is_dir():
@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
         score_file(argparse.Namespace(**vars(args) | {"out": files[0]}))
         print(f"{files[0]} holds the token scores")
 
-    from cutlm.report.columns import make_columns
-    from cutlm.report.inspection import write_inspection
-    from cutlm.token_scores import read_token_scores
+    from cutlm.blame.token_scores import read_token_scores
+    from cutlm.inspect.columns import make_columns
+    from cutlm.inspect.inspection import write_inspection
 
     scores = [read_token_scores(file) for file in files]
     rows, num_unpaired = _put_together(files, scores)
@@ -85,7 +85,7 @@ def _put_together(
 ) -> "tuple[list[tuple[TokenScores, ...]], tuple[int, ...]]":
     """The scores of each record, and of two files what the other does not have, which is printed."""
     from cutlm.errors import DataError
-    from cutlm.report.pairing import has_same_tokens, pair_scores
+    from cutlm.inspect.pairing import has_same_tokens, pair_scores
 
     if len(scores) == 1:
         return [(one,) for one in scores[0]], ()

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cutlm.judges import Outcome, Response
-    from cutlm.judges.chat import ChatServer
+    from cutlm.servers.chat import ChatServer
 
 JUDGES = ("http", "local", "rules", "human")
 # Options that mean something to some judges alone; their defaults.
@@ -112,8 +112,8 @@ def add_local_arguments(parser: "argparse._ActionsContainer") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from cutlm.data.files import refuse_overwriting
     from cutlm.errors import UserError
-    from cutlm.jsonl import refuse_overwriting
 
     fill_options(args)
     refuse_overwriting([args.responses, *filter(None, (args.todo, args.prompt_file))], args.out)
@@ -171,7 +171,7 @@ def fill_options(args: argparse.Namespace) -> None:
 
 
 def _make_server(args: argparse.Namespace) -> "ChatServer":
-    from cutlm.judges.chat import ChatServer, check_package
+    from cutlm.servers.chat import ChatServer, check_package
 
     server = ChatServer(
         args.base_url,
@@ -210,8 +210,8 @@ def read_fields(text: str, option: str) -> dict[str, Any]:
 
 def _judge(args: argparse.Namespace, responses: "list[Response]", server: "ChatServer | None") -> "Outcome":
     if server is not None:
-        from cutlm.judges.http import judge_by_server
         from cutlm.judges.prompt import DEFAULT_PROMPT, TRAINED_PROMPT, read_prompt_file
+        from cutlm.judges.server import judge_by_server
 
         template = TRAINED_PROMPT if args.trained else DEFAULT_PROMPT
         if args.prompt_file is not None:

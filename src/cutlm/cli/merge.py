@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.merging import merge_adapter
+    from cutlm.model.merging import merge_adapter
 
     merge = merge_adapter(args.adapter, args.out, base=args.base, overwrite=args.overwrite)
     print(f"merged {args.adapter} into {merge.base}, {str(merge.dtype).removeprefix('torch.')}: {args.out}")

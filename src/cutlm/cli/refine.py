@@ -24,18 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from cutlm.data.files import refuse_overwriting
     from cutlm.errors import DataError, UserError
-    from cutlm.jsonl import refuse_overwriting
 
     refuse_overwriting([args.data], args.out)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
 
-    from cutlm.encoding import Encoder
-    from cutlm.generation import Sampling, choose_max_new_tokens, fingerprint_model
-    from cutlm.model import load_trained
-    from cutlm.records import load_records
-    from cutlm.refinement import refine_file
+    from cutlm.data.records import load_records
+    from cutlm.generation.local import Sampling, choose_max_new_tokens
+    from cutlm.generation.refine import refine_file
+    from cutlm.model.loading import fingerprint_model, load_trained
+    from cutlm.prompting.encoding import Encoder
 
     records = load_records(args.data)
     if all(record.is_satisfactory or record.i_ans for record in records):

@@ -10,7 +10,7 @@ Settings come from a flat YAML file (--config) and from options, which take prec
                     dpo (several responses an instruction), ilf_dpo (i_ans over output)
   detector          which model finds the inappropriate tokens: current (default; the paper's), frozen (the model before
                     training, once; also for a file of cutlm blame), spans (the records' wrong_spans), off (all tokens)
-  use_l1, use_l2_satisfactory, use_l2_unsatisfactory  parts of CUT's loss (eq. 6, eq. 7): false leaves one out
+  use_contrast_loss, use_satisfactory_loss, use_judged_loss  parts of CUT's loss (eq. 6, eq. 7): false leaves one out
   satisfactory_only of objective likelihood                   praise_weight       of objective dual_cut
   map_spans         token scores of another tokenizer         dpo_beta            of dpo and ilf_dpo
   threshold         lambda of eq. 5           (default 1.1)   lora_r, lora_alpha  16, 16
@@ -49,8 +49,8 @@ from typing import TYPE_CHECKING, Any
 from cutlm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cutlm.safe_trainer import SafeTrainer
-    from cutlm.settings import Settings
+    from cutlm.training.safe_trainer import SafeTrainer
+    from cutlm.training.settings import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.config import CUTConfig
-    from cutlm.settings import DataArguments, ModelArguments, read_settings
+    from cutlm.training.config import CUTConfig
+    from cutlm.training.settings import DataArguments, ModelArguments, read_settings
 
     settings = read_settings((DataArguments, ModelArguments, CUTConfig), args.config, args.rest)
     if args.dry_run:
@@ -89,10 +89,10 @@ def train(
         command: As given on the command line, for messages.
         prepare: What is made of the rows of the data before anything is learned from them; nothing by default.
     """
-    from cutlm.assembly import build_trainer
-    from cutlm.checkpoints import check_output_dir, clear_output_dir, find_checkpoint
-    from cutlm.model import count_parameters
-    from cutlm.resuming import compare_settings, describe_run, save_settings
+    from cutlm.model.loading import count_parameters
+    from cutlm.training.checkpoints import check_output_dir, clear_output_dir, find_checkpoint
+    from cutlm.training.resuming import compare_settings, describe_run, save_settings
+    from cutlm.training.run import build_trainer
 
     data_args, model_args, config = settings.parts
     is_main = int(os.environ.get("RANK", "0")) == 0

@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> int:
         return _evaluate(args)
 
     from cutlm.cli.train import train
-    from cutlm.config import JudgeConfig
     from cutlm.judges.local import make_lessons
-    from cutlm.settings import DataArguments, ModelArguments, read_settings
+    from cutlm.training.config import JudgeConfig
+    from cutlm.training.settings import DataArguments, ModelArguments, read_settings
 
     settings = read_settings((DataArguments, ModelArguments, JudgeConfig), args.config, args.rest, args.command)
     if args.dry_run:

@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tasks(args: argparse.Namespace) -> int:
+    from cutlm.data.files import write_rows
     from cutlm.errors import UserError
-    from cutlm.jsonl import write_rows
     from cutlm.world.tasks import list_tasks
 
     tasks = list_tasks(args.split)
@@ -81,8 +81,8 @@ def _tasks(args: argparse.Namespace) -> int:
 
 
 def _mark(args: argparse.Namespace) -> int:
-    from cutlm.jsonl import refuse_overwriting, write_rows
-    from cutlm.records import load_records
+    from cutlm.data.files import refuse_overwriting, write_rows
+    from cutlm.data.records import load_records
     from cutlm.world.judge import find_task, judge_task
 
     refuse_overwriting([args.records], args.out)

@@ -11,14 +11,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from cutlm.data.files import read_rows
+from cutlm.data.records import describe_value
 from cutlm.errors import DataError
 from cutlm.evaluation.annotator import DRAW, Pair
 from cutlm.evaluation.folder import import_alpaca_eval
 from cutlm.evaluation.paper import ALPACA_COLD_START, ALPACA_ONLINE, ALPACA_WARM_START, SOURCE
-from cutlm.jsonl import read_rows
-from cutlm.records import describe_value
-from cutlm.report.bars import Bar, draw_bars, list_theirs
-from cutlm.report.tables import escape_text, join_cells
+from cutlm.inspect.bars import Bar, draw_bars, list_theirs
+from cutlm.inspect.tables import escape_text, join_cells
 
 PACKAGES = ("alpaca-eval", "pandas")
 _TEXTS = ("instruction", "output_1", "output_2")

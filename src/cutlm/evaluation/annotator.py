@@ -1,8 +1,9 @@
 """Which of two responses is better, by a language model on a server, asked as the package `alpaca-eval` asks.
 
-The package's configuration of an annotator says what is asked and how an answer is read; which response comes first
-is drawn as it draws it, so that the verdicts are those that it would have had. Asking is `cutlm.asking`'s affair:
-several questions at a time, tried again where that may help. Answers go to a cache as they come, and are paid for once.
+The package's configuration of an annotator says what is asked and how an answer is read; which response comes first is
+drawn as it draws it, so that the verdicts are those that it would have had. Asking is `cutlm.servers.requests`'s
+affair: several questions at a time, tried again where that may help. Answers go to a cache as they come, and are paid
+for once.
 """
 
 import hashlib
@@ -21,13 +22,13 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from cutlm.asking import ask_all
 from cutlm.errors import UserError
 from cutlm.evaluation.folder import import_alpaca_eval
-from cutlm.judges.cache import Cache
-from cutlm.judges.chat import Answer, ChatServer, OptionNames, ask, explain_refusal, make_client
-from cutlm.judges.spending import Spending
-from cutlm.posting import Refused, read_key
+from cutlm.servers.budget import Spending
+from cutlm.servers.cache import Cache
+from cutlm.servers.chat import Answer, ChatServer, OptionNames, ask, explain_refusal, make_client
+from cutlm.servers.http import Refused, read_key
+from cutlm.servers.requests import ask_all
 
 OPENAI = "https://api.openai.com/v1"
 OPTIONS = OptionNames(

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cutlm.report.tables import join_cells
-from cutlm.token_scores import TokenScores
-from cutlm.token_spans import flag_spans
+from cutlm.blame.token_scores import TokenScores
+from cutlm.inspect.tables import join_cells
+from cutlm.prompting.spans import flag_spans
 
 THRESHOLDS = (1.0, 1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 3.0)
 

@@ -13,8 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cutlm.data.files import open_atomic, read_bytes
 from cutlm.errors import DataError, UserError
-from cutlm.jsonl import open_atomic, read_bytes
 
 SETTINGS_FILE = "settings.json"
 PROMPTS_FILE = "prompts.jsonl"

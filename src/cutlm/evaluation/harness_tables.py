@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cutlm.evaluation.paper import SOURCE, TRUTHFULQA
-from cutlm.report.bars import Bar, draw_bars, list_theirs
-from cutlm.report.tables import join_cells
+from cutlm.inspect.bars import Bar, draw_bars, list_theirs
+from cutlm.inspect.tables import join_cells
 
 
 def summarize_benchmarks(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from cutlm.data.records import JudgedRecord
 from cutlm.evaluation.folder import need_extra
 from cutlm.evaluation.paper import ROUGE_LSUM, SOURCE
+from cutlm.inspect.bars import Bar, draw_bars, list_theirs
+from cutlm.inspect.tables import join_cells
 from cutlm.judges import Response
-from cutlm.records import JudgedRecord
-from cutlm.report.bars import Bar, draw_bars, list_theirs
-from cutlm.report.tables import join_cells
 
 PACKAGES = ("rouge-score",)
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")

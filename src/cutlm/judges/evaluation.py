@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from cutlm.data.files import open_atomic, write_rows
+from cutlm.data.records import JudgedRecord, check_records, raise_problems
 from cutlm.errors import UserError
-from cutlm.jsonl import open_atomic, write_rows
 from cutlm.judges import Outcome, Response
 from cutlm.judges.local import judge_locally
-from cutlm.records import JudgedRecord, check_records, raise_problems
 
 
 def evaluate_judge(model: str, data: str, folder: Path, **settings: Any) -> str:

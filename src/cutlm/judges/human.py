@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cutlm.data.files import open_atomic, read_bytes, read_rows, write_rows
+from cutlm.data.records import is_praise
 from cutlm.errors import DataError, UserError
-from cutlm.jsonl import open_atomic, read_bytes, read_rows, write_rows
 from cutlm.judges import PRAISE, Outcome, Response
 from cutlm.judges.responses import set_aside_empty
-from cutlm.records import is_praise
 
 COLUMNS = ("number", "instruction", "input", "output", "judgment")
 _TEXTS = ("instruction", "input", "output")

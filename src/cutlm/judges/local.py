@@ -2,16 +2,16 @@
 
 Responses are judged greedily, batch by batch, and written down as they come; a run that is stopped goes on with the
 batches it has not finished. The question and how its answer is read are left to `cutlm.judges.prompt`, training to
-`cutlm.cli.train`, generation to `cutlm.generation`.
+`cutlm.cli.train`, generation to `cutlm.generation.local`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from cutlm.encoding import Encoder, choose_template
+from cutlm.data.journal import Journal
+from cutlm.data.records import JudgedRecord
 from cutlm.errors import DataError, UserError
-from cutlm.generation import Sampling, describe_run, find_room, fingerprint_model, generate_with_journal
-from cutlm.journal import Journal
+from cutlm.generation.local import Sampling, describe_run, find_room, generate_with_journal
 from cutlm.judges import Failure, Outcome, Response
 from cutlm.judges.prompt import (
     TRAINED_PROMPT,
@@ -22,8 +22,8 @@ from cutlm.judges.prompt import (
     write_question,
 )
 from cutlm.judges.responses import set_aside_empty
-from cutlm.model import load_trained, unwrap_peft
-from cutlm.records import JudgedRecord
+from cutlm.model.loading import fingerprint_model, load_trained, unwrap_peft
+from cutlm.prompting.encoding import Encoder, choose_template
 
 _MAX_NEW_TOKENS = 1024
 

@@ -9,8 +9,9 @@ import hashlib
 import re
 from pathlib import Path
 
+from cutlm.data.files import read_bytes
+from cutlm.data.records import JudgedRecord
 from cutlm.errors import UserError
-from cutlm.jsonl import read_bytes
 from cutlm.judges import Response
 from cutlm.judges.wording import (
     drop_thoughts,
@@ -19,7 +20,6 @@ from cutlm.judges.wording import (
     is_refusal,
     starts_with_perfect,
 )
-from cutlm.records import JudgedRecord
 
 # Part of the key of every cached judgment: to be raised with every change of what `read_answer` makes of an answer.
 PARSING_VERSION = 2

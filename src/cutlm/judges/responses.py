@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cutlm.data.files import SourceRow, read_rows, sync_directory, write_rows
+from cutlm.data.records import check_rows
 from cutlm.errors import DataError
-from cutlm.jsonl import SourceRow, read_rows, sync_directory, write_rows
 from cutlm.judges import Failure, Outcome, Response
-from cutlm.records import check_rows
 
 # What is said about a response already: it would count beside the new judgment, or against it.
 _SAID_BEFORE = ("judgment", "score", "wrong_spans")

@@ -13,10 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cutlm.data.records import describe_value, is_praise
 from cutlm.errors import DataError, UserError
 from cutlm.judges import Outcome, Response
 from cutlm.judges.responses import set_aside_empty
-from cutlm.records import describe_value, is_praise
 
 Rules = Callable[[str, str], str | None]
 

@@ -13,7 +13,7 @@ _END_OF_THOUGHTS = re.compile(r"(?:(?!<think>).)*?(?<![\"'`“‘])</think>", re
 
 # Whatever quotes, stars, brackets or lines stand around a word. A question is no praise.
 _MARKS = r"(?:[^\w?]|_)*"
-# All that `cutlm.records.is_praise` takes for praise, and more: what objects must not begin like this.
+# All that `cutlm.data.records.is_praise` takes for praise, and more: what objects must not begin like this.
 _PERFECT = re.compile(rf"{_MARKS}perfect(?![^\W_])", re.IGNORECASE)
 _LABELS = rf"(?:(?:final|judge?ment|answer|verdict|result|output|assessment|evaluation){_MARKS})*"
 _PERFECT_ALONE = re.compile(rf"{_MARKS}{_LABELS}perfect{_MARKS}{_LABELS}", re.IGNORECASE)

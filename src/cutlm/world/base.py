@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from cutlm.errors import UserError
-from cutlm.model import load_tokenizer
+from cutlm.model.loading import load_tokenizer
 from cutlm.world.measure import measure_base
 from cutlm.world.pretraining import NUM_STEPS, train_base
 from cutlm.world.recipe import RECIPE_FILE, describe_recipe, read_recipe

@@ -17,10 +17,10 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from cutlm.data.files import open_atomic
 from cutlm.errors import UserError
-from cutlm.jsonl import open_atomic
-from cutlm.model import count_parameters, load_trained
-from cutlm.report.terminal import Terminal
+from cutlm.inspect.terminal import Terminal
+from cutlm.model.loading import count_parameters, load_trained
 from cutlm.world.base import base_path
 from cutlm.world.demo_iteration import LEARNING_RATE, SETTINGS, Iteration, run_iteration
 from cutlm.world.demo_report import (
@@ -142,7 +142,7 @@ def _answer(model_path: Path, held_out: HeldOut) -> int:
 
 @contextmanager
 def _quieten() -> Iterator[None]:
-    trainer = logging.getLogger("cutlm.trainer")
+    trainer = logging.getLogger("cutlm.training.trainer")
     level = trainer.level
     trainer.setLevel(logging.ERROR)  # its counts are printed by the stages
     transformers_logging.disable_progress_bar()  # loading and saving take no second here

@@ -15,18 +15,18 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from cutlm.blame import BlameCounts, BlameSettings, blame_file
-from cutlm.config import CUTConfig
-from cutlm.encoding import Encoder
-from cutlm.generation import Sampling, fingerprint_model, generate_file
-from cutlm.jsonl import read_rows, write_rows
-from cutlm.merging import merge_adapter
-from cutlm.model import load_model, load_tokenizer, load_trained
-from cutlm.records import check_records
-from cutlm.report.terminal import Terminal
-from cutlm.scoring import score_rows
-from cutlm.token_scores import TokenScores, read_token_scores
-from cutlm.trainer import CUTTrainer
+from cutlm.blame.detector import BlameCounts, BlameSettings, blame_file
+from cutlm.blame.scoring import score_rows
+from cutlm.blame.token_scores import TokenScores, read_token_scores
+from cutlm.data.files import read_rows, write_rows
+from cutlm.data.records import check_records
+from cutlm.generation.local import Sampling, generate_file
+from cutlm.inspect.terminal import Terminal
+from cutlm.model.loading import fingerprint_model, load_model, load_tokenizer, load_trained
+from cutlm.model.merging import merge_adapter
+from cutlm.prompting.encoding import Encoder
+from cutlm.training.config import CUTConfig
+from cutlm.training.trainer import CUTTrainer
 from cutlm.world.judge import judge_task
 from cutlm.world.tasks import Task
 

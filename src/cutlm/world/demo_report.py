@@ -1,6 +1,6 @@
 """What the demo shows of its iterations: examples, tables, the curve and the page, and where everything lies.
 
-How these look is left to `cutlm.report`, what is run to `cutlm.world.demo`.
+How these look is left to `cutlm.inspect`, what is run to `cutlm.world.demo`.
 """
 
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cutlm.jsonl import open_atomic, write_rows
-from cutlm.report.curves import Curves, draw_curves
-from cutlm.report.pages import Example, Picture, Table, write_page
-from cutlm.report.terminal import Terminal
-from cutlm.token_scores import TokenScores, read_token_scores
+from cutlm.blame.token_scores import TokenScores, read_token_scores
+from cutlm.data.files import open_atomic, write_rows
+from cutlm.inspect.curves import Curves, draw_curves
+from cutlm.inspect.pages import Example, Picture, Table, write_page
+from cutlm.inspect.terminal import Terminal
 from cutlm.world.demo_iteration import Iteration, blame
 from cutlm.world.families import FAMILIES
 from cutlm.world.judge import judge_task

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cutlm.encoding import Encoder
-from cutlm.generation import Sampling, generate_responses
-from cutlm.records import JudgedRecord
-from cutlm.refinement import encode_requests
+from cutlm.data.records import JudgedRecord
+from cutlm.generation.local import Sampling, generate_responses
+from cutlm.generation.refine import encode_requests
+from cutlm.prompting.encoding import Encoder
 from cutlm.world.judge import judge_task
 from cutlm.world.measure import MAX_NEW_TOKENS
 from cutlm.world.tasks import Task

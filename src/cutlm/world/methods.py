@@ -61,11 +61,13 @@ METHODS = (
 )
 ABLATIONS = (
     Method("cut", about="CUT as in the paper"),
-    Method("cut_without_l1", {"use_l1": False}, about="without L1"),
-    Method("cut_without_l2_satisfactory", {"use_l2_satisfactory": False}, about="without L2 of satisfactory responses"),
+    Method("cut_without_l1", {"use_contrast_loss": False}, about="without L1"),
+    Method(
+        "cut_without_l2_satisfactory", {"use_satisfactory_loss": False}, about="without L2 of satisfactory responses"
+    ),
     Method(
         "cut_without_l2_unsatisfactory",
-        {"use_l2_unsatisfactory": False},
+        {"use_judged_loss": False},
         about="without L2 of unsatisfactory responses",
     ),
     Method("cut_without_detection", {"detector": "off"}, about="every token of an unsatisfactory response flagged"),
@@ -73,7 +75,7 @@ ABLATIONS = (
     Method("cut_threshold_1.05", {"threshold": 1.05}, about="threshold 1.05"),
     Method("cut_threshold_1.2", {"threshold": 1.2}, about="threshold 1.2"),
     Method("cut_frozen", _FROZEN, about="frozen detector"),
-    Method("cut_frozen_with_l2", _FROZEN | {"use_l2_unsatisfactory": True}, about="frozen detector, with all of L2"),
+    Method("cut_frozen_with_l2", _FROZEN | {"use_judged_loss": True}, about="frozen detector, with all of L2"),
     Method("cut_frozen_threshold_1.05", _FROZEN | {"threshold": 1.05}, about="frozen detector, threshold 1.05"),
     Method("cut_frozen_threshold_1.2", _FROZEN | {"threshold": 1.2}, about="frozen detector, threshold 1.2"),
 )

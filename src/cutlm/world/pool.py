@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cutlm.jsonl import open_atomic
+from cutlm.data.files import open_atomic
 from cutlm.world.methods import find_method
 from cutlm.world.runs import Run, execute, start_worker
 

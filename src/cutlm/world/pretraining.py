@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cutlm.encoding import Encoder
+from cutlm.prompting.encoding import Encoder
 from cutlm.world.corpus import Document, make_corpus
 
 if TYPE_CHECKING:

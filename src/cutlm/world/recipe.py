@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutlm.encoding import Encoder
+from cutlm.prompting.encoding import Encoder
 from cutlm.world import pretraining
 from cutlm.world.corpus import make_corpus
 

@@ -19,11 +19,11 @@ from torch import nn
 from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from cutlm.config import CUTConfig
-from cutlm.encoding import Encoder
-from cutlm.preferences import PairTrainer
-from cutlm.records import JudgedRecord
-from cutlm.trainer import CUTTrainer
+from cutlm.data.records import JudgedRecord
+from cutlm.prompting.encoding import Encoder
+from cutlm.training.config import CUTConfig
+from cutlm.training.pairs import PairTrainer
+from cutlm.training.trainer import CUTTrainer
 from cutlm.world.base import load_base
 from cutlm.world.experience import Experience, draw_tasks, gather
 from cutlm.world.measure import answer_tasks, measure_detection, rate_answers

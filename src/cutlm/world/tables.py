@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from cutlm.data.files import open_atomic
 from cutlm.evaluation.detection import plot_detection
-from cutlm.jsonl import open_atomic
-from cutlm.report.tables import draw_plot, join_cells
+from cutlm.inspect.tables import draw_plot, join_cells
 
 # Student's t at 97.5%, by degrees of freedom.
 _T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

@@ -1,14 +1,14 @@
 """The tokenizer of the tiny world: every word of it is one token, digits stand alone, and any other text is bytes.
 
 The fixed text of the prompts is a token a piece, so that a prompt costs a small model little. How a prompt is put
-together is left to `cutlm.prompts` and `cutlm.encoding`.
+together is left to `cutlm.prompting.templates` and `cutlm.prompting.encoding`.
 """
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from cutlm.encoding import Encoder
-from cutlm.prompts import render_alpaca_prompt, render_refinement_prompt
+from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.templates import render_alpaca_prompt, render_refinement_prompt
 from cutlm.world.corpus import Document, make_corpus
 from cutlm.world.judge import judge_task
 from cutlm.world.mistakes import list_world_words

@@ -1,0 +1,317 @@
+"""Token scores: what a detector says about every token of a response, one self-contained JSON object a line.
+
+Made by `cutlm.blame.detector`, looked at and edited by people, read by training: a file can be cut, put together from
+others and read by anything. A row is the record itself and, beside its own fields, those of `SCORE_FIELDS`. Where
+tokens stand in the text is `cutlm.prompting.spans`' affair.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cutlm.data.files import SourceRow, read_bytes, read_rows, write_rows
+from cutlm.data.records import JudgedRecord, check_rows, describe_value
+from cutlm.errors import DataError
+from cutlm.prompting.spans import Span
+from cutlm.prompting.spans import flag_spans as flag_spans  # the third way to come by flags: a person's marks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cutlm.prompting.encoding import Encoder
+
+SCHEMA_VERSION = 1
+_PROBE = "The naïve  answer: 12,345 + x_1?\n\n\tif (a) { return 'ok'; } 你好 🙂 ANTIDISESTABLISHMENT"
+# Logarithms of probabilities are rounded in the file; a sum of probabilities may pass 1 by rounding.
+MAX_LOGP = 1e-6
+LARGEST_TOKEN = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """One record, the log-probs of its response's T tokens in both contexts, and the tokens that are blamed.
+
+    Attributes:
+        record: The record.
+        token_ids: [T], end-of-sequence included.
+        tokens: [T] the text of each, to be looked at.
+        spans: [T] its [start, end) in characters of the response; see `cutlm.prompting.spans`.
+        logps_without: [T] log p(y_t | x, y_<t); None where not known, as for another tokenizer's tokens.
+        logps_with: [T] log p(y_t | x, j, y_<t); None where not asked for, as of satisfactory records.
+        is_flagged: [T] whether the token is inappropriate.
+        weights: [T] alpha * p(y_t | x, j)^gamma of a flagged token; 0 for any other.
+        threshold: lambda of eq. 5.
+        unlikelihood_weight: alpha of eq. 6.
+        gamma: Exponent of the dynamic weight of eq. 6.
+        detector: Fingerprint of the model that was asked.
+        tokenizer: Fingerprint of the tokenizer; see `fingerprint_tokenizer`.
+        template: Name and fingerprint of the prompts; see `fingerprint_template`.
+    """
+
+    record: JudgedRecord
+    token_ids: list[int]
+    tokens: list[str]
+    spans: list[Span]
+    logps_without: list[float] | None
+    logps_with: list[float] | None
+    is_flagged: list[bool]
+    weights: list[float]
+    threshold: float
+    unlikelihood_weight: float
+    gamma: float
+    detector: str
+    tokenizer: str
+    template: str
+
+    def to_row(self) -> dict[str, Any]:
+        """The row of a file."""
+        row = self.record.model_dump(mode="json", exclude_unset=True) | {"judgment": self.record.judgment}
+        row |= {"schema_version": SCHEMA_VERSION, "is_satisfactory": self.record.is_satisfactory}
+        for name in _COLUMNS:
+            row[name] = getattr(self, name)
+        return row | {"spans": [list(span) for span in self.spans]}
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_token(value: Any) -> bool:
+    return _is_whole(value) and value <= LARGEST_TOKEN
+
+
+def _is_logp(value: Any) -> bool:
+    return _is_number(value) and value <= MAX_LOGP
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_whole, value))
+
+
+# Of each column: what an element must be, in words too, and whether the column may be null.
+_COLUMNS: dict[str, tuple[Callable[[Any], bool], str, bool]] = {
+    "token_ids": (_is_token, f"whole numbers from 0 to {LARGEST_TOKEN}", False),
+    "tokens": (lambda value: isinstance(value, str), "strings", False),
+    "spans": (_is_pair, "pairs of whole numbers [start, end]", False),
+    "logps_without": (_is_logp, "finite numbers of at most 0", True),
+    "logps_with": (_is_logp, "finite numbers of at most 0", True),
+    "is_flagged": (lambda value: isinstance(value, bool), "true or false", False),
+    "weights": (lambda value: value is None or (_is_number(value) and value >= 0), "numbers of at least 0", False),
+    "threshold": (lambda value: _is_number(value) and value >= 0, "a number of at least 0", False),
+    "unlikelihood_weight": (lambda value: _is_number(value) and value > 0, "a number above 0", False),
+    "gamma": (lambda value: _is_number(value) and value >= 0, "a number of at least 0", False),
+    "detector": (lambda value: isinstance(value, str), "a string", False),
+    "tokenizer": (lambda value: isinstance(value, str), "a string", False),
+    "template": (lambda value: isinstance(value, str), "a string", False),
+}
+_PER_TOKEN = tuple(_COLUMNS)[:7]
+SCORE_FIELDS = ("schema_version", "is_satisfactory", *_COLUMNS)
+
+
+def is_token_scores(path: str | Path) -> bool:
+    """Whether a file holds token scores, and not plain records, by its first row.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    text = read_bytes(path).decode("utf-8-sig", "replace").lstrip()
+    if text.startswith("["):
+        rows, _ = read_rows(path)
+        first = rows[0].value if rows else None
+    else:
+        try:
+            first = json.loads(text.partition("\n")[0])
+        except (ValueError, RecursionError):
+            return False  # whoever reads the file says what is wrong with it
+    return isinstance(first, dict) and {"schema_version", "token_ids"} <= set(first)
+
+
+def read_token_scores(path: str | Path) -> list[TokenScores]:
+    """Reads token scores; flags and weights may have been edited.
+
+    The weight of a token that is not flagged counts as 0, whatever the file says.
+
+    Raises:
+        DataError: The file cannot be read or is of a later version, or a row cannot be used; all such rows are named.
+    """
+    rows, problems = read_rows(path)
+    versions: list[Any] = [row.value.get("schema_version") for row in rows if isinstance(row.value, dict)]
+    newest = max(filter(_is_whole, versions), default=SCHEMA_VERSION)
+    if newest > SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: expected token scores of schema_version {SCHEMA_VERSION}, got {newest}, made by a later cutlm;"
+            " upgrade cutlm, or blame the records again with this one"
+        )
+    scores = [_read_row(row, problems) for row in rows]
+    if problems:
+        raise DataError(problems, hint=f"{len(problems)} problems in {path}; mend them, nothing was skipped")
+    if not scores:
+        raise DataError(f"{path}: no token scores; expected JSON Lines with at least one row")
+    return [score for score in scores if score is not None]
+
+
+def _read_row(row: SourceRow, problems: list[str]) -> TokenScores | None:
+    num_before = len(problems)
+    own = row.value
+    if isinstance(own, dict):
+        own = {name: value for name, value in own.items() if name not in SCORE_FIELDS}
+    check = check_rows([SourceRow(row.where, own)])
+    problems.extend(check.problems)
+    if not isinstance(row.value, dict):
+        return None
+    values: dict[str, Any] = dict(row.value)
+    if values.get("schema_version") != SCHEMA_VERSION or isinstance(values["schema_version"], bool):
+        got = describe_value(values["schema_version"]) if "schema_version" in values else "no such field"
+        problems.append(
+            f"{row.where}: field 'schema_version': expected {SCHEMA_VERSION}, got {got}; make the file by cutlm blame"
+        )
+        return None
+    for name in _COLUMNS:
+        _check_field(row.where, values, name, problems)
+    if check.records and values.get("is_satisfactory") is not check.records[0].is_satisfactory:
+        problems.append(
+            f"{row.where}: field 'is_satisfactory': expected {json.dumps(check.records[0].is_satisfactory)} by the"
+            f" row's judgment and score, got {json.dumps(values.get('is_satisfactory'))}; change the one or the other"
+        )
+    if len(problems) > num_before:
+        return None
+    (record,) = check.records
+    _check_places(row.where, values, len(record.output), problems)
+    pairs = zip(values["is_flagged"], values["weights"], strict=True)
+    values["weights"] = [float(weight or 0) if is_flagged else 0.0 for is_flagged, weight in pairs]
+    values["spans"] = [tuple(span) for span in values["spans"]]
+    return TokenScores(record=record, **{name: values[name] for name in _COLUMNS})
+
+
+def _check_field(where: str, values: dict[str, Any], name: str, problems: list[str]) -> None:
+    is_valid, expected, is_optional = _COLUMNS[name]
+    if name not in values:
+        problems.append(f"{where}: field {name!r} is missing; make the file by cutlm blame")
+        return
+    value = values[name]
+    if name not in _PER_TOKEN:
+        if not is_valid(value):
+            problems.append(f"{where}: field {name!r}: expected {expected}, got {describe_value(value)}")
+        return
+    if value is None and is_optional:
+        return
+    if not isinstance(value, list):
+        problems.append(f"{where}: field {name!r}: expected a list of {expected}, got {describe_value(value)}")
+        return
+    num_tokens = len(values["token_ids"]) if isinstance(values.get("token_ids"), list) else len(value)
+    if len(value) != num_tokens:
+        problems.append(
+            f"{where}: field {name!r}: expected {num_tokens} elements, one for each of token_ids, got {len(value)}"
+        )
+    place = next((place for place, element in enumerate(value) if not is_valid(element)), None)
+    if place is not None:
+        problems.append(
+            f"{where}: field '{name}[{place}]': expected {expected}, got"
+            f" {json.dumps(value[place]) if isinstance(value[place], list) else describe_value(value[place])}"
+        )
+
+
+def _check_places(where: str, values: dict[str, Any], length: int, problems: list[str]) -> None:
+    """Checks what depends on more than one field."""
+    for place, (start, end) in enumerate(values["spans"]):
+        if not start <= end <= length:
+            problems.append(
+                f"{where}: field 'spans[{place}]': expected start <= end <= {length}, the length of output, got"
+                f" [{start}, {end}]"
+            )
+            break
+    for place, (is_flagged, weight) in enumerate(zip(values["is_flagged"], values["weights"], strict=True)):
+        if is_flagged and not weight:
+            problems.append(
+                f"{where}: field 'weights[{place}]': expected a number above 0 for a flagged token, got"
+                f" {json.dumps(weight)}; give it a weight (unlikelihood_weight is {values['unlikelihood_weight']:g}),"
+                f" or set is_flagged[{place}] to false"
+            )
+
+
+def write_token_scores(path: str | Path, scores: Iterable[TokenScores]) -> int:
+    """Writes token scores atomically and returns the number of rows."""
+    return write_rows(path, (score.to_row() for score in scores))
+
+
+def strip_scores(record: JudgedRecord) -> JudgedRecord:
+    """The record alone, of one that was read from a file of token scores as a plain record."""
+    further = record.model_extra or {}
+    if not {"schema_version", "token_ids"} <= set(further):
+        return record
+    row = record.model_dump(exclude_unset=True)
+    return JudgedRecord.model_validate({name: value for name, value in row.items() if name not in SCORE_FIELDS})
+
+
+def map_to_tokenizer(scores: TokenScores, encoder: "Encoder") -> TokenScores:
+    """Carries flags and weights over to the tokens of another tokenizer, as when a larger model blames for a smaller.
+
+    A token is flagged if it shares a character with a flagged one, and gets the largest weight of those. A flag on
+    white space alone finds tokens of white space alone.
+
+    Args:
+        scores: The scores of one response.
+        encoder: Of the other tokenizer, with the template that the model is trained with.
+
+    Returns:
+        Scores of the new tokens, without log-probs; the same scores where the tokens are the same.
+    """
+    output = scores.record.output
+    token_ids = encoder.encode_response(output)
+    fingerprint = fingerprint_tokenizer(encoder.tokenizer)
+    if token_ids == scores.token_ids and fingerprint == scores.tokenizer:
+        return scores
+    heaviest = [0.0] * (len(output) + 1)  # of each character, the last one the end-of-sequence
+    for (start, end), is_flagged, weight in zip(scores.spans, scores.is_flagged, scores.weights, strict=True):
+        is_space = not output[start:end].strip()
+        for place in range(start, max(end, start + 1)) if is_flagged else ():
+            if is_space or not output[place].isspace():
+                heaviest[place] = max(heaviest[place], weight)
+    spans = encoder.locate_tokens(output, token_ids)
+    is_own = [end > start or start == len(output) for start, end in spans]
+    weights = [
+        max(heaviest[start : max(end, start + 1)]) if has_place else 0.0
+        for (start, end), has_place in zip(spans, is_own, strict=True)
+    ]
+    return replace(
+        scores,
+        token_ids=token_ids,
+        tokens=[str(encoder.tokenizer.decode([index])) for index in token_ids],
+        spans=spans,
+        logps_without=None,
+        logps_with=None,
+        is_flagged=[weight > 0 for weight in weights],
+        weights=weights,
+        tokenizer=fingerprint,
+    )
+
+
+def fingerprint_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Names a tokenizer by what it does, wherever it is kept: its vocabulary, and how it splits a probe."""
+    return _fingerprint(tokenizer, len(tokenizer), tokenizer.eos_token_id)
+
+
+@lru_cache(maxsize=4)
+def _fingerprint(tokenizer: "PreTrainedTokenizerBase", num_tokens: int, eos_id: int) -> str:
+    """Asked for every record, made once; `num_tokens` and `eos_id` change where a tokenizer is changed."""
+    probe = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), probe, eos_id])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def fingerprint_template(encoder: "Encoder") -> str:
+    """Names the prompts by what they read: a changed chat template gives another fingerprint."""
+    texts = [encoder.render("[instruction]").text, encoder.render("[instruction]", "[judgment]").text]
+    return f"{encoder.template} {hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}"

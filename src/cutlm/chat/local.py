@@ -1,0 +1,168 @@
+"""A model at hand that answers in a chat, token by token."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer, StoppingCriteriaList
+
+from cutlm.blame.detector import BlameSettings, blame_record
+from cutlm.blame.scoring import check_rows, score_rows
+from cutlm.blame.token_scores import TokenScores
+from cutlm.data.records import JudgedRecord
+from cutlm.errors import UserError
+from cutlm.generation.local import Sampling, find_context_limit, find_room, make_generation_config
+from cutlm.model.loading import unwrap_peft
+from cutlm.model.probes import check_head
+from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.templates import TemplateName
+
+# Where a model sets no limit to its context.
+_NO_LIMIT = 2**31
+
+
+class LocalEngine:
+    """Answers by a model at hand.
+
+    Args:
+        model: A causal language model in evaluation mode, bare or with an adapter.
+        tokenizer: Its tokenizer.
+        template: How it is prompted.
+        sampling: How to draw.
+        settings: What flags are made by; `max_length` gives way to the model's context.
+
+    Raises:
+        UserError: The tokenizer has no such template, or no room is left for a prompt.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        template: TemplateName,
+        sampling: Sampling,
+        settings: BlameSettings,
+    ) -> None:
+        self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
+        self._max_length = find_context_limit(model) or _NO_LIMIT
+        self._settings = replace(settings, max_length=self._max_length)
+        self._room = find_room(model, sampling.max_new_tokens)
+        self.max_new_tokens = sampling.max_new_tokens
+        self.set_template(template)
+
+    def set_template(self, name: TemplateName) -> None:
+        """See `Engine`."""
+        self._encoder = Encoder(self._tokenizer, name)
+        self.template: TemplateName | None = name
+
+    def prepare(self, texts: Sequence[str]) -> tuple[list[int], int]:
+        """See `Engine`."""
+        for num_dropped in range((len(texts) + 1) // 2):
+            ids = encode_texts(self._encoder, texts[2 * num_dropped :])
+            if self._room is None or len(ids) <= self._room:
+                return ids, num_dropped
+        raise UserError(
+            f"the message alone makes a prompt of {len(ids)} tokens, and the model's context has room for"
+            f" {self._room} beside an answer; shorten it, or start with a smaller --max_new_tokens"
+        )
+
+    def answer(self, prompt: list[int], seed_offset: int, show: Callable[[str], None]) -> bool:
+        """See `Engine`."""
+        language_model: Any = unwrap_peft(self._model)
+        config = make_generation_config(language_model, self._tokenizer, self._sampling)
+        streamer = _Streamer(self._tokenizer, config.eos_token_id, show)
+        input_ids = torch.tensor([prompt], device=language_model.device)
+        model: Any = self._model
+        torch.manual_seed(self._sampling.seed + seed_offset)
+        with _catch_interrupt() as stop, _tell_lack_of_memory(), torch.inference_mode():
+            model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=config,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([lambda ids, _: torch.full((1,), stop.is_set())]),
+            )
+        if stop.is_set() and not streamer.is_ended:
+            raise KeyboardInterrupt
+        return streamer.is_ended
+
+    def blame(self, record: JudgedRecord) -> tuple[TokenScores, bool]:
+        """See `Engine`."""
+        check_head(self._model)
+
+        def score(rows: Any, done: Any) -> Any:
+            check_rows(self._model, rows, self._max_length)
+            return score_rows(self._model, rows, done=done, show_progress=False)
+
+        with _tell_lack_of_memory():
+            return blame_record(record, self._encoder, score, self._settings, "the model of the chat")
+
+
+def encode_texts(encoder: Encoder, texts: Sequence[str]) -> list[int]:
+    """Token ids of a conversation, or of the one message that an alpaca prompt has room for."""
+    return encoder.encode_prompt(texts[-1]) if encoder.template == "alpaca" else encoder.encode_conversation(texts)
+
+
+class _Streamer(BaseStreamer):
+    """Decodes tokens as they come; transformers' own waits for the end of each word."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], show: Callable[[str], None]) -> None:
+        self.is_ended = False
+        self._tokenizer, self._end_ids, self._show = tokenizer, end_ids, show
+        self._ids: list[int] | None = None
+        self._num_shown = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._ids is None:  # the prompt comes first
+            self._ids = []
+            return
+        for index in value.tolist():
+            self.is_ended = self.is_ended or index in self._end_ids
+            if not self.is_ended:
+                self._ids.append(index)
+        text = self._decode()
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else half a character
+            self._show_rest(text)
+
+    def end(self) -> None:
+        self._show_rest(self._decode())
+
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._ids or [], skip_special_tokens=True))
+
+    def _show_rest(self, text: str) -> None:
+        if len(text) > self._num_shown:
+            rest, self._num_shown = text[self._num_shown :], len(text)
+            self._show(rest)
+
+
+@contextmanager
+def _tell_lack_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError("the device's memory does not hold so long a text; begin anew by /reset") from None
+
+
+@contextmanager
+def _catch_interrupt() -> Iterator[threading.Event]:
+    """Has Ctrl-C set an event, which is heeded at the next token; a second one does not wait for that."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

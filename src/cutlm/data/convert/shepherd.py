@@ -1,0 +1,117 @@
+"""Shepherd (Wang et al. 2023): people's feedback on answers of models.
+
+It comes as two files with the same answers line by line: `human_data_for_model.jsonl` has the question, the
+answer and the feedback; `human_data_raw.jsonl` has the right answer as well, under `metadata`.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cutlm.data.convert import Conversion, Source, parse_row
+from cutlm.data.files import SourceRow
+from cutlm.errors import DataError
+
+FILE_NAMES = ("human_data_for_model.jsonl", "human_data_raw.jsonl")
+
+
+class ModelRow(Source):
+    """A line of `human_data_for_model.jsonl`."""
+
+    id: Any = None
+    dataset: Any = None
+    question: str
+    answer: str
+    feedback: str
+
+
+class Metadata(Source):
+    """What is used of a line of `human_data_raw.jsonl`."""
+
+    context: str
+    output_candidate: str
+    output_correct: str | None = None
+
+
+class RawRow(Source):
+    """A line of `human_data_raw.jsonl`."""
+
+    metadata: Metadata
+
+
+def convert(one: Sequence[SourceRow], other: Sequence[SourceRow]) -> Conversion:
+    """Turns Shepherd's two files into records, the feedback as judgment and the right answer as `i_ans`.
+
+    Args:
+        one: The rows of one of the files, whichever; they are told apart by their fields.
+        other: The rows of the other.
+
+    Returns:
+        A record per line, in the order of the files; an answer or feedback without text is left out.
+
+    Raises:
+        DataError: These are not the two files, they differ in length, or lines are bad or do not match; all are named.
+    """
+    if _is_raw(one) == _is_raw(other):
+        raise DataError(
+            "shepherd: expected one file with 'question', 'answer' and 'feedback' and one with 'metadata', got"
+            f" {_describe_file(one)} and {_describe_file(other)}; give {' and '.join(FILE_NAMES)}"
+        )
+    model_rows, raw_rows = (other, one) if _is_raw(one) else (one, other)
+    if len(model_rows) != len(raw_rows):
+        raise DataError(
+            "shepherd: expected two files of the same length, got"
+            f" {_describe_file(model_rows)} and {_describe_file(raw_rows)}; fetch them again"
+        )
+    problems: list[str] = []
+    kept: list[SourceRow] = []
+    left_out: Counter[str] = Counter()
+    for model_row, raw_row in zip(model_rows, raw_rows, strict=True):
+        judged = parse_row(ModelRow, model_row, problems)
+        raw = parse_row(RawRow, raw_row, problems)
+        if judged is None or raw is None:
+            continue
+        pairs = {
+            ("question", "metadata.context"): (judged.question, raw.metadata.context),
+            ("answer", "metadata.output_candidate"): (judged.answer, raw.metadata.output_candidate),
+        }
+        problems.extend(
+            f"{model_row.where} and {raw_row.where}: expected {name!r} and {raw_name!r} to be the same text, got two"
+            " different ones; the files must list the same answers in the same order"
+            for (name, raw_name), (text, raw_text) in pairs.items()
+            if text != raw_text
+        )
+        if not judged.answer.strip():
+            left_out["empty answer"] += 1
+        elif not judged.feedback.strip():
+            left_out["empty feedback"] += 1
+        else:
+            kept.append(SourceRow(model_row.where, _make_record(judged, raw.metadata)))
+    if problems:
+        raise DataError(problems)
+    return Conversion(kept, len(model_rows), left_out)
+
+
+def _make_record(judged: ModelRow, metadata: Metadata) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "instruction": judged.question,
+        "output": judged.answer,
+        "judgment": judged.feedback,
+    }
+    if metadata.output_correct and metadata.output_correct.strip():
+        record["i_ans"] = metadata.output_correct
+    if judged.id is not None:
+        record["id"] = judged.id
+    if judged.dataset is not None:
+        record["dataset"] = judged.dataset
+    return record
+
+
+def _is_raw(rows: Sequence[SourceRow]) -> bool:
+    return any(isinstance(row.value, Mapping) and "metadata" in row.value for row in rows)
+
+
+def _describe_file(rows: Sequence[SourceRow]) -> str:
+    if not rows:
+        return "a file without rows"
+    return f"{len(rows)} rows {'with' if _is_raw(rows) else 'without'} 'metadata' (the last is {rows[-1].where})"

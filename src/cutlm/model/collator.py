@@ -1,0 +1,173 @@
+"""Encoded records to one micro-batch, without padding.
+
+Sequences stand end to end in one tensor; how the model is run over them is left to `cutlm.model.forward`, what is
+learned from which of them to `cutlm.training.batch_loss`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutlm.losses import ALL_PARTS, Parts
+
+
+class CutCollator:
+    """Lays out the sequences of a micro-batch end to end.
+
+    First every unsatisfactory record without its judgment, then the same records in the same order with it, then
+    the satisfactory records: so a record that needs one pass gets one, and the token log-probs of the two contexts
+    of a response are two equal slices.
+
+    A sequence is a prompt and its response less the last token, which has nothing to predict. Its last
+    `response_length` positions predict the response.
+
+    Example:
+
+        >>> rows = [
+        ...     {"prompt_ids": [1, 5], "judged_prompt_ids": [1, 5, 9], "response_ids": [7, 8, 2]},
+        ...     {"prompt_ids": [1, 6], "judged_prompt_ids": None, "response_ids": [4, 2]},
+        ... ]
+        >>> CutCollator()(rows)
+        {'input_ids': tensor([1, 5, 7, 8,  1, 5, 9, 7, 8,  1, 6, 4]),
+         'target_ids': tensor([7, 8, 2,  7, 8, 2,  4, 2]),
+         'sequence_lengths': [4, 5, 3],
+         'response_lengths': [3, 3, 2],
+         'num_unsatisfactory': 1,
+         'shared_lengths': [1],
+         'places': ['record 0 of the batch', 'record 1 of the batch']}
+
+    `shared_lengths` says of each unsatisfactory record with how many tokens both its prompts begin, their last ones
+    left out: those have a response to predict.
+
+    `places` names the records, unsatisfactory ones first, for messages. "Unsatisfactory" is every row with
+    `judged_prompt_ids`, "satisfactory" every other, which is learned from one context alone.
+
+    Rows with blame from elsewhere, `is_flagged` and `weights` for each token of the response, add the tensors
+    `is_flagged` and `flag_weights`, which go with the plain contexts in the order above. Rows with `is_praised` add
+    that, as a list for the records that are run in both contexts.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        unsatisfactory = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is not None]
+        satisfactory = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is None]
+        sequences = [
+            *((rows[index]["prompt_ids"], rows[index]["response_ids"]) for index in unsatisfactory),
+            *((rows[index]["judged_prompt_ids"], rows[index]["response_ids"]) for index in unsatisfactory),
+            *((rows[index]["prompt_ids"], rows[index]["response_ids"]) for index in satisfactory),
+        ]
+        inputs = [[*prompt, *response[:-1]] for prompt, response in sequences]
+        batch = {
+            "input_ids": torch.tensor([token for ids in inputs for token in ids], dtype=torch.long),
+            "target_ids": torch.tensor([token for _, ids in sequences for token in ids], dtype=torch.long),
+            "sequence_lengths": [len(ids) for ids in inputs],
+            "response_lengths": [len(response) for _, response in sequences],
+            "num_unsatisfactory": len(unsatisfactory),
+            "shared_lengths": [
+                _count_shared(rows[index]["prompt_ids"], rows[index]["judged_prompt_ids"]) for index in unsatisfactory
+            ],
+            "places": [
+                rows[index].get("place") or f"record {index} of the batch" for index in unsatisfactory + satisfactory
+            ],
+        }
+        in_order = [rows[index] for index in unsatisfactory + satisfactory]
+        if any(row.get("is_flagged") is not None for row in rows):
+            flags = [row.get("is_flagged") or [False] * len(row["response_ids"]) for row in in_order]
+            weights = [row.get("weights") or [0.0] * len(row["response_ids"]) for row in in_order]
+            batch["is_flagged"] = torch.tensor([flag for part in flags for flag in part], dtype=torch.bool)
+            batch["flag_weights"] = torch.tensor([weight for part in weights for weight in part])
+        if any("is_praised" in row for row in rows):
+            batch["is_praised"] = [bool(rows[index].get("is_praised")) for index in unsatisfactory]
+        return batch
+
+
+def _count_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two prompts begin with alike, short of the last of either."""
+    longest = min(len(first), len(second)) - 1
+    return next((place for place in range(longest) if first[place] != second[place]), longest)
+
+
+def split_batch(batch: Mapping[str, Any], max_tokens: int) -> list[dict[str, Any]]:
+    """Divides a micro-batch into smaller ones of the same layout, each of at most so many tokens.
+
+    Losses are sums, so those of the parts add up to that of the whole, and so do the gradients. Records of nearly one
+    length go together, the longest first; the two contexts of a record are never parted.
+
+    Args:
+        batch: As made by `CutCollator`.
+        max_tokens: Tokens of all sequences of a part; a record with more is a part of its own.
+    """
+    lengths, num_judged = batch["sequence_lengths"], batch["num_unsatisfactory"]
+    owned = [[index, num_judged + index] for index in range(num_judged)]
+    owned += [[index] for index in range(2 * num_judged, len(lengths))]
+    sizes = [sum(lengths[index] for index in indices) for indices in owned]
+    parts: list[list[int]] = []
+    room = 0
+    for record in sorted(range(len(owned)), key=lambda record: -sizes[record]):
+        if not parts or sizes[record] > room:
+            parts.append([])
+            room = max_tokens
+        parts[-1].append(record)
+        room -= sizes[record]
+    return [_take_records(batch, sorted(part), owned) for part in parts] if len(parts) > 1 else [dict(batch)]
+
+
+def _take_records(batch: Mapping[str, Any], records: list[int], owned: list[list[int]]) -> dict[str, Any]:
+    num_judged = batch["num_unsatisfactory"]
+    judged = [record for record in records if record < num_judged]
+    # Plain contexts of unsatisfactory records, these with the judgment, and satisfactory ones: as in the whole.
+    indices = [*(owned[record][0] for record in judged), *(owned[record][1] for record in judged)]
+    indices += [owned[record][0] for record in records if record >= num_judged]
+    part: dict[str, Any] = {
+        name: torch.cat([batch[name].split(batch[lengths])[index] for index in indices])
+        for name, lengths in (("input_ids", "sequence_lengths"), ("target_ids", "response_lengths"))
+    }
+    part |= {name: [batch[name][index] for index in indices] for name in ("sequence_lengths", "response_lengths")}
+    part["num_unsatisfactory"] = len(judged)
+    part["shared_lengths"] = [batch["shared_lengths"][record] for record in judged]
+    part["places"] = [batch["places"][record] for record in records]
+    if "is_flagged" in batch:
+        # Of the plain contexts alone, one for each record.
+        sizes = [batch["response_lengths"][indices[0]] for indices in owned]
+        for name in ("is_flagged", "flag_weights"):
+            part[name] = torch.cat([batch[name].split(sizes)[record] for record in records])
+    if "is_praised" in batch:
+        part["is_praised"] = [batch["is_praised"][record] for record in judged]
+    return part
+
+
+def split_lengths(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """How many response tokens of a batch are of unsatisfactory records (in one context), and of satisfactory ones."""
+    num_unsatisfactory, lengths = batch["num_unsatisfactory"], batch["response_lengths"]
+    return sum(lengths[:num_unsatisfactory]), sum(lengths[2 * num_unsatisfactory :])
+
+
+def count_batch(batch: Mapping[str, Any], normalization: str, parts: Parts = ALL_PARTS) -> tuple[float, float]:
+    """What a batch adds to the counts that L1 and L2 are divided by: tokens, or records of weight 1."""
+    num_unsatisfactory, num_satisfactory = split_lengths(batch)
+    if normalization == "record":
+        num_unsatisfactory = batch["num_unsatisfactory"]
+        num_satisfactory = len(batch["places"]) - num_unsatisfactory
+    return (
+        num_unsatisfactory * parts.contrast,
+        num_unsatisfactory * parts.unsatisfactory + num_satisfactory * parts.satisfactory,
+    )
+
+
+def find_non_finite(logps: Tensor, batch: Mapping[str, Any]) -> list[str]:
+    """Names the records of a batch with log-probs that are no numbers.
+
+    Args:
+        logps: [R], in the order of `batch["target_ids"]`.
+        batch: The batch.
+    """
+    num_unsatisfactory = batch["num_unsatisfactory"]
+    # The second pass of an unsatisfactory record counts as that record.
+    records = [*range(num_unsatisfactory), *range(len(batch["places"]))]
+    bad = {
+        record
+        for record, part in zip(records, logps.split(batch["response_lengths"]), strict=True)
+        if not torch.isfinite(part).all()
+    }
+    return [batch["places"][record] for record in sorted(bad)]

@@ -1,0 +1,79 @@
+"""What is logged about the loss: sums over micro-batches and ranks, turned into means when a line is written."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cutlm.losses import CutLoss, combine_parts
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
+
+
+class Tally:
+    """Running sums on the device; nothing is fetched from it until `reduce`.
+
+    Args:
+        device: Where the losses are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.num_batches = 0
+        self._device = device
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        # contrast, likelihood, flagged tokens, sum of log ratios
+        self._sums = torch.zeros(4, dtype=self._dtype, device=device)
+        # what contrast and likelihood are divided by, tokens of unsatisfactory responses, tokens run
+        self._counts = [0.0, 0.0, 0.0, 0.0]
+        self._flagged_shares: list[Tensor] = []
+
+    def add(self, loss: CutLoss, batch: Mapping[str, Any], num_contrast: float, num_likelihood: float) -> None:
+        """Adds a micro-batch."""
+        self.num_batches += 1
+        sums = (loss.contrast, loss.likelihood, loss.is_flagged.sum(), loss.log_ratios.sum())
+        self._sums += torch.stack([part.detach().to(self._dtype) for part in sums])
+        lengths = batch["response_lengths"][: batch["num_unsatisfactory"]]
+        praised = batch.get("is_praised") or [False] * len(lengths)
+        num_judged = sum(length for length, is_praised in zip(lengths, praised, strict=True) if not is_praised)
+        counts = (num_contrast, num_likelihood, num_judged, len(batch["input_ids"]))
+        self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
+        parts = loss.is_flagged.split(lengths) if lengths else ()
+        shares = [part.float().mean() for part, is_praised in zip(parts, praised, strict=True) if not is_praised]
+        if shares:
+            self._flagged_shares.append(torch.stack(shares))
+
+    def reduce(self, accelerator: "Accelerator") -> dict[str, float]:
+        """Means over all that was added, on all ranks.
+
+        Returns:
+            `loss_contrast` (L1) and `loss_likelihood` (L2), per token or record, and `loss` of the two;
+            `flagged_share` of the tokens of unsatisfactory responses; `mean_log_ratio` in nats; quantiles over records
+            of the share of flagged tokens; `num_tokens` run. What has nothing to be a mean of is left out.
+        """
+        totals = torch.cat([self._sums, torch.tensor(self._counts, dtype=self._dtype, device=self._device)])
+        shares = torch.cat(self._flagged_shares) if self._flagged_shares else torch.zeros(0, device=self._device)
+        if accelerator.num_processes > 1:
+            totals = accelerator.reduce(totals, "sum")
+            padded = accelerator.pad_across_processes(shares, pad_index=-1)
+            shares = accelerator.gather(padded)
+            shares = shares[shares >= 0]
+        contrast, likelihood, flagged, log_ratios, num_contrast, num_likelihood, num_judged, num_tokens = (
+            totals.tolist()
+        )
+        metrics = {"num_tokens": num_tokens}
+        if num_contrast or num_likelihood:
+            metrics["loss"] = combine_parts(contrast, likelihood, num_contrast, num_likelihood)
+        if num_likelihood:
+            metrics["loss_likelihood"] = likelihood / num_likelihood
+        if num_contrast:
+            metrics["loss_contrast"] = contrast / num_contrast
+        if num_judged:
+            metrics["flagged_share"] = flagged / num_judged
+            metrics["mean_log_ratio"] = log_ratios / num_judged
+            for name, quantile in _QUANTILES.items():
+                metrics[f"flagged_share_{name}"] = shares.float().quantile(quantile).item()
+        return metrics

@@ -1,0 +1,183 @@
+"""Pairs of a better and a worse response, and TRL's `DPOTrainer` over them: the baselines `dpo` and `ilf_dpo`.
+
+The pairs are token ids of our own encoder, so that DPO sees the prompts and responses that all other objectives see.
+The loss, the reference model and the metrics are TRL's.
+"""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from trl import DPOConfig, DPOTrainer
+
+from cutlm.blame.scoring import check_context
+from cutlm.blame.token_scores import TokenScores
+from cutlm.data.records import JudgedRecord
+from cutlm.errors import ConfigError, DataError
+from cutlm.prompting.encoding import Encoder
+from cutlm.training.config import CUTConfig
+from cutlm.training.preparation import check_vocabulary, describe_replaced_template
+from cutlm.training.safe_trainer import SafeTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+
+logger = logging.getLogger(__name__)
+
+
+class Pair(NamedTuple):
+    """Two responses to one instruction."""
+
+    instruction: str
+    chosen: str
+    rejected: str
+    place: str
+
+
+def pair_responses(records: Sequence[JudgedRecord], places: Sequence[str]) -> tuple[list[Pair], list[str]]:
+    """Pairs each unsatisfactory response with a satisfactory one to the same instruction.
+
+    Where an instruction has several of them, they are taken in turn; a response counts once however often it was
+    sampled.
+
+    Returns:
+        The pairs, and sentences on what has none.
+    """
+    better: dict[str, dict[str, str]] = {}
+    worse: dict[str, dict[str, str]] = {}
+    for record, place in zip(records, places, strict=True):
+        responses = better if record.is_satisfactory else worse
+        responses.setdefault(record.full_instruction, {}).setdefault(record.output, place)
+    pairs, num_alike, num_alone = [], 0, {"satisfactory": 0, "unsatisfactory": 0}
+    for instruction in dict.fromkeys(record.full_instruction for record in records):
+        chosen, rejected = better.get(instruction, {}), worse.get(instruction, {})
+        if not chosen or not rejected:
+            num_alone["satisfactory" if chosen else "unsatisfactory"] += 1
+            continue
+        for number, (response, place) in enumerate(rejected.items()):
+            best = list(chosen)[number % len(chosen)]
+            if best == response:  # judged both ways
+                num_alike += 1
+                continue
+            pairs.append(Pair(instruction, best, response, place))
+    alike = [f"{num_alike} pairs left out: one and the same response, judged both ways"] if num_alike else []
+    return pairs, alike + [
+        f"{num} instructions left out: every response is {kind}" for kind, num in num_alone.items() if num
+    ]
+
+
+def pair_refinements(records: Sequence[JudgedRecord], places: Sequence[str]) -> tuple[list[Pair], list[str]]:
+    """Pairs the improved response of each unsatisfactory record with the one that was judged."""
+    pairs, num_satisfactory, num_unrefined = [], 0, 0
+    for record, place in zip(records, places, strict=True):
+        if record.is_satisfactory:
+            num_satisfactory += 1
+        elif not record.i_ans or record.i_ans == record.output:
+            num_unrefined += 1
+        else:
+            pairs.append(Pair(record.full_instruction, record.i_ans, record.output, place))
+    left_out = [f"{num_satisfactory} records left out: satisfactory, so there is no pair"] if num_satisfactory else []
+    if num_unrefined:
+        left_out.append(
+            f"{num_unrefined} records left out: without another response in i_ans (cutlm refine makes them)"
+        )
+    return pairs, left_out
+
+
+def encode_pairs(pairs: Sequence[Pair], encoder: Encoder, max_length: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Encodes pairs; prompts are cut from the left to fit, responses never.
+
+    Returns:
+        Rows with `prompt_ids`, `chosen_ids` and `rejected_ids`, and a sentence for each pair that does not fit.
+    """
+    rows, left_out = [], []
+    for pair in pairs:
+        chosen_ids, rejected_ids = encoder.encode_response(pair.chosen), encoder.encode_response(pair.rejected)
+        room = max_length - max(len(chosen_ids), len(rejected_ids))
+        if room < 1:
+            left_out.append(f"{pair.place}: a response alone fills max_length {max_length}; left out")
+            continue
+        prompt_ids = encoder.cut(encoder.encode_prompt(pair.instruction), room)
+        rows.append({"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids})
+    return rows, left_out
+
+
+class PairTrainer(SafeTrainer, DPOTrainer):
+    """TRL's `DPOTrainer` on pairs that are token ids already, with cutlm's stopping and saving.
+
+    Args:
+        model: The model.
+        args: cutlm's settings; those of DPO are taken from them.
+        train_dataset: Judged records: several responses an instruction under "dpo", `i_ans` under "ilf_dpo".
+        processing_class: The tokenizer.
+        peft_config: An adapter to train instead of the whole model.
+        places: Where each record stands, for messages.
+        **kwargs: As of TRL's `DPOTrainer`.
+
+    Raises:
+        DataError: There is no pair.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        args: CUTConfig,
+        train_dataset: Sequence[JudgedRecord],
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: "PeftConfig | None" = None,
+        places: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if train_dataset and isinstance(train_dataset[0], TokenScores):
+            raise ConfigError(f"objective {args.objective} learns from records; got token scores, which are for cut")
+        places = places or [f"record {number}" for number in range(len(train_dataset))]
+        make_pairs = pair_responses if args.objective == "dpo" else pair_refinements
+        pairs, left_out = make_pairs(train_dataset, places)
+        encoder = Encoder(processing_class, args.template)  # type: ignore[arg-type]
+        rows, too_long = encode_pairs(pairs, encoder, args.max_length)
+        if not rows:
+            what = "responses of both kinds to one instruction" if args.objective == "dpo" else "improved responses"
+            raise DataError(f"{args.objective}: expected {what}, got none", hint="\n".join(left_out + too_long))
+        num_used = len({(pair.instruction, text) for pair in pairs for text in (pair.chosen, pair.rejected)})
+        self.notices = [
+            f"{len(rows)} pairs of {len(train_dataset)} records; {num_used} different responses stand in them",
+            *left_out,
+            *too_long,
+        ]
+        data = Dataset.from_list(rows)
+        check_vocabulary(model, data, "train_dataset", ("prompt_ids", "chosen_ids", "rejected_ids"))
+        check_context(model, data, args.max_length, ("prompt_ids",), ("chosen_ids", "rejected_ids"))
+        template = encoder.build_chat_template()
+        self.notices += describe_replaced_template(processing_class, template, args.template)
+        if template is not None:
+            # Saved with the model, so that every tool prompts it as it was trained.
+            processing_class = copy.deepcopy(processing_class)
+            processing_class.chat_template = template
+        if peft_config is None and not hasattr(model, "peft_config"):
+            # TRL would load it from the model's path once more, which a model in memory may not have.
+            kwargs.setdefault("ref_model", copy.deepcopy(model))
+        for notice in self.notices if args.process_index == 0 else ():
+            logger.warning(notice)
+        super().__init__(
+            model=model,
+            args=to_dpo_config(args),
+            train_dataset=data,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset  # encoded already
+
+
+def to_dpo_config(args: CUTConfig) -> DPOConfig:
+    """TRL's settings from ours: every field of `TrainingArguments`, and beta."""
+    shared = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainingArguments) if field.init}
+    return DPOConfig(**shared | {"beta": args.dpo_beta, "max_length": args.max_length})

@@ -1,0 +1,232 @@
+"""ROUGE: figures by hand, which references count, and the command with responses and with a model."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import save_tiny_model
+
+from cutlm.cli import main
+from cutlm.data.records import JudgedRecord
+from cutlm.evaluation.paper import ROUGE_LSUM
+from cutlm.evaluation.rouge import list_references, measure_rouge
+
+RECORDS: list[dict[str, Any]] = [
+    {"instruction": "One", "output": "a bad one", "judgment": "Bad.", "i_ans": "the cat sat"},
+    {"instruction": "Two", "output": "dogs bark", "judgment": None},
+    {"instruction": "Three", "output": "bad", "judgment": "Bad."},
+    {"instruction": "Four", "input": "Here", "output": "a\nb c", "judgment": "Perfect."},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_rouge_is_that_found_by_hand():
+    result = measure_rouge([("the cat", "the cat sat"), ("cats", "dogs bark")])
+    # The first shares 2 of 2 words with 2 of 3: F = 2 * 1 * 2/3 / (1 + 2/3) = 0.8; 1 of 1 pairs of words with 1 of 2:
+    # F = 2 * 1 * 1/2 / (1 + 1/2) = 2/3. The second shares nothing.
+    assert result["rouge1"] == pytest.approx(100 * (0.8 + 0) / 2)
+    assert result["rouge2"] == pytest.approx(100 * (2 / 3 + 0) / 2)
+    assert result["rougeL"] == pytest.approx(100 * (0.8 + 0) / 2)
+    assert result["num_pairs"] == 2
+
+
+def test_rouge_lsum_goes_line_by_line_and_rouge_l_does_not():
+    # By lines, each finds its own again; as one text, only one line can be in order.
+    result = measure_rouge([("c d\na b", "a b\nc d")])
+    assert result["rougeLsum"] == pytest.approx(100)
+    assert result["rougeL"] == pytest.approx(100 * 2 / 4)
+
+
+def test_stems_count_as_equal_where_asked_for():
+    assert measure_rouge([("walking", "walked")])["rouge1"] == 0
+    assert measure_rouge([("walking", "walked")], use_stemmer=True)["rouge1"] == 100
+
+
+def test_the_interval_holds_the_mean_and_is_the_same_for_the_same_seed():
+    pairs = [("the cat", "the cat sat")] * 30 + [("cats", "dogs bark")] * 30
+    result = measure_rouge(pairs, seed=1)
+    assert result == measure_rouge(pairs, seed=1)
+    assert result != measure_rouge(pairs, seed=2)
+    # The standard error of 60 values that are 80 or 0 in equal parts: 40 / sqrt(60) = 5.2; the mean is 40.
+    assert result["rouge1_low"] == pytest.approx(40 - 1.96 * 5.2, abs=2)
+    assert result["rouge1_high"] == pytest.approx(40 + 1.96 * 5.2, abs=2)
+
+
+def test_what_scores_nothing_for_reasons_of_its_own_is_counted():
+    result = measure_rouge([("", "the cat"), ("你好", "你好")])
+    assert (result["num_empty_responses"], result["num_unreadable_references"]) == (1, 1)
+
+
+def test_a_reference_is_the_improved_response_or_a_satisfactory_one():
+    records = [JudgedRecord(**row) for row in RECORDS]
+    references = list_references(records, [f"r:{number}" for number in range(4)])
+    assert [(row.place, row.output) for row in references] == [
+        ("r:0", "the cat sat"),
+        ("r:1", "dogs bark"),
+        ("r:3", "a\nb c"),
+    ]
+
+
+def test_the_command_compares_responses_with_references(tmp_path: Path, capsys):
+    references = write(tmp_path / "references.jsonl", RECORDS)
+    outputs = write(
+        tmp_path / "outputs.jsonl",
+        [
+            {"instruction": "Two", "output": "cats", "generator": "mine"},
+            {"instruction": "One", "output": "the cat", "generator": "mine"},
+            {"instruction": "Five", "output": "alone", "generator": "mine"},
+            {"instruction": "Four", "output": "another input", "generator": "mine"},
+        ],
+    )
+    out = tmp_path / "out"
+    assert main(["eval", "rouge", "--outputs", outputs, "--references", references, "--out", str(out)]) == 0
+    result = json.loads((out / "result.json").read_text("utf-8"))
+    assert (out / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert result["rouge1"] == pytest.approx(40)
+    assert result["num_pairs"] == 2
+    assert result["num_without_reference"] == 1  # Three
+    assert result["num_without_response"] == 1  # Four, with its input
+    assert result["num_responses_left_out"] == 2  # Five, and Four without one
+    assert result["versions"]["rouge-score"] == "0.1.2"
+    table = (out / "result.md").read_text("utf-8")
+    assert "| mine | 40.00 (" in table
+    assert f"| paper: CUT |  |  |  | {ROUGE_LSUM['CUT']:.2f} |" in table
+    assert "Left out: 1 records without a reference, 1 references without a response, 2 responses" in table
+    assert table.strip() in capsys.readouterr().out
+
+
+def test_a_model_answers_once_and_what_it_said_is_gone_on_with(tmp_path: Path, capsys):
+    model = save_tiny_model(tmp_path / "model", chat=True)
+    references = write(tmp_path / "references.jsonl", RECORDS)
+    out = tmp_path / "out"
+    command = ["eval", "rouge", "--model", str(model), "--references", references, "--out", str(out)]
+    command += ["--max_new_tokens", "4", "--device", "cpu"]
+    assert main(command) == 0
+    first = (out / "result.json").read_bytes()
+    rows = json.loads((out / "outputs.json").read_text("utf-8"))
+    assert [row["instruction"] for row in rows] == ["One", "Two", "Four"]
+    (out / "result.json").unlink()
+    rows[1]["output"] = "dogs bark"  # so that it shows whether it is used again
+    (out / "outputs.json").write_text(json.dumps(rows))
+    capsys.readouterr()
+    assert main(command) == 0
+    assert f"{out}/outputs.json is there already" in capsys.readouterr().out
+    assert json.loads((out / "result.json").read_text("utf-8"))["rouge1"] >= 100 / 3
+    assert main([*command, "--temperature", "1"]) == 2
+    assert "begun with other settings (temperature differ)" in capsys.readouterr().err
+    command[command.index("4")] = "3"
+    assert main([*command, "--overwrite"]) == 0
+    command[command.index("3")] = "4"
+    assert main([*command, "--overwrite"]) == 0
+    assert (out / "result.json").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "--model or --outputs: expected a model to answer, or its responses, got none of them; give one"),
+        (["--model", "m", "--outputs", "o"], "got both; give one"),
+        (["--model", "m", "--concurrency", "4"], "--concurrency: of use with --server alone"),
+        (
+            ["--outputs", "o", "--temperature", "3", "--server", "http://x", "--seed", "1"],
+            "--temperature, --server: of use with --model alone, for the responses are there; leave out",
+        ),
+        (["--outputs", "o", "--seed", "-1"], "--seed: expected a whole number of at least 0 and below 2^63, got -1"),
+    ],
+)
+def test_options_at_odds_are_refused(tmp_path: Path, capsys, options, sentence):
+    references = write(tmp_path / "references.jsonl", RECORDS)
+    assert main(["eval", "rouge", "--references", references, "--out", str(tmp_path / "out"), *options]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, capsys):
+    outputs = write(tmp_path / "outputs.jsonl", [{"instruction": "Nine", "output": "x"}])
+    references = write(tmp_path / "references.jsonl", RECORDS)
+    command = ["eval", "rouge", "--outputs", outputs, "--out", str(tmp_path / "out"), "--references"]
+    assert main([*command, references]) == 2
+    assert "no response to any instruction of" in capsys.readouterr().err
+    assert main([*command, write(tmp_path / "none.jsonl", RECORDS[2:3])]) == 2
+    assert (
+        "no references; expected records that are satisfactory or have an i_ans, got 1 others"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_missing_package_is_named_with_the_way_to_it(tmp_path: Path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rouge_score"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    references = write(tmp_path / "references.jsonl", RECORDS)
+    assert main(["eval", "rouge", "--model", "m", "--references", references, "--out", str(tmp_path / "out")]) == 2
+    assert "pip install 'cutlm[eval]'" in capsys.readouterr().err
+
+
+def test_to_begin_anew_means_that_nothing_of_before_is_used(tmp_path: Path):
+    model = save_tiny_model(tmp_path / "model", chat=True)
+    references = write(tmp_path / "references.jsonl", RECORDS)
+    out = tmp_path / "out"
+    command = ["eval", "rouge", "--references", references, "--out", str(out)]
+    options = ["--model", str(model), "--max_new_tokens", "4", "--device", "cpu", "--overwrite"]
+    out.mkdir()
+    (out / "outputs.json").write_text(json.dumps([{"instruction": "Two", "output": "dogs bark"}]))
+    assert main([*command, *options]) == 0
+    assert [row["instruction"] for row in json.loads((out / "outputs.json").read_text("utf-8"))] == [
+        *("One", "Two", "Four")
+    ]
+    # What cannot be done leaves no figure of other settings beside its own.
+    assert main([*command, *options, "--template", "alpaca", "--max_new_tokens", "100000"]) == 2
+    assert not list(out.glob("result.*"))
+
+
+def test_settings_of_which_nothing_came_are_no_hindrance(tmp_path: Path):
+    model = save_tiny_model(tmp_path / "model")
+    references = write(tmp_path / "references.jsonl", RECORDS)
+    command = ["eval", "rouge", "--references", references, "--out", str(tmp_path / "out"), "--model", str(model)]
+    command += ["--max_new_tokens", "4", "--device", "cpu"]
+    assert main(command) == 2  # it has no chat template
+    assert main([*command, "--template", "alpaca"]) == 0
+    assert main(command) == 2
+
+
+def test_the_critiques_test_split_is_measured_from_the_published_file_on(tmp_path: Path):
+    def answer(text: str, rating: int, *refinements: str) -> dict[str, Any]:
+        critiques = [{"text": "It is bad.", "refinement": refinement} for refinement in refinements]
+        return {"answer": text, "feedback": {"skip": False, "rating": rating, "critiques": critiques}}
+
+    questions = [
+        {"question": "What is it on?", "rankings": [0], "answers": [answer("Dogs.", 3, "A cat.", "The cat sat.")]},
+        {"question": "Is it long?", "rankings": [0, 1], "answers": [answer("Yes.", 3, "No."), answer("No, no.", 7)]},
+        {"question": "Is it new?", "rankings": [0], "answers": [answer("Maybe.", 3)]},
+    ]
+    line = {"id": "p", "data": {"passage": {"title": None, "text": "A passage."}, "questions": questions}}
+    raw, records = tmp_path / "test.jsonl", tmp_path / "records.jsonl"
+    raw.write_text(json.dumps(line) + "\n")
+    assert main(["convert", "critiques", str(raw), "--out", str(records)]) == 0
+    outputs = write(
+        tmp_path / "outputs.jsonl",
+        [
+            {"instruction": "A passage.\nWhat is it on?", "output": "The cat"},
+            {"instruction": "A passage.\nIs it long?", "output": "No, no."},
+        ],
+    )
+    command = ["eval", "rouge", "--references", str(records), "--out", str(tmp_path / "out")]
+    assert main([*command, "--outputs", outputs]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    # The first shares 2 of 2 words with 2 of the 3 of the last refinement; the second is the satisfactory answer.
+    assert result["rouge1"] == pytest.approx(100 * (0.8 + 1) / 2)
+    assert result["num_pairs"] == 2
+    table = (tmp_path / "out" / "result.md").read_text("utf-8")
+    for method, value in ROUGE_LSUM.items():
+        assert f"| paper: {method} |  |  |  | {value:.2f} |" in table
+    model = save_tiny_model(tmp_path / "model", chat=True)
+    options = ["--model", str(model), "--max_new_tokens", "4", "--device", "cpu", "--overwrite"]
+    assert main([*command, *options]) == 0
+    rows = json.loads((tmp_path / "out" / "outputs.json").read_text("utf-8"))
+    assert [row["instruction"] for row in rows] == ["A passage.\nWhat is it on?", "A passage.\nIs it long?"]

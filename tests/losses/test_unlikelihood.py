@@ -1,0 +1,166 @@
+"""Unlikelihood of given flags, DualCUT and the switches of CUT's parts, by hand and against plain probabilities."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cutlm.losses import Blame, Parts, blame_tokens, combine_parts, cut_loss, dual_cut_loss, unlikelihood_loss
+from cutlm.losses.unlikelihood import MAX_SLOPE
+
+SETTINGS = {"threshold": 1.1, "unlikelihood_weight": 0.5, "gamma": 1.0}
+EMPTY = torch.zeros(0, dtype=torch.float64)
+
+
+def log_of(*probabilities: float) -> Tensor:
+    return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+def given_blame(*weights: float | None) -> Blame:
+    is_flagged = torch.tensor([weight is not None for weight in weights])
+    return Blame(is_flagged, torch.tensor([weight or 0.0 for weight in weights], dtype=torch.float64))
+
+
+def test_a_flagged_token_is_unlearned_by_its_weight_and_the_others_are_learned():
+    logps = log_of(0.5, 0.8, 0.25).requires_grad_()
+    losses = unlikelihood_loss(logps, given_blame(None, 0.5, None))
+    # -log 0.5; -0.5 * log(1 - 0.8); -log 0.25
+    assert losses.tolist() == pytest.approx([math.log(2), -0.5 * math.log(0.2), math.log(4)], rel=1e-14)
+    losses.sum().backward()
+    # The flagged one's slope for log p: 0.5 * 0.8 / (1 - 0.8) = 2.
+    assert logps.grad.tolist() == pytest.approx([-1, 2, -1], rel=1e-13)
+
+
+def test_a_flagged_token_of_weight_zero_is_neither_learned_nor_unlearned():
+    logps = log_of(0.5).requires_grad_()
+    loss = unlikelihood_loss(logps, Blame(torch.tensor([True]), torch.zeros(1, dtype=torch.float64))).sum()
+    loss.backward()
+    assert (loss.item(), logps.grad.item()) == (0, 0)
+
+
+@pytest.mark.parametrize("logp", [0.0, -1e-9, -1e-5, -9e-5])
+def test_the_slope_of_a_flag_on_a_token_that_the_model_is_sure_of_is_bounded(logp):
+    logps = torch.tensor([logp], dtype=torch.float32, requires_grad=True)
+    loss = unlikelihood_loss(logps, Blame(torch.tensor([True]), torch.ones(1))).sum()
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert logps.grad.item() == pytest.approx(MAX_SLOPE, rel=1e-3)
+
+
+def test_the_slope_is_the_plain_one_up_to_the_bound():
+    p = 0.9998
+    logps = log_of(p).requires_grad_()
+    unlikelihood_loss(logps, given_blame(1.0)).sum().backward()
+    assert logps.grad.item() == pytest.approx(p / (1 - p), rel=1e-9)
+
+
+def test_blame_is_the_flags_and_weights_of_equations_5_and_6():
+    blame = blame_tokens(log_of(0.5, 0.2, 0.4), log_of(0.54, 0.5, 0.1), **SETTINGS)
+    # 0.54 > 1.1 * 0.5 = 0.55? no. 0.5 > 0.22? yes, weight 0.5 * 0.5^1. 0.1 > 0.44? no.
+    assert blame.is_flagged.tolist() == [False, True, False]
+    assert blame.weights.tolist() == pytest.approx([0, 0.25, 0])
+
+
+def test_without_detection_every_token_is_flagged():
+    blame = blame_tokens(log_of(0.5, 0.9), log_of(0.5, 0.1), threshold=0, unlikelihood_weight=1.0, gamma=1.0)
+    assert blame.is_flagged.tolist() == [True, True]
+    assert blame.weights.tolist() == pytest.approx([0.5, 0.1])
+
+
+def test_blame_found_before_takes_the_place_of_detection():
+    without, with_judgment = log_of(0.5, 0.2), log_of(0.5, 0.9)
+    got = cut_loss(without, with_judgment, EMPTY, blame=given_blame(0.3, None), **SETTINGS)
+    assert got.is_flagged.tolist() == [True, False]
+    assert got.contrast.item() == pytest.approx(-0.3 * math.log(0.5) - math.log(0.2), rel=1e-13)
+
+
+def test_responses_of_one_context_may_be_blamed_as_well():
+    got = cut_loss(EMPTY, EMPTY, log_of(0.5, 0.25), blame_satisfactory=given_blame(None, 0.4), **SETTINGS)
+    assert got.likelihood.item() == pytest.approx(-math.log(0.5) - 0.4 * math.log(0.75), rel=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (Parts(), (math.log(2) / 1 + (math.log(4) + math.log(5)) / 2) / 2),
+        (Parts(contrast=False), (math.log(4) + math.log(5)) / 2),
+        (Parts(satisfactory=False), (math.log(2) + math.log(4)) / 2),
+        (Parts(unsatisfactory=False), (math.log(2) + math.log(5)) / 2),
+        (Parts(satisfactory=False, unsatisfactory=False), math.log(2)),
+    ],
+)
+def test_a_part_that_is_off_is_in_neither_the_sum_nor_the_count(parts, expected):
+    # p = 1/2 without and 1/4 with the judgment, so not flagged; 1/5 of a satisfactory response.
+    got = cut_loss(log_of(1 / 2), log_of(1 / 4), log_of(1 / 5), parts=parts, **SETTINGS)
+    counts = (1 * parts.contrast, 1 * parts.unsatisfactory + 1 * parts.satisfactory)
+    assert combine_parts(got.contrast, got.likelihood, *counts).item() == pytest.approx(expected, rel=1e-14)
+
+
+def test_a_step_with_nothing_to_learn_costs_nothing():
+    assert combine_parts(0.0, 0.0, 0, 0) == 0
+
+
+def test_dual_cut_weighs_what_praise_makes_likelier():
+    without = log_of(0.5, 0.2, 0.5, 0.4).requires_grad_()
+    with_judgment = log_of(0.8, 0.1, 0.8, 0.4).requires_grad_()
+    is_praised = torch.tensor([False, False, True, True])
+    got = dual_cut_loss(without, with_judgment, log_of(0.3), is_praised, praise_weight=2.0, **SETTINGS)
+
+    assert got.is_flagged.tolist() == [True, False, False, False]
+    objected = -0.5 * 0.8 * math.log(0.5) - math.log(0.2)
+    # 0.8 > 1.1 * 0.5, so weight 1 + 2 * 0.8 = 2.6; 0.4 > 1.1 * 0.4 does not hold, so weight 1.
+    praised = -2.6 * math.log(0.5) - math.log(0.4)
+    assert got.contrast.item() == pytest.approx(objected + praised, rel=1e-13)
+    likelihood = -sum(map(math.log, (0.8, 0.1, 0.8, 0.4, 0.3)))
+    assert got.likelihood.item() == pytest.approx(likelihood, rel=1e-13)
+    got.contrast.backward()
+    # The weights carry no gradient.
+    assert with_judgment.grad is None
+    assert without.grad.tolist() == pytest.approx([0.4 * 0.5 / 0.5, -1, -2.6, -1], rel=1e-13)
+
+
+def test_dual_cut_without_praise_is_cut():
+    without, with_judgment, satisfactory = log_of(0.5, 0.2), log_of(0.8, 0.1), log_of(0.3)
+    none = torch.zeros(2, dtype=torch.bool)
+    dual = dual_cut_loss(without, with_judgment, satisfactory, none, praise_weight=1.0, **SETTINGS)
+    cut = cut_loss(without, with_judgment, satisfactory, **SETTINGS)
+    assert (dual.contrast, dual.likelihood) == (cut.contrast, cut.likelihood)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0.001, 0.999), st.floats(0.001, 0.999), st.booleans(), st.floats(0.1, 2)),
+        min_size=1,
+        max_size=12,
+    ),
+    st.sampled_from([0.0, 0.5, 2.0]),
+)
+def test_dual_cut_is_its_naive_twin(tokens, gamma):
+    contrast = likelihood = 0.0
+    for p, q, is_praised, weight in tokens:
+        is_likelier = math.log(q) - math.log(p) > math.log(1.2)
+        if is_praised:
+            contrast -= weight * (1 + (0.7 * q**gamma if is_likelier else 0)) * math.log(p)
+        elif is_likelier:
+            contrast -= weight * 0.5 * q**gamma * math.log(1 - p)
+        else:
+            contrast -= weight * math.log(p)
+        likelihood -= weight * math.log(q)
+    columns = list(zip(*tokens, strict=True))
+    got = dual_cut_loss(
+        log_of(*columns[0]),
+        log_of(*columns[1]),
+        EMPTY,
+        torch.tensor(columns[2]),
+        threshold=1.2,
+        unlikelihood_weight=0.5,
+        gamma=gamma,
+        praise_weight=0.7,
+        weights=torch.tensor(columns[3], dtype=torch.float64),
+    )
+    assert got.contrast.item() == pytest.approx(contrast, rel=1e-10)
+    assert got.likelihood.item() == pytest.approx(likelihood, rel=1e-10)

@@ -1,0 +1,434 @@
+"""Token log-probs by chunks of the head against the dense formula, and the heads of real architectures."""
+
+import logging
+import math
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny import make_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
+
+from cutlm.errors import UserError
+from cutlm.model.loading import unwrap_peft
+from cutlm.model.logprobs import Head, choose_chunk_size, get_head, token_logprobs
+from cutlm.model.probes import check_head
+
+
+def dense_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The whole [N, V] at once, in the dtype of what it is given; softmax in at least float32."""
+    logits = hidden @ weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.log_softmax(-1).gather(1, target_ids[:, None])[:, 0]
+
+
+def draw(num_positions: int, vocab_size: int, width: int, seed: int, spread: float = 1.0) -> tuple[Tensor, ...]:
+    """Hidden states, head, bias, targets and the gradient that comes from above, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = spread * torch.randn(num_positions, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocab_size, width, generator=generator, dtype=torch.float64)
+    bias = torch.randn(vocab_size, generator=generator, dtype=torch.float64)
+    target_ids = torch.randint(vocab_size, (num_positions,), generator=generator)
+    upstream = torch.randn(num_positions, generator=generator, dtype=torch.float64)
+    return hidden, weight, bias, target_ids, upstream
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    return ((got.double() - truth).norm() / truth.norm()).item()
+
+
+# ---- By hand ----
+
+
+def test_log_prob_of_a_token_is_that_of_the_softmax_over_its_logits():
+    # One state [1, 2] and a head of three rows: logits [1, 2, 3].
+    hidden = torch.tensor([[1.0, 2.0]])
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    total = torch.tensor([1.0, 2.0, 3.0]).exp().sum().log()
+    for target in range(3):
+        got = token_logprobs(hidden, weight, torch.tensor([target]))
+        assert got.dtype == torch.float32
+        assert got.item() == pytest.approx((target + 1 - total).item(), rel=1e-6)
+
+
+# ---- Against the dense formula ----
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    num_positions=st.integers(1, 9),
+    vocab_size=st.integers(2, 23),
+    width=st.integers(1, 8),
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.sampled_from([0.1, 1.0, 10.0]),
+    chunk_size=st.sampled_from([1, 3, 9, None]),
+    has_bias=st.booleans(),
+    softcap=st.sampled_from([None, 2.0, 30.0]),
+    scale=st.sampled_from([1.0, 0.0625, 3.0]),
+    trained=st.sets(st.sampled_from(["hidden", "weight", "bias"])),
+)
+def test_values_and_gradients_are_those_of_the_dense_formula(
+    num_positions, vocab_size, width, seed, spread, chunk_size, has_bias, softcap, scale, trained
+):
+    hidden, weight, bias, target_ids, upstream = draw(num_positions, vocab_size, width, seed, spread)
+    inputs = {"hidden": hidden, "weight": weight} | ({"bias": bias} if has_bias else {})
+    ours = {name: value.float().requires_grad_(name in trained) for name, value in inputs.items()}
+    # The same numbers, so that rounding the inputs is no part of the comparison.
+    truth = {name: value.detach().double().requires_grad_(name in trained) for name, value in ours.items()}
+
+    got = token_logprobs(
+        ours["hidden"], ours["weight"], target_ids, chunk_size, bias=ours.get("bias"), softcap=softcap, scale=scale
+    )
+    want = dense_logprobs(truth["hidden"], truth["weight"], target_ids, truth.get("bias"), softcap, scale)
+    size = 1 + (spread * scale * width if softcap is None else softcap)  # of the logits that cancel
+    assert got.tolist() == pytest.approx(want.tolist(), rel=1e-5, abs=2e-6 * size)
+
+    names = [name for name in inputs if name in trained]
+    assert got.requires_grad == bool(names)
+    if not names:
+        return
+    got.backward(upstream.float())
+    want.backward(upstream)
+    for name in inputs:
+        if name not in trained:
+            assert ours[name].grad is None
+            continue
+        assert ours[name].grad.dtype == torch.float32
+        bound = 1e-5 * size * max(1.0, truth[name].grad.abs().max().item())
+        assert (ours[name].grad.double() - truth[name].grad).abs().max().item() <= bound
+
+
+def test_chunks_change_nothing():
+    hidden, weight, bias, target_ids, _ = (tensor.float() for tensor in draw(10, 31, 6, 0))
+    target_ids = target_ids.long()
+    whole = token_logprobs(hidden, weight, target_ids, 10, bias=bias)
+    for chunk_size in (1, 3, 7, 100):
+        torch.testing.assert_close(token_logprobs(hidden, weight, target_ids, chunk_size, bias=bias), whole)
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_no_positions_give_no_log_probs_and_zero_gradients(trains_head):
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    weight = torch.ones(5, 4, requires_grad=trains_head)
+    got = token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long))
+    assert got.shape == (0,)
+    got.sum().backward()
+    assert hidden.grad.shape == (0, 4)
+    assert weight.grad is None or not weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight"), [((3, 4), (5, 3)), ((3,), (5, 3)), ((1, 3, 4), (5, 4)), ((3, 4), (5, 4, 1))]
+)
+def test_hidden_states_that_do_not_fit_the_head_are_refused(hidden, weight):
+    with pytest.raises(ValueError, match=r"^expected hidden \[N, H\] and head_weight \[V, H\], got torch.Size\("):
+        token_logprobs(torch.zeros(hidden), torch.zeros(weight), torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("targets", [(2,), (3, 1), ()])
+def test_targets_that_do_not_fit_the_positions_are_refused(targets):
+    with pytest.raises(ValueError, match=r"^expected one target for each of 3 positions, got \("):
+        token_logprobs(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(targets, dtype=torch.long))
+
+
+# ---- What is kept and what is made ----
+
+
+def test_frozen_head_gets_no_gradient_and_nothing_of_its_size_is_kept():
+    num_positions, vocab_size, width = 12, 50, 6
+    hidden, weight, _, target_ids, _ = draw(num_positions, vocab_size, width, 1)
+    hidden, weight = hidden.float().requires_grad_(), weight.float()
+    kept: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logps = token_logprobs(hidden, weight, target_ids, 4)
+    assert kept == [(num_positions, width)]
+    logps.sum().backward()
+    assert weight.grad is None
+    assert hidden.grad.shape == hidden.shape
+
+
+def test_trained_head_keeps_its_inputs_only():
+    hidden, weight, bias, target_ids, _ = draw(12, 50, 6, 1)
+    hidden, weight, bias = (tensor.float().requires_grad_() for tensor in (hidden, weight, bias))
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda t: t
+    ):
+        token_logprobs(hidden, weight, target_ids, 4, bias=bias)
+    assert sorted(kept) == [(12,), (12, 6), (50,), (50, 6)]
+
+
+class LargestOutput(TorchDispatchMode):
+    """Watches every operation, of the backward pass too, for the largest tensor it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+        self.num_operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.num_operations += 1
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_full_logits_are_never_made(trains_head, softcap):
+    num_positions, vocab_size, width, chunk_size = 64, 40, 5, 4
+    hidden, weight, _, target_ids, _ = draw(num_positions, vocab_size, width, 2)
+    hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_(trains_head)
+    with LargestOutput() as watch:
+        token_logprobs(hidden, weight, target_ids, chunk_size, softcap=softcap, scale=2.0).sum().backward()
+    assert watch.num_operations > num_positions // chunk_size
+    assert watch.numel <= max(chunk_size * vocab_size, num_positions * width, vocab_size * width)
+    assert watch.numel < num_positions * vocab_size / 4
+
+    with LargestOutput() as watch:  # the watch sees what the dense formula makes
+        dense_logprobs(hidden, weight, target_ids, softcap=softcap).sum().backward()
+    assert watch.numel == num_positions * vocab_size
+
+
+def test_chunks_hold_512_positions_and_256_mib_of_logits_at_most_where_no_size_is_given():
+    assert [choose_chunk_size(2**bits) for bits in (10, 15, 17, 18, 20, 23)] == [512, 512, 512, 256, 64, 16]
+    num_positions, vocab_size, chunk_size = 256, 2**20, 64
+    hidden, weight, target_ids = torch.ones(num_positions, 1), torch.ones(vocab_size, 1), torch.zeros(num_positions)
+    with LargestOutput() as watch:
+        token_logprobs(hidden, weight, target_ids.long())
+    assert watch.numel == chunk_size * vocab_size
+    assert watch.numel * 4 == 256 * 2**20
+
+
+# ---- bfloat16 ----
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("spread", [0.05, 0.5])
+def test_bfloat16_is_no_further_from_the_truth_than_the_dense_formula(trains_head, is_autocast, softcap, spread):
+    hidden, weight, _, target_ids, upstream = draw(256, 300, 64, 3, spread)
+    rounded = [tensor.bfloat16() for tensor in (hidden, weight)]
+    truth = [tensor.double().requires_grad_() for tensor in rounded]
+    # Half the targets are likely ones: 1 - p is where a careless bfloat16 gradient loses everything.
+    target_ids[::2] = (truth[0] @ truth[1].T).argmax(-1)[::2]
+    want = dense_logprobs(*truth, target_ids, softcap=softcap)
+    want.backward(upstream)
+
+    def run(function):
+        inputs = [tensor.float() if is_autocast else tensor.clone() for tensor in rounded]
+        inputs[0].requires_grad_()
+        inputs[1].requires_grad_(trains_head)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            logps = function(*inputs)
+        logps.backward(upstream.float())
+        assert logps.dtype == torch.float32
+        return logps.detach(), inputs
+
+    got, ours = run(lambda h, w: token_logprobs(h, w, target_ids, 50, softcap=softcap))
+    dense, theirs = run(lambda h, w: dense_logprobs(h, w, target_ids, softcap=softcap))
+
+    assert relative_error(got, want.detach()) <= 1.001 * relative_error(dense, want.detach())
+    # Each rounding to bfloat16 counts: one more for what is made in the forward pass, one for each chunk of the head's.
+    for mine, reference, exact, slack in zip(ours, theirs, truth, (1.15, 1.25), strict=True):
+        if mine.requires_grad:
+            assert mine.grad.dtype == mine.dtype
+            error = relative_error(mine.grad, exact.grad)
+            assert error <= slack * relative_error(reference.grad, exact.grad)
+            assert error < 0.01
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_float16_gradient_is_finite_over_a_large_vocabulary(trains_head):
+    # All of 70000 tokens are equally likely: their sum before normalization is beyond float16, at 65504.
+    hidden = torch.zeros(2, 4, dtype=torch.float16, requires_grad=True)
+    weight = torch.linspace(-1, 1, 70_000).half()[:, None].repeat(1, 4).requires_grad_(trains_head)
+    target_ids = torch.tensor([0, 69_999])
+    logps = token_logprobs(hidden, weight, target_ids, 1)
+    logps.sum().backward()
+    assert logps.tolist() == pytest.approx([-math.log(70_000)] * 2, rel=1e-6)
+    # d logp / d hidden is the target's row less the mean row, and that is about zero.
+    assert torch.isfinite(hidden.grad).all()
+    torch.testing.assert_close(hidden.grad, weight.detach()[target_ids], atol=1e-2, rtol=0)
+    assert weight.grad is None or torch.isfinite(weight.grad).all()
+
+
+def test_hidden_states_of_another_dtype_take_that_of_the_head():
+    hidden, weight, _, target_ids, _ = draw(5, 9, 4, 4)
+    hidden = hidden.float().requires_grad_()
+    weight = weight.bfloat16()
+    got = token_logprobs(hidden, weight, target_ids)
+    torch.testing.assert_close(got, token_logprobs(hidden.bfloat16(), weight, target_ids))
+    got.sum().backward()
+    assert hidden.grad.dtype == torch.float32
+
+
+# ---- The heads of real models ----
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "initializer_range": 0.2,
+}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
+GPT2 |= {"bos_token_id": None, "eos_token_id": None}
+MODELS = {
+    "Llama": SMALL,
+    "Qwen2": SMALL | {"tie_word_embeddings": True},
+    "Gemma2": SMALL | {"head_dim": 8, "final_logit_softcapping": 3.0},
+    "Gemma3Text": SMALL | {"head_dim": 8},
+    "Cohere": SMALL | {"logit_scale": 0.25},
+    "Cohere2": SMALL | {"logit_scale": 0.25},
+    "Granite": SMALL | {"logits_scaling": 4.0},
+    "Phi": SMALL,
+    "GPTNeoX": SMALL,
+    "GPT2": GPT2,
+}
+
+
+def make_named(name: str, **changes):
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = getattr(transformers, f"{name}Config")(**(MODELS[name] | changes))
+    kind = "GPT2LMHeadModel" if name == "GPT2" else f"{name.removesuffix('Text')}ForCausalLM"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, kind)(config).eval()
+        for parameter in model.parameters():  # biases and norms too, which start at zero and one
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probs_by_the_head_are_those_of_the_models_own_logits(name):
+    model = make_named(name)
+    head = get_head(model)
+    ids = torch.tensor([[5, 3, 60, 11, 2, 40, 7]])
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids).last_hidden_state[0, :-1]
+        ours = token_logprobs(
+            hidden, head.weight, ids[0, 1:], 4, bias=head.bias, softcap=head.softcap, scale=head.scale
+        )
+        logits = model(input_ids=ids).logits[0, :-1]
+    assert ours.tolist() == pytest.approx(dense_from_logits(logits, ids[0, 1:]).tolist(), abs=1e-5)
+    check_head(model)
+
+
+def dense_from_logits(logits: Tensor, target_ids: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(1, target_ids[:, None])[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "softcap", "scale", "has_bias"),
+    [
+        ("Llama", None, 1.0, False),
+        ("Gemma2", 3.0, 1.0, False),
+        ("Cohere", None, 0.25, False),
+        ("Granite", None, 0.25, False),
+        ("Phi", None, 1.0, True),
+        ("GPT2", None, 1.0, False),
+    ],
+)
+def test_what_a_model_does_to_its_logits_is_read_from_its_config(name, softcap, scale, has_bias):
+    head = get_head(make_named(name))
+    assert (head.softcap, head.scale, head.bias is not None) == (softcap, scale, has_bias)
+    assert head.weight.shape == (64, 32)
+
+
+def test_a_head_trained_whole_beside_an_adapter_is_the_one_that_is_scored():
+    model = make_model(40)
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    )
+    head = get_head(unwrap_peft(adapted))
+    trained = [name for name, parameter in adapted.named_parameters() if parameter is head.weight]
+    assert trained == ["base_model.model.lm_head.modules_to_save.default.weight"]
+    assert head.weight.requires_grad
+    with torch.no_grad():
+        head.weight.mul_(2.0)
+    check_head(adapted)
+
+
+def test_a_lora_adapter_on_the_head_is_refused():
+    adapted = get_peft_model(make_model(40), LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    message = (
+        "^a LoRA adapter sits on the output head, which cutlm scores by its weight; leave the head out of"
+        " lora_target_modules, or train it whole by lora_modules_to_save$"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_head(adapted)
+
+
+@pytest.mark.parametrize("layer", [None, torch.nn.Identity()])
+def test_a_model_without_a_linear_head_is_refused(layer):
+    model = make_model(40)
+    model.lm_head = layer
+    name = type(layer).__name__
+    with pytest.raises(ValueError, match=f"^expected a linear output head in floating point, got {name}$"):
+        get_head(model)
+
+
+class DoubledLlama(LlamaForCausalLM):
+    """Does to its logits what no config tells."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 2
+        return outputs
+
+
+def test_a_model_that_treats_its_logits_in_an_unknown_way_is_refused():
+    model = DoubledLlama(make_model(40).config)
+    message = (
+        r"^DoubledLlama: log-probs from the head's weight differ from the model's own logits by [\d.]+ \(at most 0.001"
+        r" expected\); the model treats its logits in a way that cutlm does not know$"
+    )
+    with pytest.raises(UserError, match=message):
+        check_head(model)
+
+
+def test_checking_the_head_leaves_the_model_in_its_mode():
+    model = make_model(40)
+    for is_training in (True, False):
+        model.train(is_training)
+        check_head(model)
+        assert model.training == is_training
+        assert all(module.training == is_training for module in model.modules())
+
+
+def test_a_head_is_plain_where_nothing_is_said():
+    head = Head(torch.zeros(2, 2))
+    assert (head.bias, head.softcap, head.scale) == (None, None, 1.0)

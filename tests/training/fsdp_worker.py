@@ -1,0 +1,133 @@
+"""What each process of `test_scale.py` runs, started by torchrun: CUT on weights that FSDP2 spreads over processes.
+
+Every process compares its loss and gradients with those of the whole model over the records of all processes.
+"""
+
+import copy
+import itertools
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from peft import LoraConfig, get_peft_model
+from tiny import make_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from cutlm.losses import combine_parts
+from cutlm.model.collator import CutCollator, count_batch
+from cutlm.model.forward import Passes, run_inside, score_batch
+from cutlm.model.loading import compile_layers, unwrap_peft
+from cutlm.training.batch_loss import compute_batch_loss
+from cutlm.training.config import CUTConfig
+
+VOCAB_SIZE = 60
+START = list(range(30))
+# The second process has no unsatisfactory record: where passes go by what is in a batch, it would have fewer of them.
+RECORDS_OF_RANKS: list[list[dict[str, Any]]] = [
+    [
+        {"prompt_ids": [*START, 3], "judged_prompt_ids": [*START, 4, 5], "response_ids": [6, 7, 8]},
+        {"prompt_ids": [9], "judged_prompt_ids": [9, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], "response_ids": [40, 41]},
+        {"prompt_ids": [1, 2], "judged_prompt_ids": None, "response_ids": [9, 9]},
+    ],
+    [{"prompt_ids": [11, 12, 13], "judged_prompt_ids": None, "response_ids": [14, 15, 16, 17]}],
+]
+collate = CutCollator()
+
+
+def make(kind: str) -> nn.Module:
+    model = make_model(VOCAB_SIZE, tie_word_embeddings=kind == "tied").train()
+    if kind == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if kind not in ("lora", "compiled"):
+        return model
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["gate_proj", "down_proj"], task_type="CAUSAL_LM"))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.2)
+    return adapted
+
+
+def shard(model: nn.Module, layout: str) -> nn.Module:
+    if layout == "accelerate":
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+            cpu_ram_efficient_loading=False,
+            reshard_after_forward=True,
+        )
+        state = SimpleNamespace(fsdp_plugin=plugin)
+        accelerator: Any = SimpleNamespace(
+            state=state, mixed_precision="no", is_main_process=dist.get_rank() == 0, device=torch.device("cpu")
+        )
+        return fsdp2_prepare_model(accelerator, model)
+    language_model: Any = unwrap_peft(model)
+    for layer in language_model.model.layers:
+        fully_shard(layer)
+    if layout == "head apart":
+        fully_shard(language_model.lm_head)
+    return fully_shard(model)
+
+
+def find_loss(
+    model: nn.Module, rows: list[dict[str, Any]], counts: tuple[float, float], passes: Passes, needs_judged_grad: bool
+) -> Tensor:
+    """The loss of some of a step's records, as `CUTTrainer.compute_loss` takes it."""
+
+    def score(module: nn.Module, batch: dict[str, Any]) -> Tensor:
+        return score_batch(module, batch, needs_judged_grad=needs_judged_grad, passes=passes)
+
+    batch = collate(rows)
+    outputs = compute_batch_loss(run_inside(model, model, score, batch), batch, CUTConfig(use_cpu=True))
+    return combine_parts(outputs.contrast, outputs.likelihood, *counts)
+
+
+def find_gradients(model: nn.Module) -> dict[str, Tensor]:
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
+
+
+def compare(kind: str, layout: str, passes: Passes) -> None:
+    every_row = list(itertools.chain(*RECORDS_OF_RANKS))
+    counts = count_batch(collate(every_row), "token")
+    whole = make(kind)
+    inner = copy.deepcopy(whole)
+    if kind == "compiled":
+        compile_layers(inner, backend="aot_eager")
+    sharded = shard(inner, layout)
+    for needs_judged_grad in (True, False):  # two steps: what the first leaves behind must not harm the second
+        want = find_loss(whole, every_row, counts, Passes(), needs_judged_grad)
+        want.backward()
+        loss = find_loss(sharded, RECORDS_OF_RANKS[dist.get_rank()], counts, passes, needs_judged_grad)
+        (loss * dist.get_world_size()).backward()  # FSDP takes the mean over processes
+        loss = loss.detach().clone()
+        dist.all_reduce(loss)
+        torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=0)
+        wanted, got = find_gradients(whole), find_gradients(sharded)
+        assert wanted.keys() == got.keys()
+        for name, gradient in wanted.items():
+            assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), (kind, layout, passes, name)
+        assert len(wanted) == sum(weight.requires_grad for weight in whole.parameters())
+        whole.zero_grad()
+        sharded.zero_grad()
+    if dist.get_rank() == 0:
+        print(f"the same: {kind}, {layout}, {passes}", flush=True)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for kind in sys.argv[1].split(","):
+        for layout in ("root", "head apart", "accelerate"):
+            if (kind, layout) == ("tied", "head apart"):
+                continue  # torch refuses one weight in two groups
+            if kind == "compiled" and layout != "accelerate":
+                continue  # it takes long
+            for is_sharing in (False, True):
+                compare(kind, layout, Passes(is_single=True, is_sharing=is_sharing))
+    dist.destroy_process_group()
