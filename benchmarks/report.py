@@ -93,8 +93,8 @@ def draw_head(figure: Any, results: dict[str, Any]) -> None:
     for axes, unit, title in zip(figure.subplots(1, 2), ("seconds", "MB"), ("Seconds", "Memory, MB"), strict=True):
         for number, kind in enumerate(kinds):
             known = [row for row in results["rows"] if row["head"] == kind and not isinstance(row["seconds"], str)]
-            places = [int(row["vocabulary"]) / 1000 for row in known]
-            _draw_line(axes, places, [row[unit] for row in known], kind, number)
+            locations = [int(row["vocabulary"]) / 1000 for row in known]
+            _draw_line(axes, locations, [row[unit] for row in known], kind, number)
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set_xlabel("vocabulary, thousands of tokens")
         axes.set_ylim(bottom=0)
@@ -124,8 +124,8 @@ def draw_scaling(figure: Any, results: dict[str, Any]) -> None:
         axes.legend(frameon=False)
 
 
-def _draw_line(axes: Any, places: list[Any], values: list[float], label: str, number: int) -> None:
-    axes.plot(places, values, marker=_MARKERS[number], color=_COLOURS[number], label=label, clip_on=False)
+def _draw_line(axes: Any, locations: list[Any], values: list[float], label: str, number: int) -> None:
+    axes.plot(locations, values, marker=_MARKERS[number], color=_COLOURS[number], label=label, clip_on=False)
 
 
 DRAWINGS = {"train_step": draw_train_step, "head": draw_head, "scaling": draw_scaling}

@@ -11,7 +11,7 @@ from cutlm.blame.token_scores import TokenScores, flag_spans
 from cutlm.data.records import JudgedRecord
 from cutlm.inspect.columns import make_columns
 from cutlm.inspect.inspection import write_inspection
-from cutlm.losses import blame_tokens
+from cutlm.losses import flag_tokens
 
 OUTPUTS = (
     "The capital is Sydney, a large city.",
@@ -47,7 +47,7 @@ def flag(scores: TokenScores, threshold: float) -> TokenScores:
     if scores.logps_with is None or scores.logps_without is None or scores.record.is_satisfactory:
         return replace(scores, is_flagged=[False] * len(scores.tokens), weights=[0.0] * len(scores.tokens))
     without, judged = (torch.tensor(logps, dtype=torch.float64) for logps in (scores.logps_without, scores.logps_with))
-    blame = blame_tokens(without, judged, threshold=threshold, unlikelihood_weight=1.0, gamma=1.0)
+    blame = flag_tokens(without, judged, threshold=threshold, unlikelihood_weight=1.0, gamma=1.0)
     return replace(scores, is_flagged=blame.is_flagged.tolist(), weights=blame.weights.tolist())
 
 

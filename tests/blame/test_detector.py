@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_tokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cutlm.blame.detector import BlameSettings, blame_file, describe_run
+from cutlm.blame.detector import FlagSettings, blame_file, describe_run
 from cutlm.blame.scoring import score_rows
 from cutlm.blame.token_scores import read_token_scores
 from cutlm.cli import main
@@ -267,10 +267,10 @@ def test_a_partial_file_with_a_line_of_something_else_is_refused_in_a_sentence(
 ) -> None:
     out = tmp_path / "out.jsonl"
     records, encoder = load_records(data), Encoder(AutoTokenizer.from_pretrained(model), "alpaca")
-    header = describe_run(records, encoder, BlameSettings(), "m", {})
+    header = describe_run(records, encoder, FlagSettings(), "m", {})
     (tmp_path / "out.jsonl.partial").write_text(f"{json.dumps(header)}\n{BROKEN_LINES[name]}\n")
     with pytest.raises(UserError, match=r"out.jsonl.partial: not what a stopped run leaves; remove it to start anew"):
-        blame_file(records, ["a"] * 7, out, encoder, lambda *_: iter(()), BlameSettings(), detector="m", backend={})  # type: ignore[arg-type, return-value]
+        blame_file(records, ["a"] * 7, out, encoder, lambda *_: iter(()), FlagSettings(), detector="m", backend={})  # type: ignore[arg-type, return-value]
 
 
 def test_a_journal_without_finished_lines_is_in_nobodys_way(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_run_that_fails_before_its_first_batch_leaves_no_partial_file(tmp_path
 @pytest.mark.parametrize("number", ["inf", "nan"])
 def test_settings_of_blame_are_finite_numbers(number: str) -> None:
     with pytest.raises(ConfigError) as error:
-        BlameSettings(float(number), float(number), float(number))
+        FlagSettings(float(number), float(number), float(number))
     assert [problem.partition(":")[0] for problem in error.value.problems] == [
         "threshold",
         "unlikelihood_weight",
@@ -430,7 +430,7 @@ def test_what_is_written_can_be_read_however_small_or_near_to_certain(tmp_path: 
     records = [JudgedRecord(**RECORDS[0]), JudgedRecord(**(RECORDS[0] | {"judgment": None}))]
     encoder = Encoder(make_tokenizer("bpe"), "alpaca")
     out = tmp_path / "out.jsonl"
-    counts = blame_file(records, ["a:1", "a:2"], out, encoder, score, BlameSettings(), detector="m", backend={})
+    counts = blame_file(records, ["a:1", "a:2"], out, encoder, score, FlagSettings(), detector="m", backend={})
     assert counts.num_flagged == counts.num_tokens > 0
     flagged, certain = read_token_scores(out)
     assert all(flagged.is_flagged)
@@ -441,10 +441,10 @@ def test_what_is_written_can_be_read_however_small_or_near_to_certain(tmp_path: 
 # ---- score_rows ----
 
 ROWS: list[dict[str, Any]] = [
-    {"prompt_ids": [5, 6, 7], "judged_prompt_ids": [5, 6, 7, 8, 9], "response_ids": [10, 11, 2], "place": "a:1"},
-    {"prompt_ids": [5, 9], "judged_prompt_ids": None, "response_ids": [12, 2], "place": "a:2"},
-    {"prompt_ids": list(range(3, 40)), "judged_prompt_ids": [5], "response_ids": [13, 14, 15, 2], "place": "a:3"},
-    {"prompt_ids": [7], "judged_prompt_ids": [7, 8], "response_ids": [16, 2], "place": "a:4"},
+    {"prompt_ids": [5, 6, 7], "judged_prompt_ids": [5, 6, 7, 8, 9], "response_ids": [10, 11, 2], "location": "a:1"},
+    {"prompt_ids": [5, 9], "judged_prompt_ids": None, "response_ids": [12, 2], "location": "a:2"},
+    {"prompt_ids": list(range(3, 40)), "judged_prompt_ids": [5], "response_ids": [13, 14, 15, 2], "location": "a:3"},
+    {"prompt_ids": [7], "judged_prompt_ids": [7, 8], "response_ids": [16, 2], "location": "a:4"},
 ]
 
 
@@ -533,5 +533,5 @@ def test_log_probs_that_are_no_numbers_name_their_rows() -> None:
 
 
 def test_settings_have_the_papers_defaults() -> None:
-    settings = BlameSettings()
+    settings = FlagSettings()
     assert (settings.threshold, settings.unlikelihood_weight, settings.gamma) == (1.1, 1.0, 1.0)

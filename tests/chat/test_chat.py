@@ -21,7 +21,7 @@ import pytest
 import torch
 from tiny import IM_END, IM_START, make_model, make_tokenizer, save_tiny_model
 
-from cutlm.blame.detector import BlameSettings
+from cutlm.blame.detector import FlagSettings
 from cutlm.blame.token_scores import read_token_scores
 from cutlm.chat.conversation import Conversation, Turn, append_record, join_texts
 from cutlm.chat.lines import Message, read_message
@@ -53,7 +53,7 @@ def tiny() -> tuple[Any, Any]:
 
 
 def make_session(parts: tuple[Any, Any], template: Any = "alpaca", max_new_tokens: int = 64) -> Session:
-    return Session(LocalEngine(*parts, template, Sampling(max_new_tokens), BlameSettings()))
+    return Session(LocalEngine(*parts, template, Sampling(max_new_tokens), FlagSettings()))
 
 
 def talk(session: Session, *lines: str) -> None:
@@ -372,7 +372,7 @@ def test_the_pieces_of_an_answer_are_what_generate_answers(tiny: tuple[Any, Any]
     model, tokenizer = tiny
     for seed, temperature in ((1, 0.0), (2, 1.0)):
         sampling = Sampling(60, temperature, seed=seed)
-        engine = LocalEngine(model, tokenizer, "chat", sampling, BlameSettings())
+        engine = LocalEngine(model, tokenizer, "chat", sampling, FlagSettings())
         pieces: list[str] = []
         prompt, _ = engine.prepare(["Name a city."])
         assert not engine.answer(prompt, 0, pieces.append)

@@ -12,7 +12,7 @@ from chat_server import CANARY, ChatServer, Handler, ModelServer, answer_once, h
 from chat_server import stream_events as stream
 from tiny import make_tokenizer, save_tiny_model
 
-from cutlm.blame.detector import BlameSettings
+from cutlm.blame.detector import FlagSettings
 from cutlm.chat.conversation import Turn
 from cutlm.chat.lines import Message
 from cutlm.chat.local import LocalEngine
@@ -45,7 +45,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
 
 def make_session(url: str, tokenizer: Any = None, template: Any = None, timeout: float = 5.0) -> Session:
     server = Server(url, "the-model", 1, timeout, max_retries=0)
-    return Session(ServerEngine(server, tokenizer, template, SAMPLING, BlameSettings()))
+    return Session(ServerEngine(server, tokenizer, template, SAMPLING, FlagSettings()))
 
 
 def answer_with(server: ChatServer, *events: Any) -> None:
@@ -96,7 +96,7 @@ def test_pieces_are_shown_before_the_answer_is_whole(server: ChatServer) -> None
         return True
 
     server.fault = fault
-    engine = ServerEngine(Server(server.url, "m", 1, 5.0, 0), None, None, SAMPLING, BlameSettings())
+    engine = ServerEngine(Server(server.url, "m", 1, 5.0, 0), None, None, SAMPLING, FlagSettings())
     prompt, _ = engine.prepare(["Name a city."])
     assert engine.answer(prompt, 0, lambda piece: shown.append((piece, time.monotonic())))
     assert [piece for piece, _ in shown] == ["It is ", "Syd", "ney."]
@@ -217,7 +217,7 @@ def test_a_server_that_scores_prompts_blames_as_the_model_at_hand(
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     folder = save_tiny_model(tmp_path / "model", chat=True)
     model, tokenizer = load_trained(folder, device="cpu")
-    local = Session(LocalEngine(model, tokenizer, "chat", Sampling(16), BlameSettings()))
+    local = Session(LocalEngine(model, tokenizer, "chat", Sampling(16), FlagSettings()))
     with running(ModelServer(folder)) as server:
         session = make_session(server.url, tokenizer)
         printed = []

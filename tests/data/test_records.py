@@ -137,7 +137,7 @@ def test_a_row_that_repeats_another_is_named_and_kept():
     check = check_rows(SourceRow(f"d:{n}", row) for n, row in enumerate(rows, start=1))
     assert check.duplicates == ["d:4: the same instruction, response and judgment as d:1"]
     assert len(check.records) == 4
-    assert check.places == ["d:1", "d:2", "d:3", "d:4"]
+    assert check.locations == ["d:1", "d:2", "d:3", "d:4"]
     assert (check.num_satisfactory, check.num_unsatisfactory) == (1, 3)
 
 

@@ -66,7 +66,7 @@ def test_what_scores_nothing_for_reasons_of_its_own_is_counted():
 def test_a_reference_is_the_improved_response_or_a_satisfactory_one():
     records = [JudgedRecord(**row) for row in RECORDS]
     references = list_references(records, [f"r:{number}" for number in range(4)])
-    assert [(row.place, row.output) for row in references] == [
+    assert [(row.location, row.output) for row in references] == [
         ("r:0", "the cat sat"),
         ("r:1", "dogs bark"),
         ("r:3", "a\nb c"),

@@ -186,5 +186,5 @@ def test_pieces_make_up_the_response_whatever_the_spans_of_an_edited_file(pairs)
     )
     pieces = split_pieces(scores)
     assert "".join(piece.text for piece in pieces) == "abc   ghi"
-    assert sorted(place for piece in pieces for place in piece.places) == list(range(num))
+    assert sorted(place for piece in pieces for place in piece.locations) == list(range(num))
     assert read(Example(scores)).list_texts("response") == ["abc   ghi"]

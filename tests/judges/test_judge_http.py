@@ -133,7 +133,7 @@ def test_responses_alike_are_asked_about_once_and_empty_ones_not_at_all(
     assert main(list_options(server, responses, out)) == 1
     assert len(server.requests) == 1
     assert [(row["dataset"], row["judgment"]) for row in read_lines(out)] == [("d", expect(1)), ("other", expect(1))]
-    assert [(row["place"], row["kind"]) for row in find_failures(out)] == [(f"{responses}:2", "empty response")]
+    assert [(row["location"], row["kind"]) for row in find_failures(out)] == [(f"{responses}:2", "empty response")]
 
 
 def test_orders_control_tokens_and_html_reach_the_judge_and_the_records_as_they_are(

@@ -60,7 +60,7 @@ def uninterrupted(workplace: Path) -> Any:
 
 
 def _read_results(folder: Path) -> dict[str, Any]:
-    """All that a run has made, but for times and places."""
+    """All that a run has made, but for times and locations."""
     results: dict[str, Any] = {}
     for path in sorted(folder.rglob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]

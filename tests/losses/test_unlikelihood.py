@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cutlm.losses import Blame, Parts, blame_tokens, combine_parts, cut_loss, dual_cut_loss, unlikelihood_loss
+from cutlm.losses import Parts, TokenFlags, combine_parts, cut_loss, dual_cut_loss, flag_tokens, unlikelihood_loss
 from cutlm.losses.unlikelihood import MAX_SLOPE
 
 SETTINGS = {"threshold": 1.1, "unlikelihood_weight": 0.5, "gamma": 1.0}
@@ -19,9 +19,9 @@ def log_of(*probabilities: float) -> Tensor:
     return torch.tensor(probabilities, dtype=torch.float64).log()
 
 
-def given_blame(*weights: float | None) -> Blame:
+def given_blame(*weights: float | None) -> TokenFlags:
     is_flagged = torch.tensor([weight is not None for weight in weights])
-    return Blame(is_flagged, torch.tensor([weight or 0.0 for weight in weights], dtype=torch.float64))
+    return TokenFlags(is_flagged, torch.tensor([weight or 0.0 for weight in weights], dtype=torch.float64))
 
 
 def test_a_flagged_token_is_unlearned_by_its_weight_and_the_others_are_learned():
@@ -36,7 +36,7 @@ def test_a_flagged_token_is_unlearned_by_its_weight_and_the_others_are_learned()
 
 def test_a_flagged_token_of_weight_zero_is_neither_learned_nor_unlearned():
     logps = log_of(0.5).requires_grad_()
-    loss = unlikelihood_loss(logps, Blame(torch.tensor([True]), torch.zeros(1, dtype=torch.float64))).sum()
+    loss = unlikelihood_loss(logps, TokenFlags(torch.tensor([True]), torch.zeros(1, dtype=torch.float64))).sum()
     loss.backward()
     assert (loss.item(), logps.grad.item()) == (0, 0)
 
@@ -44,7 +44,7 @@ def test_a_flagged_token_of_weight_zero_is_neither_learned_nor_unlearned():
 @pytest.mark.parametrize("logp", [0.0, -1e-9, -1e-5, -9e-5])
 def test_the_slope_of_a_flag_on_a_token_that_the_model_is_sure_of_is_bounded(logp):
     logps = torch.tensor([logp], dtype=torch.float32, requires_grad=True)
-    loss = unlikelihood_loss(logps, Blame(torch.tensor([True]), torch.ones(1))).sum()
+    loss = unlikelihood_loss(logps, TokenFlags(torch.tensor([True]), torch.ones(1))).sum()
     loss.backward()
     assert math.isfinite(loss.item())
     assert logps.grad.item() == pytest.approx(MAX_SLOPE, rel=1e-3)
@@ -58,14 +58,14 @@ def test_the_slope_is_the_plain_one_up_to_the_bound():
 
 
 def test_blame_is_the_flags_and_weights_of_equations_5_and_6():
-    blame = blame_tokens(log_of(0.5, 0.2, 0.4), log_of(0.54, 0.5, 0.1), **SETTINGS)
+    blame = flag_tokens(log_of(0.5, 0.2, 0.4), log_of(0.54, 0.5, 0.1), **SETTINGS)
     # 0.54 > 1.1 * 0.5 = 0.55? no. 0.5 > 0.22? yes, weight 0.5 * 0.5^1. 0.1 > 0.44? no.
     assert blame.is_flagged.tolist() == [False, True, False]
     assert blame.weights.tolist() == pytest.approx([0, 0.25, 0])
 
 
 def test_without_detection_every_token_is_flagged():
-    blame = blame_tokens(log_of(0.5, 0.9), log_of(0.5, 0.1), threshold=0, unlikelihood_weight=1.0, gamma=1.0)
+    blame = flag_tokens(log_of(0.5, 0.9), log_of(0.5, 0.1), threshold=0, unlikelihood_weight=1.0, gamma=1.0)
     assert blame.is_flagged.tolist() == [True, True]
     assert blame.weights.tolist() == pytest.approx([0.5, 0.1])
 

@@ -46,7 +46,7 @@ def test_batch_of_the_docstring_is_laid_out_end_to_end():
         "response_lengths",
         "num_unsatisfactory",
         "shared_lengths",
-        "places",
+        "locations",
     }
     #       without the judgment     with it           satisfactory
     assert batch["input_ids"].tolist() == [1, 5, 7, 8, *[1, 5, 9, 7, 8], *[1, 6, 4]]
@@ -55,18 +55,18 @@ def test_batch_of_the_docstring_is_laid_out_end_to_end():
     assert batch["response_lengths"] == [3, 3, 2]
     assert batch["num_unsatisfactory"] == 1
     assert batch["shared_lengths"] == [1]
-    assert batch["places"] == ["record 0 of the batch", "record 1 of the batch"]
+    assert batch["locations"] == ["record 0 of the batch", "record 1 of the batch"]
     assert batch["input_ids"].dtype == batch["target_ids"].dtype == torch.long
 
 
 def test_unsatisfactory_records_come_first_in_their_order():
-    other = make_row([3], [3, 3], [9, 2], place="data.jsonl:4")
+    other = make_row([3], [3, 3], [9, 2], location="data.jsonl:4")
     batch = collate([SATISFACTORY, UNSATISFACTORY, SATISFACTORY, other])
     assert batch["sequence_lengths"] == [4, 2, 5, 3, 3, 3]
     assert batch["input_ids"].tolist() == [1, 5, 7, 8, *[3, 9], *[1, 5, 9, 7, 8], *[3, 3, 9], *[1, 6, 4], *[1, 6, 4]]
     assert batch["target_ids"].tolist() == [7, 8, 2, *[9, 2], *[7, 8, 2], *[9, 2], *[4, 2], *[4, 2]]
     assert batch["num_unsatisfactory"] == 2
-    assert batch["places"] == [
+    assert batch["locations"] == [
         "record 1 of the batch",
         "data.jsonl:4",
         "record 0 of the batch",
@@ -123,7 +123,7 @@ def test_counts_are_tokens_or_records():
 @settings(max_examples=80, deadline=None)
 @given(batch_rows=batches, data=st.data())
 def test_records_with_log_probs_that_are_no_numbers_are_named(batch_rows, data):
-    batch = collate([row | {"place": f"row {index}"} for index, row in enumerate(batch_rows)])
+    batch = collate([row | {"location": f"row {index}"} for index, row in enumerate(batch_rows)])
     # Which row each response token belongs to, in the order of the batch.
     judged = [index for index, row in enumerate(batch_rows) if row["judged_prompt_ids"] is not None]
     plain = [index for index, row in enumerate(batch_rows) if row["judged_prompt_ids"] is None]
@@ -233,30 +233,32 @@ def test_nothing_flows_back_through_a_context_from_which_nothing_is_learned(mode
 @given(batch_rows=batches, max_tokens=st.integers(1, 60), data=st.data())
 def test_parts_of_a_batch_hold_every_record_once_as_if_it_were_collated_so(batch_rows, max_tokens, data):
     is_blamed = data.draw(st.booleans())
-    named = [row | {"place": f"row {index}", "is_praised": index % 2 == 0} for index, row in enumerate(batch_rows)]
+    named = [row | {"location": f"row {index}", "is_praised": index % 2 == 0} for index, row in enumerate(batch_rows)]
     if is_blamed:
         for index, row in enumerate(named):
             size = len(row["response_ids"])
             row |= {"is_flagged": [index % 2 == 1] * size, "weights": [float(index)] * size}
     parts = split_batch(collate(named), max_tokens)
-    places = [place for part in parts for place in part["places"]]
-    assert sorted(places) == sorted(row["place"] for row in named)
-    by_place = {row["place"]: row for row in named}
+    locations = [place for part in parts for place in part["locations"]]
+    assert sorted(locations) == sorted(row["location"] for row in named)
+    by_place = {row["location"]: row for row in named}
     for part in parts:
-        expected = collate([by_place[place] for place in part["places"]])
+        expected = collate([by_place[place] for place in part["locations"]])
         assert part.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(part[name], value) if isinstance(value, Tensor) else part[name] == value
-        assert len(part["places"]) == 1 or len(part["input_ids"]) <= max_tokens
+        assert len(part["locations"]) == 1 or len(part["input_ids"]) <= max_tokens
 
 
 def test_the_longest_records_go_first_and_together():
     long, short = make_row([1] * 20, None, [2]), make_row([1] * 3, [1] * 4, [2, 3])
-    batch = collate([short | {"place": "a"}, long | {"place": "b"}, short | {"place": "c"}, long | {"place": "d"}])
+    batch = collate(
+        [short | {"location": "a"}, long | {"location": "b"}, short | {"location": "c"}, long | {"location": "d"}]
+    )
     # 20 tokens each of the long ones; 3 + 1 and 4 + 1 of the short ones' two contexts.
-    assert [part["places"] for part in split_batch(batch, 40)] == [["b", "d"], ["a", "c"]]
-    assert [part["places"] for part in split_batch(batch, 10)] == [["b"], ["d"], ["a"], ["c"]]
-    assert [part["places"] for part in split_batch(batch, 58)] == [["a", "c", "b", "d"]]
+    assert [part["locations"] for part in split_batch(batch, 40)] == [["b", "d"], ["a", "c"]]
+    assert [part["locations"] for part in split_batch(batch, 10)] == [["b"], ["d"], ["a"], ["c"]]
+    assert [part["locations"] for part in split_batch(batch, 58)] == [["a", "c", "b", "d"]]
 
 
 def test_blame_goes_with_the_plain_contexts_in_their_order():

@@ -45,7 +45,7 @@ TOLERANCE = 0.15
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux tells it")
 @pytest.mark.timeout(200)
 def test_estimates_are_near_what_trainings_take() -> None:
-    worker = Path(__file__).with_name("estimate_worker.py")
+    worker = Path(__file__).parents[1] / "estimate_worker.py"
     # Blocks go back to the system as soon as they are freed.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(

@@ -516,16 +516,16 @@ def test_every_record_is_encoded_or_named_as_left_out(lengths, max_length):
         JudgedRecord(instruction="Say a.", output=" b" * length, judgment="Too long." if length % 2 else None)
         for length in lengths
     ]
-    places = [f"data.jsonl:{index + 1}" for index in range(len(records))]
-    encoded = encode_records(records, places, encoder, max_length)
+    locations = [f"data.jsonl:{index + 1}" for index in range(len(records))]
+    encoded = encode_records(records, locations, encoder, max_length)
 
     too_long = [len(encoder.encode_response(record.output)) >= max_length for record in records]
-    assert [row["place"] for row in encoded.rows] == [
-        place for place, is_out in zip(places, too_long, strict=True) if not is_out
+    assert [row["location"] for row in encoded.rows] == [
+        place for place, is_out in zip(locations, too_long, strict=True) if not is_out
     ]
     assert encoded.left_out == [
         f"{place}: the response alone fills max_length {max_length}; left out"
-        for place, is_out in zip(places, too_long, strict=True)
+        for place, is_out in zip(locations, too_long, strict=True)
         if is_out
     ]
     assert encoded.num_cut == sum(

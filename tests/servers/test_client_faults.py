@@ -81,7 +81,7 @@ def test_what_never_comes_is_listed_and_the_rest_is_had(
     assert main(options) == 1
     assert [row["output"] for row in read_lines(out)] == ["Answer <0>", "Answer <3>"]
     failures = find_failures(out)
-    assert [(row["place"], row["kind"]) for row in failures] == [
+    assert [(row["location"], row["kind"]) for row in failures] == [
         (f"{responses}:{line}", kind)
         for line, kind in (
             (2, "empty answer"),
@@ -216,7 +216,7 @@ def test_a_question_that_is_refused_costs_no_other_its_judgment(
     assert [row["judgment"] for row in read_lines(out)] == [
         expect(index) for index in range(40) if index not in refused
     ]
-    assert [(row["place"], row["kind"], row["reason"]) for row in find_failures(out)] == [
+    assert [(row["location"], row["kind"], row["reason"]) for row in find_failures(out)] == [
         (
             f"{responses}:{index + 1}",
             "refused",

@@ -70,8 +70,8 @@ def _score(model: torch.nn.Module, prompt: list[int], response: list[int]) -> li
     model.eval()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + response])).logits[0].double()
-    places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
-    return [logits[place].log_softmax(-1)[token].item() for place, token in zip(places, response, strict=True)]
+    locations = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+    return [logits[place].log_softmax(-1)[token].item() for place, token in zip(locations, response, strict=True)]
 
 
 def test_the_loss_is_one_pool_of_tokens_with_flags_of_the_model_as_it_was(tmp_path):
@@ -130,7 +130,7 @@ def test_the_context_with_the_judgment_comes_back_where_l2_is_asked_for(tmp_path
 )
 def test_records_of_a_part_that_is_off_are_left_out_and_counted(tmp_path, settings, kept):
     trainer = _make_trainer(tmp_path, RECORDS, detector="frozen", **settings)
-    assert [row["place"] for row in trainer.train_dataset] == [f"train_dataset[{index}]" for index in kept]
+    assert [row["location"] for row in trainer.train_dataset] == [f"train_dataset[{index}]" for index in kept]
     assert f"train_dataset: {8 - len(kept)} records of a part that is off are left out" in trainer.notices
     assert trainer.num_left_out == 8 - len(kept)
 

@@ -100,7 +100,7 @@ def make_trainer(tmp_path, records: list[JudgedRecord], **settings: object) -> P
     }
     args = CUTConfig(output_dir=str(tmp_path), **options | settings)
     return PairTrainer(
-        model=make_model(len(tokenizer)), args=args, train_dataset=records, processing_class=tokenizer, places=PLACES
+        model=make_model(len(tokenizer)), args=args, train_dataset=records, processing_class=tokenizer, locations=PLACES
     )
 
 
@@ -125,8 +125,8 @@ def test_the_loss_of_a_moved_policy_is_that_of_the_equation(tmp_path):
     def score(network: torch.nn.Module, prompt: list[int], response: list[int]) -> float:
         with torch.no_grad():
             logits = network(input_ids=torch.tensor([prompt + response])).logits[0].double()
-        places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
-        rows = zip(places, response, strict=True)
+        locations = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+        rows = zip(locations, response, strict=True)
         return sum(logits[place].log_softmax(-1)[token].item() for place, token in rows)
 
     losses = []

@@ -24,7 +24,7 @@ ROW = {"prompt_ids": [1, 2], "judged_prompt_ids": [1, 2, 3], "response_ids": [4,
 
 
 def test_sharded_weights_give_the_loss_and_gradient_of_the_whole_model() -> None:
-    worker = Path(__file__).with_name("fsdp_worker.py")
+    worker = Path(__file__).parents[1] / "fsdp_worker.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
     result = subprocess.run([*command, ",".join(KINDS)], capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stderr[-4000:]

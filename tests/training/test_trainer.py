@@ -47,7 +47,7 @@ def test_records_come_as_dictionaries_objects_or_a_dataset(tmp_path: Path) -> No
     expected = None
     for records in (rows, [JudgedRecord(**row) for row in rows], Dataset.from_list(rows)):
         trainer = CUTTrainer(model, _config(tmp_path), records, processing_class=tokenizer)
-        encoded = [dict(row, place=None) for row in trainer.train_dataset]
+        encoded = [dict(row, location=None) for row in trainer.train_dataset]
         expected = expected or encoded
         assert encoded == expected
         assert [row["judged_prompt_ids"] is None for row in encoded] == [False, False, True]
@@ -235,7 +235,7 @@ def test_the_paper_normalization_is_a_mean_over_records_of_means_over_tokens(tmp
 
 
 def test_a_loss_that_is_no_number_stops_before_the_step_and_names_the_record(tmp_path: Path) -> None:
-    rows = [JUDGED | {"place": "good.jsonl:1"}, SATISFACTORY | {"prompt_ids": [31], "place": "bad.jsonl:7"}]
+    rows = [JUDGED | {"location": "good.jsonl:1"}, SATISFACTORY | {"prompt_ids": [31], "location": "bad.jsonl:7"}]
     trainer = _trainer(tmp_path, rows, per_device_train_batch_size=2)
     trainer.model.model.embed_tokens.weight.data[31] = float("nan")
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -246,7 +246,7 @@ def test_a_loss_that_is_no_number_stops_before_the_step_and_names_the_record(tmp
 
 
 def test_a_gradient_that_is_no_number_stops_before_the_step_and_names_the_records(tmp_path: Path) -> None:
-    rows = [JUDGED | {"place": "a.jsonl:1"}, SATISFACTORY | {"place": "a.jsonl:2"}]
+    rows = [JUDGED | {"location": "a.jsonl:1"}, SATISFACTORY | {"location": "a.jsonl:2"}]
     trainer = _trainer(tmp_path, rows, per_device_train_batch_size=1, gradient_accumulation_steps=2)
     trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
     before = trainer.model.lm_head.weight.clone()

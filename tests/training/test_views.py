@@ -125,7 +125,7 @@ def test_what_a_view_leaves_out_is_counted_by_its_reason(encoder, objective, opt
     view = choose_view(objective, **settings)
     records = [RIGHT, WRONG_ELSEWHERE, WRONG_ELSEWHERE]
     encoded = encode_records(records, ["a", "b", "c"], encoder, 512, view)
-    assert [row["place"] for row in encoded.rows] == ["a"]
+    assert [row["location"] for row in encoded.rows] == ["a"]
     assert encoded.describe_left_out() == [f"2 records left out: {reason}"]
     assert encoded.num_left_out == 2
     assert "2 records left out" in encoded.describe(512)

@@ -29,14 +29,14 @@ from cutlm.blame.token_scores import (
 from cutlm.data.journal import Journal, refuse_foreign
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
-from cutlm.losses import blame_tokens
+from cutlm.losses import flag_tokens
 from cutlm.prompting.encoding import Encoder
 
 PRAISE = "Perfect."
 
 
 @dataclass(frozen=True)
-class BlameSettings:
+class FlagSettings:
     """What flags and weights are made by.
 
     Attributes:
@@ -106,11 +106,11 @@ class BlameCounts:
 
 def blame_file(
     records: Sequence[JudgedRecord],
-    places: Sequence[str],
+    locations: Sequence[str],
     out: str | Path,
     encoder: Encoder,
     score: Scorer,
-    settings: BlameSettings,
+    settings: FlagSettings,
     *,
     detector: str,
     backend: Mapping[str, Any],
@@ -122,7 +122,7 @@ def blame_file(
 
     Args:
         records: The records.
-        places: Where each stands, for messages: `data.jsonl:17`.
+        locations: Where each stands, for messages: `data.jsonl:17`.
         out: The file to write.
         encoder: Tokenizer and template.
         score: Gives the log-probs.
@@ -139,9 +139,9 @@ def blame_file(
         UserError: A partial file of another run is in the way, or the scorer's.
     """
     records = [strip_scores(record) for record in records]
-    _refuse_clashes(records, places)
+    _refuse_clashes(records, locations)
     counts = BlameCounts()
-    rows, kept = _encode(records, places, encoder, settings, counts)
+    rows, kept = _encode(records, locations, encoder, settings, counts)
     journal = Journal(out, describe_run(records, encoder, settings, detector, backend), overwrite=overwrite)
     if not all(_fits(line, rows) for line in journal.lines):
         refuse_foreign(journal.path)
@@ -170,7 +170,7 @@ def blame_file(
 
 
 def blame_record(
-    record: JudgedRecord, encoder: Encoder, score: Scorer, settings: BlameSettings, detector: str
+    record: JudgedRecord, encoder: Encoder, score: Scorer, settings: FlagSettings, detector: str
 ) -> tuple[TokenScores, bool]:
     """Scores one record, and writes nothing down.
 
@@ -194,7 +194,7 @@ def blame_record(
 def describe_run(
     records: Sequence[JudgedRecord],
     encoder: Encoder,
-    settings: BlameSettings,
+    settings: FlagSettings,
     detector: str,
     backend: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -226,10 +226,10 @@ def _fits(line: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
     )
 
 
-def _refuse_clashes(records: Sequence[JudgedRecord], places: Sequence[str]) -> None:
+def _refuse_clashes(records: Sequence[JudgedRecord], locations: Sequence[str]) -> None:
     problems = [
         f"{place}: field {name!r}: a name that token scores need for their own; rename it in the records"
-        for place, record in zip(places, records, strict=True)
+        for place, record in zip(locations, records, strict=True)
         for name in record.model_extra or {}
         if name in SCORE_FIELDS
     ]
@@ -239,14 +239,14 @@ def _refuse_clashes(records: Sequence[JudgedRecord], places: Sequence[str]) -> N
 
 def _encode(
     records: Sequence[JudgedRecord],
-    places: Sequence[str],
+    locations: Sequence[str],
     encoder: Encoder,
-    settings: BlameSettings,
+    settings: FlagSettings,
     counts: BlameCounts,
 ) -> tuple[list[dict[str, Any]], list[JudgedRecord]]:
     """Token ids of the records that fit, and these records."""
     rows, kept = [], []
-    for record, place in zip(records, places, strict=True):
+    for record, place in zip(records, locations, strict=True):
         encoded = encoder.encode_record(record, settings.max_length)
         if encoded is None:
             counts.left_out.append(f"{place}: the response alone fills max_length {settings.max_length}; left out")
@@ -262,7 +262,7 @@ def _encode(
                 "prompt_ids": encoded.prompt_ids,
                 "judged_prompt_ids": judged_ids,
                 "response_ids": encoded.response_ids,
-                "place": place,
+                "location": place,
             }
         )
         kept.append(record)
@@ -282,14 +282,14 @@ def make_scores(
     logps_without: list[float],
     logps_with: list[float] | None,
     encoder: Encoder,
-    settings: BlameSettings,
+    settings: FlagSettings,
     detector: str,
 ) -> TokenScores:
     """Flags and weights by eq. 5 and 6, of the log-probs as they stand in the file."""
     is_flagged, weights = [False] * len(response_ids), [0.0] * len(response_ids)
     if logps_with is not None and not record.is_satisfactory:
         without, judged = (torch.tensor(logps, dtype=torch.float64) for logps in (logps_without, logps_with))
-        blame = blame_tokens(
+        blame = flag_tokens(
             without,
             judged,
             threshold=settings.threshold,

@@ -69,7 +69,8 @@ def score_rows_by_server(
         first = min(failed)
         rest = f", and {num_left} not asked for any more" if num_left else ""
         raise UserError(
-            f"{len(failed)} of {len(order)} records failed{rest}; the first is {rows[first]['place']}: {failed[first]};"
+            f"{len(failed)} of {len(order)} records failed{rest}; the first is {rows[first]['location']}:"
+            f" {failed[first]};"
             " what is finished is kept: start again with the same options to ask only for what is missing"
         )
 
@@ -107,7 +108,7 @@ def _ask(
         )
     except Refused as error:
         advice = "if the prompt is too long for the server, give a smaller --max_length"
-        raise UserError(explain_refusal(server, server.endpoint, error, row["place"], advice)) from None
+        raise UserError(explain_refusal(server, server.endpoint, error, row["location"], advice)) from None
     return read_prompt_logprobs(answer, ids, len(prompt_ids), server.endpoint)
 
 

@@ -133,6 +133,6 @@ def _check_file(path: Path, record: JudgedRecord) -> int:
     if is_token_scores(path):
         raise DataError(f"{path}: expected records to append to, got token scores; name another file")
     if record in check.records:
-        place = check.places[check.records.index(record)]
+        place = check.locations[check.records.index(record)]
         raise DataError(f"{place}: this exchange with this judgment is there already; nothing was written")
     return len(check.records)

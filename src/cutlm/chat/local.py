@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer, StoppingCriteriaList
 
-from cutlm.blame.detector import BlameSettings, blame_record
+from cutlm.blame.detector import FlagSettings, blame_record
 from cutlm.blame.scoring import check_rows, score_rows
 from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
@@ -48,7 +48,7 @@ class LocalEngine:
         tokenizer: PreTrainedTokenizerBase,
         template: TemplateName,
         sampling: Sampling,
-        settings: BlameSettings,
+        settings: FlagSettings,
     ) -> None:
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._max_length = find_context_limit(model) or _NO_LIMIT

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
-from cutlm.blame.detector import BlameSettings, blame_record
+from cutlm.blame.detector import FlagSettings, blame_record
 from cutlm.blame.server import score_rows_by_server
 from cutlm.blame.token_scores import TokenScores
 from cutlm.chat.local import encode_texts
@@ -44,7 +44,7 @@ class ServerEngine:
         tokenizer: Any,
         template: TemplateName | None,
         sampling: Sampling,
-        settings: BlameSettings,
+        settings: FlagSettings,
     ) -> None:
         self._server, self._tokenizer, self._sampling, self._settings = server, tokenizer, sampling, settings
         self._key = read_key()

@@ -84,18 +84,18 @@ def score_file(args: argparse.Namespace) -> None:
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
 
-    from cutlm.blame.detector import BlameSettings, blame_file
+    from cutlm.blame.detector import FlagSettings, blame_file
     from cutlm.data.records import check_records, raise_problems
     from cutlm.prompting.encoding import Encoder
 
-    settings = BlameSettings(args.threshold, args.unlikelihood_weight, args.gamma, args.max_length, args.with_praise)
+    settings = FlagSettings(args.threshold, args.unlikelihood_weight, args.gamma, args.max_length, args.with_praise)
     check = check_records(args.data)
     raise_problems(check, args.data)
     tokenizer, score, detector, backend = _prepare_server(args) if args.server else _prepare_model(args)
     try:
         counts = blame_file(
             check.records,
-            check.places,
+            check.locations,
             args.out,
             Encoder(tokenizer, args.template),
             score,

@@ -70,14 +70,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare_model(args: argparse.Namespace) -> "Engine":
-    from cutlm.blame.detector import BlameSettings
+    from cutlm.blame.detector import FlagSettings
     from cutlm.chat.local import LocalEngine
     from cutlm.errors import UserError
     from cutlm.generation.local import Sampling, choose_max_new_tokens
     from cutlm.model.loading import load_trained
     from cutlm.prompting.encoding import choose_template
 
-    settings = BlameSettings(args.threshold)
+    settings = FlagSettings(args.threshold)
     model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
     if args.template is None and not tokenizer.chat_template:
         raise UserError(f"{args.model}: its tokenizer has no chat template; say how to prompt it by --template alpaca")
@@ -87,7 +87,7 @@ def _prepare_model(args: argparse.Namespace) -> "Engine":
 
 
 def _prepare_server(args: argparse.Namespace) -> "Engine":
-    from cutlm.blame.detector import BlameSettings
+    from cutlm.blame.detector import FlagSettings
     from cutlm.chat.server import ServerEngine
     from cutlm.generation.local import Sampling
     from cutlm.model.loading import load_tokenizer
@@ -97,7 +97,7 @@ def _prepare_server(args: argparse.Namespace) -> "Engine":
     server = Server(args.server, args.model, 1, 600.0 if args.timeout is None else args.timeout, max_retries=0)
     max_new_tokens = 2048 if args.max_new_tokens is None else args.max_new_tokens
     sampling = Sampling(max_new_tokens, args.temperature, args.top_p, args.seed)
-    settings = BlameSettings(args.threshold)
+    settings = FlagSettings(args.threshold)
     name = args.tokenizer or (args.model if args.template else None)
     tokenizer = None if name is None else load_tokenizer(name)
     return ServerEngine(server, tokenizer, args.template, sampling, settings)

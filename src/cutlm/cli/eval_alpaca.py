@@ -250,7 +250,7 @@ def _pair(
             f"{args.outputs or 'the responses'}: no response to any instruction of the reference; name those that"
             " belong together"
         )
-    pairs = [Pair(own.place, own.full_instruction, other.output, own.output) for own, other in found.pairs]
+    pairs = [Pair(own.location, own.full_instruction, other.output, own.output) for own, other in found.pairs]
     counts = {"num_without_reference": found.num_alone, "num_without_response": found.num_missing}
     if found.num_alone or found.num_missing:
         print(

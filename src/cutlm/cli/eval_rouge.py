@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     need_extra("rouge_score.rouge_scorer")
     check = check_records(args.references)
     raise_problems(check, args.references)
-    references = list_references(check.records, check.places)
+    references = list_references(check.records, check.locations)
     num_left_out = len(check.records) - len(references)
     if not references:
         raise DataError(

@@ -177,14 +177,14 @@ class RecordCheck:
 
     Attributes:
         records: The rows that can be used, in the order of the file.
-        places: Where each of them stands, such as `data.jsonl:17`.
+        locations: Where each of them stands, such as `data.jsonl:17`.
         problems: A sentence for every row and field that cannot be used.
         duplicates: A sentence for every row that repeats an earlier one word for word.
         num_rows: Rows in the file, good and bad.
     """
 
     records: list[JudgedRecord] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
+    locations: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
     num_rows: int = 0
@@ -207,12 +207,12 @@ def check_records(path: str | Path) -> RecordCheck:
     rows, problems = read_rows(path)
     check = check_rows(rows)
     return RecordCheck(
-        check.records, check.places, problems + check.problems, check.duplicates, check.num_rows + len(problems)
+        check.records, check.locations, problems + check.problems, check.duplicates, check.num_rows + len(problems)
     )
 
 
 def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
-    """Validates rows, keeping their places for messages."""
+    """Validates rows, keeping their locations for messages."""
     check = RecordCheck()
     num_rows = 0
     first_places: dict[tuple[Any, ...], str] = {}
@@ -230,8 +230,8 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
         else:
             first_places[key] = row.where
         check.records.append(record)
-        check.places.append(row.where)
-    return RecordCheck(check.records, check.places, check.problems, check.duplicates, num_rows)
+        check.locations.append(row.where)
+    return RecordCheck(check.records, check.locations, check.problems, check.duplicates, num_rows)
 
 
 def _validate_record(row: SourceRow, problems: list[str]) -> JudgedRecord | None:

@@ -52,7 +52,7 @@ class Pair:
         output: The model's.
     """
 
-    place: str
+    location: str
     instruction: str
     reference: str
     output: str
@@ -77,7 +77,7 @@ class Annotator:
     is_shuffled: bool = True
 
     def fill(self, pair: Pair) -> list[dict[str, str]]:
-        """The question. Whatever the texts hold, they are text: neither places nor messages are looked for in them."""
+        """The question. The texts are inserted literally: placeholders inside them are not filled."""
         outputs = (pair.output, pair.reference) if self.is_switched(pair) else (pair.reference, pair.output)
         values = {"instruction": pair.instruction, "output_1": outputs[0], "output_2": outputs[1]}
         return [
@@ -211,8 +211,8 @@ def _read_template(name: str, file: Any, folders: Sequence[Path]) -> str:
         raise UserError(f"--annotator {name}: {path} cannot be read as UTF-8 text ({error}); mend it") from None
     missing = sorted({"instruction", "output_1", "output_2"} - set(_PLACES.findall(text)))
     if missing:
-        places = ", ".join(f"{{{place}}}" for place in missing)
-        raise UserError(f"--annotator {name}: {path}: expected a place for {places}, got none; add it")
+        locations = ", ".join(f"{{{place}}}" for place in missing)
+        raise UserError(f"--annotator {name}: {path}: expected a place for {locations}, got none; add it")
     return text
 
 
@@ -264,7 +264,7 @@ def ask_verdicts(
             for place, result in ask_all(len(missing), ask_one, server.concurrency, is_answering=bool(found)):
                 index = missing[place]
                 if isinstance(result, Refused):
-                    raise UserError(explain_refusal(server, result, pairs[index].place, OPTIONS))
+                    raise UserError(explain_refusal(server, result, pairs[index].location, OPTIONS))
                 if isinstance(result, UserError):
                     raise result
                 progress.update()

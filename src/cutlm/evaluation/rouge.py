@@ -23,11 +23,11 @@ _NUM_RESAMPLES = 1000
 _RESAMPLES_AT_A_TIME = 50
 
 
-def list_references(records: Sequence[JudgedRecord], places: Sequence[str]) -> list[Response]:
+def list_references(records: Sequence[JudgedRecord], locations: Sequence[str]) -> list[Response]:
     """What a response to each record's instruction should read: its improved response, or the response itself where
     it is satisfactory. Records with neither are left out."""
     references = []
-    for record, place in zip(records, places, strict=True):
+    for record, place in zip(records, locations, strict=True):
         text = record.i_ans if record.i_ans and record.i_ans.strip() else record.output
         if text is record.i_ans or record.is_satisfactory:
             references.append(Response(place, record.instruction, record.input, text))

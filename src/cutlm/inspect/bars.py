@@ -58,15 +58,15 @@ def draw_bars(title: str, bars: Sequence[Bar], label: str) -> bytes:
 
 def plot_bars(axes: Any, bars: Sequence[Bar], label: str) -> None:
     """Draws on matplotlib's axes; see `draw_bars`."""
-    places = range(len(bars))
-    axes.barh(places, [bar.value for bar in bars], 0.7, color=[_THEIRS if bar.is_theirs else _OURS for bar in bars])
+    locations = range(len(bars))
+    axes.barh(locations, [bar.value for bar in bars], 0.7, color=[_THEIRS if bar.is_theirs else _OURS for bar in bars])
     ends = [bar.value if bar.high is None else bar.high for bar in bars]
-    for place, bar, end in zip(places, bars, ends, strict=True):
+    for place, bar, end in zip(locations, bars, ends, strict=True):
         if bar.low is not None:
             reach = [[bar.value - bar.low], [end - bar.value]]
             axes.errorbar(bar.value, place, xerr=reach, color="black", capsize=3, linewidth=1.2)
         axes.annotate(f"{bar.value:.2f}", (end, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(places, [_shorten(bar.name) for bar in bars], fontsize=9)
+    axes.set_yticks(locations, [_shorten(bar.name) for bar in bars], fontsize=9)
     for name in axes.get_yticklabels():
         name.set_parse_math(False)  # a name is text, dollar signs too
     axes.invert_yaxis()

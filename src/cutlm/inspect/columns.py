@@ -31,7 +31,7 @@ def make_columns(
         `names`, `unpaired`, `levels` (from which change on there is the first, second ... shade), `made` (the
         different settings that scores were made by) and `records`: each with its texts and, by file, `sides`:
         `pieces` of the response and how many tokens each has (`sizes`, where it is not one each); `without`, `with`
-        [T] or null; `flagged`, places of tokens, with their `weights`; `wrong`, places that `wrong_spans` name, or
+        [T] or null; `flagged`, token indices, with their `weights`; `wrong`, token indices in `wrong_spans`, or
         null where nobody marked any; `made`, a place among the settings. The second of two sides has no pieces of its
         own where its tokens are the first one's.
     """
@@ -73,8 +73,8 @@ def _describe_side(scores: TokenScores, made: dict[tuple[Any, ...], int]) -> dic
         "wrong": _list_wrong(scores),
         "made": made.setdefault(tuple(getattr(scores, name) for name in _MADE_BY), len(made)),
     }
-    if any(len(piece.places) != 1 for piece in pieces):
-        side["sizes"] = [len(piece.places) for piece in pieces]
+    if any(len(piece.locations) != 1 for piece in pieces):
+        side["sizes"] = [len(piece.locations) for piece in pieces]
     return side
 
 

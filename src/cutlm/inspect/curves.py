@@ -85,18 +85,18 @@ def _prepare(axes: "Axes", title: str, label: str) -> None:
 
 def _draw_lines(axes: "Axes", curves: Curves, text: str, palette: Sequence[str]) -> None:
     _prepare(axes, curves.title, curves.label)
-    places = range(len(curves.stages))
+    locations = range(len(curves.stages))
     ends = {}
     for number, (name, shares) in enumerate(curves.lines.items()):
         colour = palette[number % len(palette)]
         marker = _MARKERS[number % len(_MARKERS)]
-        axes.plot(places, shares, color=colour, marker=marker, markersize=4, linewidth=1.2, clip_on=False)
+        axes.plot(locations, shares, color=colour, marker=marker, markersize=4, linewidth=1.2, clip_on=False)
         ends[name] = (shares[-1], colour, "normal")
-    axes.plot(places, curves.mean, color=text, marker="o", markersize=5.5, linewidth=3, clip_on=False)
+    axes.plot(locations, curves.mean, color=text, marker="o", markersize=5.5, linewidth=3, clip_on=False)
     ends["mean"] = (curves.mean[-1], text, "bold")
     axes.set_ylim(0, 1)
     axes.set_xlim(-0.08, len(curves.stages) - 1)
-    axes.set_xticks(places, curves.stages)
+    axes.set_xticks(locations, curves.stages)
     last = len(curves.stages) - 1
     heights = spread([share for share, _, _ in ends.values()], _LABEL_GAP, (0.02, 0.99))
     for height, (name, (share, colour, weight)) in zip(heights, ends.items(), strict=True):
@@ -106,10 +106,10 @@ def _draw_lines(axes: "Axes", curves: Curves, text: str, palette: Sequence[str])
 
 def _draw_bars(axes: "Axes", curves: Curves, text: str, palette: Sequence[str]) -> None:
     _prepare(axes, curves.bar_title, curves.label)
-    places = range(len(curves.bars))
-    drawn = axes.bar(places, curves.bars, width=0.6, color=palette[1])
+    locations = range(len(curves.bars))
+    drawn = axes.bar(locations, curves.bars, width=0.6, color=palette[1])
     axes.bar_label(drawn, [f"{share:.1%}" for share in curves.bars], padding=2, color=text)
-    axes.set_xticks(places, curves.stages[len(curves.stages) - len(curves.bars) :])
+    axes.set_xticks(locations, curves.stages[len(curves.stages) - len(curves.bars) :])
     axes.set_ylim(0, max([0.01, *curves.bars]) * 1.15)
     axes.set_yticks([])
 

@@ -209,7 +209,7 @@ def _render_tokens(scores: TokenScores) -> str:
         reached += len(piece.text)
         tag = "mark" if piece.is_blamed else "span"
         classes = " ".join(["t", *(["end"] if piece.is_end else []), *_choose_shade(piece.ratio)])
-        title = "\n".join(_describe_token(scores, place) for place in piece.places)
+        title = "\n".join(_describe_token(scores, place) for place in piece.locations)
         shown.append(f'<{tag} class="{classes}" title="{escape(title)}">{content}</{tag}>')
     return "".join(shown)
 

@@ -14,7 +14,7 @@ class Piece(NamedTuple):
 
     Attributes:
         text: Its characters; "" for the end-of-sequence.
-        places: Which tokens it shows. None for text that no token claims, as in a file edited by hand.
+        locations: Which tokens it shows. None for text that no token claims, as in a file edited by hand.
         ratio: Of these tokens the largest change by the judgment, log p(y_t | x, j, y_<t) - log p(y_t | x, y_<t);
             None where it is not known.
         is_blamed: Whether one of them is.
@@ -22,7 +22,7 @@ class Piece(NamedTuple):
     """
 
     text: str
-    places: tuple[int, ...]
+    locations: tuple[int, ...]
     ratio: float | None
     is_blamed: bool
     is_end: bool = False
@@ -39,23 +39,23 @@ def split_pieces(scores: TokenScores) -> list[Piece]:
     """
     output, last = scores.record.output, len(scores.spans) - 1
     texts: list[str] = []
-    places: list[list[int]] = []
+    locations: list[list[int]] = []
     reached = 0
     has_end = bool(scores.spans) and tuple(scores.spans[last]) == (len(output), len(output))
     for place, (_, end) in enumerate(scores.spans[: last if has_end else None]):
         if texts and end <= reached:  # a further part of a character, as the bytes of an emoji are
-            places[-1].append(place)
+            locations[-1].append(place)
             continue
         texts.append(output[reached:end])
-        places.append([place])
+        locations.append([place])
         reached = max(reached, end)
     if reached < len(output):  # white space, which spans leave out
         if texts:
             texts[-1] += output[reached:]
         else:
-            texts, places = [output], [[]]
+            texts, locations = [output], [[]]
     ratios = compute_ratios(scores)
-    pieces = [_make_piece(scores, ratios, text, group) for text, group in zip(texts, places, strict=True)]
+    pieces = [_make_piece(scores, ratios, text, group) for text, group in zip(texts, locations, strict=True)]
     if has_end:
         pieces.append(_make_piece(scores, ratios, "", [last])._replace(is_end=True))
     return pieces
@@ -68,6 +68,6 @@ def compute_ratios(scores: TokenScores) -> list[float] | None:
     return [judged - plain for judged, plain in zip(scores.logps_with, scores.logps_without, strict=True)]
 
 
-def _make_piece(scores: TokenScores, ratios: list[float] | None, text: str, places: list[int]) -> Piece:
-    ratio = None if ratios is None else max((ratios[place] for place in places), key=abs, default=None)
-    return Piece(text, tuple(places), ratio, any(scores.is_flagged[place] for place in places))
+def _make_piece(scores: TokenScores, ratios: list[float] | None, text: str, locations: list[int]) -> Piece:
+    ratio = None if ratios is None else max((ratios[place] for place in locations), key=abs, default=None)
+    return Piece(text, tuple(locations), ratio, any(scores.is_flagged[place] for place in locations))

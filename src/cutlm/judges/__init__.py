@@ -22,7 +22,7 @@ class Response:
         row: All fields of the row as they were, to be kept.
     """
 
-    place: str
+    location: str
     instruction: str
     input: str
     output: str

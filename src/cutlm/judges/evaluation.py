@@ -37,7 +37,7 @@ def evaluate_judge(model: str, data: str, folder: Path, **settings: Any) -> str:
     raise_problems(check, data)
     responses = [
         Response(place, record.instruction, record.input, record.output)
-        for record, place in zip(check.records, check.places, strict=True)
+        for record, place in zip(check.records, check.locations, strict=True)
     ]
     judged = folder / "judged.jsonl"
     outcome, journal = judge_locally(responses, model, str(judged), **settings)

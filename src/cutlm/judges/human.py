@@ -27,7 +27,7 @@ _LARGEST_CELL = 2**31 - 1
 class _Filled(NamedTuple):
     """A row that a person has filled, every cell as text; None where the row has no such cell."""
 
-    place: str
+    location: str
     cells: dict[str, str | None]
 
 
@@ -90,34 +90,32 @@ def read_todo(responses: Sequence[Response], path: str | Path) -> Outcome:
     kept, outcome = set_aside_empty(responses)
     numbers = {str(index + 1): index for index in kept}
     problems: list[str] = []
-    places: dict[int, str] = {}
+    locations: dict[int, str] = {}
     for filled in _read_csv(Path(path)) if Path(path).suffix.lower() == ".csv" else _read_json(path, problems):
         number = (filled.cells.get("number") or "").strip()
         index = numbers.get(number)
         if index is None:
             problems.append(
-                f"{filled.place}: expected the number of a response in the field 'number', got {number!r}; leave these"
-                " numbers as they are"
+                f"{filled.location}: field 'number': expected the number of a response, got {number!r}; restore it"
             )
-        elif index in places:
-            problems.append(f"{filled.place}: number {number} again, after {places[index]}; keep one of the two")
+        elif index in locations:
+            problems.append(f"{filled.location}: number {number} again, after {locations[index]}; keep one of the two")
         else:
-            places[index] = filled.place
+            locations[index] = filled.location
             problems += _compare(filled, responses[index])
             # As it was written: a ' at its start may well open a quotation.
             judgment = (filled.cells.get("judgment") or "").strip()
             if not judgment:
                 problems.append(
-                    f"{filled.place}: field 'judgment': expected what is wrong, or \"{PRAISE}\" where nothing is, got"
-                    " nothing; fill it"
+                    f"{filled.location}: field 'judgment': expected a judgment, or \"{PRAISE}\", got nothing"
                 )
             elif "\0" in judgment:
-                problems.append(f"{filled.place}: field 'judgment': expected text without null bytes; write it anew")
+                problems.append(f"{filled.location}: field 'judgment': expected text without null bytes; write it anew")
             outcome.judgments[index] = None if is_praise(judgment) else judgment
     problems += [
-        f"{path}: number {index + 1} is missing ({responses[index].place}); put its row back"
+        f"{path}: number {index + 1} is missing ({responses[index].location}); put its row back"
         for index in kept
-        if index not in places
+        if index not in locations
     ]
     if problems:
         raise DataError(problems, hint=f"{len(problems)} problems in {path}; mend them, nothing was written")
@@ -128,8 +126,7 @@ def _compare(filled: _Filled, response: Response) -> list[str]:
     """A sentence for each text that is not the response's."""
     expected = {"instruction": response.instruction, "input": response.input, "output": response.output}
     return [
-        f"{filled.place}: field {name!r} is not that of {response.place} any more; put it back, what was judged must be"
-        " what was answered"
+        f"{filled.location}: field {name!r} differs from {response.location}; restore the original text"
         for name, text in expected.items()
         if not _is_same(filled.cells.get(name) or "", text)
     ]

@@ -116,7 +116,7 @@ def _make_record_row(response: Response, judgment: str | None) -> dict[str, Any]
 
 def _make_failure_row(response: Response, failure: Failure) -> dict[str, Any]:
     return {
-        "place": response.place,
+        "location": response.location,
         "kind": failure.kind,
         "reason": failure.reason,
         "instruction": response.instruction,

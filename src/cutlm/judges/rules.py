@@ -73,12 +73,12 @@ def judge_by_rules(responses: Sequence[Response], rules: Rules, *, show_progress
         try:
             judgment = rules(response.full_instruction, response.output)
         except (Exception, SystemExit) as error:
-            problems.append(f"{response.place}: the rules raised {_describe(error)}; mend them, or leave the row out")
+            problems.append(f"{response.location}: the rules raised {_describe(error)}; fix them or remove the row")
             continue
         problem = _describe_wrong_return(judgment)
         if problem is not None:
             problems.append(
-                f"{response.place}: expected the rules to return what is wrong, or None, got {problem}; mend them"
+                f"{response.location}: expected the rules to return what is wrong, or None, got {problem}; mend them"
             )
             continue
         outcome.judgments[index] = None if judgment is None or is_praise(judgment) else judgment.strip()

@@ -146,7 +146,7 @@ def _read_result(
 ) -> str | None:
     """The judgment in what came of a question."""
     if isinstance(result, Refused):
-        raise UserError(explain_refusal(server, result, response.place))
+        raise UserError(explain_refusal(server, result, response.location))
     if isinstance(result, CapReached | GivenUp):
         raise _NoJudgment(Failure(NOT_ASKED, str(result)))
     if isinstance(result, RefusedAlone):

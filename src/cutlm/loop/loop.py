@@ -64,10 +64,10 @@ def name_iteration(folder: Path, number: int) -> Path:
 
 def list_places(plan: Plan) -> list[Place]:
     """All iterations, the model before the first one included."""
-    places = [Place(0, name_iteration(plan.folder, 0), _absolute(plan.model))]
+    locations = [Place(0, name_iteration(plan.folder, 0), _absolute(plan.model))]
     for number in range(1, plan.arguments.num_iterations + 1):
-        places.append(Place(number, name_iteration(plan.folder, number), places[-1].new_model))
-    return places
+        locations.append(Place(number, name_iteration(plan.folder, number), locations[-1].new_model))
+    return locations
 
 
 def _absolute(model: str) -> str:
@@ -122,11 +122,11 @@ def run_loop(plan: Plan, *, until: Mark | None = None, start: Mark | None = None
     with lock_folder(plan.folder) as lock:
         make_pool(plan)
         _check_settings(plan)
-        places = list_places(plan)
+        locations = list_places(plan)
         if start is not None:
-            _begin_anew(plan, places, start)
-        _check_outputs(plan, places)
-        for place in places:
+            _begin_anew(plan, locations, start)
+        _check_outputs(plan, locations)
+        for place in locations:
             for stage in list_stages(plan, place.number):
                 _run_once(plan, place, stage, run, lock)
                 if until == Mark(place.number, stage):
@@ -226,7 +226,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _check_outputs(plan: Plan, places: list[Place]) -> None:
+def _check_outputs(plan: Plan, locations: list[Place]) -> None:
     """Refuses to go on from files that are not what was made.
 
     Raises:
@@ -234,7 +234,7 @@ def _check_outputs(plan: Plan, places: list[Place]) -> None:
     """
     changes: list[str] = []
     others: set[str] = set()
-    for place in places:
+    for place in locations:
         manifest = Manifest(place.folder)
         for stage, known in manifest.stages.items():
             changes += manifest.find_changes(stage)
@@ -249,9 +249,9 @@ def _check_outputs(plan: Plan, places: list[Place]) -> None:
         )
 
 
-def _begin_anew(plan: Plan, places: list[Place], start: Mark) -> None:
+def _begin_anew(plan: Plan, locations: list[Place], start: Mark) -> None:
     """Removes what a stage and all later ones made; what was edited before it is taken as it is."""
-    for place in reversed(places):
+    for place in reversed(locations):
         manifest = Manifest(place.folder)
         for stage in reversed(list_stages(plan, place.number)):
             if Mark(place.number, stage).rank >= start.rank:

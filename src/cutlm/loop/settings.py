@@ -107,8 +107,8 @@ class AlignArguments:
         if not self.server_wait > 0:
             problems.append(f"server_wait: expected seconds above 0, got {self.server_wait}")
         problems += self._check_options()
-        for name, places in (("eval_command", ("{model}", "{out}")), ("server_command", ("{model}",))):
-            missing = [place for place in places if getattr(self, name) and place not in getattr(self, name)]
+        for name, locations in (("eval_command", ("{model}", "{out}")), ("server_command", ("{model}",))):
+            missing = [place for place in locations if getattr(self, name) and place not in getattr(self, name)]
             if missing:
                 problems.append(f"{name}: expected {' and '.join(missing)} in it, got {getattr(self, name)!r}")
         if problems:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from cutlm.losses.unlikelihood import Blame, unlikelihood_loss
+from cutlm.losses.unlikelihood import TokenFlags, unlikelihood_loss
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -51,9 +51,9 @@ class Parts:
 ALL_PARTS = Parts()
 
 
-def blame_tokens(
+def flag_tokens(
     logps_without: Tensor, logps_with: Tensor, *, threshold: float, unlikelihood_weight: float, gamma: float
-) -> Blame:
+) -> TokenFlags:
     """Finds the inappropriate tokens (eq. 5) and the weights of their unlikelihood terms (eq. 6).
 
     Args:
@@ -69,7 +69,7 @@ def blame_tokens(
     logps_with = logps_with.detach()
     is_flagged = logps_with - logps_without.detach() > (math.log(threshold) if threshold else -math.inf)
     weights = unlikelihood_weight * torch.exp(gamma * logps_with)
-    return Blame(is_flagged, torch.where(is_flagged, weights, torch.zeros_like(weights)))
+    return TokenFlags(is_flagged, torch.where(is_flagged, weights, torch.zeros_like(weights)))
 
 
 def cut_loss(
@@ -82,8 +82,8 @@ def cut_loss(
     gamma: float,
     weights: Tensor | None = None,
     weights_satisfactory: Tensor | None = None,
-    blame: Blame | None = None,
-    blame_satisfactory: Blame | None = None,
+    blame: TokenFlags | None = None,
+    blame_satisfactory: TokenFlags | None = None,
     parts: Parts = ALL_PARTS,
 ) -> CutLoss:
     """CUT's loss over the response tokens of a batch (eq. 5, 6 and 7).
@@ -109,7 +109,7 @@ def cut_loss(
         Sums, flags and log ratios. Detection and the dynamic weight carry no gradient.
     """
     if blame is None:
-        blame = blame_tokens(
+        blame = flag_tokens(
             logps_without, logps_with, threshold=threshold, unlikelihood_weight=unlikelihood_weight, gamma=gamma
         )
     log_ratios = (logps_with - logps_without).detach()

@@ -15,7 +15,7 @@ from torch import Tensor
 MAX_SLOPE = 1e4
 
 
-class Blame(NamedTuple):
+class TokenFlags(NamedTuple):
     """Which tokens are inappropriate, and the factor of each one's unlikelihood term. Carries no gradient.
 
     Attributes:
@@ -27,7 +27,7 @@ class Blame(NamedTuple):
     weights: Tensor
 
 
-def unlikelihood_loss(logps: Tensor, blame: Blame) -> Tensor:
+def unlikelihood_loss(logps: Tensor, blame: TokenFlags) -> Tensor:
     """Eq. 6 before it is summed: -log p of an unflagged token, -weight * log(1 - p) of a flagged one.
 
     The slope of the latter for log p is weight * p / (1 - p), which eq. 5 bounds where it made the flags. Flags from

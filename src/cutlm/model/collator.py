@@ -36,12 +36,12 @@ class CutCollator:
          'response_lengths': [3, 3, 2],
          'num_unsatisfactory': 1,
          'shared_lengths': [1],
-         'places': ['record 0 of the batch', 'record 1 of the batch']}
+         'locations': ['record 0 of the batch', 'record 1 of the batch']}
 
     `shared_lengths` says of each unsatisfactory record with how many tokens both its prompts begin, their last ones
     left out: those have a response to predict.
 
-    `places` names the records, unsatisfactory ones first, for messages. "Unsatisfactory" is every row with
+    `locations` names the records, unsatisfactory ones first, for messages. "Unsatisfactory" is every row with
     `judged_prompt_ids`, "satisfactory" every other, which is learned from one context alone.
 
     Rows with blame from elsewhere, `is_flagged` and `weights` for each token of the response, add the tensors
@@ -67,8 +67,8 @@ class CutCollator:
             "shared_lengths": [
                 _count_shared(rows[index]["prompt_ids"], rows[index]["judged_prompt_ids"]) for index in unsatisfactory
             ],
-            "places": [
-                rows[index].get("place") or f"record {index} of the batch" for index in unsatisfactory + satisfactory
+            "locations": [
+                rows[index].get("location") or f"record {index} of the batch" for index in unsatisfactory + satisfactory
             ],
         }
         in_order = [rows[index] for index in unsatisfactory + satisfactory]
@@ -126,7 +126,7 @@ def _take_records(batch: Mapping[str, Any], records: list[int], owned: list[list
     part |= {name: [batch[name][index] for index in indices] for name in ("sequence_lengths", "response_lengths")}
     part["num_unsatisfactory"] = len(judged)
     part["shared_lengths"] = [batch["shared_lengths"][record] for record in judged]
-    part["places"] = [batch["places"][record] for record in records]
+    part["locations"] = [batch["locations"][record] for record in records]
     if "is_flagged" in batch:
         # Of the plain contexts alone, one for each record.
         sizes = [batch["response_lengths"][indices[0]] for indices in owned]
@@ -148,7 +148,7 @@ def count_batch(batch: Mapping[str, Any], normalization: str, parts: Parts = ALL
     num_unsatisfactory, num_satisfactory = split_lengths(batch)
     if normalization == "record":
         num_unsatisfactory = batch["num_unsatisfactory"]
-        num_satisfactory = len(batch["places"]) - num_unsatisfactory
+        num_satisfactory = len(batch["locations"]) - num_unsatisfactory
     return (
         num_unsatisfactory * parts.contrast,
         num_unsatisfactory * parts.unsatisfactory + num_satisfactory * parts.satisfactory,
@@ -164,10 +164,10 @@ def find_non_finite(logps: Tensor, batch: Mapping[str, Any]) -> list[str]:
     """
     num_unsatisfactory = batch["num_unsatisfactory"]
     # The second pass of an unsatisfactory record counts as that record.
-    records = [*range(num_unsatisfactory), *range(len(batch["places"]))]
+    records = [*range(num_unsatisfactory), *range(len(batch["locations"]))]
     bad = {
         record
         for record, part in zip(records, logps.split(batch["response_lengths"]), strict=True)
         if not torch.isfinite(part).all()
     }
-    return [batch["places"][record] for record in sorted(bad)]
+    return [batch["locations"][record] for record in sorted(bad)]

@@ -19,10 +19,10 @@ from cutlm.model.loading import unwrap_peft
 from cutlm.model.logprobs import find_head_layer, get_head, token_logprobs
 
 _MAX_PADDING = 1 / 8
-# A mask costs attention to all places of a row, lending a second pass. Below this share of both sequences, a common
+# A mask costs attention to all locations of a row, lending a second pass. Below this share of both sequences, a common
 # beginning is not worth it.
 _LEAST_SHARED = 1 / 5
-# Under a mask attention looks at all places of a row: in a longer one company costs more than it brings.
+# Under a mask attention looks at all locations of a row: in a longer one company costs more than it brings.
 _MOST_MASKED = 4096
 
 

@@ -98,8 +98,8 @@ def _run_behind(model: nn.Module, trees: Sequence[Tree], seconds: Sequence[Tenso
     positions = torch.minimum(num_shared + torch.arange(ids.shape[1], device=device), last)
     inputs = {}
     if len(trees) > 1:
-        places = torch.arange(longest + ids.shape[1], device=device)
-        inputs["attention_mask"] = (places >= longest - num_shared).long()
+        locations = torch.arange(longest + ids.shape[1], device=device)
+        inputs["attention_mask"] = (locations >= longest - num_shared).long()
     lent, layers = DynamicCache(), cast(list[Any], cache.layers)
     for number, layer in enumerate(layers):
         lent.update(_lend(layer.keys, trees, longest), _lend(layer.values, trees, longest), number)
@@ -123,7 +123,7 @@ def run_row(model: nn.Module, trees: Sequence[Tree], sequences: Sequence[Tensor]
     Yields:
         The index of each sequence and its hidden states but for those of a shared beginning, [L - num_shared, H].
     """
-    parts, positions, owners, branches, places = [], [], [], [], []
+    parts, positions, owners, branches, locations = [], [], [], [], []
     device = sequences[0].device
     start = 0
     for number, tree in enumerate(trees):
@@ -140,14 +140,14 @@ def run_row(model: nn.Module, trees: Sequence[Tree], sequences: Sequence[Tensor]
             owners.append(torch.full((len(ids),), number, device=device))
             branches.append(torch.full((len(ids),), branch, device=device))
             if branch:
-                places.append((tree.indices[branch - 1], start, start + len(ids)))
+                locations.append((tree.indices[branch - 1], start, start + len(ids)))
             start += len(ids)
     inputs = {"input_ids": torch.cat(parts)[None], "position_ids": torch.cat(positions)[None]}
     # Attention of variable length goes by the position ids alone.
     if start > len(parts[0]) and name_attention(model) in MASKED_KINDS:
         inputs["attention_mask"] = _make_mask(model, torch.cat(owners), torch.cat(branches))
     states = _run_body(model, **inputs)[0]
-    for index, begin, end in places:
+    for index, begin, end in locations:
         yield index, states[begin:end]
 
 

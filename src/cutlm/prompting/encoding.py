@@ -258,15 +258,15 @@ class Encoder:
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        places = [place for place, index in enumerate(ids) if self._is_special(index, text, offsets[place])]
+        locations = [place for place, index in enumerate(ids) if self._is_special(index, text, offsets[place])]
         spelled = {
             place: (start, end)
-            for place in places
+            for place in locations
             for start, end in plain_spans
             if offsets[place][0] < end and offsets[place][1] > start
         }
         # All from the template's last special token before such a text to its first one after it is plain text.
-        frame = [place for place in places if place not in spelled]
+        frame = [place for place in locations if place not in spelled]
         regions = {
             (
                 max((place + 1 for place in frame if offsets[place][1] <= start), default=0),
@@ -347,7 +347,7 @@ def view_both_contexts(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
 
 def encode_records(
     records: Sequence[JudgedRecord],
-    places: Sequence[str],
+    locations: Sequence[str],
     encoder: Encoder,
     max_length: int,
     view: Callable[[JudgedRecord, Encoder], EncodedRecord | str] = view_both_contexts,
@@ -356,13 +356,13 @@ def encode_records(
 
     Args:
         records: The records.
-        places: Where each stands, for messages: `data.jsonl:17`.
+        locations: Where each stands, for messages: `data.jsonl:17`.
         encoder: Tokenizer and template.
         max_length: Most tokens of a prompt and the response together.
         view: What of a record is learned from (`cutlm.training.views`); a text instead says why a record is left out.
     """
     encoded = EncodedRecords()
-    for record, place in zip(records, places, strict=True):
+    for record, place in zip(records, locations, strict=True):
         viewed = view(record, encoder)
         if isinstance(viewed, str):
             encoded.skipped[viewed] += 1
@@ -377,7 +377,7 @@ def encode_records(
                 "prompt_ids": row.prompt_ids,
                 "judged_prompt_ids": row.judged_prompt_ids,
                 "response_ids": row.response_ids,
-                "place": place,
+                "location": place,
                 "is_satisfactory": record.is_satisfactory,
                 **row.extra,
             }

@@ -98,8 +98,10 @@ def _decode_prefixes(
         # Half a character is decoded as a stand-in that the whole text does not have at that place, or as nothing.
         is_part = (len(decoded) > reached or reached == start) and reached < len(whole)
         spans.append((start - first, reached + is_part - first))
-    places = _align(whole[first:], text)
-    return [(places[start], max(places[end - 1] + 1 if end > start else 0, places[start])) for start, end in spans]
+    locations = _align(whole[first:], text)
+    return [
+        (locations[start], max(locations[end - 1] + 1 if end > start else 0, locations[start])) for start, end in spans
+    ]
 
 
 def _count_common(one: str, other: str) -> int:
@@ -112,14 +114,14 @@ def _align(decoded: str, text: str) -> list[int]:
     """For each place of a decoded text, the end included, the one in the text that it was made from."""
     if decoded == text:
         return list(range(len(text) + 1))
-    places = []
+    locations = []
     # Upper case may be lost too. One character each: some have two of lower case.
     one, other = ([letter.lower()[:1] or letter for letter in string] for string in (decoded, text))
     for kind, left, right, start, end in SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
         for place in range(left, right):
             offset = place - left
-            places.append(start + offset if kind == "equal" else min(start + offset, max(start, end - 1)))
-    return [*places, len(text)]
+            locations.append(start + offset if kind == "equal" else min(start + offset, max(start, end - 1)))
+    return [*locations, len(text)]
 
 
 def _close_gaps(spans: Sequence[Span], length: int) -> list[Span]:

@@ -265,7 +265,7 @@ JUDGE_OPTIONS = OptionNames(
 )
 
 
-def explain_refusal(server: ChatServer, error: Refused, place: str, options: OptionNames = JUDGE_OPTIONS) -> str:
+def explain_refusal(server: ChatServer, error: Refused, location: str, options: OptionNames = JUDGE_OPTIONS) -> str:
     """One sentence for the user, with what to do."""
     if not error.status:
         return f"{server.url}: {error.said}; give another address by {options.url}"
@@ -279,6 +279,6 @@ def explain_refusal(server: ChatServer, error: Refused, place: str, options: Opt
     if 300 <= error.status < 400:
         return f"{server.url}: the server names another address ({error}); give that one by {options.url}"
     return (
-        f"{place}: {server.url} refuses the request ({error}); if it is too long for the model, {options.too_long}, and"
-        f" if it is about a field, change that one by {options.fields}"
+        f"{location}: {server.url} refuses the request ({error}); if it is too long for the model,"
+        f" {options.too_long}, and if it is about a field, change that one by {options.fields}"
     )

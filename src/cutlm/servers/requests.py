@@ -94,15 +94,15 @@ def ask_all(
         `RefusedAlone` for what a server refuses that answers others. One that refuses all, or so many at first that it
         would refuse all, ends the asking.
     """
-    places: queue.SimpleQueue[int] = queue.SimpleQueue()
+    locations: queue.SimpleQueue[int] = queue.SimpleQueue()
     results: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
     stop = stop or threading.Event()
     for place in range(num):
-        places.put(place)
+        locations.put(place)
     num_threads = min(concurrency, num)
     # No pool of the standard library: those wait for their threads at the end, and so would Ctrl-C for each request.
     for _ in range(num_threads):
-        threading.Thread(target=_work, args=(places, results, ask, stop), daemon=True).start()
+        threading.Thread(target=_work, args=(locations, results, ask, stop), daemon=True).start()
     most_in_a_row = max(8, 2 * concurrency)
     num_in_a_row, missing = 0, set(range(num))
     refused: list[tuple[int, Refused]] = []
@@ -146,7 +146,7 @@ def ask_all(
 
 
 def _work(
-    places: "queue.SimpleQueue[int]",
+    locations: "queue.SimpleQueue[int]",
     results: "queue.SimpleQueue[tuple[int, Any] | None]",
     ask: Callable[[int, threading.Event], Any],
     stop: threading.Event,
@@ -154,7 +154,7 @@ def _work(
     """Asks one question after another, up to the last or a stop; then puts None."""
     try:
         while not stop.is_set():
-            place = places.get_nowait()
+            place = locations.get_nowait()
             try:
                 results.put((place, ask(place, stop)))
             except Stopped:
@@ -173,7 +173,7 @@ def _is_about_one(result: Any) -> bool:
     return isinstance(result, Refused) and result.status in _ABOUT_ONE
 
 
-def explain_refusal(server: Server, endpoint: str, error: Refused, place: str, advice: str) -> str:
+def explain_refusal(server: Server, endpoint: str, error: Refused, location: str, advice: str) -> str:
     """One sentence for the user, with what to do.
 
     Args:
@@ -194,4 +194,4 @@ def explain_refusal(server: Server, endpoint: str, error: Refused, place: str, a
         )
     if 300 <= error.status < 400:
         return f"{endpoint}: the server names another address ({error}); give that one by --server"
-    return f"{place}: {endpoint} refuses the request ({error}); {advice}"
+    return f"{location}: {endpoint} refuses the request ({error}); {advice}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlm.losses import Blame, CutLoss, cut_loss, dual_cut_loss
+from cutlm.losses import CutLoss, TokenFlags, cut_loss, dual_cut_loss
 from cutlm.model.collator import split_lengths
 from cutlm.training.config import CUTConfig
 
@@ -45,7 +45,7 @@ def compute_batch_loss(logps: Tensor, batch: Mapping[str, Any], args: CUTConfig)
     if "is_flagged" in batch:
         sizes = [num_tokens, num_satisfactory_tokens]
         flags, flag_weights = batch["is_flagged"].split(sizes), batch["flag_weights"].split(sizes)
-        blame, blame_satisfactory = Blame(flags[0], flag_weights[0]), Blame(flags[1], flag_weights[1])
+        blame, blame_satisfactory = TokenFlags(flags[0], flag_weights[0]), TokenFlags(flags[1], flag_weights[1])
     return cut_loss(
         without,
         with_judgment,

@@ -37,10 +37,10 @@ class Pair(NamedTuple):
     instruction: str
     chosen: str
     rejected: str
-    place: str
+    location: str
 
 
-def pair_responses(records: Sequence[JudgedRecord], places: Sequence[str]) -> tuple[list[Pair], list[str]]:
+def pair_responses(records: Sequence[JudgedRecord], locations: Sequence[str]) -> tuple[list[Pair], list[str]]:
     """Pairs each unsatisfactory response with a satisfactory one to the same instruction.
 
     Where an instruction has several of them, they are taken in turn; a response counts once however often it was
@@ -51,7 +51,7 @@ def pair_responses(records: Sequence[JudgedRecord], places: Sequence[str]) -> tu
     """
     better: dict[str, dict[str, str]] = {}
     worse: dict[str, dict[str, str]] = {}
-    for record, place in zip(records, places, strict=True):
+    for record, place in zip(records, locations, strict=True):
         responses = better if record.is_satisfactory else worse
         responses.setdefault(record.full_instruction, {}).setdefault(record.output, place)
     pairs, num_alike, num_alone = [], 0, {"satisfactory": 0, "unsatisfactory": 0}
@@ -72,10 +72,10 @@ def pair_responses(records: Sequence[JudgedRecord], places: Sequence[str]) -> tu
     ]
 
 
-def pair_refinements(records: Sequence[JudgedRecord], places: Sequence[str]) -> tuple[list[Pair], list[str]]:
+def pair_refinements(records: Sequence[JudgedRecord], locations: Sequence[str]) -> tuple[list[Pair], list[str]]:
     """Pairs the improved response of each unsatisfactory record with the one that was judged."""
     pairs, num_satisfactory, num_unrefined = [], 0, 0
-    for record, place in zip(records, places, strict=True):
+    for record, place in zip(records, locations, strict=True):
         if record.is_satisfactory:
             num_satisfactory += 1
         elif not record.i_ans or record.i_ans == record.output:
@@ -101,7 +101,7 @@ def encode_pairs(pairs: Sequence[Pair], encoder: Encoder, max_length: int) -> tu
         chosen_ids, rejected_ids = encoder.encode_response(pair.chosen), encoder.encode_response(pair.rejected)
         room = max_length - max(len(chosen_ids), len(rejected_ids))
         if room < 1:
-            left_out.append(f"{pair.place}: a response alone fills max_length {max_length}; left out")
+            left_out.append(f"{pair.location}: a response alone fills max_length {max_length}; left out")
             continue
         prompt_ids = encoder.cut(encoder.encode_prompt(pair.instruction), room)
         rows.append({"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids})
@@ -117,7 +117,7 @@ class PairTrainer(SafeTrainer, DPOTrainer):
         train_dataset: Judged records: several responses an instruction under "dpo", `i_ans` under "ilf_dpo".
         processing_class: The tokenizer.
         peft_config: An adapter to train instead of the whole model.
-        places: Where each record stands, for messages.
+        locations: Where each record stands, for messages.
         **kwargs: As of TRL's `DPOTrainer`.
 
     Raises:
@@ -131,14 +131,14 @@ class PairTrainer(SafeTrainer, DPOTrainer):
         train_dataset: Sequence[JudgedRecord],
         processing_class: PreTrainedTokenizerBase,
         peft_config: "PeftConfig | None" = None,
-        places: Sequence[str] | None = None,
+        locations: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if train_dataset and isinstance(train_dataset[0], TokenScores):
             raise ConfigError(f"objective {args.objective} learns from records; got token scores, which are for cut")
-        places = places or [f"record {number}" for number in range(len(train_dataset))]
+        locations = locations or [f"record {number}" for number in range(len(train_dataset))]
         make_pairs = pair_responses if args.objective == "dpo" else pair_refinements
-        pairs, left_out = make_pairs(train_dataset, places)
+        pairs, left_out = make_pairs(train_dataset, locations)
         encoder = Encoder(processing_class, args.template)  # type: ignore[arg-type]
         rows, too_long = encode_pairs(pairs, encoder, args.max_length)
         if not rows:

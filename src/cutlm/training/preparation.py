@@ -17,7 +17,7 @@ from cutlm.blame.scoring import score_rows
 from cutlm.blame.token_scores import TokenScores, fingerprint_template, fingerprint_tokenizer, map_to_tokenizer
 from cutlm.data.records import JudgedRecord, as_records
 from cutlm.errors import ConfigError, DataError
-from cutlm.losses import blame_tokens
+from cutlm.losses import flag_tokens
 from cutlm.model.loading import unwrap_peft
 from cutlm.prompting.encoding import EncodedRecord, Encoder, encode_records
 from cutlm.prompting.templates import TEMPLATES
@@ -50,7 +50,7 @@ def prepare_data(
     name: str,
     args: CUTConfig,
     tokenizer: PreTrainedTokenizerBase | None,
-    places: Sequence[str] | None = None,
+    locations: Sequence[str] | None = None,
 ) -> PreparedData:
     """Encodes records or token scores by the view of the objective, or takes encoded rows as they are.
 
@@ -59,7 +59,7 @@ def prepare_data(
         name: What to call it in messages.
         args: Template and length.
         tokenizer: For records.
-        places: Where each record stands, for messages; None numbers them.
+        locations: Where each record stands, for messages; None numbers them.
 
     Raises:
         DataError: Bad records or rows; all are named.
@@ -79,13 +79,13 @@ def prepare_data(
     encoder = Encoder(tokenizer, args.template)  # type: ignore[arg-type]
     if len(dataset) and isinstance(dataset[0], TokenScores):
         records = [scores.record for scores in dataset]
-        places = places or [f"{name}[{index}]" for index in range(len(dataset))]
-        view: View = _view_scores(dataset, places, encoder, args)
+        locations = locations or [f"{name}[{index}]" for index in range(len(dataset))]
+        view: View = _view_scores(dataset, locations, encoder, args)
     else:
         check = as_records(list(dataset), name)
-        records, places = check.records, places or check.places
+        records, locations = check.records, locations or check.locations
         view = choose_view(args.objective, args.detector, args.unlikelihood_weight, args.satisfactory_only)
-    encoded = encode_records(records, places, encoder, args.max_length, view)
+    encoded = encode_records(records, locations, encoder, args.max_length, view)
     return PreparedData(
         Dataset.from_list(encoded.rows),
         [f"{name}: {encoded.describe(args.max_length)}", *encoded.describe_left_out()],
@@ -95,7 +95,7 @@ def prepare_data(
 
 
 def _view_scores(
-    dataset: Sequence[TokenScores], places: Sequence[str], encoder: Encoder, args: CUTConfig
+    dataset: Sequence[TokenScores], locations: Sequence[str], encoder: Encoder, args: CUTConfig
 ) -> Callable[[JudgedRecord, Encoder], EncodedRecord]:
     """A view that takes flags and weights from token scores.
 
@@ -124,7 +124,7 @@ def _view_scores(
         raise ConfigError(differing)
     tokenizer, template = fingerprint_tokenizer(encoder.tokenizer), fingerprint_template(encoder)
     problems, by_record, others = [], {}, set()
-    for scores, place in zip(dataset, places, strict=True):
+    for scores, place in zip(dataset, locations, strict=True):
         if not args.map_spans and scores.template != template:
             problems.append(f"{place}: field 'template': made with {scores.template}, the training's is {template}")
             others.add(scores.template.partition(" ")[0])
@@ -195,7 +195,7 @@ def blame_beforehand(data: PreparedData, name: str, model: nn.Module, args: CUTC
             for number, without, with_judgment in batch:
                 assert with_judgment is not None
                 index = judged[number]
-                blame = blame_tokens(
+                blame = flag_tokens(
                     without,
                     with_judgment,
                     threshold=args.threshold,
@@ -328,7 +328,7 @@ def _check_encoded(dataset: Dataset | Sequence[Any], name: str) -> Dataset:
         [
             {key: row.get(key) for key in (*_ID_COLUMNS, *extra)}
             | {
-                "place": row.get("place") or f"{name}[{index}]",
+                "location": row.get("location") or f"{name}[{index}]",
                 "is_satisfactory": row.get("is_satisfactory", row.get("judged_prompt_ids") is None),
             }
             for index, row in enumerate(dataset)

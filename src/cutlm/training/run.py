@@ -13,7 +13,7 @@ from typing import Any
 
 from trl import get_peft_config, get_quantization_config
 
-from cutlm.blame.detector import BlameSettings, blame_file, describe_run, make_scores
+from cutlm.blame.detector import FlagSettings, blame_file, describe_run, make_scores
 from cutlm.blame.scoring import check_rows, score_rows
 from cutlm.blame.token_scores import TokenScores, is_token_scores, read_token_scores, strip_scores
 from cutlm.data.files import open_atomic, read_bytes, read_rows
@@ -46,9 +46,9 @@ def build_trainer(
         config: Settings of training.
         prepare: What is made of the rows of each file before anything is learned from them; nothing by default.
     """
-    rows, places = load_data(data_args.data)
+    rows, locations = load_data(data_args.data)
     rows = prepare(rows)
-    train, evaluate = _split(list(zip(rows, places, strict=True)), data_args.eval_split, config.seed)
+    train, evaluate = _split(list(zip(rows, locations, strict=True)), data_args.eval_split, config.seed)
     eval_records = [record for record, _ in evaluate]
     if data_args.eval_data:
         eval_records = prepare(load_data(data_args.eval_data)[0])
@@ -96,7 +96,7 @@ def build_trainer(
             train_dataset=train_rows,
             processing_class=tokenizer,
             peft_config=peft_config,
-            places=train_places,
+            locations=train_places,
             **kwargs,
         )
     # Some would hold on to the weights.
@@ -136,13 +136,13 @@ def load_data(path: str) -> tuple[list[Any], list[str]]:
         return list(read_token_scores(path)), [row.where for row in read_rows(path)[0]]
     check = check_records(path)
     raise_problems(check, path)
-    for record, place in zip(check.records, check.places, strict=True):
+    for record, place in zip(check.records, check.locations, strict=True):
         if strip_scores(record) is not record:
             raise DataError(
                 f"{place}: expected a plain record, as the first row is one, got token scores, whose flags would be"
                 " ignored; put plain records and token scores into files of their own"
             )
-    return list(check.records), check.places
+    return list(check.records), check.locations
 
 
 def _describe_backend(model: Any, model_args: Any, config: Any) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def blame_once(
     model: Any,
     tokenizer: Any,
     records: list[Any],
-    places: list[str],
+    locations: list[str],
     config: Any,
     *,
     detector: str,
@@ -176,7 +176,7 @@ def blame_once(
         model: The model.
         tokenizer: The model's.
         records: To be blamed.
-        places: Where each stands, for messages.
+        locations: Where each stands, for messages.
         config: Settings of training.
         detector: Fingerprint of the model.
         backend: What else the log-probs depend on, by name.
@@ -190,7 +190,7 @@ def blame_once(
     """
     path = Path(config.output_dir) / SCORES_FILE
     encoder = Encoder(tokenizer, config.template)
-    settings = BlameSettings(config.threshold, config.unlikelihood_weight, config.gamma, config.max_length)
+    settings = FlagSettings(config.threshold, config.unlikelihood_weight, config.gamma, config.max_length)
     flagging = {name: getattr(settings, name) for name in ("threshold", "unlikelihood_weight", "gamma")}
     header = flagging | describe_run(records, encoder, settings, detector, backend)
 
@@ -219,7 +219,15 @@ def blame_once(
                 )
             path.with_name(SCORES_HEADER_FILE).unlink(missing_ok=True)
             counts = blame_file(
-                records, places, path, encoder, score, settings, detector=detector, backend=backend, overwrite=overwrite
+                records,
+                locations,
+                path,
+                encoder,
+                score,
+                settings,
+                detector=detector,
+                backend=backend,
+                overwrite=overwrite,
             )
             with open_atomic(path.with_name(SCORES_HEADER_FILE)) as file:
                 further = {"left_out": counts.left_out, "sha256": _hash(path)}
@@ -254,7 +262,7 @@ def _find_difference(path: Path, header: dict[str, Any]) -> str | None:
     return None if found.get("sha256") == _hash(path) else "edited since it was made"
 
 
-def _can_be_remade(path: Path, records: list[Any], encoder: Encoder, settings: BlameSettings, detector: str) -> bool:
+def _can_be_remade(path: Path, records: list[Any], encoder: Encoder, settings: FlagSettings, detector: str) -> bool:
     """Whether a file without a header holds nothing but what is made of these records again: no work of a person."""
     if _read_header(path):
         return False

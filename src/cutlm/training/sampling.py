@@ -22,7 +22,7 @@ def balance_step(sizes: Sequence[int], num_processes: int, batch_size: int) -> l
         batch_size: Records of a micro-batch; the last ones of a pass over the data may have fewer.
 
     Returns:
-        The places of the records: a micro-batch after the other.
+        The locations of the records: a micro-batch after the other.
     """
     num_batches = -(-len(sizes) // batch_size)
     if num_batches % num_processes or len(sizes) % batch_size:

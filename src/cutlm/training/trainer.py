@@ -75,7 +75,7 @@ class CUTTrainer(SafeTrainer):
         eval_dataset: Likewise.
         processing_class: The tokenizer.
         peft_config: An adapter to train instead of the whole model.
-        places: Where each record stands, for messages (`data.jsonl:17`); None numbers them.
+        locations: Where each record stands, for messages (`data.jsonl:17`); None numbers them.
         **kwargs: As of `transformers.Trainer`.
 
     What was cut, left out or downsampled is logged, and stands in `notices`.
@@ -98,7 +98,7 @@ class CUTTrainer(SafeTrainer):
         eval_dataset: Dataset | Sequence[Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: "PeftConfig | None" = None,
-        places: Sequence[str] | None = None,
+        locations: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or CUTConfig()
@@ -134,7 +134,7 @@ class CUTTrainer(SafeTrainer):
             if dataset is None:
                 continue
             is_training = name == "train_dataset"
-            data = prepare_data(dataset, name, args, processing_class, places if is_training else None)
+            data = prepare_data(dataset, name, args, processing_class, locations if is_training else None)
             if is_training and args.downsample is not None:
                 downsample(data, name, args.downsample, args.seed)
             if not len(data.rows):
@@ -309,8 +309,8 @@ class CUTTrainer(SafeTrainer):
         if bad_places:
             who = f"the log-probs of {_join(bad_places)} are no numbers"
         else:
-            places = [place for _, batch in self._step_logps for place in batch["places"]]
-            who = f"the gradient of this step's records is none: {_join(places)}"
+            locations = [place for _, batch in self._step_logps for place in batch["locations"]]
+            who = f"the gradient of this step's records is none: {_join(locations)}"
         raise NonFiniteError(
             f"step {self.state.global_step + 1}: the gradient norm is {norm.item()}; {who}. Stopped before the"
             " optimizer step, the weights are those of the last one; lower the learning rate, or look at these records"
@@ -397,6 +397,6 @@ def _refuse_prompt_learning(peft_config: "PeftConfig | None") -> None:
         )
 
 
-def _join(places: Sequence[str]) -> str:
-    shown = ", ".join(places[:_MAX_PLACES_NAMED])
-    return shown if len(places) <= _MAX_PLACES_NAMED else f"{shown} and {len(places) - _MAX_PLACES_NAMED} more"
+def _join(locations: Sequence[str]) -> str:
+    shown = ", ".join(locations[:_MAX_PLACES_NAMED])
+    return shown if len(locations) <= _MAX_PLACES_NAMED else f"{shown} and {len(locations) - _MAX_PLACES_NAMED} more"

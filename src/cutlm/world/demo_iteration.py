@@ -15,7 +15,7 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from cutlm.blame.detector import BlameCounts, BlameSettings, blame_file
+from cutlm.blame.detector import BlameCounts, FlagSettings, blame_file
 from cutlm.blame.scoring import score_rows
 from cutlm.blame.token_scores import TokenScores, read_token_scores
 from cutlm.data.files import read_rows, write_rows
@@ -32,7 +32,7 @@ from cutlm.world.tasks import Task
 
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-3
-SETTINGS = BlameSettings(threshold=1.1, unlikelihood_weight=1.0, gamma=1.0, max_length=256)
+SETTINGS = FlagSettings(threshold=1.1, unlikelihood_weight=1.0, gamma=1.0, max_length=256)
 _MAX_NEW_TOKENS = 40
 _NUM_AVERAGED = 5
 # The model is so small that its adapter may be a large part of it.
@@ -194,7 +194,7 @@ def blame(records: Path, out: Path, model_path: Path) -> BlameCounts:
     model, tokenizer = load_trained(model_path, dtype="float32", device="cpu")
     return blame_file(
         check.records,
-        check.places,
+        check.locations,
         out,
         Encoder(tokenizer, "alpaca"),
         lambda rows, done: score_rows(model, rows, done=done, show_progress=sys.stderr.isatty()),

@@ -123,13 +123,17 @@ def _tabulate_detection(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _plot_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    places = range(len(rows))[::-1]
+    ticks = range(len(rows))[::-1]
     summaries = [summarize(row["test_accuracy"]) for row in rows]
     colors = [_COLORS[0] if row["method"].startswith("cut") else "#9a9a9a" for row in rows]
     axes.barh(
-        places, [middle for middle, _ in summaries], xerr=[half or 0 for _, half in summaries], color=colors, capsize=3
+        ticks,
+        [middle for middle, _ in summaries],
+        xerr=[half or 0 for _, half in summaries],
+        color=colors,
+        capsize=3,
     )
-    axes.set_yticks(places, [row["method"] for row in rows], fontsize=8)
+    axes.set_yticks(ticks, [row["method"] for row in rows], fontsize=8)
     axes.set_xlim(0, 1)
     axes.set_xlabel("accuracy on test tasks, mean over families")
 
