@@ -99,7 +99,7 @@ def test_shepherds_two_files_make_the_records_in_either_order():
     one, other = place(SHEPHERD_MODEL, "m"), place(SHEPHERD_RAW, "r")
     for conversion in (shepherd.convert(one, other), shepherd.convert(other, one)):
         assert values_of(conversion) == SHEPHERD_RECORDS
-        assert [row.where for row in conversion.rows] == ["m:1", "m:2"]
+        assert [row.location for row in conversion.rows] == ["m:1", "m:2"]
 
 
 def test_shepherd_answers_and_feedback_without_text_are_left_out_and_counted():

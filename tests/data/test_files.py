@@ -40,7 +40,7 @@ def test_a_line_ends_at_newline_alone(text, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"a": 1}) + "\n" + json.dumps({"a": text}, ensure_ascii=False) + "\n", newline="")
     rows, _ = read_rows(path)
-    assert [(row.where, row.value) for row in rows] == [(f"{path}:1", {"a": 1}), (f"{path}:2", {"a": text})]
+    assert [(row.location, row.value) for row in rows] == [(f"{path}:1", {"a": 1}), (f"{path}:2", {"a": text})]
 
 
 def test_half_a_surrogate_pair_is_written_as_an_escape_and_other_rows_stay_readable(tmp_path):
@@ -82,13 +82,16 @@ def test_compression_is_recognised_by_the_first_bytes_whatever_the_name(tmp_path
 def test_a_byte_order_mark_blank_lines_and_windows_line_ends_are_no_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": 2}')
-    assert [(row.where, row.value) for row in read_rows(path)[0]] == [(f"{path}:1", {"a": 1}), (f"{path}:4", {"a": 2})]
+    assert [(row.location, row.value) for row in read_rows(path)[0]] == [
+        (f"{path}:1", {"a": 1}),
+        (f"{path}:4", {"a": 2}),
+    ]
 
 
 def test_rows_of_an_array_are_named_by_their_index(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(' [{"a": 1},\n {"a": 2}]')
-    assert [row.where for row in read_rows(path)[0]] == [f"{path}[0]", f"{path}[1]"]
+    assert [row.location for row in read_rows(path)[0]] == [f"{path}[0]", f"{path}[1]"]
 
 
 class TornError(Exception):
@@ -177,10 +180,10 @@ def test_an_infinite_number_is_refused_with_its_place_and_field(number, tmp_path
     lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
     lines.write_text(f'{{"a": 1e308}}\n{{"b": 1, "a": {number}}}\n')
     rows, problems = read_rows(lines)
-    assert ([row.where for row in rows], problems) == ([f"{lines}:1"], [f"{lines}:2: {message}"])
+    assert ([row.location for row in rows], problems) == ([f"{lines}:1"], [f"{lines}:2: {message}"])
     array.write_text(f'[{{"a": 1e308}}, {{"b": 1, "a": {number}}}]')
     rows, problems = read_rows(array)
-    assert ([row.where for row in rows], problems) == ([f"{array}[0]"], [f"{array}[1]: {message}"])
+    assert ([row.location for row in rows], problems) == ([f"{array}[0]"], [f"{array}[1]: {message}"])
 
 
 def test_values_nested_too_deep_are_refused_with_their_place_and_field(tmp_path):
@@ -189,7 +192,7 @@ def test_values_nested_too_deep_are_refused_with_their_place_and_field(tmp_path)
     objects = '{"b": ' * MAX_DEPTH + "1" + "}" * MAX_DEPTH
     path.write_text("".join(f'{{"a": {value}}}\n' for value in (deep, deeper, objects, "[" * 300 + "]" * 300)))
     rows, problems = read_rows(path)
-    assert [row.where for row in rows] == [f"{path}:1"]
+    assert [row.location for row in rows] == [f"{path}:1"]
     message = "field 'a': expected values nested at most 100 deep, got deeper ones; flatten or leave them out"
     assert problems == [f"{path}:{number}: {message}" for number in (2, 3, 4)]
 

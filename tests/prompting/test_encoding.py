@@ -172,7 +172,7 @@ def draw_record(data: st.DataObject, texts: st.SearchStrategy[str]) -> JudgedRec
 def encode(encoder: Encoder, record: JudgedRecord) -> EncodedRecord:
     encoded = encoder.encode_record(record, 10**6)
     assert encoded is not None
-    assert not encoded.is_cut
+    assert not encoded.is_truncated
     return encoded
 
 
@@ -493,7 +493,7 @@ def test_prompts_are_cut_from_the_left_and_responses_never(kind, template, is_sa
     for room in range(1, longest + 2):
         encoded = encoder.encode_record(record, num_response + room)
         assert encoded.response_ids == whole.response_ids
-        assert encoded.is_cut == (room < longest)
+        assert encoded.is_truncated == (room < longest)
         assert (encoded.judged_prompt_ids is None) == is_satisfactory
         pairs = [(encoded.prompt_ids, whole.prompt_ids)]
         if not is_satisfactory:
@@ -528,8 +528,8 @@ def test_every_record_is_encoded_or_named_as_left_out(lengths, max_length):
         for place, is_out in zip(locations, too_long, strict=True)
         if is_out
     ]
-    assert encoded.num_cut == sum(
-        row.is_cut for record in records if (row := encoder.encode_record(record, max_length)) is not None
+    assert encoded.num_truncated == sum(
+        row.is_truncated for record in records if (row := encoder.encode_record(record, max_length)) is not None
     )
     for row in encoded.rows:
         for ids in (row["prompt_ids"], row["judged_prompt_ids"]):

@@ -140,7 +140,7 @@ def test_a_table_has_the_columns_of_every_view_whatever_comes_first(encoder):
 def test_views_are_cut_to_length_like_records(encoder):
     long = WRONG.model_copy(update={"instruction": "Name it. " * 200})
     encoded = encode_records([long], ["a"], encoder, 64, view_hindsight)
-    assert encoded.num_cut == 1
+    assert encoded.num_truncated == 1
     assert len(encoded.rows[0]["prompt_ids"]) + len(encoded.rows[0]["response_ids"]) == 64
 
 

@@ -76,7 +76,7 @@ class BlameCounts:
         num_records: Records scored.
         num_satisfactory: Of these, the satisfactory ones.
         num_resumed: Records taken over from a run that was stopped.
-        num_cut: Records of which a prompt was cut from the left.
+        num_truncated: Records of which a prompt was cut from the left.
         left_out: A sentence for each record that was left out for its length.
         num_tokens: Response tokens of unsatisfactory records.
         num_flagged: Of these, the flagged ones.
@@ -86,7 +86,7 @@ class BlameCounts:
     num_records: int = 0
     num_satisfactory: int = 0
     num_resumed: int = 0
-    num_cut: int = 0
+    num_truncated: int = 0
     left_out: list[str] = field(default_factory=list)
     num_tokens: int = 0
     num_flagged: int = 0
@@ -98,7 +98,7 @@ class BlameCounts:
         num_unsatisfactory = self.num_records - self.num_satisfactory
         return (
             f"{self.num_records} records scored ({self.num_satisfactory} satisfactory, {num_unsatisfactory}"
-            f" unsatisfactory); {self.num_cut} with a prompt cut from the left to fit; {len(self.left_out)} left out\n"
+            f" unsatisfactory); {self.num_truncated} with a prompt cut from the left to fit; {len(self.left_out)} left out\n"
             f"{self.num_flagged} of {self.num_tokens} tokens of unsatisfactory responses flagged ({share:.1%});"
             f" {self.num_without_flag} of these records without any flag"
         )
@@ -188,7 +188,7 @@ def blame_record(
     logps = _round(without)
     assert logps is not None
     scores = make_scores(record, row["response_ids"], logps, _round(judged), encoder, settings, detector)
-    return scores, counts.num_cut > 0
+    return scores, counts.num_truncated > 0
 
 
 def describe_run(
@@ -251,12 +251,12 @@ def _encode(
         if encoded is None:
             counts.left_out.append(f"{place}: the response alone fills max_length {settings.max_length}; left out")
             continue
-        judged_ids, is_cut = encoded.judged_prompt_ids, encoded.is_cut
+        judged_ids, is_truncated = encoded.judged_prompt_ids, encoded.is_truncated
         if record.is_satisfactory and settings.with_praise:
             room = settings.max_length - len(encoded.response_ids)
             whole_ids = encoder.encode_prompt(record.full_instruction, record.judgment or PRAISE)
-            judged_ids, is_cut = encoder.cut(whole_ids, room), is_cut or len(whole_ids) > room
-        counts.num_cut += is_cut
+            judged_ids, is_truncated = encoder.truncate(whole_ids, room), is_truncated or len(whole_ids) > room
+        counts.num_truncated += is_truncated
         rows.append(
             {
                 "prompt_ids": encoded.prompt_ids,

@@ -167,7 +167,7 @@ def _read_row(row: SourceRow, problems: list[str]) -> TokenScores | None:
     own = row.value
     if isinstance(own, dict):
         own = {name: value for name, value in own.items() if name not in SCORE_FIELDS}
-    check = check_rows([SourceRow(row.where, own)])
+    check = check_rows([SourceRow(row.location, own)])
     problems.extend(check.problems)
     if not isinstance(row.value, dict):
         return None
@@ -175,20 +175,20 @@ def _read_row(row: SourceRow, problems: list[str]) -> TokenScores | None:
     if values.get("schema_version") != SCHEMA_VERSION or isinstance(values["schema_version"], bool):
         got = describe_value(values["schema_version"]) if "schema_version" in values else "no such field"
         problems.append(
-            f"{row.where}: field 'schema_version': expected {SCHEMA_VERSION}, got {got}; make the file by cutlm blame"
+            f"{row.location}: field 'schema_version': expected {SCHEMA_VERSION}, got {got}; make the file by cutlm blame"
         )
         return None
     for name in _COLUMNS:
-        _check_field(row.where, values, name, problems)
+        _check_field(row.location, values, name, problems)
     if check.records and values.get("is_satisfactory") is not check.records[0].is_satisfactory:
         problems.append(
-            f"{row.where}: field 'is_satisfactory': expected {json.dumps(check.records[0].is_satisfactory)} by the"
+            f"{row.location}: field 'is_satisfactory': expected {json.dumps(check.records[0].is_satisfactory)} by the"
             f" row's judgment and score, got {json.dumps(values.get('is_satisfactory'))}; change the one or the other"
         )
     if len(problems) > num_before:
         return None
     (record,) = check.records
-    _check_places(row.where, values, len(record.output), problems)
+    _check_places(row.location, values, len(record.output), problems)
     pairs = zip(values["is_flagged"], values["weights"], strict=True)
     values["weights"] = [float(weight or 0) if is_flagged else 0.0 for is_flagged, weight in pairs]
     values["spans"] = [tuple(span) for span in values["spans"]]

@@ -175,12 +175,12 @@ class Session:
             remark('a judgment that begins with "Perfect" finds nothing wrong: no token is blamed')
             return
         try:
-            scores, is_cut = self._engine.blame(record)
+            scores, is_truncated = self._engine.blame(record)
         except UserError as error:
             raise UserError(f"{error}; what this judgment blames cannot be shown, but it is kept for /save") from None
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the judgment is kept for /save") from None
-        if is_cut:
+        if is_truncated:
             remark("a prompt was cut from the left to fit the model's context")
         self._print_blame(scores if last.is_ended else _drop_end(scores))
 

@@ -157,8 +157,8 @@ def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
         fingerprint=fingerprint_model(args.model),
         judgment=args.judgment,
     )
-    if counts.num_cut:
-        print(f"{counts.num_cut} prompts were cut from the left to fit the model's context")
+    if counts.num_truncated:
+        print(f"{counts.num_truncated} prompts were cut from the left to fit the model's context")
     _print_counts(args, len(prompts), counts, max_new_tokens)
     return 0
 

@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if counts.num_resumed:
         print(f"{counts.num_resumed} responses were there from a run that was stopped")
-    if counts.num_cut:
-        print(f"{counts.num_cut} prompts were cut from the left to fit the model's context")
+    if counts.num_truncated:
+        print(f"{counts.num_truncated} prompts were cut from the left to fit the model's context")
     print(
         f"{len(counts.responses)} of {len(records)} responses rewritten in {args.out}; {counts.num_unfinished} of them"
         f" stopped at {max_new_tokens} tokens. Next:\n  cutlm train --objective ilf_mle --data {args.out} ..."

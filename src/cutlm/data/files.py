@@ -28,7 +28,7 @@ _INFINITE = float("inf")
 class SourceRow:
     """A JSON value and where it stands: `data.jsonl:17` (line) or `data.json[16]` (array index)."""
 
-    where: str
+    location: str
     value: Any
 
 
@@ -141,7 +141,7 @@ def _set_unusable_aside(rows: list[SourceRow]) -> tuple[list[SourceRow], list[st
         if problem is None:
             kept.append(row)
         else:
-            problems.append(f"{row.where}: {problem}")
+            problems.append(f"{row.location}: {problem}")
     return kept, problems
 
 

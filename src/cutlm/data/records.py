@@ -226,11 +226,13 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
             continue
         key = (record.instruction, record.input, record.output, record.judgment)
         if key in first_places:
-            check.duplicates.append(f"{row.where}: the same instruction, response and judgment as {first_places[key]}")
+            check.duplicates.append(
+                f"{row.location}: the same instruction, response and judgment as {first_places[key]}"
+            )
         else:
-            first_places[key] = row.where
+            first_places[key] = row.location
         check.records.append(record)
-        check.locations.append(row.where)
+        check.locations.append(row.location)
     return RecordCheck(check.records, check.locations, check.problems, check.duplicates, num_rows)
 
 
@@ -241,7 +243,7 @@ def _validate_record(row: SourceRow, problems: list[str]) -> JudgedRecord | None
             continue
         nearest = difflib.get_close_matches(str(key).lower(), FIELDS, n=1, cutoff=0.81)
         if nearest and nearest[0] not in row.value:
-            problems.append(f"{row.where}: unknown field {key!r}; did you mean {nearest[0]!r}?")
+            problems.append(f"{row.location}: unknown field {key!r}; did you mean {nearest[0]!r}?")
     record = validate_row(row, JudgedRecord, problems)
     return record if len(problems) == num_before else None
 
@@ -250,7 +252,7 @@ def validate_row(row: SourceRow, kind: type[RowT], problems: list[str]) -> RowT 
     """Reads a row as one of its kind; where it does not fit, adds a sentence per field to `problems`."""
     if not isinstance(row.value, Mapping):
         fields = ", ".join(kind.model_fields)
-        problems.append(f"{row.where}: expected an object with the fields {fields}, got {describe_value(row.value)}")
+        problems.append(f"{row.location}: expected an object with the fields {fields}, got {describe_value(row.value)}")
         return None
     try:
         return kind.model_validate(dict(row.value))
@@ -261,16 +263,18 @@ def validate_row(row: SourceRow, kind: type[RowT], problems: list[str]) -> RowT 
 
 def _describe(row: SourceRow, detail: Any) -> str:
     if not detail["loc"]:
-        return f"{row.where}: the row cannot be used ({detail['msg']})"
+        return f"{row.location}: the row cannot be used ({detail['msg']})"
     name = detail["loc"][0]
     if detail["type"] == "missing":
-        return f"{row.where}: field {name!r} is missing; the row has {', '.join(map(repr, row.value)) or 'no fields'}"
+        return (
+            f"{row.location}: field {name!r} is missing; the row has {', '.join(map(repr, row.value)) or 'no fields'}"
+        )
     if detail["type"] in ("null_byte", "surrogate", "empty", "spans"):
-        return f"{row.where}: field {name!r}: {detail['msg']}"
+        return f"{row.location}: field {name!r}: {detail['msg']}"
     expected = "a finite number or null" if name == "score" else "a string"
     if name in ("judgment", "i_ans", "input", "dataset"):
         expected = "a string or null"
-    return f"{row.where}: field {name!r}: expected {expected}, got {describe_value(detail['input'])}"
+    return f"{row.location}: field {name!r}: expected {expected}, got {describe_value(detail['input'])}"
 
 
 def describe_value(value: Any) -> str:

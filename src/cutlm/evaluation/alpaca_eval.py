@@ -39,18 +39,18 @@ def read_annotations(path: str | Path, annotator: str) -> list[dict[str, Any]]:
     others: Counter[str] = Counter()
     for row in rows:
         if not isinstance(row.value, dict):
-            problems.append(f"{row.where}: expected an object, got {describe_value(row.value)}")
+            problems.append(f"{row.location}: expected an object, got {describe_value(row.value)}")
             continue
         for name in _TEXTS:
             if not isinstance(row.value.get(name), str):
                 problems.append(
-                    f"{row.where}: field {name!r}: expected text, got {describe_value(row.value.get(name))}"
+                    f"{row.location}: field {name!r}: expected text, got {describe_value(row.value.get(name))}"
                 )
         value = row.value.get("preference")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (is_number and (value == 0 or 1 <= value <= 2)):
             problems.append(
-                f"{row.where}: field 'preference': expected a number from 1 to 2, 0 for a draw, or null, got"
+                f"{row.location}: field 'preference': expected a number from 1 to 2, 0 for a draw, or null, got"
                 f" {describe_value(value)}"
             )
         theirs = row.value.get("annotator")

@@ -71,13 +71,13 @@ class Counts:
 
     Attributes:
         num_resumed: Responses taken over from a run that was stopped.
-        num_cut: Prompts cut from the left to fit the model's context.
+        num_truncated: Prompts cut from the left to fit the model's context.
         responses: The responses, by the index of their prompt.
         unfinished: Those of them that were stopped at `max_new_tokens`, without an end of their own.
     """
 
     num_resumed: int = 0
-    num_cut: int = 0
+    num_truncated: int = 0
     responses: dict[int, str] = field(default_factory=dict)
     unfinished: set[int] = field(default_factory=set)
 
@@ -264,7 +264,7 @@ def generate_batches(
     Yields:
         For each prompt of a batch its index, the response, and whether it was stopped at `max_new_tokens`.
     """
-    encoded, counts.num_cut = _fit_context(unwrap_peft(model), encoder, encoded, sampling.max_new_tokens)
+    encoded, counts.num_truncated = _fit_context(unwrap_peft(model), encoder, encoded, sampling.max_new_tokens)
     order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
     for number, start in enumerate(range(0, len(order), sampling.batch_size)):
         batch = order[start : start + sampling.batch_size]
@@ -309,7 +309,7 @@ def _fit_context(
     room = find_room(model, max_new_tokens)
     if room is None:
         return encoded, 0
-    return [encoder.cut(ids, room) for ids in encoded], sum(len(ids) > room for ids in encoded)
+    return [encoder.truncate(ids, room) for ids in encoded], sum(len(ids) > room for ids in encoded)
 
 
 @torch.inference_mode()

@@ -174,9 +174,9 @@ def _read_json(path: str | Path, problems: list[str]) -> Iterator[_Filled]:
     problems += broken
     for row in rows:
         if not isinstance(row.value, dict):
-            problems.append(f"{row.where}: expected an object with the fields {', '.join(COLUMNS)}")
+            problems.append(f"{row.location}: expected an object with the fields {', '.join(COLUMNS)}")
             continue
-        yield _Filled(row.where, {name: _as_text(row.value.get(name)) for name in COLUMNS})
+        yield _Filled(row.location, {name: _as_text(row.value.get(name)) for name in COLUMNS})
 
 
 def _as_text(value: Any) -> str | None:

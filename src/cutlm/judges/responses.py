@@ -29,14 +29,14 @@ def read_responses(path: str | Path) -> list[Response]:
         DataError: The file cannot be read, or rows cannot be used; all of them are named.
     """
     rows, problems = read_rows(path)
-    checked = [row if not _is_empty(row) else SourceRow(row.where, row.value | {"output": "-"}) for row in rows]
+    checked = [row if not _is_empty(row) else SourceRow(row.location, row.value | {"output": "-"}) for row in rows]
     problems += check_rows(checked).problems
     for row in rows:
         said = [name for name in _SAID_BEFORE if isinstance(row.value, dict) and row.value.get(name) is not None]
         if said:
             names = ", ".join(map(repr, said))
             problems.append(
-                f"{row.where}: field {names}: expected a response that is not judged yet, got one that is; remove"
+                f"{row.location}: field {names}: expected a response that is not judged yet, got one that is; remove"
                 " what was said about it"
             )
     if problems:
@@ -44,7 +44,7 @@ def read_responses(path: str | Path) -> list[Response]:
     if not rows:
         raise DataError(f"{path}: no responses; expected a JSON array or JSON Lines with at least one")
     return [
-        Response(row.where, row.value["instruction"], row.value.get("input") or "", row.value["output"], row.value)
+        Response(row.location, row.value["instruction"], row.value.get("input") or "", row.value["output"], row.value)
         for row in rows
     ]
 

@@ -38,14 +38,14 @@ class EncodedRecord:
         judged_prompt_ids: The prompt with the judgment; None where one context is enough.
         response_ids: The response, end-of-sequence included.
         extra: Further columns of the row.
-        is_cut: Whether a prompt was cut from the left to fit.
+        is_truncated: Whether a prompt was cut from the left to fit.
     """
 
     prompt_ids: list[int]
     judged_prompt_ids: list[int] | None
     response_ids: list[int]
     extra: dict[str, Any] = field(default_factory=dict)
-    is_cut: bool = False
+    is_truncated: bool = False
 
 
 @dataclass
@@ -55,13 +55,13 @@ class EncodedRecords:
     Attributes:
         rows: Dictionaries with `prompt_ids`, `judged_prompt_ids`, `response_ids`, `place`, `is_satisfactory` and
             what else a view adds.
-        num_cut: Records of which a prompt was cut from the left.
+        num_truncated: Records of which a prompt was cut from the left.
         left_out: A sentence for each record left out for its length.
         skipped: How many records a view leaves out, by its reason.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    num_cut: int = 0
+    num_truncated: int = 0
     left_out: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
@@ -78,7 +78,7 @@ class EncodedRecords:
         num_satisfactory = sum(row["is_satisfactory"] for row in self.rows)
         return (
             f"{len(self.rows)} records encoded ({num_satisfactory} satisfactory,"
-            f" {len(self.rows) - num_satisfactory} unsatisfactory); {self.num_cut} prompts cut from the left to fit"
+            f" {len(self.rows) - num_satisfactory} unsatisfactory); {self.num_truncated} prompts cut from the left to fit"
             f" max_length {max_length}; {self.num_left_out} records left out"
         )
 
@@ -108,7 +108,7 @@ class Encoder:
         self._special_tokens = list(special.values())
         special.pop(tokenizer.unk_token_id, None)  # most of these are unknown characters, which are no order to a model
         self._special_ids = set(special)
-        self._starts_afresh_after_special = _starts_afresh_after_special(tokenizer)
+        self._splits_like_start_after_special = _splits_like_start_after_special(tokenizer)
         self._tail = self.render("x").tail
         self._tail_ids = self._split(self._tail)
 
@@ -198,15 +198,15 @@ class Encoder:
         if room < 1:
             return None
         judged_ids = record.judged_prompt_ids
-        is_cut = len(record.prompt_ids) > room or (judged_ids is not None and len(judged_ids) > room)
+        is_truncated = len(record.prompt_ids) > room or (judged_ids is not None and len(judged_ids) > room)
         return replace(
             record,
-            prompt_ids=self.cut(record.prompt_ids, room),
-            judged_prompt_ids=None if judged_ids is None else self.cut(judged_ids, room),
-            is_cut=is_cut,
+            prompt_ids=self.truncate(record.prompt_ids, room),
+            judged_prompt_ids=None if judged_ids is None else self.truncate(judged_ids, room),
+            is_truncated=is_truncated,
         )
 
-    def cut(self, ids: list[int], room: int) -> list[int]:
+    def truncate(self, ids: list[int], room: int) -> list[int]:
         """Cuts a prompt from the left; a beginning-of-sequence token stays, for models are lost without it."""
         if len(ids) <= room:
             return ids
@@ -279,7 +279,7 @@ class Encoder:
         for first, last in sorted(regions):
             left = offsets[first - 1][1] if first else 0
             right = offsets[last][0] if last < len(ids) else len(text)
-            is_fresh = not first or self._starts_afresh_after_special
+            is_fresh = not first or self._splits_like_start_after_special
             plain = self._split_plain(text[left:right]) if is_fresh else self._continue_plain(text[left:right])
             split += [*ids[reached:first], *plain]
             reached = last
@@ -371,7 +371,7 @@ def encode_records(
         if row is None:
             encoded.left_out.append(f"{place}: the response alone fills max_length {max_length}; left out")
             continue
-        encoded.num_cut += row.is_cut
+        encoded.num_truncated += row.is_truncated
         encoded.rows.append(
             {
                 "prompt_ids": row.prompt_ids,
@@ -388,7 +388,7 @@ def encode_records(
     return encoded
 
 
-def _starts_afresh_after_special(tokenizer: "PreTrainedTokenizerBase") -> bool:
+def _splits_like_start_after_special(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether text behind a special token is split like the start of a text (older SentencePiece conversions)."""
     special = tokenizer.eos_token
     joint = tokenizer(f"{special}a", add_special_tokens=False)["input_ids"]

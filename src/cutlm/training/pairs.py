@@ -103,7 +103,7 @@ def encode_pairs(pairs: Sequence[Pair], encoder: Encoder, max_length: int) -> tu
         if room < 1:
             left_out.append(f"{pair.location}: a response alone fills max_length {max_length}; left out")
             continue
-        prompt_ids = encoder.cut(encoder.encode_prompt(pair.instruction), room)
+        prompt_ids = encoder.truncate(encoder.encode_prompt(pair.instruction), room)
         rows.append({"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids})
     return rows, left_out
 

@@ -133,7 +133,7 @@ def load_data(path: str) -> tuple[list[Any], list[str]]:
         DataError: It cannot be read, or is of both kinds.
     """
     if is_token_scores(path):
-        return list(read_token_scores(path)), [row.where for row in read_rows(path)[0]]
+        return list(read_token_scores(path)), [row.location for row in read_rows(path)[0]]
     check = check_records(path)
     raise_problems(check, path)
     for record, place in zip(check.records, check.locations, strict=True):

@@ -61,8 +61,8 @@ def parse_row(model: type[SourceT], row: SourceRow, problems: list[str]) -> Sour
 def _describe(row: SourceRow, detail: Any) -> str:
     kind = detail["type"]
     if not detail["loc"]:
-        return f"{row.where}: expected an object, got {describe_value(detail['input'])}"
-    where = f"{row.where}: field {_join_path(detail['loc'])!r}"
+        return f"{row.location}: expected an object, got {describe_value(detail['input'])}"
+    where = f"{row.location}: field {_join_path(detail['loc'])!r}"
     if kind == "missing":
         return f"{where} is missing; the object around it has {', '.join(map(repr, detail['input'])) or 'no fields'}"
     return f"{where}: expected {_KINDS.get(kind, detail['msg'])}, got {describe_value(detail['input'])}"

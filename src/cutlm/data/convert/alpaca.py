@@ -14,7 +14,7 @@ from cutlm.data.files import SourceRow
 
 def convert(rows: list[SourceRow]) -> Conversion:
     """Turns alpaca rows into records; none is left out, and bad ones are for the check of the records to name."""
-    kept = [SourceRow(row.where, _convert_row(row.value)) for row in rows]
+    kept = [SourceRow(row.location, _convert_row(row.value)) for row in rows]
     return Conversion(kept, len(rows), Counter())
 
 

@@ -112,7 +112,7 @@ def convert(rows: Iterable[SourceRow]) -> Conversion:
             record |= _judge(answer)
             if line.id is not None:
                 record["id"] = line.id
-            kept.append(SourceRow(row.where, record))
+            kept.append(SourceRow(row.location, record))
     if problems:
         raise DataError(problems)
     return Conversion(kept, num_read, left_out, unit="questions")
@@ -152,6 +152,6 @@ def _describe_rankings(row: SourceRow, index: int, question: Question) -> str:
     else:
         got = f"{len(question.rankings)} of them"
     return (
-        f"{row.where}: field 'data.questions[{index}].rankings': expected a number for each of the"
+        f"{row.location}: field 'data.questions[{index}].rankings': expected a number for each of the"
         f" {len(question.answers)} answers, got {got}; without them the best answer is unknown"
     )

@@ -76,7 +76,7 @@ def convert(one: Sequence[SourceRow], other: Sequence[SourceRow]) -> Conversion:
             ("answer", "metadata.output_candidate"): (judged.answer, raw.metadata.output_candidate),
         }
         problems.extend(
-            f"{model_row.where} and {raw_row.where}: expected {name!r} and {raw_name!r} to be the same text, got two"
+            f"{model_row.location} and {raw_row.location}: expected {name!r} and {raw_name!r} to be the same text, got two"
             " different ones; the files must list the same answers in the same order"
             for (name, raw_name), (text, raw_text) in pairs.items()
             if text != raw_text
@@ -86,7 +86,7 @@ def convert(one: Sequence[SourceRow], other: Sequence[SourceRow]) -> Conversion:
         elif not judged.feedback.strip():
             left_out["empty feedback"] += 1
         else:
-            kept.append(SourceRow(model_row.where, _make_record(judged, raw.metadata)))
+            kept.append(SourceRow(model_row.location, _make_record(judged, raw.metadata)))
     if problems:
         raise DataError(problems)
     return Conversion(kept, len(model_rows), left_out)
@@ -114,4 +114,4 @@ def _is_raw(rows: Sequence[SourceRow]) -> bool:
 def _describe_file(rows: Sequence[SourceRow]) -> str:
     if not rows:
         return "a file without rows"
-    return f"{len(rows)} rows {'with' if _is_raw(rows) else 'without'} 'metadata' (the last is {rows[-1].where})"
+    return f"{len(rows)} rows {'with' if _is_raw(rows) else 'without'} 'metadata' (the last is {rows[-1].location})"

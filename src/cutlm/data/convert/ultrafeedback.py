@@ -142,7 +142,7 @@ def convert_to_pairs(rows: Iterable[SourceRow]) -> Conversion:
 
 def _parse(rows: Iterable[SourceRow]) -> list[tuple[str, Row]]:
     problems: list[str] = []
-    parsed = [(row.where, parse_row(Row, row, problems)) for row in rows]
+    parsed = [(row.location, parse_row(Row, row, problems)) for row in rows]
     if problems:
         raise DataError(problems)
     return [(where, row) for where, row in parsed if row is not None]
