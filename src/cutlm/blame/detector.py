@@ -98,7 +98,8 @@ class BlameCounts:
         num_unsatisfactory = self.num_records - self.num_satisfactory
         return (
             f"{self.num_records} records scored ({self.num_satisfactory} satisfactory, {num_unsatisfactory}"
-            f" unsatisfactory); {self.num_truncated} with a prompt cut from the left to fit; {len(self.left_out)} left out\n"
+            f" unsatisfactory); {self.num_truncated} with a prompt cut from the left to fit;"
+            f" {len(self.left_out)} left out\n"
             f"{self.num_flagged} of {self.num_tokens} tokens of unsatisfactory responses flagged ({share:.1%});"
             f" {self.num_without_flag} of these records without any flag"
         )

@@ -175,7 +175,8 @@ def _read_row(row: SourceRow, problems: list[str]) -> TokenScores | None:
     if values.get("schema_version") != SCHEMA_VERSION or isinstance(values["schema_version"], bool):
         got = describe_value(values["schema_version"]) if "schema_version" in values else "no such field"
         problems.append(
-            f"{row.location}: field 'schema_version': expected {SCHEMA_VERSION}, got {got}; make the file by cutlm blame"
+            f"{row.location}: field 'schema_version': expected {SCHEMA_VERSION}, got {got}; make the file"
+            " by cutlm blame"
         )
         return None
     for name in _COLUMNS:

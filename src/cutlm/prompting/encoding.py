@@ -78,8 +78,8 @@ class EncodedRecords:
         num_satisfactory = sum(row["is_satisfactory"] for row in self.rows)
         return (
             f"{len(self.rows)} records encoded ({num_satisfactory} satisfactory,"
-            f" {len(self.rows) - num_satisfactory} unsatisfactory); {self.num_truncated} prompts cut from the left to fit"
-            f" max_length {max_length}; {self.num_left_out} records left out"
+            f" {len(self.rows) - num_satisfactory} unsatisfactory); {self.num_truncated} prompts truncated on the"
+            f" left to fit max_length {max_length}; {self.num_left_out} records left out"
         )
 
 

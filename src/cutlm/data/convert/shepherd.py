@@ -76,8 +76,8 @@ def convert(one: Sequence[SourceRow], other: Sequence[SourceRow]) -> Conversion:
             ("answer", "metadata.output_candidate"): (judged.answer, raw.metadata.output_candidate),
         }
         problems.extend(
-            f"{model_row.location} and {raw_row.location}: expected {name!r} and {raw_name!r} to be the same text, got two"
-            " different ones; the files must list the same answers in the same order"
+            f"{model_row.location} and {raw_row.location}: expected {name!r} and {raw_name!r} to be the same text,"
+            " got two different ones; the files must list the same answers in the same order"
             for (name, raw_name), (text, raw_text) in pairs.items()
             if text != raw_text
         )
