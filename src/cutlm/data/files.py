@@ -108,8 +108,13 @@ def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
     Raises:
         DataError: The file as a whole cannot be read: missing, a directory, not UTF-8, not JSON at all.
     """
+    return parse_rows(path, read_bytes(path))
+
+
+def parse_rows(path: str | Path, content: bytes) -> tuple[list[SourceRow], list[str]]:
+    """Parses the decompressed content of a file of rows; see `read_rows`."""
     path = Path(path)
-    data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    data = content.removeprefix(b"\xef\xbb\xbf")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
