@@ -55,12 +55,14 @@ class EncodedRecords:
     Attributes:
         rows: Dictionaries with `prompt_ids`, `judged_prompt_ids`, `response_ids`, `place`, `is_satisfactory` and
             what else a view adds.
+        indices: For each row, the index of its record.
         num_truncated: Records of which a prompt was cut from the left.
         left_out: A sentence for each record left out for its length.
         skipped: How many records a view leaves out, by its reason.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
     num_truncated: int = 0
     left_out: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
@@ -362,7 +364,7 @@ def encode_records(
         view: What of a record is learned from (`cutlm.training.views`); a text instead says why a record is left out.
     """
     encoded = EncodedRecords()
-    for record, place in zip(records, locations, strict=True):
+    for index, (record, place) in enumerate(zip(records, locations, strict=True)):
         viewed = view(record, encoder)
         if isinstance(viewed, str):
             encoded.skipped[viewed] += 1
@@ -372,6 +374,7 @@ def encode_records(
             encoded.left_out.append(f"{place}: the response alone fills max_length {max_length}; left out")
             continue
         encoded.num_truncated += row.is_truncated
+        encoded.indices.append(index)
         encoded.rows.append(
             {
                 "prompt_ids": row.prompt_ids,
