@@ -1,7 +1,7 @@
-"""Makes the tables of docs/settings.md from the dataclasses that `cutlm train` reads its settings into.
+"""Generate the tables of docs/settings.md from the dataclasses that define the settings of `cutlm train`.
 
-  python docs/settings.py            fill in the tables
-  python docs/settings.py --check    say whether they are those of the dataclasses; status 1 where not
+  python docs/settings.py            update the tables
+  python docs/settings.py --check    exit with 1 if the tables are out of date
 
 A table stands between the lines `<!-- NAME -->` and `<!-- end -->`."""
 
@@ -20,47 +20,47 @@ from cutlm.training.config import CUTConfig
 from cutlm.training.settings import DataArguments, ModelArguments
 
 PAGE = Path(__file__).with_suffix(".md")
-_PLACE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _ATTRIBUTE = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
-# Fields of other libraries, in our words: theirs are long, and change with their versions.
+# Fields inherited from TRL and transformers. Their own help texts are long and change with the version.
 _MODEL = {
-    "model_name_or_path": "A model's folder, or its name on the hub; must be given.",
-    "model_revision": "Which version of it, on the hub.",
-    "attn_implementation": "As of transformers, such as sdpa or flash_attention_2; none: its choice.",
-    "lora_r": "Rank of LoRA.",
-    "lora_dropout": "Dropout of LoRA.",
-    "lora_target_parameters": "Parameters that LoRA adapts, beside modules.",
-    "lora_modules_to_save": "Modules that are trained whole, beside LoRA.",
-    "lora_task_type": "Leave this.",
+    "model_name_or_path": "A model folder or hub name. Required.",
+    "model_revision": "Revision of the model on the hub.",
+    "attn_implementation": "Attention implementation in transformers, such as sdpa or flash_attention_2.",
+    "lora_r": "LoRA rank.",
+    "lora_dropout": "LoRA dropout.",
+    "lora_target_parameters": "Parameters that LoRA adapts, in addition to modules.",
+    "lora_modules_to_save": "Modules that are fully trained, in addition to LoRA.",
+    "lora_task_type": "Do not change.",
     "use_rslora": "Rank-stabilized LoRA.",
     "use_dora": "DoRA.",
-    "load_in_8bit": "The base model in 8 bits (bitsandbytes).",
-    "load_in_4bit": "The base model in 4 bits (bitsandbytes).",
-    "bnb_4bit_quant_type": "In which 4 bits: nf4 or fp4.",
-    "use_bnb_nested_quant": "Whether the constants of quantization are quantized, too.",
-    "bnb_4bit_quant_storage": "The dtype that 4-bit weights are stored in.",
+    "load_in_8bit": "Load the base model in 8 bits (bitsandbytes).",
+    "load_in_4bit": "Load the base model in 4 bits (bitsandbytes).",
+    "bnb_4bit_quant_type": "4-bit data type: nf4 or fp4.",
+    "use_bnb_nested_quant": "Quantize the quantization constants too.",
+    "bnb_4bit_quant_storage": "dtype in which 4-bit weights are stored.",
 }
 _TRAINING = {
-    "output_dir": "Where the adapter or model goes, and checkpoints; none: `trainer_output`.",
-    "per_device_train_batch_size": "Records of a micro-batch, on each process.",
-    "gradient_accumulation_steps": "Micro-batches of an optimizer step. Cutting a step up otherwise gives the same.",
-    "num_train_epochs": "Passes over the data.",
-    "max_steps": "Optimizer steps, whatever `num_train_epochs` says, where above 0.",
-    "warmup_steps": "Steps in which the learning rate rises; below 1, a share of all steps.",
-    "bf16": "Run in bfloat16 by autocast.",
-    "activation_checkpointing": "Keep one hidden state a layer, and run each layer again on the way back.",
+    "output_dir": "Output folder for the adapter or model and the checkpoints; none: `trainer_output`.",
+    "per_device_train_batch_size": "Records per micro-batch and process.",
+    "gradient_accumulation_steps": "Micro-batches per optimizer step. The split does not change the gradient.",
+    "num_train_epochs": "Number of epochs.",
+    "max_steps": "Number of optimizer steps; if positive, overrides `num_train_epochs`.",
+    "warmup_steps": "Warmup steps of the learning rate; below 1, a share of all steps.",
+    "bf16": "bfloat16 autocast.",
+    "activation_checkpointing": "Keep one hidden state per layer and recompute the rest in the backward pass.",
     "torch_compile": "Compile the decoder layers.",
-    "use_cpu": "Train on the CPU; needed with bf16 where there is no GPU.",
-    "eval_strategy": "Whether to evaluate: no, steps or epoch; with `eval_data` or `eval_split`.",
+    "use_cpu": "Train on the CPU. Required for bf16 without a GPU.",
+    "eval_strategy": "When to evaluate: no, steps or epoch. Needs `eval_data` or `eval_split`.",
     "eval_steps": "Optimizer steps between evaluations; none: `logging_steps`.",
     "save_strategy": "When to save a checkpoint: no, steps or epoch.",
     "save_steps": "Optimizer steps between checkpoints; below 1, a share of all steps.",
-    "save_total_limit": "Most checkpoints that are kept; none: all.",
-    "resume_from_checkpoint": "`last`, or the folder of a checkpoint, to go on from.",
-    "report_to": "Where figures go: wandb, tensorboard, ...; none: nowhere.",
-    "run_name": "What the run is called there.",
-    "seed": "Of the order of the records, the first weights of LoRA, dropout, `eval_split` and `downsample`.",
+    "save_total_limit": "Maximum number of checkpoints to keep; none: all.",
+    "resume_from_checkpoint": "Checkpoint to resume from: `last` or a folder.",
+    "report_to": "Metrics logger: wandb, tensorboard, ...; none: no logger.",
+    "run_name": "Name of the run in the logger.",
+    "seed": "Random seed for the data order, LoRA initialization, dropout, `eval_split` and `downsample`.",
 }
 
 
@@ -69,29 +69,29 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     before = PAGE.read_text("utf-8")
-    after = _PLACE.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", before)
+    after = _TABLE.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", before)
     if args.check:
-        sys.exit(None if after == before else f"{PAGE.name}: tables differ from the code; run docs/settings.py")
+        sys.exit(None if after == before else f"{PAGE.name}: tables are out of date; run: python docs/settings.py")
     PAGE.write_text(after, "utf-8")
 
 
 def make_own_table(kind: Any) -> str:
-    """All settings that a class of ours declares itself, as its docstring tells them."""
+    """Make a table of the settings that a cutlm class declares itself, described by its docstring."""
     return make_table(kind, dict.fromkeys(kind.__annotations__, ""))
 
 
 def make_model_table() -> str:
-    """All settings of the model, TRL's too."""
+    """Make a table of all model settings, including TRL's."""
     return make_table(ModelArguments, {field.name: "" for field in dataclasses.fields(ModelArguments)} | _MODEL)
 
 
 def make_table(kind: Any, meanings: dict[str, str]) -> str:
-    """A table of some of a class's fields; what has no meaning yet is told by the docstring or the field's help."""
-    told = {name: " ".join(text.split()) for name, text in _ATTRIBUTE.findall(inspect.getdoc(kind) or "")}
+    """Make a table of fields; an empty meaning is filled from the class docstring or the field's help text."""
+    documented = {name: " ".join(text.split()) for name, text in _ATTRIBUTE.findall(inspect.getdoc(kind) or "")}
     fields = {field.name: field for field in dataclasses.fields(kind)}
     lines = ["| name | default | meaning |", "|---|---|---|"]
     for name, meaning in meanings.items():
-        text = meaning or told.get(name) or fields[name].metadata["help"]
+        text = meaning or documented.get(name) or fields[name].metadata["help"]
         choices = [choice for choice in fields[name].metadata.get("choices") or () if choice not in text]
         text = text.replace("None", "none")
         text = text[:1].upper() + text[1:].rstrip(".") + (f"; or {', '.join(choices)}." if choices else ".")
@@ -100,7 +100,7 @@ def make_table(kind: Any, meanings: dict[str, str]) -> str:
 
 
 def show_default(field: Any) -> str:
-    """A default as it would stand in a YAML file."""
+    """Format a default as it is written in a YAML file."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if value is None or value == [] or value == "none":
         return "none"

@@ -1,7 +1,8 @@
-"""The package as others get it: a wheel that works outside of the checkout."""
+"""Checks of the built wheel, and of the benchmark tables and import time of the package."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,13 +15,13 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build a wheel from a copy of the sources, because a build leaves folders behind."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "source"
-    # Built from what is under version control's eye, in a copy: a build leaves folders behind.
-    names = ["pyproject.toml", "README.md", "LICENSE", "src"]
     copy.mkdir()
-    for name in names:
-        subprocess.run(["cp", "-r", str(ROOT / name), str(copy / name)], check=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(copy)],
         check=True,
@@ -30,11 +31,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_runs_outside_of_the_checkout(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
-    )
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
     records = tmp_path / "records.json"
     records.write_text(json.dumps([{"instruction": "Hi.", "output": "Hello.", "judgment": None}]))
     code = (
@@ -55,29 +55,28 @@ def test_the_wheel_runs_outside_of_the_checkout(wheel: Path, tmp_path: Path) -> 
     assert "1 records: 1 satisfactory, 0 unsatisfactory" in result.stdout
 
 
-def test_the_wheel_holds_all_that_is_needed_and_no_more(wheel: Path) -> None:
+def test_wheel_contains_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
+        names = set(archive.namelist())
         metadata = next(archive.read(name).decode() for name in names if name.endswith("METADATA"))
-    modules = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "cutlm").rglob("*.py")}
-    assert modules <= set(names)
-    assert "cutlm/py.typed" in names
-    assert {"cutlm/report/page.css", "cutlm/world/words.json"} <= set(names)
-    assert {f"cutlm/report/inspect.{kind}" for kind in ("html", "css", "js")} <= set(names)
+    package = ROOT / "src" / "cutlm"
+    kinds = {".py", ".css", ".html", ".js", ".json", ".jinja", ".safetensors", ".typed"}
+    expected = {str(path.relative_to(ROOT / "src")) for path in package.rglob("*") if path.suffix in kinds}
+    assert expected | {"cutlm/py.typed", "cutlm/world/words.json"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert not any(name.startswith("tests/") for name in names)
+    assert all(name.startswith(("cutlm/", "cutlm-")) for name in names)
     for extra in ("eval", "serve", "quantization", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "Requires-Python: >=3.11" in metadata
     assert "License-Expression: Apache-2.0" in metadata
 
 
-def test_the_tables_of_speed_are_those_of_the_results() -> None:
+def test_benchmark_tables_match_the_results() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "report.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, cutlm; dir(cutlm); assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
