@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,quantization,serve,eval]'
 	touch $@
 
-demo: setup ## train a tiny model on judgments of its own answers (CPU, under two minutes)
+demo: setup ## train a tiny model on judgments of its answers (CPU, under two minutes)
 	$(BIN)/cutlm demo
 
 test: setup ## run the tests
