@@ -3,7 +3,7 @@
   python benchmarks/generation.py
 
 Continuous batching is transformers' own (`generate_batch`, its start included); the server is `transformers serve` with
-continuous batching and its model at hand, asked by `cutlm generate --server`. Every response has `--max_new_tokens`
+continuous batching and its model at hand, asked by `cutlm generate --base_url`. Every response has `--max_new_tokens`
 tokens: weights are random and nothing ends one."""
 
 import argparse
@@ -140,7 +140,7 @@ def _ask_server(args: argparse.Namespace) -> dict[str, Any]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    generate = ["generate", "--server", url, "--model", str(folder), "--max_new_tokens", str(args.max_new_tokens)]
+    generate = ["generate", "--base_url", url, "--model", str(folder), "--max_new_tokens", str(args.max_new_tokens)]
     generate += ["--concurrency", str(args.batch_size), "--overwrite"]
     try:
         _wait_for(url, server)

@@ -55,7 +55,7 @@ def data(tmp_path: Path) -> Path:
 
 def list_options(server: ModelServer, model: Path, data: Path, out: Path, *options: str) -> list[str]:
     return [
-        *("blame", "--server", server.url, "--model", "the-model", "--tokenizer", str(model), "--data", str(data)),
+        *("blame", "--base_url", server.url, "--model", "the-model", "--tokenizer", str(model), "--data", str(data)),
         *("--out", str(out), *options),
     ]
 
@@ -147,7 +147,7 @@ REFUSALS: dict[str, tuple[int, Any, str]] = {
         "refuses the request (400: bad\ufffd[2J\ufffd \ufffdnews)",
     ),
     "nested": (400, b"[" * 19_000, "refuses the request (400: [[["),
-    "elsewhere": (302, b"", "the server names another address (302); give that one by --server"),
+    "elsewhere": (302, b"", "the server names another address (302); give that one by --base_url"),
 }
 
 

@@ -363,9 +363,9 @@ def test_what_is_wrong_with_the_settings_is_said_at_once(
     assert main(list_options(model, data, tmp_path / "out.jsonl", "--max_tokens_per_batch", "0")) == 2
     assert "max_tokens_per_batch: expected a whole number of at least 1, got 0" in capsys.readouterr().err
     assert main(list_options(model, data, tmp_path / "out.jsonl", "--timeout", "3", "--tokenizer", "x")) == 2
-    assert "--tokenizer, --timeout: of use with --server alone; give its address, or leave" in capsys.readouterr().err
-    assert main(list_options(model, data, tmp_path / "out.jsonl", "--server", "http://localhost:1")) == 2
-    assert "--device, --max_tokens_per_batch: of no use with --server" in capsys.readouterr().err
+    assert "--tokenizer, --timeout: expected only with --base_url" in capsys.readouterr().err
+    assert main(list_options(model, data, tmp_path / "out.jsonl", "--base_url", "http://localhost:1")) == 2
+    assert "--device, --max_tokens_per_batch: expected only with a local model" in capsys.readouterr().err
 
 
 def test_nothing_is_written_over(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -523,12 +523,12 @@ def test_lines_of_a_pipe_are_messages_and_only_answers_come_out(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--timeout", "3"], "--timeout: of use with --server alone; leave these out, or give --server"),
+        (["--timeout", "3"], "--timeout: expected only with --base_url; set it, or leave these out"),
         (
-            ["--server", "http://localhost:1", "--dtype", "float32", "--device", "cpu"],
-            "--dtype, --device: of use for a local model alone; leave out these, or --server",
+            ["--base_url", "http://localhost:1", "--dtype", "float32", "--device", "cpu"],
+            "--dtype, --device: expected only with a local model; leave out --base_url, or leave these out",
         ),
-        (["--server", "localhost"], "server: expected an address such as http://localhost:8000, got 'localhost'"),
+        (["--base_url", "localhost"], "server: expected an address such as http://localhost:8000, got 'localhost'"),
         (["--threshold", "0.5"], "threshold: expected a number of at least 1, got 0.5"),
         (["--max_new_tokens", "0"], "max_new_tokens: expected a whole number of at least 1, got 0"),
         (["--seed", str(10**22)], f"seed: expected a whole number of at least 0 and below 2^63, got {10**22}"),

@@ -71,7 +71,7 @@ def command(tmp_path: Path, server: ChatServer) -> list[str]:
     return [
         *("eval", "alpaca", "--outputs", write(tmp_path / "own.json", own)),
         *("--reference", write(tmp_path / "other.json", others[::-1]), "--out", str(tmp_path / "out")),
-        *("--annotator_url", server.url, "--annotator_model", "judge"),
+        *("--base_url", server.url, "--annotator_model", "judge"),
     ]
 
 
@@ -202,7 +202,7 @@ def test_what_is_wrong_with_an_annotators_folder_is_told_in_one_sentence(tmp_pat
     text = configs if isinstance(configs, bytes) else yaml.safe_dump({"mine": config}).encode()
     (folder / "configs.yaml").write_bytes(text)
     own = write(tmp_path / "own.json", [{"instruction": "Say.", "output": "It."}])
-    command = ["eval", "alpaca", "--outputs", own, "--annotator_url", "http://x", "--annotator", str(folder)]
+    command = ["eval", "alpaca", "--outputs", own, "--base_url", "http://x", "--annotator", str(folder)]
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert f"cutlm eval: --annotator {folder}: " in error
@@ -313,7 +313,7 @@ def test_a_refusal_is_told_by_the_names_of_the_options_and_the_key_is_nowhere(
     server.fault = lambda handler, number: handler.answer(404, {"error": f"no model, {CANARY}"}) is None
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert "by --annotator_url, with its /v1, and its name of the model by --annotator_model" in error
+    assert "by --base_url, with its /v1, and its name of the model by --annotator_model" in error
     assert server.keys == [f"Bearer {CANARY}"] * len(server.keys)
     assert CANARY not in error
     assert not any(CANARY.encode() in path.read_bytes() for path in (tmp_path / "out").iterdir())
@@ -326,7 +326,7 @@ def test_a_model_answers_and_is_compared_with_the_outputs_of_the_prompts(server:
         [{"instruction": asked, "output": output, "generator": "other"} for asked, output, _ in TEXTS],
     )
     command = ["eval", "alpaca", "--model", str(model), "--prompts", prompts, "--out", str(tmp_path / "out")]
-    command += ["--max_new_tokens", "6", "--device", "cpu", "--annotator_url", server.url]
+    command += ["--max_new_tokens", "6", "--device", "cpu", "--base_url", server.url]
     assert main(command) == 0
     result, rows = read(tmp_path / "out" / "result.json"), read(tmp_path / "out" / "outputs.json")
     assert result["num_judged"] == len(TEXTS)
@@ -354,31 +354,31 @@ def test_a_model_answers_and_is_compared_with_the_outputs_of_the_prompts(server:
         ([], "--model or --outputs: expected a model to answer, or its responses, got none of them"),
         (["--annotations", "a", "--model", "m"], "--model: with --annotations nothing is asked"),
         (
-            [*("--annotations", "a", "--prompts", "p", "--concurrency", "3", "--max_new_tokens", "-5")],
-            "--prompts, --max_new_tokens, --concurrency: with --annotations nothing is asked",
+            [*("--annotations", "a", "--prompts", "p", "--batch_size", "3", "--max_new_tokens", "-5")],
+            "--prompts, --max_new_tokens, --batch_size: with --annotations nothing is asked",
         ),
         (
-            [*("--outputs", "OWN", "--reference", "OWN", "--prompts", "p", "--top_p", "0.5", "--server", "s")],
+            [*("--outputs", "OWN", "--reference", "OWN", "--prompts", "p", "--top_p", "0.5", "--base_url", "http://x")],
             "--prompts: of no use with both --outputs and --reference",
         ),
         (
-            [*("--outputs", "OWN", "--reference", "OWN", "--prompts", "p", "--top_p", "0.5", "--server", "s")],
-            "--top_p, --server: of use with --model alone, for the responses are there",
+            [*("--outputs", "OWN", "--reference", "OWN", "--prompts", "p", "--top_p", "0.5", "--base_url", "http://x")],
+            "--top_p: of use with --model alone, for the responses are there",
         ),
-        (["--outputs", "OWN", "--annotator_url", "x"], "--annotator_url: expected an address such as"),
+        (["--outputs", "OWN", "--base_url", "x"], "--base_url: expected an address such as"),
         (
-            ["--outputs", "OWN", "--annotator_url", "http://x", "--annotator", "nobody"],
+            ["--outputs", "OWN", "--base_url", "http://x", "--annotator", "nobody"],
             "--annotator nobody: expected an",
         ),
         (
-            ["--outputs", "OWN", "--annotator_url", "http://x", "--annotator", "weighted_alpaca_eval_gpt4_turbo"],
+            ["--outputs", "OWN", "--base_url", "http://x", "--annotator", "weighted_alpaca_eval_gpt4_turbo"],
             "--annotator weighted_alpaca_eval_gpt4_turbo: it asks for more than text",
         ),
         (
-            ["--outputs", "OWN", "--annotator_url", "http://x", "--annotator_fields", "[]"],
-            "--annotator_fields: expected a JSON object",
+            ["--outputs", "OWN", "--base_url", "http://x", "--annotator_extra_body", "[]"],
+            "--annotator_extra_body: expected a JSON object",
         ),
-        (["--outputs", "OWN", "--annotator_url", "http://x", "--prompts", "BARE"], "2 rows of"),
+        (["--outputs", "OWN", "--base_url", "http://x", "--prompts", "BARE"], "2 rows of"),
         (["--annotations", "BAD"], "[0]: field 'output_1': expected text, got"),
         (
             ["--annotations", "BAD"],

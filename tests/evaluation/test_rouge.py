@@ -132,10 +132,10 @@ def test_a_model_answers_once_and_what_it_said_is_gone_on_with(tmp_path: Path, c
     [
         ([], "--model or --outputs: expected a model to answer, or its responses, got none of them; give one"),
         (["--model", "m", "--outputs", "o"], "got both; give one"),
-        (["--model", "m", "--concurrency", "4"], "--concurrency: of use with --server alone"),
+        (["--model", "m", "--concurrency", "4"], "--concurrency: expected only with --base_url"),
         (
-            ["--outputs", "o", "--temperature", "3", "--server", "http://x", "--seed", "1"],
-            "--temperature, --server: of use with --model alone, for the responses are there; leave out",
+            ["--outputs", "o", "--temperature", "3", "--base_url", "http://x", "--seed", "1"],
+            "--temperature, --base_url: of use with --model alone, for the responses are there; leave out",
         ),
         (["--outputs", "o", "--seed", "-1"], "--seed: expected a whole number of at least 0 and below 2^63, got -1"),
     ],

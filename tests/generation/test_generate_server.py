@@ -60,7 +60,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def list_options(server: ChatServer, prompts: Path, out: Path, *options: str) -> list[str]:
     return [
-        *("generate", "--server", server.url, "--model", "org/the-model", "--prompts", str(prompts)),
+        *("generate", "--base_url", server.url, "--model", "org/the-model", "--prompts", str(prompts)),
         *("--out", str(out), "--max_new_tokens", "64", *options),
     ]
 
@@ -208,12 +208,12 @@ def test_as_many_as_may_be_missing_are_listed_and_left_out(
     server.fault = refuse_two
     out = tmp_path / "out.json"
     options = list_options(server, prompts, out, "--concurrency", "1")
-    assert main([*options, "--max_missing", "0.2"]) == 1  # 2 of 9 are more
+    assert main([*options, "--max_failure_rate", "0.2"]) == 1  # 2 of 9 are more
     assert not out.exists()
-    assert main([*options, "--max_missing", "0.25"]) == 0
+    assert main([*options, "--max_failure_rate", "0.25"]) == 0
     printed = capsys.readouterr().out
     left_out = f"2 of 9 prompts have no answer, listed with the reasons in {out}.failures.jsonl, and are left out"
-    assert f"{left_out} (--max_missing 0.25)\n" in printed
+    assert f"{left_out} (--max_failure_rate 0.25)\n" in printed
     assert f"\n7 responses in {out}; " in printed
     assert read_outputs(out) == [output for index, output in enumerate(EXPECTED) if index not in (2, 5)]
     failures = [json.loads(line) for line in Path(f"{out}.failures.jsonl").read_text("utf-8").splitlines()]
@@ -398,24 +398,24 @@ def test_a_run_that_was_stopped_asks_only_for_what_is_missing(
 WRONG_OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "no server": (
         ["--concurrency", "4", "--tokenizer", "x"],
-        ["--tokenizer, --concurrency: of use with --server alone; leave these out, or give --server"],
+        ["--tokenizer, --concurrency: expected only with --base_url; set it, or leave these out"],
     ),
     "all at once": (
-        ["--server", "http://localhost:1", "--batch_size", "4", "--num_samples", "3", "--judgment", " "],
+        ["--base_url", "http://localhost:1", "--batch_size", "4", "--num_samples", "3", "--judgment", " "],
         [
-            "--batch_size: of use for a local model alone; leave out these, or --server",
+            "--batch_size: expected only with a local model; leave out --base_url, or leave these out",
             "--num_samples 3: expected --temperature above 0, or all of them are one and the same, got 0",
             '--judgment: expected text such as "Perfect.", got an empty one; leave the option out for none',
-            "--judgment: its prompt is made here; with --server, give --template too",
+            "--judgment: its prompt is made here; with --base_url, give --template too",
         ],
     ),
     "no samples": (["--num_samples", "0"], ["--num_samples: expected a whole number of at least 1, got 0"]),
     "no template": (
-        ["--server", "http://localhost:1", "--tokenizer", "x"],
+        ["--base_url", "http://localhost:1", "--tokenizer", "x"],
         ["--tokenizer: of use with --template alone; give that too, or leave this out"],
     ),
     "no address": (
-        ["--server", "localhost", "--concurrency", "0", "--timeout", "0", "--max_retries", "-2"],
+        ["--base_url", "localhost", "--concurrency", "0", "--timeout", "0", "--max_retries", "-2"],
         [
             "server: expected an address such as http://localhost:8000, got 'localhost'",
             "concurrency: expected a whole number of at least 1, got 0",

@@ -190,7 +190,7 @@ def test_ten_thousand_judgments_come_from_the_cache_in_seconds(server: ChatServe
 
 
 @pytest.mark.parametrize(
-    "change", [["--judge_model", "b"], ["--temperature", "1"], ["--max_tokens", "9"], ["--fields", '{"seed": 1}']]
+    "change", [["--judge_model", "b"], ["--temperature", "1"], ["--max_tokens", "9"], ["--extra_body", '{"seed": 1}']]
 )
 def test_what_a_judgment_depends_on_is_part_of_its_key(
     server: ChatServer, responses: Path, tmp_path: Path, change: list[str]
@@ -203,7 +203,7 @@ def test_what_a_judgment_depends_on_is_part_of_its_key(
 
 def test_fields_are_added_and_taken_away(server: ChatServer, responses: Path, tmp_path: Path) -> None:
     fields = '{"max_tokens": null, "max_completion_tokens": 50, "seed": 3}'
-    assert main(list_options(server, responses, tmp_path / "out.jsonl", "--fields", fields)) == 0
+    assert main(list_options(server, responses, tmp_path / "out.jsonl", "--extra_body", fields)) == 0
     request = server.requests[0]
     assert "max_tokens" not in request
     assert (request["max_completion_tokens"], request["seed"]) == (50, 3)
@@ -256,15 +256,15 @@ def test_without_the_package_it_is_one_sentence(
 
 def test_bad_options_are_said_at_once(responses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["judge", "--responses", str(responses), "--out", str(tmp_path / "out.jsonl")]
-    assert main([*common, "--judge", "http", "--rules", "a:b", "--todo", "x"]) == 2
+    assert main([*common, "--judge", "http", "--rules", "a:b", "--labels", "x"]) == 2
     printed = capsys.readouterr().err
     assert "--rules: of use with --judge rules alone" in printed
-    assert "--todo: of use with --judge human alone" in printed
+    assert "--labels: of use with --judge human alone" in printed
     assert "--judge http: expected --base_url and --judge_model too" in printed
     settings = ["--base_url", "localhost", "--judge_model", "m", "--concurrency", "0", "--timeout", "0"]
-    assert main([*common, "--judge", "http", *settings, "--fields", '{"stream": true}']) == 2
+    assert main([*common, "--judge", "http", *settings, "--extra_body", '{"stream": true}']) == 2
     printed = capsys.readouterr().err
-    for name in ("base_url", "concurrency", "timeout", "fields"):
+    for name in ("base_url", "concurrency", "timeout", "extra_body"):
         assert f"{name}: expected" in printed
 
 

@@ -59,7 +59,7 @@ def test_a_table_goes_out_and_comes_back(
     assert main(options) == 0
     printed = capsys.readouterr().out
     assert "1 responses are empty and are left out" in printed
-    assert "--todo" in printed
+    assert "--labels" in printed
     table = tmp_path / "out.jsonl.todo.csv"
     rows = read_table(table)
     assert [row["number"] for row in rows] == ["1", "2", "4"]
@@ -68,7 +68,7 @@ def test_a_table_goes_out_and_comes_back(
     for delimiter in ",;\t":
         # Sorted by a person, and saved by a spreadsheet in its own way.
         write_table(table, fill(rows)[::-1], delimiter)
-        assert main([*options, "--todo", str(table), "--overwrite"]) == 1, "one response is empty"
+        assert main([*options, "--labels", str(table), "--overwrite"]) == 1, "one response is empty"
         check_records(tmp_path / "out.jsonl")
 
 
@@ -80,7 +80,7 @@ def test_a_spreadsheet_may_drop_the_guards_and_change_line_ends(options: list[st
         for name in ("instruction", "input", "output"):
             row[name] = row[name].removeprefix("'").replace("\r\n", "\n")
     write_table(table, fill(rows))
-    assert main([*options, "--todo", str(table)]) == 1
+    assert main([*options, "--labels", str(table)]) == 1
     check_records(tmp_path / "out.jsonl")
 
 
@@ -90,7 +90,7 @@ def test_json_lines_go_out_and_come_back(options: list[str], tmp_path: Path) -> 
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert rows[0]["output"] == "=1+1", "nothing runs in a text editor"
     path.write_text("".join(json.dumps(row) + "\n" for row in fill(rows)))
-    assert main([*options, "--todo", str(path)]) == 1
+    assert main([*options, "--labels", str(path)]) == 1
     check_records(tmp_path / "out.jsonl")
 
 
@@ -110,7 +110,7 @@ def test_all_that_is_wrong_with_a_list_is_said_at_once(
         write_table(path, rows)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main([*options, "--todo", str(path)]) == 2
+    assert main([*options, "--labels", str(path)]) == 2
     printed = capsys.readouterr().err
     # In a table a row has as many lines as its cells.
     lines = (2, 3, 7, 8) if kind == "csv" else (1, 2, 3, 4)
@@ -129,7 +129,7 @@ def test_a_list_that_may_be_filled_is_not_overwritten(
     table = tmp_path / "out.jsonl.todo.csv"
     table.write_text("hours of work")
     assert main([*options, "--overwrite"]) == 2
-    assert "there already, and may be filled; give one by --todo FILE" in capsys.readouterr().err
+    assert "there already, and may be filled; give one by --labels FILE" in capsys.readouterr().err
     assert table.read_text() == "hours of work"
 
 
@@ -146,7 +146,7 @@ def test_what_is_no_such_table_is_one_sentence(
 ) -> None:
     path = tmp_path / "filled.csv"
     path.write_bytes(content)
-    assert main([*options, "--todo", str(path)]) == 2
+    assert main([*options, "--labels", str(path)]) == 2
     assert f"{path}{expected}" in capsys.readouterr().err
 
 

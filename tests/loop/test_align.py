@@ -261,7 +261,7 @@ def test_other_settings_are_refused_and_named(workplace: Path, begun: Any, tmp_p
 
 
 def test_what_decides_nothing_may_change(workplace: Path, begun: Any) -> None:
-    plan = make_plan(workplace, "begun", logging_steps=2, launcher="torchrun", max_missing=0.5)
+    plan = make_plan(workplace, "begun", logging_steps=2, launcher="torchrun", max_failure_rate=0.5)
     assert run_loop(plan, until=Mark(1, "judge"), run=run_here) is False
 
 

@@ -142,7 +142,7 @@ def test_a_cap_is_one_for_all_iterations_and_nothing_is_paid_for_twice(workplace
 
 
 def test_records_and_failures_of_two_runs_are_not_taken_for_one(workplace: Path, server: ChatServer) -> None:
-    plan = make_plan(workplace, "two", **_judged_by(server, max_missing=0.1))
+    plan = make_plan(workplace, "two", **_judged_by(server, max_failure_rate=0.1))
 
     def fail_three(handler: Handler, number: int) -> bool:
         if number in (1, 2, 3):
@@ -150,7 +150,9 @@ def test_records_and_failures_of_two_runs_are_not_taken_for_one(workplace: Path,
         return number in (1, 2, 3)
 
     server.fault = fail_three
-    with pytest.raises(StageFailed, match=f"3 of {NUM_RESPONSES} responses have no judgment, more than max_missing"):
+    with pytest.raises(
+        StageFailed, match=f"3 of {NUM_RESPONSES} responses have no judgment, more than max_failure_rate"
+    ):
         run_loop(plan, until=Mark(1, "judge"), run=run_here)
     # What a kill between the two files would leave: the records of the first try, one failure of a second.
     failures = workplace / "two" / "iteration-1" / "records.jsonl.failures.jsonl"
@@ -187,7 +189,7 @@ def test_where_a_judge_or_a_server_stands_may_change_and_what_it_is_asked_may_no
 
     def plan(url: str, port: int) -> Any:
         judge = f"http --base_url {url} --judge_model m --prompt_file {prompt}"
-        generate = f"--server http://127.0.0.1:{port} --max_new_tokens 4"
+        generate = f"--base_url http://127.0.0.1:{port} --max_new_tokens 4"
         return make_plan(workplace, "moved", judge=judge, generate=generate, num_iterations=1, eval_instructions="")
 
     assert run_loop(plan("http://a/v1", 1), until=Mark(1, "sample"), run=run_here) is False
@@ -200,8 +202,8 @@ def test_where_a_judge_or_a_server_stands_may_change_and_what_it_is_asked_may_no
 @pytest.mark.parametrize(
     ("judge", "advice"),
     [
-        ("http --base_url http://x --judge_model m", "start again to ask for these alone, or raise max_missing$"),
-        ("local --judge_model m", r"\.jsonl says why; raise max_missing$"),  # it would say the same again
+        ("http --base_url http://x --judge_model m", "start again to ask for these alone, or raise max_failure_rate$"),
+        ("local --judge_model m", r"\.jsonl says why; raise max_failure_rate$"),  # it would say the same again
     ],
     ids=["http", "local"],
 )
@@ -209,7 +211,7 @@ def test_too_many_missing_judgments_stop_it_and_are_asked_for_again(
     workplace: Path, judge: str, advice: str, request: pytest.FixtureRequest
 ) -> None:
     name = f"missing-{request.node.callspec.id}"
-    plan = make_plan(workplace, name, judge=judge, num_iterations=1, eval_instructions="", max_missing=0.4)
+    plan = make_plan(workplace, name, judge=judge, num_iterations=1, eval_instructions="", max_failure_rate=0.4)
     num_missing = 3
 
     def run(arguments: list[str], **kwargs: Any) -> int:
@@ -223,7 +225,9 @@ def test_too_many_missing_judgments_stop_it_and_are_asked_for_again(
         Path(f"{out}.failures.jsonl").write_text("\n".join(failed) + "\n")
         return 1
 
-    missing = r"iteration 1, judge: 4 of 6 responses have no judgment \(1 of them are empty\), more than max_missing"
+    missing = (
+        r"iteration 1, judge: 4 of 6 responses have no judgment \(1 of them are empty\), more than max_failure_rate"
+    )
     with pytest.raises(StageFailed, match=f"{missing}.*{advice}"):
         run_loop(plan, run=run)
     num_missing = 1

@@ -54,7 +54,7 @@ def test_all_bad_settings_are_named_at_once(workplace: Path) -> None:
             eval_judge="human",
             eval_command="true",
             server_command="vllm serve",
-            max_missing=1,
+            max_failure_rate=1,
             threshold=0.5,
         )
     text = str(caught.value)
@@ -66,7 +66,7 @@ def test_all_bad_settings_are_named_at_once(workplace: Path) -> None:
         "eval_judge: expected a judge that answers at once, got human",
         "eval_command: expected {model} and {out} in it, got 'true'",
         "server_command: expected {model} in it, got 'vllm serve'",
-        "max_missing: expected a share from 0 to below 1, got 1.0",
+        "max_failure_rate: expected a share from 0 to below 1, got 1.0",
         "threshold: expected a number of at least 1",
     ):
         assert part in text

@@ -108,7 +108,7 @@ def test_a_real_server_answers_as_the_model_at_hand(url: str, model: Path, tmp_p
     prompts = _write_lines(tmp_path / "in.jsonl", [{"instruction": f"Name {index} cities."} for index in range(5)])
     shared = ["generate", "--model", str(model), "--prompts", str(prompts), "--max_new_tokens", "12"]
     served, local = tmp_path / "served.json", tmp_path / "local.json"
-    assert main([*shared, "--server", url, "--concurrency", "2", "--out", str(served)]) == 0
+    assert main([*shared, "--base_url", url, "--concurrency", "2", "--out", str(served)]) == 0
     assert main([*shared, "--device", "cpu", "--out", str(local)]) == 0
     assert served.read_bytes() == local.read_bytes()
     assert len({row["output"] for row in json.loads(served.read_text("utf-8"))}) > 1
@@ -119,7 +119,7 @@ def test_a_real_server_chats_as_the_model_at_hand(
 ) -> None:
     shared = ["chat", "--model", str(model), "--max_new_tokens", "12"]
     texts = []
-    for options in (["--server", url], ["--device", "cpu"]):
+    for options in (["--base_url", url], ["--device", "cpu"]):
         lines = io.BytesIO(b"Name a city.\n/reset\nName another.\n")
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, encoding="utf-8"))
         assert main([*shared, *options]) == 0
@@ -147,7 +147,7 @@ def test_the_loop_has_a_real_server_answer_and_each_iteration_has_its_own(
         "instructions": instructions,
         "num_iterations": 1,
         "num_instructions": 3,
-        "generate": f"--server http://127.0.0.1:{port} --max_new_tokens 8 --num_samples 2 --temperature 1",
+        "generate": f"--base_url http://127.0.0.1:{port} --max_new_tokens 8 --num_samples 2 --temperature 1",
         # A reading of {model} by the shell alone: which model it is, the request says.
         "server_command": f"echo {{model}} >> {tmp_path}/served.txt; exec {command}",
         "server_wait": 120,

@@ -129,7 +129,7 @@ class ServerEngine:
         if not isinstance(text, str | None):
             raise UserError(
                 f"{endpoint}: expected pieces of a completion in the server's events, got something else; give the"
-                " address of an OpenAI-compatible server by --server"
+                " address of an OpenAI-compatible server by --base_url"
             )
         return text or "", finish
 

@@ -5,13 +5,13 @@ data, and
 
   instructions      a file of instructions to draw from      num_iterations    rounds (default 5)
   num_instructions  fresh ones a round (default 1000)        output_dir        a folder for everything
-  generate          options of cutlm generate, such as "--temperature 1 --num_samples 4 --server URL"
+  generate          options of cutlm generate, such as "--temperature 1 --num_samples 4 --base_url URL"
   judge             a kind of judge and options of cutlm judge, such as "rules --rules package.module:function"
-  max_missing       largest share of responses without a judgment, and of instructions that a server does not answer,
-                    with which a round goes on (default 0.02)
+  max_failure_rate  largest share of responses without a judgment, and of instructions without an answer from a
+                    server, with which a round goes on (default 0.02)
   eval_instructions held-out instructions; every model's answers to them are judged by eval_judge (default: judge)
   eval_command      a shell command; {model} is the model, {out} a JSON file of figures that it writes
-  server_command    a shell command that serves {model} while responses are generated (generate has --server)
+  server_command    a shell command that serves {model} while responses are generated (generate has --base_url)
   launcher          what training is started by, such as "torchrun --nproc_per_node 8"
 
   cutlm align --config my.yaml                     start, or go on after whatever stopped it

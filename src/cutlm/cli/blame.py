@@ -6,7 +6,7 @@ flagged. The output is JSON Lines: the records with their tokens, log-probs, fla
 goes on where it was when started again with the same settings.
 
   cutlm blame --model MODEL --data records.jsonl --out scores.jsonl
-  cutlm blame --server http://localhost:8000 --model NAME --tokenizer MODEL --data records.jsonl --out scores.jsonl
+  cutlm blame --base_url http://localhost:8000 --model NAME --tokenizer MODEL --data records.jsonl --out scores.jsonl
 
 A server must return the log-probs of a prompt's own tokens (prompt_logprobs), as vLLM's does; a key to it is read from
 the environment variable OPENAI_API_KEY."""
@@ -16,14 +16,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cutlm.cli.model_options import ModelOptions, make_server
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cutlm.blame.scoring import Scorer
 
-# Options that mean something to one of the two backends alone, and their defaults.
-_LOCAL = {"base": None, "dtype": "auto", "device": None, "bf16": False, "max_tokens_per_batch": 8192}
-_SERVER = {"tokenizer": None, "concurrency": 8, "timeout": 120.0, "max_retries": 5}
+_OPTIONS = ModelOptions(
+    ("base", "dtype", "device", "bf16", "max_tokens_per_batch"), ("tokenizer", "concurrency", "timeout", "max_retries")
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,22 +52,7 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="score satisfactory records with their praise too, as thresholds are calibrated on; they get no flags",
     )
-    local = parser.add_argument_group("a model at hand")
-    local.add_argument("--base", metavar="MODEL", help="an adapter's base model (default: the one that it names)")
-    local.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
-    local.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    local.add_argument("--bf16", action="store_true", default=None, help="run in bfloat16 by autocast")
-    local.add_argument("--max_tokens_per_batch", type=int, metavar="N", help="default: 8192")
-    server = parser.add_argument_group("a model on a server")
-    server.add_argument(
-        "--server", metavar="URL", help="address of an OpenAI-compatible server; --model is its name there"
-    )
-    server.add_argument(
-        "--tokenizer", metavar="MODEL", help="the model's tokenizer, folder or hub name (default: --model)"
-    )
-    server.add_argument("--concurrency", type=int, metavar="N", help="requests at a time (default: 8)")
-    server.add_argument("--timeout", type=float, metavar="SECONDS", help="without a byte of an answer (default: 120)")
-    server.add_argument("--max_retries", type=int, metavar="N", help="further attempts (default: 5)")
+    _OPTIONS.add(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,7 +66,7 @@ def score_file(args: argparse.Namespace) -> None:
     from cutlm.data.files import refuse_overwriting
     from cutlm.errors import UserError
 
-    _fill_options(args)
+    _OPTIONS.fill(args)
     refuse_overwriting([args.data], args.out)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
@@ -91,7 +78,7 @@ def score_file(args: argparse.Namespace) -> None:
     settings = FlagSettings(args.threshold, args.unlikelihood_weight, args.gamma, args.max_length, args.with_praise)
     check = check_records(args.data)
     raise_problems(check, args.data)
-    tokenizer, score, detector, backend = _prepare_server(args) if args.server else _prepare_model(args)
+    tokenizer, score, detector, backend = _prepare_server(args) if args.base_url else _prepare_model(args)
     try:
         counts = blame_file(
             check.records,
@@ -113,24 +100,6 @@ def score_file(args: argparse.Namespace) -> None:
     if counts.num_resumed:
         print(f"{counts.num_resumed} records were there from a run that was stopped")
     print(counts.describe())
-
-
-def _fill_options(args: argparse.Namespace) -> None:
-    """Refuses options of the other backend, and puts in the defaults of those that were not given."""
-    from cutlm.errors import ConfigError
-
-    others = _LOCAL if args.server else _SERVER
-    given = [name for name in others if getattr(args, name) is not None]
-    if given:
-        names = ", ".join(f"--{name}" for name in given)
-        raise ConfigError(
-            f"{names}: of no use with --server; leave out the one or the other"
-            if args.server
-            else f"{names}: of use with --server alone; give its address, or leave these out"
-        )
-    for name, default in (_LOCAL | _SERVER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
 
 
 def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
@@ -169,9 +138,8 @@ def _prepare_server(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase,
     from cutlm.blame.server import score_rows_by_server
     from cutlm.model.loading import load_tokenizer
     from cutlm.servers.http import read_key
-    from cutlm.servers.requests import Server
 
-    server = Server(args.server, args.model, args.concurrency, args.timeout, args.max_retries)
+    server = make_server(args)
     read_key()  # what is wrong with it is said before anything else is loaded
     tokenizer = load_tokenizer(args.tokenizer or args.model)
 
@@ -188,7 +156,7 @@ def _suggest_training(args: argparse.Namespace) -> str:
 
     # The model's name on a server may be of no use elsewhere.
     model, merging = args.tokenizer or args.model, ""
-    if not args.server and is_adapter_folder(args.model):
+    if not args.base_url and is_adapter_folder(args.model):
         # Training starts from a whole model.
         model = f"{args.model.rstrip('/')}-merged"
         command = ["cutlm", "merge", "--adapter", args.model, "--out", model]

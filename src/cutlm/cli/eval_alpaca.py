@@ -1,7 +1,7 @@
 """Say how often a model's responses are preferred to a reference's: AlpacaEval, beside the paper's rows.
 
   cutlm eval alpaca --model MODEL --out DIR
-  cutlm eval alpaca --outputs responses.json --reference other.json --annotator_url URL --annotator_model NAME --out DIR
+  cutlm eval alpaca --outputs responses.json --reference other.json --base_url URL --annotator_model NAME --out DIR
   cutlm eval alpaca --annotations annotations.json --out DIR
 
 The model answers the 805 instructions of the hub's tatsu-lab/alpaca_eval, or a file of the same shape, whose outputs
@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutlm.cli.generate import add_answering_arguments
+from cutlm.cli.generate import ANSWERING_OPTIONS, LOCAL_OPTIONS, add_answering_arguments
 
 if TYPE_CHECKING:
     from cutlm.evaluation.annotator import Pair
@@ -42,10 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--annotations", metavar="FILE", help="verdicts made elsewhere; nothing is asked")
     asking = parser.add_argument_group("the annotator's server")
-    asking.add_argument("--annotator_url", metavar="URL", help="default: https://api.openai.com/v1")
+    asking.add_argument("--base_url", metavar="URL", help="default: https://api.openai.com/v1")
     asking.add_argument("--annotator_model", metavar="NAME", help="default: the one that the configuration names")
     asking.add_argument(
-        "--annotator_fields",
+        "--annotator_extra_body",
         metavar="JSON",
         help="""further fields of every request; null takes one away: '{"max_tokens": 2000, "temperature": null}'""",
     )
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument(
         "--annotator_max_requests", type=int, metavar="N", help="most attempts, of all starts (default: no limit)"
     )
-    add_answering_arguments(parser)
+    add_answering_arguments(parser, LOCAL_OPTIONS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,6 +73,11 @@ def run(args: argparse.Namespace) -> int:
     table, picture = tabulate_win_rate(result, *names), draw_win_rate(result, *names)
     write_result(folder, result, table, PACKAGES, picture=picture)
     return 0
+
+
+def _select_answering(args: argparse.Namespace) -> argparse.Namespace:
+    """The options of answering: a local model answers, because --base_url is the annotator's server."""
+    return argparse.Namespace(**vars(args) | dict.fromkeys(("base_url", *ANSWERING_OPTIONS.server)))
 
 
 # Folder, the model's responses, the reference's, a verdict of each pair or None, and further figures.
@@ -98,11 +103,11 @@ def _check_options(args: argparse.Namespace) -> None:
     problems = []
     if args.prompts != _PROMPTS and args.outputs is not None and args.reference is not None:
         problems.append("--prompts: of no use with both --outputs and --reference; leave it out")
-    if args.annotator_url is None and read_key() is None:
+    if args.base_url is None and read_key() is None:
         problems.append(
-            f"{KEY_VARIABLE}: expected a key to {OPENAI}, got none; set it, or name another server by --annotator_url"
+            f"{KEY_VARIABLE}: expected a key to {OPENAI}, got none; set it, or name another server by --base_url"
         )
-    check_source(args, problems)
+    check_source(_select_answering(args), problems)
 
 
 def _replay(args: argparse.Namespace) -> _Compared:
@@ -150,9 +155,9 @@ def _ask(args: argparse.Namespace) -> _Compared | None:
     # A name on the hub, or what a file holds: a changed one is another.
     prompts = hash_file(args.prompts) if Path(args.prompts).exists() else args.prompts
     settings |= {"prompts": prompts, "reference": _hash_responses(references)}
-    settings |= {"request": server.make_request("")} | describe_source(args)
+    settings |= {"request": server.make_request("")} | describe_source(_select_answering(args))
     folder = open_folder(args.out, settings, (*PARTS, _ANNOTATIONS), overwrite=args.overwrite)
-    outputs = args.outputs or answer_once(args, folder, args.prompts)
+    outputs = args.outputs or answer_once(_select_answering(args), folder, args.prompts)
     if outputs is None:
         return None
     responses = read_responses(outputs)
@@ -191,8 +196,8 @@ def _make_server(args: argparse.Namespace, settings: dict[str, Any]) -> "ChatSer
     from cutlm.servers.chat import ChatServer
     from cutlm.servers.http import describe_bad_address
 
-    url = args.annotator_url or OPENAI
-    if (problem := describe_bad_address(url, "--annotator_url")) is not None:
+    url = args.base_url or OPENAI
+    if (problem := describe_bad_address(url, "--base_url")) is not None:
         raise ConfigError(problem)
     model = args.annotator_model or settings.get("model_name")
     if not model:
@@ -202,7 +207,7 @@ def _make_server(args: argparse.Namespace, settings: dict[str, Any]) -> "ChatSer
         model,
         temperature=settings.get("temperature", 0.0),
         max_tokens=settings.get("max_tokens", 1024),
-        fields=read_fields(args.annotator_fields or "{}", "--annotator_fields"),
+        fields=read_fields(args.annotator_extra_body or "{}", "--annotator_extra_body"),
         concurrency=args.annotator_concurrency,
         max_requests=args.annotator_max_requests,
     )

@@ -3,7 +3,7 @@
   cutlm judge --responses FILE --judge http --base_url URL --judge_model NAME --out FILE
   cutlm judge --responses FILE --judge local --judge_model MODEL --out FILE
   cutlm judge --responses FILE --judge rules --rules package.module:function --out FILE
-  cutlm judge --responses FILE --judge human --out FILE                 lists to be filled, then the same with --todo
+  cutlm judge --responses FILE --judge human --out FILE                 lists to be filled, then the same with --labels
 
 Responses come as `cutlm generate` writes them: instruction, input, output; other fields are kept. A satisfactory
 response gets the judgment null. One whose judgment could not be had is no record: it is left out, counted, and listed
@@ -27,11 +27,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cutlm.cli.model_options import DEFAULTS, add_options
+
 if TYPE_CHECKING:
     from cutlm.judges import Outcome, Response
     from cutlm.servers.chat import ChatServer
 
 JUDGES = ("http", "local", "rules", "human")
+_SERVER = ("concurrency", "timeout", "max_retries")
+_RUNNING = ("batch_size", "dtype", "device")
 # Options that mean something to some judges alone; their defaults.
 _HTTP: dict[str, Any] = {
     "base_url": None,
@@ -40,26 +44,22 @@ _HTTP: dict[str, Any] = {
     "trained": False,
     "temperature": 0.0,
     "max_tokens": 1024,
-    "fields": "{}",
+    "extra_body": "{}",
     "cache": None,
-    "concurrency": 8,
-    "timeout": 120.0,
-    "max_retries": 5,
+    **{name: DEFAULTS[name] for name in _SERVER},
     "max_requests": None,
     "max_tokens_total": None,
 }
 _LOCAL: dict[str, Any] = {
     "judge_model": None,
     "max_new_tokens": None,
-    "batch_size": 16,
-    "dtype": "auto",
-    "device": None,
+    **{name: DEFAULTS[name] for name in _RUNNING},
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
     "http": _HTTP,
     "local": _LOCAL,
     "rules": {"rules": None},
-    "human": {"todo": None},
+    "human": {"labels": None},
 }
 _LOCAL_SETTINGS = tuple(name for name in _LOCAL if name != "judge_model")
 _NEEDED = {"http": ("base_url", "judge_model"), "local": ("judge_model",), "rules": ("rules",), "human": ()}
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
     parser.add_argument("--judge_model", metavar="MODEL", help="http: its name on the server; local: a folder")
     http = parser.add_argument_group("--judge http")
-    http.add_argument("--base_url", metavar="URL", help="such as http://localhost:8000/v1")
+    add_options(http, "base_url")
     http.add_argument("--prompt_file", metavar="FILE", help="another question, with {instruction} and {response}")
     http.add_argument(
         "--trained", action="store_const", const=True, help="the model is one of cutlm train-judge: ask it as trained"
@@ -80,14 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument("--temperature", type=float, help="0 takes the likeliest answer (default)")
     http.add_argument("--max_tokens", type=int, metavar="N", help="of an answer (default: 1024)")
     http.add_argument(
-        "--fields",
+        "--extra_body",
         metavar="JSON",
         help="""further fields of every request; null takes one away: '{"max_tokens": null, "seed": 1}'""",
     )
     http.add_argument("--cache", metavar="FILE", help="where judgments are kept (default: OUT.cache.sqlite)")
-    http.add_argument("--concurrency", type=int, metavar="N", help="requests at a time (default: 8)")
-    http.add_argument("--timeout", type=float, metavar="SECONDS", help="without a byte of an answer (default: 120)")
-    http.add_argument("--max_retries", type=int, metavar="N", help="further attempts (default: 5)")
+    add_options(http, *_SERVER)
     http.add_argument(
         "--max_requests", type=int, metavar="N", help="most attempts, of all runs with this cache together"
     )
@@ -98,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rules = parser.add_argument_group("--judge rules")
     rules.add_argument("--rules", metavar="NAME", help="a function of instruction and response: module:function")
     human = parser.add_argument_group("--judge human")
-    human.add_argument("--todo", metavar="FILE", help="OUT.todo.csv or OUT.todo.jsonl, with every judgment filled")
+    human.add_argument("--labels", metavar="FILE", help="OUT.todo.csv or OUT.todo.jsonl, with every judgment filled")
 
 
 def add_local_arguments(parser: "argparse._ActionsContainer") -> None:
@@ -106,9 +104,7 @@ def add_local_arguments(parser: "argparse._ActionsContainer") -> None:
     parser.add_argument(
         "--max_new_tokens", type=int, metavar="N", help="of an answer (default: 1024, or a quarter of its context)"
     )
-    parser.add_argument("--batch_size", type=int, metavar="N", help="responses at a time (default: 16)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    add_options(parser, *_RUNNING)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.errors import UserError
 
     fill_options(args)
-    refuse_overwriting([args.responses, *filter(None, (args.todo, args.prompt_file))], args.out)
+    refuse_overwriting([args.responses, *filter(None, (args.labels, args.prompt_file))], args.out)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
 
@@ -124,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
     server = _make_server(args) if args.judge == "http" else None
     responses = read_responses(args.responses)
-    if args.judge == "human" and args.todo is None:
+    if args.judge == "human" and args.labels is None:
         return _write_todo(args, responses)
     if args.judge == "local":
         from cutlm.judges.local import judge_locally
@@ -178,7 +174,7 @@ def _make_server(args: argparse.Namespace) -> "ChatServer":
         args.judge_model,
         temperature=args.temperature,
         max_tokens=args.max_tokens,
-        fields=read_fields(args.fields, "--fields"),
+        fields=read_fields(args.extra_body, "--extra_body"),
         concurrency=args.concurrency,
         timeout=args.timeout,
         max_retries=args.max_retries,
@@ -228,7 +224,7 @@ def _judge(args: argparse.Namespace, responses: "list[Response]", server: "ChatS
         return judge_by_rules(responses, load_rules(args.rules))
     from cutlm.judges.human import read_todo
 
-    return read_todo(responses, args.todo)
+    return read_todo(responses, args.labels)
 
 
 def _write_todo(args: argparse.Namespace, responses: "list[Response]") -> int:
@@ -242,6 +238,6 @@ def _write_todo(args: argparse.Namespace, responses: "list[Response]") -> int:
     print(
         f"{num_rows} responses to judge in {lines} and {table}: fill the column 'judgment' of one of them, with"
         f' "Perfect." where nothing is wrong; then:\n  cutlm judge --responses {args.responses} --judge human'
-        f" --todo {table} --out {args.out}"
+        f" --labels {table} --out {args.out}"
     )
     return 0

@@ -8,7 +8,9 @@ A run that was stopped goes on where it was when started again with the same set
 import argparse
 from pathlib import Path
 
-from cutlm.cli.generate import add_sampling_arguments
+from cutlm.cli.model_options import ModelOptions, add_sampling_options, make_sampling
+
+_OPTIONS = ModelOptions(("batch_size", "dtype", "device"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", choices=("alpaca", "chat"), default="alpaca", help="as in training (default: alpaca)"
     )
-    add_sampling_arguments(parser)
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time (default: 16)")
+    add_sampling_options(parser)
+    _OPTIONS.add(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
 
 
@@ -27,12 +29,12 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.data.files import refuse_overwriting
     from cutlm.errors import DataError, UserError
 
+    _OPTIONS.fill(args)
     refuse_overwriting([args.data], args.out)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
 
     from cutlm.data.records import load_records
-    from cutlm.generation.local import Sampling, choose_max_new_tokens
     from cutlm.generation.refine import refine_file
     from cutlm.model.loading import fingerprint_model, load_trained
     from cutlm.prompting.encoding import Encoder
@@ -41,14 +43,14 @@ def run(args: argparse.Namespace) -> int:
     if all(record.is_satisfactory or record.i_ans for record in records):
         raise DataError(f"{args.data}: nothing to refine: every record is satisfactory or has an i_ans")
     model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
-    max_new_tokens = choose_max_new_tokens(model) if args.max_new_tokens is None else args.max_new_tokens
+    sampling = make_sampling(args, model)
     counts = refine_file(
         model,
         tokenizer,
         Encoder(tokenizer, args.template),
         records,
         args.out,
-        Sampling(max_new_tokens, args.temperature, args.top_p, args.seed, args.batch_size),
+        sampling,
         fingerprint=fingerprint_model(args.model),
     )
     if counts.num_resumed:
@@ -57,6 +59,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{counts.num_truncated} prompts were cut from the left to fit the model's context")
     print(
         f"{len(counts.responses)} of {len(records)} responses rewritten in {args.out}; {counts.num_unfinished} of them"
-        f" stopped at {max_new_tokens} tokens. Next:\n  cutlm train --objective ilf_mle --data {args.out} ..."
+        f" stopped at {sampling.max_new_tokens} tokens. Next:\n  cutlm train --objective ilf_mle --data {args.out} ..."
     )
     return 0

@@ -13,7 +13,7 @@ PARTS = (OUTPUTS_FILE, f"{OUTPUTS_FILE}.failures.jsonl")
 # What responses depend on, of the options of `generate.add_answering_arguments`.
 _SETTINGS = (
     *("template", "judgment", "max_new_tokens", "temperature", "top_p", "seed", "batch_size", "dtype"),
-    *("server", "tokenizer", "generator"),
+    *("base_url", "tokenizer", "generator"),
 )
 
 
@@ -38,7 +38,7 @@ def check_source(args: argparse.Namespace, problems: Sequence[str] = (), *, also
         problems.append(f"{', '.join(given)}: of use with --model alone, for the responses are there; leave out")
     if args.model is not None:
         try:
-            generate.check_options(argparse.Namespace(**vars(args), num_samples=1, max_missing=0.0))
+            generate.check_options(argparse.Namespace(**vars(args), num_samples=1, max_failure_rate=0.0))
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -80,5 +80,11 @@ def answer_once(args: argparse.Namespace, folder: Path, prompts: str) -> Path | 
     if out.exists():
         print(f"{out} is there already")
         return out
-    own = vars(args) | {"prompts": prompts, "out": str(out), "num_samples": 1, "max_missing": 0.0, "overwrite": False}
+    own = vars(args) | {
+        "prompts": prompts,
+        "out": str(out),
+        "num_samples": 1,
+        "max_failure_rate": 0.0,
+        "overwrite": False,
+    }
     return None if generate.run(argparse.Namespace(**own)) else out

@@ -32,7 +32,7 @@ from cutlm.servers.requests import ask_all
 
 OPENAI = "https://api.openai.com/v1"
 OPTIONS = OptionNames(
-    "--annotator_url", "--annotator_model", "--annotator_fields", "name another model by --annotator_model"
+    "--base_url", "--annotator_model", "--annotator_extra_body", "name another model by --annotator_model"
 )
 DRAW = 1.5
 # What can be sent to any server; others ask for functions to be called, or for log-probs.

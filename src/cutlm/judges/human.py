@@ -49,7 +49,7 @@ def write_todo(responses: Sequence[Response], out: str | Path) -> int:
     there = [str(path) for path in (lines, table) if path.exists()]
     if there:
         raise UserError(
-            f"{' and '.join(there)}: there already, and may be filled; give one by --todo FILE, or remove"
+            f"{' and '.join(there)}: there already, and may be filled; give one by --labels FILE, or remove"
             f" {'them' if len(there) > 1 else 'it'} to begin anew"
         )
     kept, _ = set_aside_empty(responses)

@@ -43,13 +43,13 @@ def ask_judge(plan: Plan, runner: Runner, judge: str, responses: Path, cache: st
     records = responses.with_name("records.jsonl")
     num_responses = len(read_rows(responses)[0])
     counts = count_records(records, num_responses)
-    if counts is None or _is_too_few(counts, plan.arguments.max_missing):
+    if counts is None or _is_too_few(counts, plan.arguments.max_failure_rate):
         arguments = ["judge", "--responses", str(responses), "--out", str(records), "--judge", *shlex.split(judge)]
         if judge.split()[0] == "http" and not any(part.partition("=")[0] == "--cache" for part in arguments):
             arguments += ["--cache", str(plan.folder / f"{cache}.cache.sqlite")]
         arguments += ["--overwrite"] * records.exists()
         todo = _find_todo(records) if judge.split()[0] == "human" else None
-        arguments += ["--todo", str(todo)] if todo else []
+        arguments += ["--labels", str(todo)] if todo else []
         status = runner.run(arguments)
         counts = count_records(records, num_responses)
         if status == 0 and counts is None and judge.split()[0] == "human":
@@ -57,15 +57,15 @@ def ask_judge(plan: Plan, runner: Runner, judge: str, responses: Path, cache: st
         if status not in (0, 1) or counts is None:
             check_status(status or 1, arguments)
         assert counts is not None
-        if _is_too_few(counts, plan.arguments.max_missing):
+        if _is_too_few(counts, plan.arguments.max_failure_rate):
             num_without = counts["num_missing"] + counts["num_empty"]
             empty = f" ({counts['num_empty']} of them are empty)" if counts["num_empty"] else ""
             # A model at hand would say the same again.
             again = "" if judge.split()[0] == "local" else "start again to ask for these alone, or "
             raise StageFailed(
-                f"{num_without} of {num_responses} responses have no judgment{empty}, more than max_missing"
-                f" ({plan.arguments.max_missing:.0%}); {name_failures_file(records)} says why; {again}raise"
-                " max_missing",
+                f"{num_without} of {num_responses} responses have no judgment{empty}, more than max_failure_rate"
+                f" ({plan.arguments.max_failure_rate:.0%}); {name_failures_file(records)} says why; {again}raise"
+                " max_failure_rate",
                 1,
             )
     return counts
@@ -100,6 +100,6 @@ def count_records(records: Path, num_responses: int | None = None) -> dict[str, 
     }
 
 
-def _is_too_few(counts: dict[str, Any], max_missing: float) -> bool:
+def _is_too_few(counts: dict[str, Any], max_failure_rate: float) -> bool:
     num_without = counts["num_missing"] + counts["num_empty"]
-    return num_without > max_missing * (num_without + counts["num_judged"])
+    return num_without > max_failure_rate * (num_without + counts["num_judged"])

@@ -226,7 +226,7 @@ def serve(command: str, model: str, url: str, seconds: float, log: Path, lock: i
     if _answers(url):
         raise UserError(
             f"server_command: something answers at {url} before it is started; stop that, or give another port here"
-            " and by --server in generate"
+            " and by --base_url in generate"
         )
     filled = command.replace("{model}", shlex.quote(model))
     print(f"  serving {model}: {filled}", flush=True)
@@ -251,7 +251,7 @@ def serve(command: str, model: str, url: str, seconds: float, log: Path, lock: i
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"server_command: no answer from {url} in {seconds:g} seconds (server_wait); see {log}, and"
-                        " whether --server in generate is its address"
+                        " whether --base_url in generate is its address"
                     )
                 time.sleep(0.5)
         yield

@@ -23,9 +23,9 @@ _OWN_OPTIONS = {
         "--overwrite",
         "--template",
         "--tokenizer",
-        "--max_missing",
+        "--max_failure_rate",
     ),
-    "judge": ("--responses", "--judge", "--out", "--overwrite", "--todo"),
+    "judge": ("--responses", "--judge", "--out", "--overwrite", "--labels"),
 }
 # What decides how a stage is run, and not what comes of it: it may change from one start to the next.
 _FREE_OPTIONS = (
@@ -36,8 +36,6 @@ _FREE_OPTIONS = (
     "max_tokens_total",
     "cache",
     "device",
-    # Where the judge is; its model is not free to change.
-    "base_url",
 )
 FREE_SETTINGS = (
     # These are compared by what is in them; see `cutlm.loop.loop`.
@@ -47,7 +45,7 @@ FREE_SETTINGS = (
     "launcher",
     "server_command",
     "server_wait",
-    "max_missing",
+    "max_failure_rate",
     "logging_steps",
     "report_to",
     "save_steps",
@@ -67,12 +65,12 @@ class AlignArguments:
         num_instructions: Fresh ones a round.
         generate: Further options of `cutlm generate`.
         judge: A kind of judge and the options of `cutlm judge` that go with it.
-        max_missing: The largest share of responses without a judgment with which a round goes on, and of instructions
-            to which a server has no answer.
+        max_failure_rate: The largest share of responses without a judgment with which a round goes on, and of
+            instructions to which a server has no answer.
         eval_instructions: Held-out instructions that every model answers, greedily, and that `eval_judge` judges.
         eval_judge: As `judge`, which it is where it is not given.
         eval_command: A shell command; `{model}` is the model's folder, `{out}` a JSON file of figures to write.
-        server_command: A shell command that serves `{model}` where `generate` has --server; stopped afterwards.
+        server_command: A shell command that serves `{model}` where `generate` has --base_url; stopped afterwards.
         server_wait: Seconds in which it must answer.
         launcher: What training is started by, such as torchrun with its options.
     """
@@ -82,7 +80,7 @@ class AlignArguments:
     num_instructions: int = field(default=1000, metadata={"help": "fresh instructions a round"})
     generate: str = field(default="", metadata={"help": "options of cutlm generate"})
     judge: str | None = field(default=None, metadata={"help": "kind of judge, and options of cutlm judge"})
-    max_missing: float = field(default=0.02, metadata={"help": "largest share of responses without a judgment"})
+    max_failure_rate: float = field(default=0.02, metadata={"help": "largest share of responses without a judgment"})
     eval_instructions: str | None = field(default=None, metadata={"help": "held-out instructions"})
     eval_judge: str | None = field(default=None, metadata={"help": "as judge; default: the same"})
     eval_command: str | None = field(default=None, metadata={"help": "shell command with {model} and {out}"})
@@ -102,8 +100,8 @@ class AlignArguments:
         for name in ("num_iterations", "num_instructions"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}: expected a whole number of at least 1, got {getattr(self, name)}")
-        if not 0 <= self.max_missing < 1:
-            problems.append(f"max_missing: expected a share from 0 to below 1, got {self.max_missing}")
+        if not 0 <= self.max_failure_rate < 1:
+            problems.append(f"max_failure_rate: expected a share from 0 to below 1, got {self.max_failure_rate}")
         if not self.server_wait > 0:
             problems.append(f"server_wait: expected seconds above 0, got {self.server_wait}")
         problems += self._check_options()
@@ -125,9 +123,9 @@ class AlignArguments:
                 parsed[name] = parse_options(name.removeprefix("eval_"), text)
             except ConfigError as error:
                 problems += [f"{name}: {problem}" for problem in error.problems]
-        server = parsed.get("generate", {}).get("server")
+        server = parsed.get("generate", {}).get("base_url")
         if self.server_command and "generate" in parsed and not server:
-            problems.append("server_command: expected --server URL in generate, where to ask, got none")
+            problems.append("server_command: expected --base_url URL in generate, where to ask, got none")
         judge = parsed.get("eval_judge", parsed.get("judge", {}))
         if self.eval_instructions and judge.get("judge") == "human":
             problems.append("eval_judge: expected a judge that answers at once, got human; give rules, http or local")
@@ -233,8 +231,8 @@ def _lasting(name: str, text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     options = parse_options(name.removeprefix("eval_"), text)
-    if options.get("server"):
-        options["server"] = "any"  # where it is, is free to change; not that one answers
+    if options.get("base_url"):
+        options["base_url"] = "any"  # where it is, is free to change; not that one answers
     return {name: value for name, value in options.items() if name not in _FREE_OPTIONS}
 
 
@@ -280,7 +278,7 @@ def _read_plan(config: str | None, options: list[str]) -> Plan:
         folder=Path(train_args.output_dir),
         model=model_args.model_name_or_path,
         seed=train_args.seed,
-        server=generating.get("server"),
+        server=generating.get("base_url"),
         is_blaming=train_args.objective == "cut" and train_args.detector == "frozen",
         is_refining=train_args.objective in ("ilf_mle", "ilf_dpo"),
         is_adapting=model_args.use_peft,

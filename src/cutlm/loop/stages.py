@@ -148,7 +148,7 @@ def _answer(plan: Plan, runner: Runner, model: str, prompts: Path | str, out: Pa
     is_carried = template == "chat" or model != plan.model
     has_judgment = any(option.partition("=")[0] == "--judgment" for option in options)
     fixed = [] if plan.server and is_carried and not has_judgment else ["--template", template]
-    fixed += ["--max_missing", str(plan.arguments.max_missing)] if plan.server else []
+    fixed += ["--max_failure_rate", str(plan.arguments.max_failure_rate)] if plan.server else []
     arguments = ["generate", "--model", model, "--prompts", str(prompts), "--out", str(out), *fixed, *options, *further]
     with runner.serve(model):
         check_status(runner.run([*arguments, "--seed", str(seed)]), arguments)

@@ -90,7 +90,7 @@ class ChatServer:
         fixed = [name for name in _FIXED_FIELDS if name in self.fields]
         if fixed:
             problems.append(
-                f"fields: expected other fields than {', '.join(fixed)}, which are set here; leave these out"
+                f"extra_body: expected other fields than {', '.join(fixed)}, which are set here; leave these out"
             )
         if problems:
             raise ConfigError(problems)
@@ -261,7 +261,7 @@ class OptionNames(NamedTuple):
 
 
 JUDGE_OPTIONS = OptionNames(
-    "--base_url", "--judge_model", "--fields", "give a smaller --max_tokens or leave this response out"
+    "--base_url", "--judge_model", "--extra_body", "give a smaller --max_tokens or leave this response out"
 )
 
 

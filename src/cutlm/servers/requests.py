@@ -184,14 +184,14 @@ def explain_refusal(server: Server, endpoint: str, error: Refused, location: str
         advice: What may help where it is about the request.
     """
     if not error.status:
-        return f"{endpoint}: {error.said}; give another address by --server"
+        return f"{endpoint}: {error.said}; give another address by --base_url"
     if error.status in (401, 403):
         return f"{endpoint}: the server wants another key ({error}); set {KEY_VARIABLE} to one that it takes"
     if error.status == 404:
         return (
             f"{endpoint}: no such address, or no model {server.model!r} there ({error}); give the server's address by"
-            " --server and its name of the model by --model"
+            " --base_url and its name of the model by --model"
         )
     if 300 <= error.status < 400:
-        return f"{endpoint}: the server names another address ({error}); give that one by --server"
+        return f"{endpoint}: the server names another address ({error}); give that one by --base_url"
     return f"{location}: {endpoint} refuses the request ({error}); {advice}"

@@ -1,0 +1,126 @@
+"""Options of the commands that run a local model or ask a server: one name, one default and one meaning each."""
+
+import argparse
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cutlm.generation.local import Sampling
+    from cutlm.servers.requests import Server
+
+MAX_NEW_TOKENS = 2048
+DEFAULTS: dict[str, Any] = {
+    "base": None,
+    "dtype": "auto",
+    "device": None,
+    "bf16": False,
+    "batch_size": 16,
+    "max_tokens_per_batch": 8192,
+    "tokenizer": None,
+    "concurrency": 8,
+    "timeout": 600.0,
+    "max_retries": 5,
+}
+# Every default is None here, so that an option that was given can be told from one that was not.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "base": {"metavar": "MODEL", "help": "base model of an adapter (default: the one that the adapter names)"},
+    "dtype": {"choices": ("auto", "float32", "bfloat16", "float16"), "help": "default: auto"},
+    "device": {"help": "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"},
+    "bf16": {"action": "store_true", "default": None, "help": "run in bfloat16 by autocast"},
+    "batch_size": {"type": int, "metavar": "N", "help": "prompts at a time (default: 16)"},
+    "max_tokens_per_batch": {"type": int, "metavar": "N", "help": "tokens at a time (default: 8192)"},
+    "base_url": {"metavar": "URL", "help": "address of an OpenAI-compatible server, such as http://localhost:8000/v1"},
+    "tokenizer": {"metavar": "MODEL", "help": "tokenizer of the model, a folder or hub name (default: --model)"},
+    "concurrency": {"type": int, "metavar": "N", "help": "requests at a time (default: 8)"},
+    "timeout": {"type": float, "metavar": "SECONDS", "help": "longest wait for the next byte (default: 600)"},
+    "max_retries": {"type": int, "metavar": "N", "help": "retries of a request that failed (default: 5)"},
+}
+
+
+def add_options(parser: "argparse._ActionsContainer", *names: str) -> None:
+    """Adds options without their defaults, which are in `DEFAULTS`."""
+    for name in names:
+        parser.add_argument(f"--{name}", **_ARGUMENTS[name])
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `make_sampling`."""
+    parser.add_argument(
+        "--max_new_tokens", type=int, metavar="N", help="longest response (default: 2048, or half of the context)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling (default: 1, off)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the sampling (default: 42)")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options of one command whose model is local or, with --base_url, on a server.
+
+    Attributes:
+        local: Names of the options that only a local model has.
+        server: Names of the options that only a server has, besides `base_url`; empty for a command that asks none.
+    """
+
+    local: tuple[str, ...]
+    server: tuple[str, ...] = ()
+
+    def add(self, parser: argparse.ArgumentParser) -> None:
+        """Adds all of them, in a group for each backend."""
+        add_options(parser.add_argument_group("a local model"), *self.local)
+        if self.server:
+            add_options(parser.add_argument_group("a model on a server"), "base_url", *self.server)
+
+    def find_problems(self, args: argparse.Namespace) -> list[str]:
+        """Names the options of the other backend that were given."""
+        is_local = not self.server or args.base_url is None
+        given = [f"--{name}" for name in (self.server if is_local else self.local) if getattr(args, name) is not None]
+        if not given:
+            return []
+        advice = "only with --base_url; set it" if is_local else "only with a local model; leave out --base_url"
+        return [f"{', '.join(given)}: expected {advice}, or leave these out"]
+
+    def fill(self, args: argparse.Namespace) -> None:
+        """Refuses options of the other backend and fills in the defaults.
+
+        Raises:
+            ConfigError: Options of the other backend were given.
+        """
+        from cutlm.errors import ConfigError
+
+        if problems := self.find_problems(args):
+            raise ConfigError(problems)
+        for name in (*self.local, *self.server):
+            if getattr(args, name) is None:
+                setattr(args, name, DEFAULTS[name])
+
+
+def make_server(args: argparse.Namespace, **others: Any) -> "Server":
+    """Returns the server that the options name.
+
+    Args:
+        args: With `base_url` and `model`, and those of the other settings of a server that the command has.
+        others: Settings for which the command has no options.
+    """
+    from cutlm.servers.requests import Server
+
+    names = ("concurrency", "timeout", "max_retries")
+    settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return Server(args.base_url, args.model, **settings, **others)
+
+
+def make_sampling(args: argparse.Namespace, model: Any = None) -> "Sampling":
+    """Returns how to sample.
+
+    Args:
+        args: With the options of `add_sampling_options` and, for a local model, `batch_size`.
+        model: The local model, whose context bounds the default of `max_new_tokens`; None for a server.
+    """
+    from cutlm.generation.local import Sampling, choose_max_new_tokens
+
+    max_new_tokens = args.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = MAX_NEW_TOKENS if model is None else choose_max_new_tokens(model)
+    sampling = Sampling(max_new_tokens, args.temperature, args.top_p, args.seed)
+    batch_size = getattr(args, "batch_size", None)
+    return sampling if batch_size is None or model is None else replace(sampling, batch_size=batch_size)
