@@ -89,7 +89,7 @@ def _make_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:
     from cutlm import CUTConfig, CUTTrainer
-    from cutlm.model.forward import PLAIN
+    from cutlm.model.forward import PADDED
 
     rows = _make_rows(args)
     if args.variant == "likelihood":
@@ -109,7 +109,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     config = CUTConfig(**make_settings(args, args.folder), detector=detector, max_length=100_000)
     trainer = CUTTrainer(make_model(args), config, rows, peft_config=make_adapter())
     if args.variant == "apart":
-        trainer._passes = PLAIN
+        trainer._layout = PADDED
     return time_trainer(trainer)
 
 

@@ -20,10 +20,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from cutlm.losses import combine_parts
-from cutlm.model.collator import CutCollator, count_batch
-from cutlm.model.forward import Passes, run_inside, score_batch
+from cutlm.model.collator import CutCollator
+from cutlm.model.forward import ForwardLayout, run_inside, score_batch
 from cutlm.model.loading import compile_layers, unwrap_peft
-from cutlm.training.batch_loss import compute_batch_loss
+from cutlm.training.batch_loss import compute_batch_loss, count_batch
 from cutlm.training.config import CUTConfig
 
 VOCAB_SIZE = 60
@@ -54,8 +54,8 @@ def make(kind: str) -> nn.Module:
     return adapted
 
 
-def shard(model: nn.Module, layout: str) -> nn.Module:
-    if layout == "accelerate":
+def shard(model: nn.Module, sharding: str) -> nn.Module:
+    if sharding == "accelerate":
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="TRANSFORMER_BASED_WRAP",
@@ -70,18 +70,22 @@ def shard(model: nn.Module, layout: str) -> nn.Module:
     language_model: Any = unwrap_peft(model)
     for layer in language_model.model.layers:
         fully_shard(layer)
-    if layout == "head apart":
+    if sharding == "head apart":
         fully_shard(language_model.lm_head)
     return fully_shard(model)
 
 
 def find_loss(
-    model: nn.Module, rows: list[dict[str, Any]], counts: tuple[float, float], passes: Passes, needs_judged_grad: bool
+    model: nn.Module,
+    rows: list[dict[str, Any]],
+    counts: tuple[float, float],
+    layout: ForwardLayout,
+    needs_judged_grad: bool,
 ) -> Tensor:
     """The loss of some of a step's records, as `CUTTrainer.compute_loss` takes it."""
 
     def score(module: nn.Module, batch: dict[str, Any]) -> Tensor:
-        return score_batch(module, batch, needs_judged_grad=needs_judged_grad, passes=passes)
+        return score_batch(module, batch, needs_judged_grad=needs_judged_grad, layout=layout)
 
     batch = collate(rows)
     outputs = compute_batch_loss(run_inside(model, model, score, batch), batch, CUTConfig(use_cpu=True))
@@ -93,18 +97,18 @@ def find_gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
 
 
-def compare(kind: str, layout: str, passes: Passes) -> None:
+def compare(kind: str, sharding: str, layout: ForwardLayout) -> None:
     every_row = list(itertools.chain(*RECORDS_OF_RANKS))
     counts = count_batch(collate(every_row), "token")
     whole = make(kind)
     inner = copy.deepcopy(whole)
     if kind == "compiled":
         compile_layers(inner, backend="aot_eager")
-    sharded = shard(inner, layout)
+    sharded = shard(inner, sharding)
     for needs_judged_grad in (True, False):  # two steps: what the first leaves behind must not harm the second
-        want = find_loss(whole, every_row, counts, Passes(), needs_judged_grad)
+        want = find_loss(whole, every_row, counts, ForwardLayout(), needs_judged_grad)
         want.backward()
-        loss = find_loss(sharded, RECORDS_OF_RANKS[dist.get_rank()], counts, passes, needs_judged_grad)
+        loss = find_loss(sharded, RECORDS_OF_RANKS[dist.get_rank()], counts, layout, needs_judged_grad)
         (loss * dist.get_world_size()).backward()  # FSDP takes the mean over processes
         loss = loss.detach().clone()
         dist.all_reduce(loss)
@@ -112,22 +116,22 @@ def compare(kind: str, layout: str, passes: Passes) -> None:
         wanted, got = find_gradients(whole), find_gradients(sharded)
         assert wanted.keys() == got.keys()
         for name, gradient in wanted.items():
-            assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), (kind, layout, passes, name)
+            assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), (kind, sharding, layout, name)
         assert len(wanted) == sum(weight.requires_grad for weight in whole.parameters())
         whole.zero_grad()
         sharded.zero_grad()
     if dist.get_rank() == 0:
-        print(f"the same: {kind}, {layout}, {passes}", flush=True)
+        print(f"the same: {kind}, {sharding}, {layout}", flush=True)
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     for kind in sys.argv[1].split(","):
-        for layout in ("root", "head apart", "accelerate"):
-            if (kind, layout) == ("tied", "head apart"):
+        for sharding in ("root", "head apart", "accelerate"):
+            if (kind, sharding) == ("tied", "head apart"):
                 continue  # torch refuses one weight in two groups
-            if kind == "compiled" and layout != "accelerate":
+            if kind == "compiled" and sharding != "accelerate":
                 continue  # it takes long
-            for is_sharing in (False, True):
-                compare(kind, layout, Passes(is_single=True, is_sharing=is_sharing))
+            for has_prefix_mask in (False, True):
+                compare(kind, sharding, ForwardLayout(is_single_pass=True, has_prefix_mask=has_prefix_mask))
     dist.destroy_process_group()

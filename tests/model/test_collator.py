@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tiny import make_model
 from torch import Tensor, nn
 
-from cutlm.model.collator import CutCollator, count_batch, find_non_finite, split_batch, split_lengths
-from cutlm.model.forward import _group_by_length, run_inside, score_batch
-from cutlm.model.layouts import Tree
+from cutlm.model.collator import CutCollator, find_non_finite, split_batch, split_lengths
+from cutlm.model.forward import PrefixTree, _group_by_length, run_inside, score_batch
+from cutlm.training.batch_loss import count_batch
 
 VOCAB_SIZE = 50
 collate = CutCollator()
@@ -207,7 +207,7 @@ def test_a_satisfactory_record_costs_one_forward_pass_and_an_unsatisfactory_one_
 
 @given(st.lists(st.integers(1, 3000), max_size=40), st.integers(1, 2000))
 def test_groups_hold_every_sequence_once_within_the_limit_and_with_little_padding(lengths, limit):
-    trees = [Tree((index,), 0, length) for index, length in enumerate(lengths)]
+    trees = [PrefixTree((index,), 0, length) for index, length in enumerate(lengths)]
     groups = [[tree.indices[0] for tree in group] for group in _group_by_length(trees, limit, lengths)]
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     for group in groups:

@@ -12,8 +12,8 @@ from transformers import LlamaForSequenceClassification as Classifier
 from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM
 
 from cutlm.errors import ConfigError, UserError
+from cutlm.model.forward import check_head
 from cutlm.model.loading import check_lora_targets, load_model, load_tokenizer
-from cutlm.model.probes import check_head
 
 
 def test_a_model_without_its_head_is_refused(tmp_path: Path) -> None:

@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from cutlm.errors import ConfigError, UserError
 from cutlm.model.collator import CutCollator, find_non_finite
-from cutlm.model.forward import score_batch
+from cutlm.model.forward import choose_layout, evaluation_mode, score_batch
 from cutlm.model.loading import list_rope_parameters, unwrap_peft
-from cutlm.model.probes import choose_passes, evaluating
 
 MAX_TOKENS_PER_BATCH = 8192
 
@@ -54,7 +53,7 @@ def score_rows(
         UserError: A log-prob is no number; the rows are named.
     """
     device = unwrap_peft(model).device
-    passes = choose_passes(model)
+    layout = choose_layout(model)
     progress = tqdm(total=len(rows), initial=len(done), desc="blaming", unit="record", disable=not show_progress)
     with progress:
         for batch in _cut_batches(rows, max_tokens_per_batch):
@@ -64,8 +63,8 @@ def score_rows(
             tensors = CutCollator()([rows[index] for index in batch])
             tensors |= {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=is_bf16)
-            with evaluating(model), torch.inference_mode(), autocast:
-                logps = score_batch(model, tensors, passes=passes)
+            with evaluation_mode(model), torch.inference_mode(), autocast:
+                logps = score_batch(model, tensors, layout=layout)
             logps = logps.cpu().clone()  # outside of inference mode: one that can be used in training
             bad = find_non_finite(logps, tensors)
             if bad:

@@ -19,8 +19,8 @@ from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import UserError
 from cutlm.generation.local import Sampling, find_context_limit, find_room, make_generation_config
+from cutlm.model.forward import check_head
 from cutlm.model.loading import unwrap_peft
-from cutlm.model.probes import check_head
 from cutlm.prompting.encoding import Encoder
 from cutlm.prompting.templates import TemplateName
 

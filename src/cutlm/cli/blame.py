@@ -105,8 +105,8 @@ def score_file(args: argparse.Namespace) -> None:
 def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
     from cutlm.blame.scoring import check_rows, score_rows
     from cutlm.errors import ConfigError
+    from cutlm.model.forward import check_head
     from cutlm.model.loading import find_base_model, fingerprint_model, is_adapter_folder, load_trained, unwrap_peft
-    from cutlm.model.probes import check_head
 
     if args.max_tokens_per_batch < 1:
         raise ConfigError(

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlm.losses import ALL_PARTS, Parts
-
 
 class CutCollator:
     """Lays out the sequences of a micro-batch end to end.
@@ -141,18 +139,6 @@ def split_lengths(batch: Mapping[str, Any]) -> tuple[int, int]:
     """How many response tokens of a batch are of unsatisfactory records (in one context), and of satisfactory ones."""
     num_unsatisfactory, lengths = batch["num_unsatisfactory"], batch["response_lengths"]
     return sum(lengths[:num_unsatisfactory]), sum(lengths[2 * num_unsatisfactory :])
-
-
-def count_batch(batch: Mapping[str, Any], normalization: str, parts: Parts = ALL_PARTS) -> tuple[float, float]:
-    """What a batch adds to the counts that L1 and L2 are divided by: tokens, or records of weight 1."""
-    num_unsatisfactory, num_satisfactory = split_lengths(batch)
-    if normalization == "record":
-        num_unsatisfactory = batch["num_unsatisfactory"]
-        num_satisfactory = len(batch["locations"]) - num_unsatisfactory
-    return (
-        num_unsatisfactory * parts.contrast,
-        num_unsatisfactory * parts.unsatisfactory + num_satisfactory * parts.satisfactory,
-    )
 
 
 def find_non_finite(logps: Tensor, batch: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlm.losses import CutLoss, TokenFlags, cut_loss, dual_cut_loss
+from cutlm.losses import ALL_PARTS, CutLoss, Parts, TokenFlags, cut_loss, dual_cut_loss
 from cutlm.model.collator import split_lengths
 from cutlm.training.config import CUTConfig
 
@@ -58,6 +58,18 @@ def compute_batch_loss(logps: Tensor, batch: Mapping[str, Any], args: CUTConfig)
         blame=blame,
         blame_satisfactory=blame_satisfactory,
         parts=args.parts,
+    )
+
+
+def count_batch(batch: Mapping[str, Any], normalization: str, parts: Parts = ALL_PARTS) -> tuple[float, float]:
+    """What a batch adds to the denominators of L1 and L2: its tokens, or its records under `normalization: record`."""
+    num_unsatisfactory, num_satisfactory = split_lengths(batch)
+    if normalization == "record":
+        num_unsatisfactory = batch["num_unsatisfactory"]
+        num_satisfactory = len(batch["locations"]) - num_unsatisfactory
+    return (
+        num_unsatisfactory * parts.contrast,
+        num_unsatisfactory * parts.unsatisfactory + num_satisfactory * parts.satisfactory,
     )
 
 

@@ -19,6 +19,7 @@ from cutlm.blame.token_scores import TokenScores, is_token_scores, read_token_sc
 from cutlm.data.files import open_atomic, read_bytes, read_rows
 from cutlm.data.records import check_records, raise_problems
 from cutlm.errors import ConfigError, DataError, UserError
+from cutlm.model.forward import check_head
 from cutlm.model.loading import (
     check_bitsandbytes,
     check_lora_targets,
@@ -27,7 +28,6 @@ from cutlm.model.loading import (
     load_tokenizer,
     unwrap_peft,
 )
-from cutlm.model.probes import check_head
 from cutlm.prompting.encoding import Encoder
 from cutlm.training.checkpoints import SCORES_FILE, SCORES_HEADER_FILE
 from cutlm.training.pairs import PairTrainer

@@ -29,11 +29,10 @@ from cutlm.blame.scoring import check_context, count_tokens
 from cutlm.blame.token_scores import TokenScores
 from cutlm.errors import ConfigError, DataError, NonFiniteError
 from cutlm.losses import combine_parts
-from cutlm.model.collator import CutCollator, count_batch, find_non_finite, split_batch
-from cutlm.model.forward import count_busy_tokens, run_inside, score_batch
+from cutlm.model.collator import CutCollator, find_non_finite, split_batch
+from cutlm.model.forward import check_head, choose_layout, choose_tokens_per_pass, run_inside, score_batch
 from cutlm.model.loading import check_lora_targets, compile_layers, load_model
-from cutlm.model.probes import check_head, choose_passes
-from cutlm.training.batch_loss import compute_batch_loss
+from cutlm.training.batch_loss import compute_batch_loss, count_batch
 from cutlm.training.config import CUTConfig
 from cutlm.training.metrics import Tally
 from cutlm.training.preparation import (
@@ -176,7 +175,7 @@ class CUTTrainer(SafeTrainer):
                 logger.warning(notice)
         if self.is_fsdp_enabled:
             _keep_log_probs_exact(self.accelerator.state.fsdp_plugin)
-        self._passes = choose_passes(
+        self._layout = choose_layout(
             model,
             is_sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
             is_compiled=args.torch_compile,
@@ -185,7 +184,7 @@ class CUTTrainer(SafeTrainer):
             # It would compile a forward that is not run.
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
-        self._max_tokens = args.max_tokens_per_batch or count_busy_tokens(args.device)
+        self._max_tokens = args.max_tokens_per_batch or choose_tokens_per_pass(args.device)
         self._tally = Tally(args.device)
         self._eval_tally: Tally | None = None
         self._step_logps: list[tuple[Tensor, Mapping[str, Any]]] = []
@@ -236,7 +235,7 @@ class CUTTrainer(SafeTrainer):
         """Forward and backward over a micro-batch, in parts of at most `max_tokens_per_batch` tokens."""
         parts = [dict(inputs)]
         # Where weights are gathered for every pass, all ranks must make the same number of them.
-        if num_items_in_batch is not None and not (self._passes.is_single or self.is_deepspeed_enabled):
+        if num_items_in_batch is not None and not (self._layout.is_single_pass or self.is_deepspeed_enabled):
             parts = split_batch(inputs, self._max_tokens)
         losses = []
         for part in parts:
@@ -284,7 +283,7 @@ class CUTTrainer(SafeTrainer):
             batch,
             self.args.head_chunk_size,
             needs_judged_grad=is_learned,
-            passes=self._passes,
+            layout=self._layout,
             # With activation checkpointing, little is kept of a pass as it is.
             max_tokens=None if self.args.activation_checkpointing else self._max_tokens,
         )
