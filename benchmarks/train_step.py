@@ -403,16 +403,13 @@ def run_sft(args: argparse.Namespace) -> dict[str, Any]:
 def _make_completions(
     args: argparse.Namespace, tokenizer: Any, records: Sequence[dict[str, Any]]
 ) -> list[dict[str, str]]:
-    from cutlm.prompting.templates import render_alpaca_prompt, render_chat_prompt
+    from cutlm.prompting.encoding import Encoder
 
+    encoder = Encoder(tokenizer, args.template)
     rows = []
     for record in records:
         instruction = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
-        if args.template == "alpaca":
-            prompt = render_alpaca_prompt(instruction)
-        else:
-            prompt = render_chat_prompt(tokenizer, instruction)
-        rows.append({"prompt": prompt.text, "completion": record["output"]})
+        rows.append({"prompt": encoder.render(instruction).text, "completion": record["output"]})
     return rows
 
 

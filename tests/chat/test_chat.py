@@ -344,7 +344,7 @@ def test_a_template_may_leave_out_thoughts_and_nothing_of_the_users() -> None:
     with pytest.raises(ConfigError, match="the tokenizer's chat template changes the user's text"):
         Encoder(tokenizer, "chat").encode_conversation(["Hello.", "Hi!", "Bye."])
     tokenizer.chat_template = "{{ messages[0].content if messages | length == 1 else raise_exception('One turn!') }}:"
-    with pytest.raises(ConfigError, match=r"does not take what was said \(One turn!\); use template: alpaca"):
+    with pytest.raises(ConfigError, match=r"does not accept the messages \(One turn!\); use template: alpaca"):
         Encoder(tokenizer, "chat").encode_conversation(["Hello.", "Hi!", "Bye."])
 
 

@@ -1,7 +1,6 @@
-"""Prompt templates: how an instruction, and a judgment of the response to it, become the text before a response.
+"""Prompt templates: the text that precedes a response.
 
 Two templates: `alpaca`, the text of the paper and its released code, and `chat`, the tokenizer's own chat template.
-Turning the text into token ids is left to `cutlm.prompting.encoding`.
 """
 
 from collections.abc import Sequence
@@ -26,159 +25,157 @@ _ALPACA_JUDGED_TASK = (
 )
 _ALPACA_INSTRUCTION = "### Instruction:\n"
 _ALPACA_JUDGMENT = "\n\n### Judgment:\n"
-_ALPACA_RESPONSE_MARK = "### Response:\n"
-_ALPACA_RESPONSE = "\n\n" + _ALPACA_RESPONSE_MARK
+_ALPACA_RESPONSE = "### Response:\n"
 
+# The paper's code has no refinement prompt: its ILF baselines take refinements from the data.
 _ALPACA_REFINEMENT_TASK = (
     "Below is an instruction that describes a task, a response to it, and a judgment of that response. Write an"
     " improved response that leaves the judgment nothing to object to.\n\n"
 )
 _ALPACA_DRAFT = "\n\n### Draft:\n"
 
-# After the instruction, in the same turn, so that both contexts begin with the same tokens for as long as possible.
+# The judgment follows the instruction in the same turn, so that both contexts share the longest possible prefix.
 _CHAT_JUDGMENT = "\n\nWrite a response that this judgment fits:\n"
 _CHAT_DRAFT, _CHAT_OBJECTION = "\n\nA draft of the response:\n", "\n\nWhat was said about the draft:\n"
 _CHAT_REFINE = "\n\nWrite an improved response, and nothing else."
-_STAND_IN = "[text {} of the conversation]"
+_PLACEHOLDER = "[text {} of the conversation]"
 
 
 class Prompt(NamedTuple):
-    """The text before a response.
+    """The text that precedes a response.
 
     Attributes:
-        text: All of it.
-        content_start: Where the text of the user begins; before it, and after `content_end`, special tokens of a
-            chat template count as such.
-        content_end: Where the text of the user ends. What follows is the same for every prompt of a template.
+        text: The whole text.
+        user_spans: Where text written by a user or a model stands: [start, end) in characters, in order. Special
+            tokens of a chat template count as such only outside of these.
     """
 
     text: str
-    content_start: int
-    content_end: int
+    user_spans: list[tuple[int, int]]
 
     @property
     def tail(self) -> str:
-        """What stands between the user's text and the response."""
-        return self.text[self.content_end :]
+        """The text between the last user text and the response; the same for every prompt of a template."""
+        return self.text[self.user_spans[-1][1] :]
 
 
 def render_alpaca_prompt(instruction: str, judgment: str | None = None) -> Prompt:
-    """Renders the alpaca prompt, letter by letter that of the paper's code."""
+    """Renders the alpaca prompt exactly as the paper's code does."""
     if judgment is None:
-        start, content = _ALPACA_TASK + _ALPACA_INSTRUCTION, instruction
-    else:
-        start, content = _ALPACA_JUDGED_TASK + _ALPACA_INSTRUCTION, instruction + _ALPACA_JUDGMENT + judgment
-    return Prompt(start + content + _ALPACA_RESPONSE, len(start), len(start) + len(content))
+        return _render_alpaca(_ALPACA_TASK, instruction)
+    return _render_alpaca(_ALPACA_JUDGED_TASK, instruction + _ALPACA_JUDGMENT + judgment)
 
 
 def render_refinement_prompt(instruction: str, response: str, judgment: str) -> Prompt:
-    """Renders, in the alpaca style, the request to rewrite a response so that its judgment no longer holds.
-
-    The text is our own: the paper's code has none (its ILF baselines take refinements that came with the data).
-    """
-    start = _ALPACA_REFINEMENT_TASK + _ALPACA_INSTRUCTION
+    """Renders the request to improve a response so that its judgment no longer applies, in the alpaca style."""
     content = instruction + _ALPACA_DRAFT + response + _ALPACA_JUDGMENT + judgment
-    return Prompt(start + content + _ALPACA_RESPONSE, len(start), len(start) + len(content))
+    return _render_alpaca(_ALPACA_REFINEMENT_TASK, content)
 
 
-def render_chat_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str, judgment: str | None = None) -> Prompt:
-    """Renders one user turn, and the opening of the assistant's, by the tokenizer's own chat template.
-
-    Raises:
-        ConfigError: The tokenizer has no chat template, or its template does not show the user's text as it is.
-    """
-    content = instruction if judgment is None else instruction + _CHAT_JUDGMENT + judgment
-    text, [(start, end)] = render_chat_conversation(tokenizer, [content])
-    return Prompt(text, start, end)
+def _render_alpaca(task: str, content: str) -> Prompt:
+    start = task + _ALPACA_INSTRUCTION
+    return Prompt(f"{start}{content}\n\n{_ALPACA_RESPONSE}", [(len(start), len(start) + len(content))])
 
 
-def render_chat_conversation(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]
-) -> tuple[str, list[tuple[int, int]]]:
-    """Renders the turns of a conversation, and the opening of the assistant's next one.
-
-    Args:
-        tokenizer: With a chat template.
-        texts: What was said, by the user and the assistant in turn; the first and the last are the user's.
-
-    Returns:
-        The text, and where each of `texts` stands in it: [start, end). Of what the assistant said a template may leave
-        out a part, such as its thoughts.
+class ChatTemplate:
+    """A tokenizer's own chat template, which also tells where it puts each message.
 
     Raises:
-        ConfigError: The tokenizer has no chat template, or its template does not show the user's texts as they are.
+        ConfigError: The tokenizer has no chat template.
     """
-    # Where a text stands is read off a rendering of stand-ins: a short one may well occur in the template's own words,
-    # and some templates trim what they are given.
-    stand_ins = [_STAND_IN.format(place) for place in range(len(texts))]
-    frame = _apply_chat_template(tokenizer, stand_ins)
-    whole, spans = "", []
-    for place, text in enumerate(texts):
-        rendered = _apply_chat_template(tokenizer, [*stand_ins[:place], text, *stand_ins[place + 1 :]])
-        before, _, after = frame.partition(stand_ins[place])
-        shown = rendered[len(before) : len(rendered) - len(after)]
-        is_own = place % 2 == 1 or shown in (text, text.strip())
-        if stand_ins[place] not in frame or before + shown + after != rendered or not is_own:
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
-                "template: chat: the tokenizer's chat template changes the user's text; use template: alpaca"
+                f"template: chat: the tokenizer {tokenizer.name_or_path!r} has no chat template; use template: alpaca,"
+                " or a tokenizer with one"
             )
-        whole += before[before.rfind(stand_ins[place - 1]) + len(stand_ins[place - 1]) :] if place else before
-        spans.append((len(whole), len(whole) + len(shown)))
-        whole += shown
-    return whole + after, spans
+        self._tokenizer = tokenizer
+        self._frames: dict[int, str] = {}
+
+    def render_prompt(self, instruction: str, judgment: str | None = None) -> Prompt:
+        """Renders one user turn and the start of the assistant's turn."""
+        return self.render([instruction if judgment is None else instruction + _CHAT_JUDGMENT + judgment])
+
+    def render_refinement_prompt(self, instruction: str, response: str, judgment: str) -> Prompt:
+        """Renders the request to improve a response as one user turn."""
+        return self.render([f"{instruction}{_CHAT_DRAFT}{response}{_CHAT_OBJECTION}{judgment}{_CHAT_REFINE}"])
+
+    def render(self, messages: Sequence[str]) -> Prompt:
+        """Renders a conversation and the start of the assistant's next turn.
+
+        Args:
+            messages: The messages of the user and the assistant in turn; the first and the last are the user's. A
+                template may drop parts of the assistant's messages, such as its reasoning.
+
+        Raises:
+            ConfigError: The template refuses the messages or alters those of the user.
+        """
+        num = len(messages)
+        if num in self._frames and (prompt := self._fill(self._frames[num], messages)):
+            return prompt
+        # Not cached, or out of date: a template may write the current time, or was replaced.
+        self._frames[num] = self._apply(_make_placeholders(num))
+        if prompt := self._fill(self._frames[num], messages):
+            return prompt
+        raise ConfigError("template: chat: the tokenizer's chat template changes the user's text; use template: alpaca")
+
+    def _fill(self, frame: str, messages: Sequence[str]) -> Prompt | None:
+        """Puts messages in place of a frame's placeholders; None if the template does not render them like that.
+
+        Searching the rendered text for a message would not do: a short one may occur in the template's own words, and
+        some templates strip messages.
+        """
+        placeholders = _make_placeholders(len(messages))
+        text, spans, rest = "", [], frame
+        for index, message in enumerate(messages):
+            rendered = self._apply([*placeholders[:index], message, *placeholders[index + 1 :]])
+            before, _, after = frame.partition(placeholders[index])
+            shown = rendered[len(before) : len(rendered) - len(after)]
+            is_unaltered = index % 2 == 1 or shown in (message, message.strip())
+            gap, is_found, rest = rest.partition(placeholders[index])
+            if not is_found or before + shown + after != rendered or not is_unaltered:
+                return None
+            text += gap
+            spans.append((len(text), len(text) + len(shown)))
+            text += shown
+        return Prompt(text + rest, spans)
+
+    def _apply(self, contents: Sequence[str]) -> str:
+        roles = ("user", "assistant")
+        messages = [{"role": roles[index % 2], "content": content} for index, content in enumerate(contents)]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ConfigError(
+                f"template: chat: the tokenizer's chat template does not accept the messages ({error}); use template:"
+                " alpaca"
+            ) from None
+        assert isinstance(text, str)
+        return text
 
 
-def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", contents: Sequence[str]) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            f"template: chat: the tokenizer {tokenizer.name_or_path!r} has no chat template; use template: alpaca, or"
-            " a tokenizer with one"
-        )
-    roles = ("user", "assistant")
-    messages = [{"role": roles[place % 2], "content": content} for place, content in enumerate(contents)]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ConfigError(
-            f"template: chat: the tokenizer's chat template does not take what was said ({error}); use template: alpaca"
-        ) from None
-    assert isinstance(text, str)
-    return text
-
-
-def render_chat_refinement_prompt(
-    tokenizer: "PreTrainedTokenizerBase", instruction: str, response: str, judgment: str
-) -> Prompt:
-    """Renders the same request as one user turn of the tokenizer's own chat template."""
-    content = f"{instruction}{_CHAT_DRAFT}{response}{_CHAT_OBJECTION}{judgment}{_CHAT_REFINE}"
-    return render_chat_prompt(tokenizer, content)
+def _make_placeholders(num: int) -> list[str]:
+    return [_PLACEHOLDER.format(index) for index in range(num)]
 
 
 def build_alpaca_chat_template(has_bos: bool, gap: str = "") -> str:
-    """The alpaca prompt as a Jinja chat template, so that other tools prompt a trained model rightly.
+    """Builds the alpaca prompt as a Jinja chat template, so that other tools prompt a trained model as it was trained.
 
-    One user turn gives exactly the training prompt. Further turns follow in the same style.
+    One user turn gives exactly the training prompt; further turns follow in the same style.
 
     Args:
-        has_bos: Whether the tokenizer begins every text with a beginning-of-sequence token, which tools do not add
+        has_bos: Whether the tokenizer starts every text with a beginning-of-sequence token, which tools do not add
             to a rendered chat template.
-        gap: What to put after it, for tokenizers that would otherwise split the first word differently.
+        gap: Text after that token, for tokenizers that would otherwise split the first word differently.
     """
     start = f"{{{{ bos_token }}}}{gap}" if has_bos else ""
-    return (
-        start
-        + "{{ '"
-        + _escape(_ALPACA_TASK)
-        + "' }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '"
-        + _escape(_ALPACA_RESPONSE_MARK)
-        + "' + message['content'] + eos_token + '\\n\\n' }}{% elif message['role'] == 'user' %}{{ '"
-        + _escape(_ALPACA_INSTRUCTION)
-        + "' + message['content'] + '\\n\\n' }}{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}{% endfor %}"
-        + "{% if add_generation_prompt %}{{ '"
-        + _escape(_ALPACA_RESPONSE_MARK)
-        + "' }}{% endif %}"
+    task, instruction, response = (
+        part.replace("\n", "\\n") for part in (_ALPACA_TASK, _ALPACA_INSTRUCTION, _ALPACA_RESPONSE)
     )
-
-
-def _escape(text: str) -> str:
-    return text.replace("\n", "\\n")
+    return (
+        f"{start}{{{{ '{task}' }}}}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}"
+        f"{{{{ '{response}' + message['content'] + eos_token + '\\n\\n' }}}}{{% elif message['role'] == 'user' %}}"
+        f"{{{{ '{instruction}' + message['content'] + '\\n\\n' }}}}{{% else %}}{{{{ message['content'] + '\\n\\n' }}}}"
+        f"{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '{response}' }}}}{{% endif %}}"
+    )
