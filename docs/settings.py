@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from cutlm.inspect.tables import escape_text
+from cutlm.inspect.tables import escape_cell
 from cutlm.training.config import CUTConfig
 from cutlm.training.settings import DataArguments, ModelArguments
 
@@ -95,7 +95,7 @@ def make_table(kind: Any, meanings: dict[str, str]) -> str:
         choices = [choice for choice in fields[name].metadata.get("choices") or () if choice not in text]
         text = text.replace("None", "none")
         text = text[:1].upper() + text[1:].rstrip(".") + (f"; or {', '.join(choices)}." if choices else ".")
-        lines.append(f"| `{name}` | {show_default(fields[name])} | {escape_text(text)} |")
+        lines.append(f"| `{name}` | {show_default(fields[name])} | {escape_cell(text)} |")
     return "\n".join(lines)
 
 

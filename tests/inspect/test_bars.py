@@ -3,9 +3,9 @@
 import pytest
 from matplotlib.figure import Figure
 
-from cutlm.inspect.bars import Bar, draw_bars, list_theirs, plot_bars
+from cutlm.inspect.plots import Bar, draw_bars, make_paper_bars, plot_bars
 
-BARS = [Bar("mine $\\nosuch$", 40.0, 35.5, 44.0), Bar("x" * 99, 0.0), *list_theirs({"CUT": 61.06}, " (all)")]
+BARS = [Bar("mine $\\nosuch$", 40.0, 35.5, 44.0), Bar("x" * 99, 0.0), *make_paper_bars({"CUT": 61.06}, " (all)")]
 
 
 def test_the_bars_are_the_figures_and_their_intervals():

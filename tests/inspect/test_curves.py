@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cutlm.inspect.curves import SIZE, Curves, draw_curves, spread
+from cutlm.inspect.plots import CURVES_SIZE, Curves, draw_curves, spread_labels
 
 CURVES = Curves(
     title="Right answers",
@@ -29,7 +29,7 @@ def read_size(png: bytes) -> tuple[int, int]:
 @pytest.mark.parametrize("is_dark", [False, True])
 def test_the_picture_is_a_png_of_the_promised_size_and_the_same_each_time(is_dark):
     png = draw_curves(CURVES, is_dark=is_dark)
-    assert read_size(png) == SIZE
+    assert read_size(png) == CURVES_SIZE
     assert draw_curves(CURVES, is_dark=is_dark) == png
 
 
@@ -39,7 +39,7 @@ def test_light_and_dark_pictures_differ():
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
 def test_labels_stand_apart_in_their_order_and_inside(heights):
-    moved = spread(heights, 0.1)
+    moved = spread_labels(heights, 0.1)
     order = sorted(range(len(heights)), key=lambda place: heights[place])
     stood = [moved[place] for place in order]
     assert all(above - below > 0.1 - 1e-9 for below, above in itertools.pairwise(stood))
@@ -48,5 +48,5 @@ def test_labels_stand_apart_in_their_order_and_inside(heights):
 
 
 def test_labels_that_are_apart_stay_where_they_are():
-    assert spread([0.9, 0.1, 0.5], 0.1) == [0.9, 0.1, 0.5]
-    assert spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
+    assert spread_labels([0.9, 0.1, 0.5], 0.1) == [0.9, 0.1, 0.5]
+    assert spread_labels([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])

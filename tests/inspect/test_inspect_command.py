@@ -16,7 +16,7 @@ from cutlm.blame.token_scores import read_token_scores, write_token_scores
 from cutlm.cli import main
 from cutlm.inspect.columns import make_columns
 from cutlm.inspect.inspection import render_inspection
-from cutlm.inspect.pairing import pair_scores
+from cutlm.inspect.tokens import pair_scores
 
 
 def test_records_are_paired_by_what_they_say_and_how_often():

@@ -10,7 +10,7 @@ from report_scores import NASTY, make_scores
 
 from cutlm.data.records import JudgedRecord
 from cutlm.inspect.pages import POLICY, Example, Picture, Table, render_page, show_text, write_page
-from cutlm.inspect.pieces import split_pieces
+from cutlm.inspect.tokens import split_pieces
 
 VOID = {"meta", "img", "source"}
 ALLOWED = {"html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "p", "div", "aside", "span", "mark"}
@@ -186,5 +186,5 @@ def test_pieces_make_up_the_response_whatever_the_spans_of_an_edited_file(pairs)
     )
     pieces = split_pieces(scores)
     assert "".join(piece.text for piece in pieces) == "abc   ghi"
-    assert sorted(place for piece in pieces for place in piece.locations) == list(range(num))
+    assert sorted(place for piece in pieces for place in piece.indices) == list(range(num))
     assert read(Example(scores)).list_texts("response") == ["abc   ghi"]

@@ -17,8 +17,8 @@ from cutlm.cli import main
 from cutlm.data.files import read_rows
 from cutlm.data.records import check_records
 from cutlm.errors import UserError
-from cutlm.inspect.curves import SIZE
-from cutlm.inspect.pieces import split_pieces
+from cutlm.inspect.plots import CURVES_SIZE
+from cutlm.inspect.tokens import split_pieces
 from cutlm.world.base import load_base
 from cutlm.world.demo import QUICK, prepare_folder
 from cutlm.world.demo_iteration import Iteration
@@ -143,7 +143,7 @@ def test_the_curve_is_a_picture_and_stands_in_the_page(demo):
 
     with Image.open(demo.out / "curve.png") as picture:
         picture.verify()
-        assert picture.size == SIZE
+        assert picture.size == CURVES_SIZE
     page = (demo.out / "page.html").read_text("utf-8")
     assert page.count("data:image/png;base64,") == 2
     assert "Content-Security-Policy" in page

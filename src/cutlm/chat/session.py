@@ -16,8 +16,8 @@ from cutlm.chat.conversation import Conversation, Turn, append_record
 from cutlm.chat.lines import Message, read_message
 from cutlm.data.records import is_praise
 from cutlm.errors import UserError
-from cutlm.inspect.pieces import compute_ratios
 from cutlm.inspect.terminal import Terminal, make_printable
+from cutlm.inspect.tokens import compute_log_ratios
 from cutlm.prompting.templates import TEMPLATES
 
 MAX_TOKENS_LISTED = 20
@@ -187,7 +187,7 @@ class Session:
     def _print_blame(self, scores: TokenScores) -> None:
         self._terminal.print_marked(scores)
         print()
-        ratios = compute_ratios(scores)
+        ratios = compute_log_ratios(scores)
         assert ratios is not None
         assert scores.logps_without is not None
         assert scores.logps_with is not None

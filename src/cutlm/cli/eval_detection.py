@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         tabulate_detection,
     )
     from cutlm.evaluation.folder import hash_file, open_folder, write_result
-    from cutlm.inspect.tables import draw_plot
+    from cutlm.inspect.plots import draw_plot
 
     thresholds = _read_thresholds(args.thresholds)
     scores = read_token_scores(args.scores)

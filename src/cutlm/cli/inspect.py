@@ -85,7 +85,7 @@ def _put_together(
 ) -> "tuple[list[tuple[TokenScores, ...]], tuple[int, ...]]":
     """The scores of each record, and of two files what the other does not have, which is printed."""
     from cutlm.errors import DataError
-    from cutlm.inspect.pairing import has_same_tokens, pair_scores
+    from cutlm.inspect.tokens import has_same_tokens, pair_scores
 
     if len(scores) == 1:
         return [(one,) for one in scores[0]], ()

@@ -17,8 +17,8 @@ from cutlm.errors import DataError
 from cutlm.evaluation.annotator import DRAW, Pair
 from cutlm.evaluation.folder import import_alpaca_eval
 from cutlm.evaluation.paper import ALPACA_COLD_START, ALPACA_ONLINE, ALPACA_WARM_START, SOURCE
-from cutlm.inspect.bars import Bar, draw_bars, list_theirs
-from cutlm.inspect.tables import escape_text, join_cells
+from cutlm.inspect.plots import Bar, draw_bars, make_paper_bars
+from cutlm.inspect.tables import escape_cell, format_table
 
 PACKAGES = ("alpaca-eval", "pandas")
 _TEXTS = ("instruction", "output_1", "output_2")
@@ -126,12 +126,12 @@ def tabulate_win_rate(result: dict[str, Any], name: str, against: str) -> str:
     error = "" if result["standard_error"] is None else f"{result['standard_error']:.2f}"
     counts = [f"{result[f'num_{name}']:,}" for name in ("judged", "wins", "losses", "draws")]
     own = [name, f"{result['win_rate']:.2f}", error, *counts, f"{result['mean_length']:,.0f}"]
-    table = join_cells(
+    table = format_table(
         ["model", "win rate", "standard error", "judged", "wins", "losses", "draws", "mean length"],
         [own, *([f"paper: {method}", f"{value:.2f}", *[""] * 6] for method, value in _list_theirs().items())],
     )
     return (
-        f"# AlpacaEval\n\n{table}\n\nAgainst {escape_text(against)}, by {result['annotator']};"
+        f"# AlpacaEval\n\n{table}\n\nAgainst {escape_cell(against)}, by {result['annotator']};"
         f" {result['num_without_verdict']} pairs without a verdict are left out. The paper's rows"
         f" ({SOURCE}) are of LLaMA-2 13B against text_davinci_003, by alpaca_eval_gpt4."
     )
@@ -148,5 +148,5 @@ def draw_win_rate(result: dict[str, Any], name: str, against: str) -> bytes:
     """The win rate with its standard error as a picture, the paper's below; see `tabulate_win_rate`."""
     rate, error = result["win_rate"], result["standard_error"]
     ends = (None, None) if error is None else (rate - error, rate + error)
-    bars = [Bar(name, rate, *ends), *list_theirs(_list_theirs(), "")]
+    bars = [Bar(name, rate, *ends), *make_paper_bars(_list_theirs(), "")]
     return draw_bars(f"AlpacaEval: win rate against {against}", bars, "percent, with the standard error")

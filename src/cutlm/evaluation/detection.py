@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cutlm.blame.token_scores import TokenScores
-from cutlm.inspect.tables import join_cells
+from cutlm.inspect.tables import format_table
 from cutlm.prompting.spans import flag_spans
 
 THRESHOLDS = (1.0, 1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 3.0)
@@ -181,7 +181,7 @@ def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOL
 def tabulate_detection(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     whole = [row for row in result["thresholds"] if row["group"] is None]
-    table = join_cells(
+    table = format_table(
         ["threshold", "precision", "recall", "F1", "flagged tokens"],
         [[f"{row['threshold']:g}", *_show_rates(row), f"{row['num_flagged']:,}"] for row in whole],
     )
@@ -193,7 +193,7 @@ def tabulate_detection(result: dict[str, Any]) -> str:
             if row["threshold"] == result["best_threshold"] and row["group"] is not None
         ]
         parts.append(
-            join_cells(
+            format_table(
                 [f"at {result['best_threshold']:g}", "precision", "recall", "F1", "average precision"],
                 [
                     [row["group"], *_show_rates(row), _show(result["average_precision_by_group"][row["group"]])]

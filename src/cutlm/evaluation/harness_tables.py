@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cutlm.evaluation.paper import SOURCE, TRUTHFULQA
-from cutlm.inspect.bars import Bar, draw_bars, list_theirs
-from cutlm.inspect.tables import join_cells
+from cutlm.inspect.plots import Bar, draw_bars, make_paper_bars
+from cutlm.inspect.tables import format_table
 
 
 def summarize_benchmarks(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def tabulate_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> str:
     note = f"In percent{other}, with standard errors. Questions: {asked}."
     if theirs:
         note += f" The paper's rows ({SOURCE}) are of LLaMA-2 13B, by the package as it was in 2023."
-    return f"# Benchmarks\n\n{join_cells(header, [own, *theirs])}\n\n{note}"
+    return f"# Benchmarks\n\n{format_table(header, [own, *theirs])}\n\n{note}"
 
 
 def draw_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> bytes | None:
@@ -56,5 +56,5 @@ def draw_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> bytes | None:
         if row["is_percent"]:
             bars.append(Bar(f"{name}: {row['title']} ({row['num_shots']}-shot)", value, low, high))
     if any(row["task"] == "truthfulqa_mc2" for row in rows):
-        bars += list_theirs(TRUTHFULQA, " (TruthfulQA)")
+        bars += make_paper_bars(TRUTHFULQA, " (TruthfulQA)")
     return draw_bars("Benchmarks", bars, "percent, with standard errors") if bars else None

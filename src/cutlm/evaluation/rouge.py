@@ -12,8 +12,8 @@ import numpy as np
 from cutlm.data.records import JudgedRecord
 from cutlm.evaluation.folder import need_extra
 from cutlm.evaluation.paper import ROUGE_LSUM, SOURCE
-from cutlm.inspect.bars import Bar, draw_bars, list_theirs
-from cutlm.inspect.tables import join_cells
+from cutlm.inspect.plots import Bar, draw_bars, make_paper_bars
+from cutlm.inspect.tables import format_table
 from cutlm.judges import Response
 
 PACKAGES = ("rouge-score",)
@@ -86,7 +86,7 @@ def tabulate_rouge(result: dict[str, Any], name: str) -> str:
     """
     own = [f"{result[kind]:.2f} ({result[f'{kind}_low']:.2f} to {result[f'{kind}_high']:.2f})" for kind in KINDS]
     theirs = [[f"paper: {method}", "", "", "", f"{value:.2f}"] for method, value in ROUGE_LSUM.items()]
-    table = join_cells(["model", *_TITLES], [[name, *own], *theirs])
+    table = format_table(["model", *_TITLES], [[name, *own], *theirs])
     notes = [
         f"{result['num_pairs']:,} responses; means and 95% intervals by {_NUM_RESAMPLES:,} resamples. The"
         f" paper's rows ({SOURCE}) are of LLaMA-2 13B."
@@ -107,5 +107,5 @@ def draw_rouge(result: dict[str, Any], name: str) -> bytes:
         Bar(f"{name}: {title}", result[kind], result[f"{kind}_low"], result[f"{kind}_high"])
         for kind, title in zip(KINDS, _TITLES, strict=True)
     ]
-    bars += list_theirs(ROUGE_LSUM, " (ROUGE-Lsum)")
+    bars += make_paper_bars(ROUGE_LSUM, " (ROUGE-Lsum)")
     return draw_bars("ROUGE", bars, "F-measure, 0 to 100, with 95% intervals")

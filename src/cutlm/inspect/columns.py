@@ -9,8 +9,7 @@ from typing import Any
 
 from cutlm.blame.token_scores import TokenScores, flag_spans
 from cutlm.inspect.pages import LEVELS
-from cutlm.inspect.pairing import has_same_tokens
-from cutlm.inspect.pieces import split_pieces
+from cutlm.inspect.tokens import has_same_tokens, split_pieces
 
 _MADE_BY = ("threshold", "unlikelihood_weight", "gamma", "detector", "tokenizer", "template")
 
@@ -73,8 +72,8 @@ def _describe_side(scores: TokenScores, made: dict[tuple[Any, ...], int]) -> dic
         "wrong": _list_wrong(scores),
         "made": made.setdefault(tuple(getattr(scores, name) for name in _MADE_BY), len(made)),
     }
-    if any(len(piece.locations) != 1 for piece in pieces):
-        side["sizes"] = [len(piece.locations) for piece in pieces]
+    if any(len(piece.indices) != 1 for piece in pieces):
+        side["sizes"] = [len(piece.indices) for piece in pieces]
     return side
 
 

@@ -3,7 +3,7 @@
 The page loads nothing and runs nothing: a strict Content-Security-Policy, no script, pictures as data. Everything that
 comes from outside is text and never markup. Shade is never alone: what is blamed is bold and underlined too, and every
 figure stands in a table below its response. The look is `page.css`, text `cutlm.inspect.markup`, curves are made by
-`cutlm.inspect.curves`.
+`cutlm.inspect.plots`.
 """
 
 import base64
@@ -19,7 +19,7 @@ from pathlib import Path
 from cutlm.blame.token_scores import TokenScores
 from cutlm.data.files import open_atomic
 from cutlm.inspect.markup import mend_text, show_characters, show_text
-from cutlm.inspect.pieces import compute_ratios, split_pieces
+from cutlm.inspect.tokens import compute_log_ratios, split_pieces
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 # From which change on, in nats and up or down, a token has the first, second ... shade.
@@ -201,15 +201,17 @@ def _render_tokens(scores: TokenScores) -> str:
     characters = show_characters(scores.record.output)
     reached = 0
     shown: list[str] = []
+    ratios = compute_log_ratios(scores)
     for piece in split_pieces(scores):
+        ratio = max((ratios[index] for index in piece.indices), key=abs, default=None) if ratios else None
         # A space before a word is most often part of its token, but of no mark.
         lead = len(piece.text) - len(piece.text.lstrip(" ")) if piece.text.strip(" ") else 0
         shown += characters[reached : reached + lead]
         content = "".join(characters[reached + lead : reached + len(piece.text)])
         reached += len(piece.text)
-        tag = "mark" if piece.is_blamed else "span"
-        classes = " ".join(["t", *(["end"] if piece.is_end else []), *_choose_shade(piece.ratio)])
-        title = "\n".join(_describe_token(scores, place) for place in piece.locations)
+        tag = "mark" if piece.is_flagged else "span"
+        classes = " ".join(["t", *(["end"] if piece.is_end else []), *_choose_shade(ratio)])
+        title = "\n".join(_describe_token(scores, place) for place in piece.indices)
         shown.append(f'<{tag} class="{classes}" title="{escape(title)}">{content}</{tag}>')
     return "".join(shown)
 
@@ -234,7 +236,7 @@ def _list_cells(scores: TokenScores, place: int) -> Iterator[str]:
     yield "\u27e8end\u27e9" if is_end else scores.tokens[place]
     for logps in (scores.logps_without, scores.logps_with):
         yield "" if logps is None else _show_number(logps[place])
-    ratios = compute_ratios(scores)
+    ratios = compute_log_ratios(scores)
     yield "" if ratios is None else _show_number(ratios[place], "+")
     factor = 0.0 if ratios is None else math.exp(min(ratios[place], 700))
     yield "" if ratios is None else f"{factor:.4f}" if factor < 100 else f"{factor:.4g}"

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cutlm.blame.token_scores import TokenScores
-from cutlm.inspect.pieces import split_pieces
+from cutlm.inspect.tokens import split_pieces
 
 WIDTH = 80
 _BOLD, _RED, _DIM, _PLAIN = "\033[1m", "\033[1;4;31m", "\033[2m", "\033[0m"
@@ -134,10 +134,10 @@ def _mark(scores: TokenScores) -> Iterator[tuple[str, str]]:
     run = ""
     is_run_blamed = False
     for piece in split_pieces(scores):
-        text = f" {_END}" if piece.is_end and piece.is_blamed else piece.text
-        if piece.is_blamed != is_run_blamed:
+        text = f" {_END}" if piece.is_end and piece.is_flagged else piece.text
+        if piece.is_flagged != is_run_blamed:
             yield run, _RED if is_run_blamed else ""
-            run, is_run_blamed = "", piece.is_blamed
+            run, is_run_blamed = "", piece.is_flagged
         run += text
     yield run, _RED if is_run_blamed else ""
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from cutlm.blame.token_scores import TokenScores, read_token_scores
 from cutlm.data.files import open_atomic, write_rows
-from cutlm.inspect.curves import Curves, draw_curves
 from cutlm.inspect.pages import Example, Picture, Table, write_page
+from cutlm.inspect.plots import Curves, draw_curves
 from cutlm.inspect.terminal import Terminal
 from cutlm.world.demo_iteration import Iteration, blame
 from cutlm.world.families import FAMILIES

@@ -15,7 +15,8 @@ from typing import Any
 
 from cutlm.data.files import open_atomic
 from cutlm.evaluation.detection import plot_detection
-from cutlm.inspect.tables import draw_plot, join_cells
+from cutlm.inspect.plots import draw_plot
+from cutlm.inspect.tables import format_table
 
 # Student's t at 97.5%, by degrees of freedom.
 _T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -93,7 +94,7 @@ def _tabulate_methods(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return join_cells(header, cells)
+    return format_table(header, cells)
 
 
 def _tabulate_steps(key: str, title: str) -> Callable[[Sequence[dict[str, Any]]], str]:
@@ -102,14 +103,14 @@ def _tabulate_steps(key: str, title: str) -> Callable[[Sequence[dict[str, Any]]]
         names = list(dict.fromkeys(row["method"] for row in rows))
         found = {(row["method"], row[key]): row for row in rows}
         cells = [[f"`{name}`", *(_show(found[name, column]["test_accuracy"]) for column in columns)] for name in names]
-        return join_cells([title, *map(str, columns)], cells)
+        return format_table([title, *map(str, columns)], cells)
 
     return tabulate
 
 
 def _tabulate_detection(rows: Sequence[dict[str, Any]]) -> str:
     header = ["detector, family", "threshold", "precision", "recall", "F1"]
-    return join_cells(
+    return format_table(
         header,
         [
             [

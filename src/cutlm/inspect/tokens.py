@@ -1,0 +1,97 @@
+"""Token scores prepared for display: split a response into pieces, pair two files of scores by record."""
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cutlm.blame.token_scores import TokenScores
+from cutlm.data.records import JudgedRecord
+
+
+class Piece(NamedTuple):
+    """A part of a response that is shown as one unit.
+
+    Attributes:
+        text: Its characters; "" for the end-of-sequence token.
+        indices: The tokens it covers: one, several that share a character (such as the bytes of an emoji), or none
+            for text that no token claims, as in a file edited by hand.
+        is_flagged: Whether one of these tokens is flagged.
+        is_end: Whether it is the end-of-sequence token.
+    """
+
+    text: str
+    indices: tuple[int, ...]
+    is_flagged: bool
+    is_end: bool = False
+
+
+def split_pieces(scores: TokenScores) -> list[Piece]:
+    """Splits a response into pieces whose texts, joined, are exactly the response, white space included."""
+    output, last = scores.record.output, len(scores.spans) - 1
+    has_end = bool(scores.spans) and tuple(scores.spans[last]) == (len(output), len(output))
+    texts: list[str] = []
+    indices: list[list[int]] = []
+    reached = 0
+    for index, (_, end) in enumerate(scores.spans[: last if has_end else None]):
+        if texts and end <= reached:  # another part of the same character
+            indices[-1].append(index)
+            continue
+        texts.append(output[reached:end])
+        indices.append([index])
+        reached = max(reached, end)
+    if reached < len(output):  # trailing white space, which spans leave out
+        if texts:
+            texts[-1] += output[reached:]
+        else:
+            texts, indices = [output], [[]]
+    pieces = [
+        Piece(text, tuple(group), any(scores.is_flagged[index] for index in group))
+        for text, group in zip(texts, indices, strict=True)
+    ]
+    if has_end:
+        pieces.append(Piece("", (last,), scores.is_flagged[last], is_end=True))
+    return pieces
+
+
+def compute_log_ratios(scores: TokenScores) -> list[float] | None:
+    """Computes log p(y_t | x, j, y_<t) - log p(y_t | x, y_<t) of each token; None if either is missing."""
+    if scores.logps_with is None or scores.logps_without is None:
+        return None
+    return [judged - plain for judged, plain in zip(scores.logps_with, scores.logps_without, strict=True)]
+
+
+class Pairing(NamedTuple):
+    """The records that two files of scores share.
+
+    Attributes:
+        pairs: Both scores of each shared record, in the order of the first file.
+        num_unpaired: The number of records that only the first and only the second file has.
+    """
+
+    pairs: list[tuple[TokenScores, TokenScores]]
+    num_unpaired: tuple[int, int]
+
+
+def pair_scores(first: Sequence[TokenScores], second: Sequence[TokenScores]) -> Pairing:
+    """Pairs the scores that two models gave to the same instruction, input, response and judgment.
+
+    A record that occurs several times is paired as often as it occurs in both files.
+    """
+    waiting: defaultdict[tuple[str, str, str, str | None], deque[TokenScores]] = defaultdict(deque)
+    for scores in second:
+        waiting[_identify(scores.record)].append(scores)
+    pairs = []
+    for scores in first:
+        matches = waiting[_identify(scores.record)]
+        if matches:
+            pairs.append((scores, matches.popleft()))
+    return Pairing(pairs, (len(first) - len(pairs), len(second) - len(pairs)))
+
+
+def has_same_tokens(first: TokenScores, second: TokenScores) -> bool:
+    """Whether two scores of a response can be compared token by token."""
+    return first.token_ids == second.token_ids and first.spans == second.spans
+
+
+def _identify(record: JudgedRecord) -> tuple[str, str, str, str | None]:
+    return record.instruction, record.input, record.output, record.judgment
