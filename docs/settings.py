@@ -16,8 +16,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from cutlm.inspect.tables import escape_cell
-from cutlm.training.config import CUTConfig
-from cutlm.training.settings import DataArguments, ModelArguments
+from cutlm.training.config import CUTConfig, DataArguments, ModelArguments
 
 PAGE = Path(__file__).with_suffix(".md")
 _TABLE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

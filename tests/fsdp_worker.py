@@ -23,8 +23,8 @@ from cutlm.losses import combine_parts
 from cutlm.model.collator import CutCollator
 from cutlm.model.forward import ForwardLayout, run_inside, score_batch
 from cutlm.model.loading import compile_layers, unwrap_peft
-from cutlm.training.batch_loss import compute_batch_loss, count_batch
 from cutlm.training.config import CUTConfig
+from cutlm.training.trainer import compute_batch_loss, count_batch
 
 VOCAB_SIZE = 60
 START = list(range(30))

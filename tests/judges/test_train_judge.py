@@ -18,8 +18,8 @@ from cutlm.data.records import JudgedRecord
 from cutlm.judges import Failure, Outcome
 from cutlm.judges.evaluation import compare, count, write_table
 from cutlm.judges.local import make_lessons
+from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import JudgeConfig
-from cutlm.training.safe_trainer import SafeTrainer
 from cutlm.training.trainer import CUTTrainer
 
 ROWS = [
@@ -154,7 +154,7 @@ def test_a_stop_and_a_kill_cost_nothing(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["train-judge", *make_options(tmp_path, base, "whole")]) == 0
-    check, calls = SafeTrainer._get_grad_norm, []
+    check, calls = CheckpointingTrainer._get_grad_norm, []
 
     def interrupt(number: signal.Signals, when: int) -> None:
         calls.clear()
@@ -165,7 +165,7 @@ def test_a_stop_and_a_kill_cost_nothing(
                 os.kill(os.getpid(), number)
             return check(self, *args, **kwargs)
 
-        monkeypatch.setattr(SafeTrainer, "_get_grad_norm", stop)
+        monkeypatch.setattr(CheckpointingTrainer, "_get_grad_norm", stop)
 
     stopped = make_options(tmp_path, base, "stopped", save_strategy="no")
     interrupt(signal.SIGINT, 1)

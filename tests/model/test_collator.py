@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cutlm.model.collator import CutCollator, find_non_finite, split_batch, split_lengths
 from cutlm.model.forward import PrefixTree, _group_by_length, run_inside, score_batch
-from cutlm.training.batch_loss import count_batch
+from cutlm.training.trainer import count_batch
 
 VOCAB_SIZE = 50
 collate = CutCollator()

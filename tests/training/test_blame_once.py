@@ -95,8 +95,7 @@ def test_scores_of_other_settings_are_refused_and_made_anew_on_request(
 
 
 def test_how_the_model_is_loaded_is_part_of_what_scores_depend_on(base: Path) -> None:
-    from cutlm.training.config import CUTConfig
-    from cutlm.training.settings import ModelArguments
+    from cutlm.training.config import CUTConfig, ModelArguments
 
     backends = [
         assembly._describe_backend(

@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(
 
 
 def test_a_kill_while_the_final_model_is_saved_leaves_no_half_model(workplace: Path) -> None:
-    _run_killed(workplace, "final", "cutlm.training.safe_trainer", "publish_files", 1)
+    _run_killed(workplace, "final", "cutlm.training.checkpoints", "publish_files", 1)
     assert not (workplace / "final" / "adapter_config.json").exists()
     assert main(["train", *_options(workplace, "final", resume_from_checkpoint="last")]) == 0
     _assert_same_end(workplace, "final")

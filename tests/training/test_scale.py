@@ -16,7 +16,7 @@ from torch import nn
 from cutlm import CUTConfig, CUTTrainer
 from cutlm.errors import ConfigError
 from cutlm.model.forward import run_inside
-from cutlm.training.trainer import _keep_log_probs_exact
+from cutlm.training.trainer import _keep_outputs_exact
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 KINDS = ("full", "lora", "tied", "checkpointed", "compiled")
@@ -48,7 +48,7 @@ def test_accelerates_mixed_precision_would_round_log_probs_and_ours_does_not() -
     assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16
     # The two nearest to -10 are 0.0625 apart: -10 and -10.0625.
     assert torch.tensor(-10.02).bfloat16().item() == -10
-    _keep_log_probs_exact(plugin)
+    _keep_outputs_exact(plugin)
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.output_dtype, policy.reduce_dtype) == (torch.bfloat16, None, torch.float32)
 

@@ -15,8 +15,7 @@ from tiny import make_model, make_tokenizer, save_tiny_model
 
 from cutlm.cli import main
 from cutlm.data.records import FIELDS
-from cutlm.training.config import OBJECTIVES, CUTConfig
-from cutlm.training.settings import DataArguments, ModelArguments
+from cutlm.training.config import OBJECTIVES, CUTConfig, DataArguments, ModelArguments
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 ROWS = [

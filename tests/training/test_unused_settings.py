@@ -22,13 +22,34 @@ def make_config(**settings: Any) -> CUTConfig:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "likelihood", "threshold": 2.0}, "threshold: not used by objective likelihood; leave them out"),
+        ({"objective": "likelihood", "threshold": 2.0}, "threshold: not used by objective likelihood; remove"),
         ({"objective": "hindsight", "gamma": 0.5}, "gamma: not used by objective hindsight"),
         ({"objective": "dpo", "threshold": 2.0, "map_spans": True}, "threshold, map_spans: not used by objective dpo"),
         ({"detector": "off", "threshold": 2.0}, "threshold: not used by objective cut, detector off"),
         ({"detector": "spans", "gamma": 0.0}, "gamma: not used by objective cut, detector spans"),
-        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: expected none, as its noise would depend on what else"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: expected none, because"),
         ({"fp16": True}, "fp16: expected false on a CPU, where it would have no effect, got true; bf16 works there"),
+        ({"objective": "ppo"}, r"objective: expected one of cut, .*, got 'ppo'"),
+        ({"detector": "guess"}, r"detector: expected one of current, frozen, spans, off, got 'guess'"),
+        (
+            {"objective": "hindsight", "detector": "frozen", "use_contrast_loss": False},
+            r"detector, use_contrast_loss: not used by objective hindsight",
+        ),
+        ({"satisfactory_only": True}, r"satisfactory_only: not used by objective cut"),
+        (
+            {"use_contrast_loss": False, "use_satisfactory_loss": False, "use_judged_loss": False},
+            r"use_contrast_loss, use_satisfactory_loss, use_judged_loss: expected at least one",
+        ),
+        ({"praise_weight": -1}, r"praise_weight: expected a number of at least 0, got -1"),
+        ({"praise_weight": 2.0}, r"praise_weight: not used by objective cut"),
+        ({"dpo_beta": 0.3}, r"dpo_beta: not used by objective cut"),
+        ({"objective": "dpo", "dpo_beta": 0.0}, r"dpo_beta: expected a number above 0, got 0"),
+        ({"gamma": float("inf")}, r"gamma: expected a number of at least 0, got inf"),
+        ({"threshold": float("inf")}, r"threshold: expected a number of at least 1 .*, got inf"),
+        (
+            {"objective": "dpo", "downsample": 0.5, "normalization": "record"},
+            r"downsample, normalization: not used by objective dpo",
+        ),
         ({"num_train_epochs": 0}, "num_train_epochs, max_steps: expected at least one step, got none"),
         ({"metric_for_best_model": "foo"}, r"metric_for_best_model: expected one of loss, .*, got 'foo'"),
         (
@@ -67,13 +88,13 @@ def test_what_has_an_effect_is_taken(settings: dict[str, Any]) -> None:
 
 def test_liger_kernels_without_their_package_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="use_liger_kernel: needs the package liger-kernel; run: pip install liger"):
+    with pytest.raises(ConfigError, match=r"use_liger_kernel: .* run: pip install liger"):
         make_config(use_liger_kernel=True)
 
 
 @pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
 def test_functions_that_would_never_be_called_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{name}: would never be called, as no logits are made; leave them out"):
+    with pytest.raises(ConfigError, match=f"^{name}: would never be called"):
         CUTTrainer(make_model(10), make_config(), [ROW], **{name: print})
     CUTTrainer(make_model(10), make_config(), [ROW], **{name: None})
 
@@ -81,9 +102,7 @@ def test_functions_that_would_never_be_called_are_refused(name: str) -> None:
 def test_records_longer_than_the_models_context_are_refused() -> None:
     model = make_model(10, max_position_embeddings=4)
     CUTTrainer(model, make_config(), [ROW | {"judged_prompt_ids": [1, 2]}])
-    message = (
-        r"^max_length: expected at most the model's context of 4 tokens, got 2048, and a record of 5; give --max_len"
-    )
+    message = r"^max_length: expected at most the model's context of 4 tokens, got 2048 and a record of 5"
     with pytest.raises(ConfigError, match=message):
         CUTTrainer(model, make_config(), [ROW])
     # Positions that are stretched are meant for more.
@@ -134,7 +153,7 @@ def test_an_old_run_does_not_give_way_to_settings_that_cannot_be_trained_by(
 def test_a_warm_up_that_never_ends_is_told_of(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(workplace, "--max_steps", "2", "--warmup_steps", "20") == 0
     shown = capsys.readouterr()
-    assert "warmup_steps: 2 of the 2 steps warm up, so the learning rate never comes to 0.0004" in shown.out + shown.err
+    assert "warmup_steps: all 2 steps are warmup" in shown.out + shown.err
 
 
 def test_a_chat_template_that_gives_way_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -143,8 +162,8 @@ def test_a_chat_template_that_gives_way_is_told_of(caplog: pytest.LogCaptureFixt
     records = [{"instruction": "Name.", "output": "City.", "judgment": None}]
     with caplog.at_level(logging.WARNING, "cutlm"):
         trainer = CUTTrainer(make_model(len(tokenizer)), make_config(), records, processing_class=tokenizer)
-    assert "the tokenizer's chat template gives way to that of training (template: alpaca)" in caplog.text
+    assert "(template: alpaca)" in caplog.text
     assert trainer.processing_class.chat_template != CHATML
     trainer = CUTTrainer(make_model(len(tokenizer)), make_config(template="chat"), records, processing_class=tokenizer)
     assert trainer.processing_class.chat_template == CHATML
-    assert not any("gives way" in notice for notice in trainer.notices)
+    assert not any("(template: " in notice for notice in trainer.notices)

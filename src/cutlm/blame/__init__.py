@@ -1,1 +1,9 @@
-"""blame."""
+"""Frozen detection (eq. 5): which tokens of a response a judgment flags, by a model that is not being trained.
+
+Read in this order:
+
+- `scoring`: log-probabilities of encoded responses from a local model, without and with the judgment.
+- `server`: the same from a server that returns prompt log-probabilities.
+- `detector`: flags and weights from these log-probabilities; scoring whole files with resume.
+- `token_scores`: the JSON Lines format of the result.
+"""

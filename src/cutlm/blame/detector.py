@@ -1,14 +1,14 @@
-"""The frozen detector: which tokens of a response a judgment blames, by a model that is not being trained (eq. 5).
+"""Flags and weights (eq. 5 and 6) from log-probabilities that a frozen model assigns to a response.
 
-Log-probabilities come from a local model (`scoring`) or from a server (`server`); this module turns them into flags
-and weights. The file format is in `token_scores`.
+`flag_response` is the one place where flags are made: `cutlm blame`, the trainer's frozen detector and the chat use it.
+`blame_file` scores a file of records and can resume; `blame_record` scores one record in memory.
 """
 
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,25 +27,23 @@ from cutlm.blame.token_scores import (
     write_token_scores,
 )
 from cutlm.data.journal import Journal, refuse_foreign
-from cutlm.data.records import JudgedRecord
+from cutlm.data.records import PRAISE, JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.losses import flag_tokens
-from cutlm.prompting.encoding import Encoder
-
-PRAISE = "Perfect."
+from cutlm.prompting.encoding import EncodedRecord, EncodedRecords, Encoder, encode_records, view_both_contexts
 
 
 @dataclass(frozen=True)
 class FlagSettings:
-    """What flags and weights are made by.
+    """How flags and weights are made.
 
     Attributes:
         threshold: lambda of eq. 5.
         unlikelihood_weight: alpha of eq. 6.
-        gamma: Exponent of the dynamic weight of eq. 6; 0 switches it off.
-        max_length: Most tokens of a prompt and the response together; prompts are cut from the left to fit.
-        with_praise: Whether satisfactory records too are scored with their judgment ("Perfect." where they have
-            none), as thresholds are calibrated on. They get no flags all the same.
+        gamma: Exponent of the dynamic weight of eq. 6; 0 turns it off.
+        max_length: Maximum number of tokens in a prompt and the response; prompts are truncated on the left.
+        with_praise: Score satisfactory records with their judgment too ("Perfect." if they have none), to calibrate
+            thresholds. They are never flagged.
     """
 
     threshold: float = 1.1
@@ -68,40 +66,84 @@ class FlagSettings:
             raise ConfigError(problems)
 
 
+def flag_response(
+    logps_without: Sequence[float], logps_with: Sequence[float], settings: FlagSettings
+) -> tuple[list[bool], list[float]]:
+    """Flag the tokens of one response (eq. 5) and weigh them (eq. 6), in float64.
+
+    Args:
+        logps_without: [T] log p(y_t | x, y_<t), rounded as in a file of token scores.
+        logps_with: [T] log p(y_t | x, j, y_<t).
+        settings: Threshold, unlikelihood weight and gamma.
+
+    Returns:
+        Flags [T], and weights [T] that are 0 for tokens that are not flagged.
+
+    Example:
+        >>> flag_response([-2.0, -0.1], [-1.0, -0.1], FlagSettings(gamma=0.0))
+        ([True, False], [1.0, 0.0])
+    """
+    flags = flag_tokens(
+        torch.tensor(logps_without, dtype=torch.float64),
+        torch.tensor(logps_with, dtype=torch.float64),
+        threshold=settings.threshold,
+        unlikelihood_weight=settings.unlikelihood_weight,
+        gamma=settings.gamma,
+    )
+    # A weight that underflows must still be above 0, like that of every flagged token.
+    weights = [max(float(f"{weight:.6g}"), sys.float_info.min) for weight in flags.weights.tolist()]
+    is_flagged = flags.is_flagged.tolist()
+    return is_flagged, [weight if flag else 0.0 for flag, weight in zip(is_flagged, weights, strict=True)]
+
+
+def round_logps(logps: Tensor) -> list[float]:
+    """Log-probabilities as they are stored. Flags are made from these, so that a file is consistent with itself."""
+    return [min(0.0, round(value, 6)) + 0.0 for value in logps.tolist()]
+
+
 @dataclass
-class BlameCounts:
-    """What was found, and what became of the rest.
+class BlameReport:
+    """What `blame_file` did.
 
     Attributes:
-        num_records: Records scored.
-        num_satisfactory: Of these, the satisfactory ones.
-        num_resumed: Records taken over from a run that was stopped.
-        num_truncated: Records of which a prompt was cut from the left.
-        left_out: A sentence for each record that was left out for its length.
-        num_tokens: Response tokens of unsatisfactory records.
-        num_flagged: Of these, the flagged ones.
-        num_without_flag: Unsatisfactory records without a flag.
+        scores: Token scores, in the order of the records.
+        num_resumed: Records taken from an interrupted run.
+        num_truncated: Records with a truncated prompt.
+        left_out: One sentence for each record that is too long.
     """
 
-    num_records: int = 0
-    num_satisfactory: int = 0
+    scores: list[TokenScores]
     num_resumed: int = 0
     num_truncated: int = 0
     left_out: list[str] = field(default_factory=list)
-    num_tokens: int = 0
-    num_flagged: int = 0
-    num_without_flag: int = 0
+
+    @property
+    def judged(self) -> list[TokenScores]:
+        """Those of unsatisfactory records."""
+        return [scores for scores in self.scores if not scores.record.is_satisfactory]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of unsatisfactory responses."""
+        return sum(len(scores.token_ids) for scores in self.judged)
+
+    @property
+    def num_flagged(self) -> int:
+        return sum(sum(scores.is_flagged) for scores in self.scores)
+
+    @property
+    def num_without_flag(self) -> int:
+        """Unsatisfactory records without any flag."""
+        return sum(not any(scores.is_flagged) for scores in self.judged)
 
     def describe(self) -> str:
-        """Two lines of counts, fit to be printed."""
-        share = self.num_flagged / max(1, self.num_tokens)
-        num_unsatisfactory = self.num_records - self.num_satisfactory
+        """Two lines of counts for the user."""
+        num_judged, num_tokens, num_flagged = len(self.judged), self.num_tokens, self.num_flagged
         return (
-            f"{self.num_records} records scored ({self.num_satisfactory} satisfactory, {num_unsatisfactory}"
-            f" unsatisfactory); {self.num_truncated} with a prompt cut from the left to fit;"
-            f" {len(self.left_out)} left out\n"
-            f"{self.num_flagged} of {self.num_tokens} tokens of unsatisfactory responses flagged ({share:.1%});"
-            f" {self.num_without_flag} of these records without any flag"
+            f"{len(self.scores)} records scored ({len(self.scores) - num_judged} satisfactory, {num_judged}"
+            f" unsatisfactory); {self.num_truncated} with a truncated prompt; {len(self.left_out)} left out\n"
+            f"{num_flagged} of {num_tokens} tokens of unsatisfactory responses flagged"
+            f" ({num_flagged / max(1, num_tokens):.1%}); {self.num_without_flag} of these records without any flag"
         )
 
 
@@ -116,80 +158,90 @@ def blame_file(
     detector: str,
     backend: Mapping[str, Any],
     overwrite: bool = False,
-) -> BlameCounts:
-    """Scores records and writes their token scores, in the order of the records.
+) -> BlameReport:
+    """Score records and write their token scores, in the order of the records.
 
-    What is finished goes to `OUT.partial` at once, to be gone on with; it is removed when `out` is whole.
+    Finished batches go to `OUT.partial` at once, from which an interrupted run resumes.
 
     Args:
         records: The records.
-        locations: Where each stands, for messages: `data.jsonl:17`.
+        locations: The location of each, such as `data.jsonl:17`, for messages.
         out: The file to write.
         encoder: Tokenizer and template.
-        score: Gives the log-probs.
+        score: Computes the log-probabilities.
         settings: Flags, weights and lengths.
         detector: Fingerprint of the model.
         backend: What else the numbers may depend on, by name, such as the dtype.
-        overwrite: Whether a partial file of another run gives way.
-
-    Returns:
-        Counts.
+        overwrite: Replace a partial file of another run.
 
     Raises:
-        DataError: A record has fields of its own that token scores need for theirs.
-        UserError: A partial file of another run is in the way, or the scorer's.
+        DataError: A record has fields whose names token scores use, or no record fits.
+        UserError: A partial file of another run exists, or the scorer failed.
     """
     records = [strip_scores(record) for record in records]
     _refuse_clashes(records, locations)
-    counts = BlameCounts()
-    rows, kept = _encode(records, locations, encoder, settings, counts)
-    journal = Journal(out, describe_run(records, encoder, settings, detector, backend), overwrite=overwrite)
-    if not all(_fits(line, rows) for line in journal.lines):
+    encoded = encode_for_scoring(records, locations, encoder, settings)
+    if not encoded.rows:
+        raise DataError(encoded.left_out, hint="no record is left to score; set a larger max_length")
+    kept = [records[index] for index in encoded.indices]
+    header = describe_run(records, encoder, settings, detector, backend)
+    journal = Journal(out, header, overwrite=overwrite)
+    num_resumed = len(journal.lines)
+    scores = score_with_journal(encoded.rows, kept, journal, encoder, score, settings, detector)
+    write_token_scores(out, scores)
+    journal.remove()
+    return BlameReport(scores, num_resumed, encoded.num_truncated, encoded.left_out)
+
+
+def score_with_journal(
+    rows: Sequence[Mapping[str, Any]],
+    records: Sequence[JudgedRecord],
+    journal: Journal,
+    encoder: Encoder,
+    score: Scorer,
+    settings: FlagSettings,
+    detector: str,
+) -> list[TokenScores]:
+    """Score the rows that a journal does not hold yet, appending each batch to it."""
+    if not all(_matches_row(line, rows) for line in journal.lines):
         refuse_foreign(journal.path)
     finished = {line["index"]: (line["logps_without"], line["logps_with"]) for line in journal.lines}
-    counts.num_resumed = len(finished)
     with journal, closing(score(rows, frozenset(finished))) as batches:
         for batch in batches:
-            rounded = {index: (_round(without), _round(judged)) for index, without, judged in batch}
-            journal.append({"index": key, "logps_without": a, "logps_with": b} for key, (a, b) in rounded.items())
-            finished |= rounded
-
-    def make_all() -> Iterator[TokenScores]:
-        for index, (row, record) in enumerate(zip(rows, kept, strict=True)):
-            scores = make_scores(record, row["response_ids"], *finished[index], encoder, settings, detector)
-            counts.num_records += 1
-            counts.num_satisfactory += record.is_satisfactory
-            if not record.is_satisfactory:
-                counts.num_tokens += len(scores.token_ids)
-                counts.num_flagged += sum(scores.is_flagged)
-                counts.num_without_flag += not any(scores.is_flagged)
-            yield scores
-
-    write_token_scores(out, make_all())
-    journal.remove()
-    return counts
+            logps = {
+                index: (round_logps(without), None if judged is None else round_logps(judged))
+                for index, without, judged in batch
+            }
+            journal.append({"index": key, "logps_without": a, "logps_with": b} for key, (a, b) in logps.items())
+            finished |= logps
+    marks = _fingerprint(encoder, settings, detector)
+    return [
+        make_scores(record, row["response_ids"], *finished[index], encoder, settings, marks)
+        for index, (row, record) in enumerate(zip(rows, records, strict=True))
+    ]
 
 
 def blame_record(
     record: JudgedRecord, encoder: Encoder, score: Scorer, settings: FlagSettings, detector: str
 ) -> tuple[TokenScores, bool]:
-    """Scores one record, and writes nothing down.
+    """Score one record in memory.
 
     Returns:
-        Its token scores, and whether a prompt was cut from the left to fit.
+        Its token scores, and whether a prompt was truncated.
 
     Raises:
         DataError: The response leaves no room for a prompt.
-        UserError: The scorer's.
+        UserError: The scorer failed.
     """
-    counts = BlameCounts()
-    (row,), _ = _encode([record], ["the response"], encoder, settings, counts)
+    encoded = encode_for_scoring([record], ["the response"], encoder, settings)
+    if not encoded.rows:
+        raise DataError(encoded.left_out, hint="no record is left to score; set a larger max_length")
+    (row,) = encoded.rows
     with closing(score([row], ())) as batches:
         ((_, without, judged),) = (scored for batch in batches for scored in batch)
-    logps = _round(without)
-    assert logps is not None
-    scores = make_scores(record, row["response_ids"], logps, _round(judged), encoder, settings, detector)
-    return scores, counts.num_truncated > 0
+    logps = round_logps(without), None if judged is None else round_logps(judged)
+    marks = _fingerprint(encoder, settings, detector)
+    return make_scores(record, row["response_ids"], *logps, encoder, settings, marks), encoded.num_truncated > 0
 
 
 def describe_run(
@@ -199,8 +251,8 @@ def describe_run(
     detector: str,
     backend: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All that the log-probs depend on, by name; what is made of them at the end is not among it."""
-    rows = [strip_scores(record).model_dump(mode="json") for record in records]
+    """Everything that the log-probabilities depend on, by name. Flags are not among it: they are made at the end."""
+    rows = [record.model_dump(mode="json") for record in records]
     return {
         "max_length": settings.max_length,
         "with_praise": settings.with_praise,
@@ -212,8 +264,64 @@ def describe_run(
     }
 
 
-def _fits(line: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a line of a journal holds the log-probs of one of these rows."""
+def encode_for_scoring(
+    records: Sequence[JudgedRecord], locations: Sequence[str], encoder: Encoder, settings: FlagSettings
+) -> EncodedRecords:
+    """Encode both contexts of each record; with `with_praise`, those of satisfactory records too."""
+
+    def view_with_praise(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+        judgment = (record.judgment or PRAISE) if record.is_satisfactory else record.judgment
+        instruction = record.full_instruction
+        return EncodedRecord(
+            encoder.encode_prompt(instruction),
+            encoder.encode_prompt(instruction, judgment),
+            encoder.encode_response(record.output),
+        )
+
+    view = view_with_praise if settings.with_praise else view_both_contexts
+    return encode_records(records, locations, encoder, settings.max_length, view)
+
+
+def make_scores(
+    record: JudgedRecord,
+    response_ids: list[int],
+    logps_without: list[float],
+    logps_with: list[float] | None,
+    encoder: Encoder,
+    settings: FlagSettings,
+    marks: Mapping[str, Any],
+) -> TokenScores:
+    """Token scores of one response from its rounded log-probabilities."""
+    is_flagged, weights = [False] * len(response_ids), [0.0] * len(response_ids)
+    if logps_with is not None and not record.is_satisfactory:
+        is_flagged, weights = flag_response(logps_without, logps_with, settings)
+    return TokenScores(
+        record=record,
+        token_ids=response_ids,
+        tokens=[str(encoder.tokenizer.decode([index])) for index in response_ids],
+        spans=encoder.locate_tokens(record.output, response_ids),
+        logps_without=logps_without,
+        logps_with=logps_with,
+        is_flagged=is_flagged,
+        weights=weights,
+        **marks,
+    )
+
+
+def _fingerprint(encoder: Encoder, settings: FlagSettings, detector: str) -> dict[str, Any]:
+    """The fields of token scores that all records of a run share."""
+    return {
+        "threshold": settings.threshold,
+        "unlikelihood_weight": settings.unlikelihood_weight,
+        "gamma": settings.gamma,
+        "detector": detector,
+        "tokenizer": fingerprint_tokenizer(encoder.tokenizer),
+        "template": fingerprint_template(encoder),
+    }
+
+
+def _matches_row(line: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a journal line holds log-probabilities of one of these rows."""
     index = line["index"]
     if type(index) is not int or not 0 <= index < len(rows) or not {"logps_without", "logps_with"} <= set(line):
         return False
@@ -229,94 +337,10 @@ def _fits(line: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
 
 def _refuse_clashes(records: Sequence[JudgedRecord], locations: Sequence[str]) -> None:
     problems = [
-        f"{place}: field {name!r}: a name that token scores need for their own; rename it in the records"
-        for place, record in zip(locations, records, strict=True)
+        f"{location}: field {name!r}: token scores use this name; rename the field in the records"
+        for location, record in zip(locations, records, strict=True)
         for name in record.model_extra or {}
         if name in SCORE_FIELDS
     ]
     if problems:
         raise DataError(problems)
-
-
-def _encode(
-    records: Sequence[JudgedRecord],
-    locations: Sequence[str],
-    encoder: Encoder,
-    settings: FlagSettings,
-    counts: BlameCounts,
-) -> tuple[list[dict[str, Any]], list[JudgedRecord]]:
-    """Token ids of the records that fit, and these records."""
-    rows, kept = [], []
-    for record, place in zip(records, locations, strict=True):
-        encoded = encoder.encode_record(record, settings.max_length)
-        if encoded is None:
-            counts.left_out.append(f"{place}: the response alone fills max_length {settings.max_length}; left out")
-            continue
-        judged_ids, is_truncated = encoded.judged_prompt_ids, encoded.is_truncated
-        if record.is_satisfactory and settings.with_praise:
-            room = settings.max_length - len(encoded.response_ids)
-            whole_ids = encoder.encode_prompt(record.full_instruction, record.judgment or PRAISE)
-            judged_ids, is_truncated = encoder.truncate(whole_ids, room), is_truncated or len(whole_ids) > room
-        counts.num_truncated += is_truncated
-        rows.append(
-            {
-                "prompt_ids": encoded.prompt_ids,
-                "judged_prompt_ids": judged_ids,
-                "response_ids": encoded.response_ids,
-                "location": place,
-            }
-        )
-        kept.append(record)
-    if not rows:
-        raise DataError([*counts.left_out], hint="no record is left to be scored; give a larger max_length")
-    return rows, kept
-
-
-def _round(logps: Tensor | None) -> list[float] | None:
-    # What a float32 holds of them. Flags are made from the rounded ones, so that the file bears out its own flags.
-    return None if logps is None else [min(0.0, round(value, 6)) + 0.0 for value in logps.tolist()]
-
-
-def make_scores(
-    record: JudgedRecord,
-    response_ids: list[int],
-    logps_without: list[float],
-    logps_with: list[float] | None,
-    encoder: Encoder,
-    settings: FlagSettings,
-    detector: str,
-) -> TokenScores:
-    """Flags and weights by eq. 5 and 6, of the log-probs as they stand in the file."""
-    is_flagged, weights = [False] * len(response_ids), [0.0] * len(response_ids)
-    if logps_with is not None and not record.is_satisfactory:
-        without, judged = (torch.tensor(logps, dtype=torch.float64) for logps in (logps_without, logps_with))
-        blame = flag_tokens(
-            without,
-            judged,
-            threshold=settings.threshold,
-            unlikelihood_weight=settings.unlikelihood_weight,
-            gamma=settings.gamma,
-        )
-        is_flagged = blame.is_flagged.tolist()
-        # A weight that is too small for a number is still above 0, as that of every flagged token.
-        smallest = sys.float_info.min
-        weights = [
-            max(float(f"{weight:.6g}"), smallest) if flag else 0.0
-            for flag, weight in zip(is_flagged, blame.weights.tolist(), strict=True)
-        ]
-    return TokenScores(
-        record=record,
-        token_ids=response_ids,
-        tokens=[str(encoder.tokenizer.decode([index])) for index in response_ids],
-        spans=encoder.locate_tokens(record.output, response_ids),
-        logps_without=logps_without,
-        logps_with=logps_with,
-        is_flagged=is_flagged,
-        weights=weights,
-        threshold=settings.threshold,
-        unlikelihood_weight=settings.unlikelihood_weight,
-        gamma=settings.gamma,
-        detector=detector,
-        tokenizer=fingerprint_tokenizer(encoder.tokenizer),
-        template=fingerprint_template(encoder),
-    )

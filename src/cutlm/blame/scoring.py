@@ -1,7 +1,4 @@
-"""Log-probs of responses by a frozen model, in evaluation mode and without gradient, in batches of a number of tokens.
-
-What is made of them, such as flags, is left to `cutlm.blame.detector`.
-"""
+"""Log-probabilities of encoded responses by a frozen local model, in batches of a bounded number of tokens."""
 
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,9 +14,9 @@ from cutlm.model.loading import list_rope_parameters, unwrap_peft
 
 MAX_TOKENS_PER_BATCH = 8192
 
-# The index of a row, the log-probs [T] of its response, and those with the judgment, where there is one.
+# The index of a row, the log-probs [T] of its response, and those with the judgment [T] if it has a judged prompt.
 Scored = tuple[int, Tensor, Tensor | None]
-# Scores rows but for those of the given indices, in batches that are finished together.
+# Scores all rows except those with the given indices; yields batches that are finished together.
 Scorer = Callable[[Sequence[Mapping[str, Any]], Collection[int]], Generator[list[Scored], None, None]]
 
 
@@ -32,47 +29,46 @@ def score_rows(
     is_bf16: bool = False,
     show_progress: bool = True,
 ) -> Generator[list[Scored], None, None]:
-    """Scores the responses of encoded rows, in evaluation mode and without gradient.
+    """Score the responses of encoded rows in evaluation mode and without gradients.
 
-    Longest first, so that what does not fit the memory fails at once. Batches do not depend on `done`, so the results
-    of a run that was stopped are those of one that was not.
+    The longest rows come first, so that a batch that does not fit into memory fails at once. Batches do not depend on
+    `done`, so a resumed run gives the numbers of an uninterrupted one.
 
     Args:
-        model: A causal language model, bare or with an adapter. It is left in the mode it is in.
-        rows: With `prompt_ids`, `judged_prompt_ids` (or None) and `response_ids`.
-        max_tokens_per_batch: Tokens of all sequences of a batch; a longer row is a batch of its own.
-        done: Indices of rows to leave out.
-        is_bf16: Whether to run in bfloat16 by autocast, as training with `bf16` does.
-        show_progress: Whether to show a progress bar.
+        model: A causal language model, with or without an adapter. Its training mode is restored.
+        rows: Rows with `prompt_ids`, `judged_prompt_ids` (or None) and `response_ids`.
+        max_tokens_per_batch: Tokens of all sequences in a batch; a longer row is a batch of its own.
+        done: Indices of rows to skip.
+        is_bf16: Run under bfloat16 autocast, as training with `bf16` does.
+        show_progress: Show a progress bar.
 
     Yields:
-        The rows of a batch: index, log-probs [T] and, where the row has a judged prompt, those with the judgment [T];
-        float32, on the CPU.
+        One batch: index, log-probs [T], and log-probs with the judgment [T] or None; float32, on the CPU.
 
     Raises:
-        UserError: A log-prob is no number; the rows are named.
+        UserError: Some log-probabilities are not finite; the message names the rows.
     """
     device = unwrap_peft(model).device
     layout = choose_layout(model)
-    progress = tqdm(total=len(rows), initial=len(done), desc="blaming", unit="record", disable=not show_progress)
-    with progress:
+    options: Any = {} if show_progress else {"disable": True}  # an explicit False would override TQDM_DISABLE
+    with tqdm(total=len(rows), initial=len(done), desc="blame", unit="record", **options) as progress:
         for batch in _cut_batches(rows, max_tokens_per_batch):
             if all(index in done for index in batch):
                 continue
-            # A batch that was written down in part is made again whole: its numbers may depend on what is in it.
+            # A half-finished batch is scored again as a whole, because its numbers may depend on its composition.
             tensors = CutCollator()([rows[index] for index in batch])
             tensors |= {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=is_bf16)
             with evaluation_mode(model), torch.inference_mode(), autocast:
                 logps = score_batch(model, tensors, layout=layout)
-            logps = logps.cpu().clone()  # outside of inference mode: one that can be used in training
+            logps = logps.cpu().clone()  # a copy made outside inference mode can take part in autograd
             bad = find_non_finite(logps, tensors)
             if bad:
                 raise UserError(
-                    f"{', '.join(bad[:5])}: log-probs that are no numbers, {len(bad)} records in all; the model's"
-                    " weights are damaged, or its dtype is too narrow: try --dtype float32"
+                    f"{', '.join(bad[:5])}: non-finite log-probabilities in {len(bad)} records; the weights are"
+                    " damaged, or the dtype is too narrow: try --dtype float32"
                 )
-            # As the collator lays them out: without the judgment, with it, then the rows without one.
+            # The collator's order: judged rows without the judgment, the same with it, then the other rows.
             judged = [index for index in batch if rows[index]["judged_prompt_ids"] is not None]
             plain = [index for index in batch if rows[index]["judged_prompt_ids"] is None]
             parts = list(logps.split(tensors["response_lengths"]))
@@ -83,70 +79,8 @@ def score_rows(
             yield scored
 
 
-def check_rows(model: nn.Module, rows: Sequence[Mapping[str, Any]], max_length: int) -> None:
-    """Refuses rows that the model cannot read: token ids that it has no embedding for, or too many of them.
-
-    Raises:
-        ConfigError: There are such.
-    """
-    language_model = unwrap_peft(model)
-    sequences = [
-        [*prompt, *row["response_ids"]]
-        for row in rows
-        for prompt in (row["prompt_ids"], row["judged_prompt_ids"])
-        if prompt is not None
-    ]
-    problems = []
-    num_embeddings = next(language_model.get_input_embeddings().parameters()).shape[0]
-    largest = max(map(max, sequences))
-    if 0 < num_embeddings <= largest:  # none are here where they are sharded over processes
-        problems.append(
-            f"tokenizer: expected token ids below {num_embeddings}, the size of the model's vocabulary, got {largest};"
-            " give the model's own tokenizer"
-        )
-    try:
-        check_context(model, rows, max_length)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-
-
-def check_context(
-    model: nn.Module,
-    rows: Iterable[Mapping[str, Any]],
-    max_length: int,
-    prompts: Sequence[str] = ("prompt_ids", "judged_prompt_ids"),
-    responses: Sequence[str] = ("response_ids",),
-) -> None:
-    """Refuses rows that are longer than what the model has positions for.
-
-    Args:
-        model: The model.
-        rows: With token ids.
-        max_length: As it was asked for, for the message.
-        prompts: Columns of prompts.
-        responses: Columns of what follows one of them.
-
-    Raises:
-        ConfigError: There are such.
-    """
-    config = unwrap_peft(model).config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if any(rope.get("rope_type") not in (None, "default") for rope in list_rope_parameters(config)):
-        return  # stretched: it is meant for more than it says
-    longest = max(
-        max(len(row[name] or ()) for name in prompts) + max(len(row[name]) for name in responses) for row in rows
-    )
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            f"max_length: expected at most the model's context of {limit} tokens, got {max_length}, and a record of"
-            f" {longest}; give --max_length {limit}"
-        )
-
-
 def count_tokens(row: Mapping[str, Any]) -> int:
-    """Tokens of all sequences that a row is scored by."""
+    """Number of tokens in all sequences by which a row is scored."""
     num_judged = 0 if row["judged_prompt_ids"] is None else len(row["judged_prompt_ids"]) + len(row["response_ids"])
     return len(row["prompt_ids"]) + len(row["response_ids"]) + num_judged
 
@@ -163,3 +97,48 @@ def _cut_batches(rows: Sequence[Mapping[str, Any]], max_tokens: int) -> Iterator
         room -= num_tokens
     if batch:
         yield batch
+
+
+def check_rows(
+    model: nn.Module,
+    rows: Iterable[Mapping[str, Any]],
+    max_length: int,
+    prompts: Sequence[str] = ("prompt_ids", "judged_prompt_ids"),
+    responses: Sequence[str] = ("response_ids",),
+) -> None:
+    """Check that the model has an embedding for every token id and a position for every token.
+
+    Args:
+        model: The model.
+        rows: Rows of token ids.
+        max_length: The user's limit, for the message.
+        prompts: Columns that hold prompts; None counts as empty.
+        responses: Columns that hold what follows a prompt.
+
+    Raises:
+        ConfigError: A token id or a length is out of range.
+    """
+    language_model = unwrap_peft(model)
+    longest = largest = 0
+    for row in rows:
+        ids = [row[name] for name in (*prompts, *responses) if row[name]]
+        largest = max(largest, *map(max, ids))
+        longest = max(longest, max(len(row[a] or ()) for a in prompts) + max(len(row[b]) for b in responses))
+    problems = []
+    num_embeddings = next(language_model.get_input_embeddings().parameters()).shape[0]
+    if 0 < num_embeddings <= largest:  # 0 where weights are sharded across processes
+        problems.append(
+            f"tokenizer: expected token ids below {num_embeddings}, the size of the model's vocabulary, got {largest};"
+            " use the model's own tokenizer"
+        )
+    config = language_model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    # A scaled RoPE is meant for more positions than the configuration states.
+    is_scaled = any(rope.get("rope_type") not in (None, "default") for rope in list_rope_parameters(config))
+    if limit is not None and longest > limit and not is_scaled:
+        problems.append(
+            f"max_length: expected at most the model's context of {limit} tokens, got {max_length} and a record of"
+            f" {longest}; set --max_length {limit}"
+        )
+    if problems:
+        raise ConfigError(problems)

@@ -8,13 +8,13 @@ tokens stand in the text is `cutlm.prompting.spans`' affair.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutlm.data.files import SourceRow, read_bytes, read_rows, write_rows
+from cutlm.data.files import SourceRow, read_rows, write_rows
 from cutlm.data.records import JudgedRecord, check_rows, describe_value
 from cutlm.errors import DataError
 from cutlm.prompting.spans import Span
@@ -120,43 +120,41 @@ _PER_TOKEN = tuple(_COLUMNS)[:7]
 SCORE_FIELDS = ("schema_version", "is_satisfactory", *_COLUMNS)
 
 
-def is_token_scores(path: str | Path) -> bool:
-    """Whether a file holds token scores, and not plain records, by its first row.
-
-    Raises:
-        DataError: The file cannot be read.
-    """
-    text = read_bytes(path).decode("utf-8-sig", "replace").lstrip()
-    if text.startswith("["):
-        rows, _ = read_rows(path)
-        first = rows[0].value if rows else None
-    else:
-        try:
-            first = json.loads(text.partition("\n")[0])
-        except (ValueError, RecursionError):
-            return False  # whoever reads the file says what is wrong with it
-    return isinstance(first, dict) and {"schema_version", "token_ids"} <= set(first)
+def is_token_scores_row(value: Any) -> bool:
+    """Whether a JSON value is a row of token scores rather than a plain record."""
+    return isinstance(value, dict) and {"schema_version", "token_ids"} <= set(value)
 
 
 def read_token_scores(path: str | Path) -> list[TokenScores]:
-    """Reads token scores; flags and weights may have been edited.
+    """Read a file of token scores; flags and weights may have been edited.
 
     The weight of a token that is not flagged counts as 0, whatever the file says.
 
     Raises:
-        DataError: The file cannot be read or is of a later version, or a row cannot be used; all such rows are named.
+        DataError: The file cannot be read or has a later schema version, or a row cannot be used; all are named.
     """
-    rows, problems = read_rows(path)
+    return parse_token_scores(path, *read_rows(path))
+
+
+def parse_token_scores(path: str | Path, rows: Sequence[SourceRow], problems: Sequence[str]) -> list[TokenScores]:
+    """Parse the rows of a file of token scores; see `read_token_scores`.
+
+    Args:
+        path: The file, for messages.
+        rows: Its rows.
+        problems: Problems found while reading it.
+    """
     versions: list[Any] = [row.value.get("schema_version") for row in rows if isinstance(row.value, dict)]
     newest = max(filter(_is_whole, versions), default=SCHEMA_VERSION)
     if newest > SCHEMA_VERSION:
         raise DataError(
-            f"{path}: expected token scores of schema_version {SCHEMA_VERSION}, got {newest}, made by a later cutlm;"
-            " upgrade cutlm, or blame the records again with this one"
+            f"{path}: expected token scores of schema_version {SCHEMA_VERSION}, got {newest} from a later cutlm;"
+            " upgrade cutlm, or run cutlm blame again"
         )
+    problems = [*problems]
     scores = [_read_row(row, problems) for row in rows]
     if problems:
-        raise DataError(problems, hint=f"{len(problems)} problems in {path}; mend them, nothing was skipped")
+        raise DataError(problems, hint=f"{len(problems)} problems in {path}; fix them, nothing was skipped")
     if not scores:
         raise DataError(f"{path}: no token scores; expected JSON Lines with at least one row")
     return [score for score in scores if score is not None]

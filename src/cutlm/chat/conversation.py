@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cutlm.blame.token_scores import is_token_scores
+from cutlm.blame.token_scores import is_token_scores_row
 from cutlm.data.files import SourceRow, read_bytes, sync_directory
 from cutlm.data.records import JudgedRecord, check_records, check_rows, is_praise
 from cutlm.errors import DataError
@@ -130,7 +130,7 @@ def _check_file(path: Path, record: JudgedRecord) -> int:
     check = check_records(path)
     if check.problems:
         raise DataError(check.problems, hint=f"{path} is not a file of records; mend it or name another")
-    if is_token_scores(path):
+    if is_token_scores_row(check.records[0].model_dump()):
         raise DataError(f"{path}: expected records to append to, got token scores; name another file")
     if record in check.records:
         place = check.locations[check.records.index(record)]

@@ -38,10 +38,9 @@ def run(args: argparse.Namespace) -> int:
     if args.evaluate is not None:
         return _evaluate(args)
 
-    from cutlm.cli.train import train
     from cutlm.judges.local import make_lessons
-    from cutlm.training.config import JudgeConfig
-    from cutlm.training.settings import DataArguments, ModelArguments, read_settings
+    from cutlm.training.config import DataArguments, JudgeConfig, ModelArguments, read_settings
+    from cutlm.training.run import train
 
     settings = read_settings((DataArguments, ModelArguments, JudgeConfig), args.config, args.rest, args.command)
     if args.dry_run:

@@ -238,6 +238,15 @@ def sync_directory(path: str | Path) -> None:
         os.close(handle)
 
 
+def sync_tree(folder: str | Path) -> None:
+    """Makes every file below a folder, and its directory entries, durable."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(parent)
+
+
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     """Writes rows atomically: JSON Lines, or one JSON array where the name ends in `.json` (or `.json.gz`).
 

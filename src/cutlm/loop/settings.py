@@ -250,8 +250,7 @@ def read_plan(config: str | None, options: Sequence[str]) -> Plan:
 
 
 def _read_plan(config: str | None, options: list[str]) -> Plan:
-    from cutlm.training.config import CUTConfig
-    from cutlm.training.settings import ModelArguments, read_settings
+    from cutlm.training.config import CUTConfig, ModelArguments, read_settings
 
     settings = read_settings((AlignArguments, ModelArguments, CUTConfig), config, options, "align")
     arguments, model_args, train_args = settings.parts

@@ -1,7 +1,7 @@
 """Encoded records to one micro-batch, without padding.
 
 Sequences stand end to end in one tensor; how the model is run over them is left to `cutlm.model.forward`, what is
-learned from which of them to `cutlm.training.batch_loss`.
+learned from which of them to `cutlm.training.trainer`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cutlm.data.files import sync_directory
+from cutlm.data.files import sync_directory, sync_tree
 from cutlm.errors import UserError
 from cutlm.model.loading import find_base_model, load_adapter, load_model, load_own_tokenizer
-from cutlm.training.checkpoints import sync_tree
 
 # Largest difference of a logit, as a share of the largest logit. Rounding a merged weight to bfloat16 costs up to
 # 2^-9 of it, at every layer.

@@ -370,7 +370,7 @@ def encode_records(
         locations: Where each is from, such as `data.jsonl:17`.
         encoder: Tokenizer and template.
         max_length: The maximum number of tokens of a prompt and the response together.
-        view: What is learned from a record (`cutlm.training.views`), or the reason for leaving it out.
+        view: What is learned from a record (`cutlm.training.dataset`), or the reason for leaving it out.
     """
     encoded = EncodedRecords()
     for index, (record, location) in enumerate(zip(records, locations, strict=True)):

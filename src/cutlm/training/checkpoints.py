@@ -1,52 +1,184 @@
-"""Checkpoints that survive a kill at any moment: written beside, synced, renamed.
+"""Stopping, saving and resuming: a folder named `checkpoint-N` is always complete.
 
-A folder named `checkpoint-N` is always whole; what was being written when a process died stands in a hidden folder
-that is cleared by the next save. What goes into a checkpoint is left to `transformers.Trainer`.
+A checkpoint is written to a hidden folder, synced and renamed, so a kill at any moment leaves the previous one intact.
+`CheckpointingTrainer` is the base of both trainers; the functions below it check an output folder before a run starts
+and compare a resumed run with the one that it continues.
 """
 
 import json
+import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+import yaml
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerState
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from torch import nn
+from transformers import Trainer, TrainerState
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from cutlm.data.files import sync_directory
-from cutlm.errors import UserError
+from cutlm.data.files import open_atomic, sync_directory, sync_tree
+from cutlm.errors import ConfigError, NonFiniteError, UserError
+from cutlm.training.config import Settings
 
-# Token scores of a frozen detector: checked against the data and the model before they are used again.
+logger = logging.getLogger(__name__)
+
+# Token scores of the frozen detector, and what they depend on with their SHA-256.
 SCORES_FILE = "token_scores.jsonl"
-# What these depend on, and a hash of them.
 SCORES_HEADER_FILE = "token_scores.json"
+SETTINGS_FILE = "cutlm_train.yaml"
+RUN_FILE = "cutlm_run.json"
 _STAGING = ".saving"
 _REPLACED = ".replaced"
-# By what stands in a checkpoint, names of its files; DeepSpeed keeps most of it in a folder of its own.
+# The files of a complete checkpoint; DeepSpeed keeps most of them in a folder of its own.
 _PARTS = {
     "weights": ("*.safetensors", "pytorch_model*", "global_step*"),
-    "state of the optimizer": ("optimizer*", "global_step*"),
-    "state of the schedule": (SCHEDULER_NAME, "global_step*"),
-    "state of random numbers": ("rng_state*.pth",),
-    "state of the trainer": (TRAINER_STATE_NAME,),
+    "optimizer state": ("optimizer*", "global_step*"),
+    "scheduler state": (SCHEDULER_NAME, "global_step*"),
+    "random state": ("rng_state*.pth",),
+    "trainer state": (TRAINER_STATE_NAME,),
 }
-# Tools take a folder for a model by these; they arrive last.
+# Tools recognize a model folder by these files; they are moved last.
 _MARKERS = ("config.json", "adapter_config.json")
+# If one of these changed, a resumed run would skip records, see others, or not fit its checkpoint.
+_SETTINGS_OF_A_RUN = (
+    *("data_seed", "detector", "downsample", "eval_split", "gradient_accumulation_steps", "load_in_4bit"),
+    *("load_in_8bit", "lora_alpha", "lora_modules_to_save", "lora_r", "lora_target_modules", "max_length"),
+    *("objective", "optim", "per_device_train_batch_size", "satisfactory_only", "seed", "template"),
+    *("train_sampling_strategy", "use_contrast_loss", "use_dora", "use_peft", "use_rslora", "use_satisfactory_loss"),
+)
+_CARD = """# An adapter trained by cutlm
+
+`cutlm_train.yaml` has the settings, if `cutlm train` made it. To merge it into its base model:
+
+    cutlm merge --adapter FOLDER --out MODEL
+"""
+
+
+class CheckpointingTrainer(Trainer):
+    """A `Trainer` that stops before a bad optimizer step, saves when asked to stop, and saves atomically."""
+
+    _stop_requested = _is_stopping = False
+    _staging: str | None = None
+
+    def request_stop(self) -> None:
+        """Ask training to save a checkpoint and stop after the next optimizer step, on all ranks."""
+        self._stop_requested = True
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the learning rate schedule; warn if it ends during the warmup."""
+        num_warmup = self.args.get_warmup_steps(num_training_steps)
+        is_endless = num_warmup >= num_training_steps and self.args.lr_scheduler_type != "constant"
+        if is_endless and self.is_world_process_zero():
+            logger.warning(
+                "warmup_steps: all %d steps are warmup, so the learning rate never reaches %g; set fewer, or a share"
+                " such as 0.1",
+                num_training_steps,
+                self.args.learning_rate,
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Fetch the micro-batches of an optimizer step, and whether any rank was asked to stop."""
+        fetched = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._is_stopping = self._stop_requested
+        if self.args.world_size > 1:
+            # All ranks save at the same step.
+            flag = torch.tensor(float(self._stop_requested), device=device)
+            self._is_stopping = self.accelerator.reduce(flag, "sum").item() > 0
+        return fetched
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run one epoch, or none if resumed after the last step, where the Trainer would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient norm, which is the last value computed before the optimizer step: check it here."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self._check_finite(torch.as_tensor(grad_norm, dtype=torch.float32).item())
+        if self._is_stopping:
+            self.control.should_save = True
+            self.control.should_training_stop = True
+        return grad_norm
+
+    def _check_finite(self, grad_norm: float) -> None:
+        """Fail before the optimizer step if the gradient norm is not finite.
+
+        Raises:
+            NonFiniteError: It is not, and no gradient scaler handles it.
+        """
+        # Under float16 an infinite norm is how the gradient scaler finds its scale; it skips the step itself.
+        if self.accelerator.scaler is None and not torch.isfinite(torch.tensor(grad_norm)):
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: the gradient norm is {grad_norm}. Stopped before the optimizer"
+                " step; the weights are those of the last step. Lower the learning rate"
+            )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint to the staging folder and rename it once it is complete and synced."""
+        run_dir = super()._get_output_dir(trial)
+        with _staged(run_dir, self.args.should_save, self.accelerator.wait_for_everyone) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish_checkpoint(staging, run_dir, self.state, self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter or model so that a kill leaves either the previous files or the new ones."""
+        if _internal_call:  # part of a checkpoint, which is renamed as a whole
+            super().save_model(output_dir, _internal_call)
+            return
+        target = output_dir or self.args.output_dir
+        assert target is not None
+        with _staged(target, self.args.should_save, self.accelerator.wait_for_everyone) as staging:
+            super().save_model(staging, _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish_files(staging, target)
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = output_dir or self.args.output_dir
+        if self.args.should_save and folder:
+            # A pickle that nothing reads; the command line saves its settings as YAML.
+            (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            _fill_card(Path(folder) / "README.md")
+
+
+def _fill_card(path: Path) -> None:
+    """Replace the empty form that PEFT writes next to an adapter; its header stays."""
+    if not path.is_file() or "[More Information Needed]" not in (text := path.read_text("utf-8")):
+        return
+    header = text.split("---\n", 2)[1] if text.startswith("---\n") else ""
+    path.write_text(f"---\n{header}---\n\n{_CARD}", "utf-8")
+
+
+# ---- Writing ----
 
 
 @contextmanager
-def staged(run_dir: str, is_writer: bool, wait_for_everyone: Callable[[], None]) -> Iterator[str]:
-    """Lends an empty hidden folder inside a run's folder, and clears it at the end.
-
-    Args:
-        run_dir: The run's folder.
-        is_writer: Whether this process makes and clears it.
-        wait_for_everyone: A barrier over all processes.
-    """
+def _staged(run_dir: str, is_writer: bool, wait_for_everyone: Callable[[], None]) -> Iterator[str]:
+    """Create an empty hidden folder inside a run's folder on one rank, and remove it at the end."""
     staging = os.path.join(run_dir, _STAGING)
     if is_writer:
         shutil.rmtree(staging, ignore_errors=True)
@@ -60,11 +192,11 @@ def staged(run_dir: str, is_writer: bool, wait_for_everyone: Callable[[], None])
 
 
 def publish_checkpoint(staging: str, run_dir: str, state: TrainerState, save_total_limit: int | None) -> None:
-    """Moves a whole checkpoint from the staging folder to its place, then removes those over the limit."""
+    """Move a complete checkpoint out of the staging folder, then remove those over the limit."""
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     source, target = os.path.join(staging, name), os.path.join(run_dir, name)
     if state.best_global_step:
-        # The Trainer has just written the staging folder's name.
+        # The Trainer has just recorded the name of the staging folder.
         best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         state.best_model_checkpoint = best if best == target or os.path.isdir(best) else None
         state.save_to_json(os.path.join(source, TRAINER_STATE_NAME))
@@ -77,10 +209,9 @@ def publish_checkpoint(staging: str, run_dir: str, state: TrainerState, save_tot
 
 
 def publish_files(staging: str, target: str) -> None:
-    """Moves every file of a saved model from the staging folder to its place, its config last."""
+    """Move every file of a saved model out of the staging folder, its config last."""
     sync_tree(staging)
-    names = sorted(os.listdir(staging), key=lambda name: (name in _MARKERS, name))
-    for name in names:
+    for name in sorted(os.listdir(staging), key=lambda name: (name in _MARKERS, name)):
         source = os.path.join(staging, name)
         if os.path.isdir(source):
             shutil.copytree(source, os.path.join(target, name), dirs_exist_ok=True)
@@ -89,56 +220,42 @@ def publish_files(staging: str, target: str) -> None:
     sync_directory(target)
 
 
-def sync_tree(folder: str) -> None:
-    """Puts every file below a folder, and the names of them, on the disk."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with open(os.path.join(parent, name), "rb") as file:
-                os.fsync(file.fileno())
-        sync_directory(parent)
+# ---- Resuming ----
 
 
 def find_checkpoint(output_dir: str, wanted: str) -> str:
-    """Finds the checkpoint to go on from.
+    """Find the checkpoint to resume from.
 
     Args:
         output_dir: The run's folder.
         wanted: "last" (or "true") for the newest of the run, or the path of one.
 
     Raises:
-        UserError: There is none, or it is not whole.
+        UserError: There is none, or it is incomplete or damaged.
     """
     if wanted.lower() in ("last", "true"):
         found = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
         if found is None:
-            raise UserError(f"{output_dir}: no checkpoint to go on from; leave --resume_from_checkpoint out to start")
+            raise UserError(f"{output_dir}: no checkpoint to resume from; remove --resume_from_checkpoint to start")
         wanted = found
     elif not os.path.exists(os.path.join(wanted, TRAINER_STATE_NAME)):
         raise UserError(
-            f"{wanted}: expected a checkpoint folder with {TRAINER_STATE_NAME}, found none; give one, or 'last'"
+            f"{wanted}: expected a checkpoint folder with {TRAINER_STATE_NAME}, found none; name one, or 'last'"
         )
-    _check_whole(Path(wanted))
-    return wanted
-
-
-def _check_whole(folder: Path) -> None:
-    """Refuses a checkpoint from which a run would go on other than it was left.
-
-    Raises:
-        UserError: Something of it is missing, or damaged.
-    """
+    folder = Path(wanted)
     absent = [part for part, names in _PARTS.items() if not any(any(folder.glob(name)) for name in names)]
     if absent:
         raise UserError(
-            f"{folder}: expected a whole checkpoint, found no {', no '.join(absent)} (save_only_model saves none); go"
-            " on from another, or start anew with --overwrite_output_dir"
+            f"{folder}: expected a complete checkpoint, found no {', no '.join(absent)} (save_only_model saves none);"
+            " resume from another, or start over with --overwrite_output_dir"
         )
-    damaged = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not _is_sound(path)]
+    damaged = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not _is_readable(path)]
     if damaged:
-        raise UserError(f"{folder}: {', '.join(damaged)} cannot be read; restore it, or go on from another checkpoint")
+        raise UserError(f"{folder}: {', '.join(damaged)} cannot be read; restore it, or resume from another checkpoint")
+    return wanted
 
 
-def _is_sound(path: Path) -> bool:
+def _is_readable(path: Path) -> bool:
     if path.suffix in (".pt", ".pth"):
         return zipfile.is_zipfile(path)
     try:
@@ -153,7 +270,7 @@ def _is_sound(path: Path) -> bool:
 
 
 def check_output_dir(output_dir: str, overwrite: bool) -> None:
-    """Refuses to write among files that another run made, unless they are to be overwritten.
+    """Refuse a folder with files of another run, unless they may be overwritten.
 
     Raises:
         UserError: The folder is not empty, or a file.
@@ -161,26 +278,75 @@ def check_output_dir(output_dir: str, overwrite: bool) -> None:
     folder = Path(output_dir)
     if folder.is_file():
         raise UserError(f"output_dir: {output_dir} is a file; name a folder")
-    kept = (SCORES_FILE, SCORES_HEADER_FILE, f"{SCORES_FILE}.partial")
-    if not folder.is_dir() or all(path.name in kept for path in folder.iterdir()):
+    reusable = (SCORES_FILE, SCORES_HEADER_FILE, f"{SCORES_FILE}.partial")
+    if overwrite or not folder.is_dir() or all(path.name in reusable for path in folder.iterdir()):
         return
-    if not overwrite:
-        last = get_last_checkpoint(output_dir)
-        what = f"holds {os.path.basename(last)}" if last else "is not empty"
-        raise UserError(
-            f"output_dir: {output_dir} {what}; go on with --resume_from_checkpoint last, start anew with"
-            " --overwrite_output_dir, or name another folder"
-        )
+    last = get_last_checkpoint(output_dir)
+    found = f"holds {os.path.basename(last)}" if last else "is not empty"
+    raise UserError(
+        f"output_dir: {output_dir} {found}; resume with --resume_from_checkpoint last, start over with"
+        " --overwrite_output_dir, or name another folder"
+    )
 
 
 def clear_output_dir(output_dir: str) -> None:
-    """Removes what an earlier run left: its checkpoints and its model, and nothing else."""
+    """Remove the checkpoints and the model of an earlier run, and nothing else."""
+    # An old checkpoint would be newer than the first ones of this run, and an old model would be taken for its result.
     folder = Path(output_dir)
-    # A checkpoint left by the old run would be newer than the first ones of this run, and be resumed from; its adapter
-    # or model would be taken for this run's.
     for name in (*_MARKERS, "adapter_model.safetensors", "model.safetensors.index.json", TRAINER_STATE_NAME):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("model*.safetensors"):
         path.unlink()
     for path in [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), folder / _STAGING]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def compare_settings(settings: Settings, run_facts: Mapping[str, Any], folder: Path) -> None:
+    """Compare a resumed run with the one that it continues; print the settings that may differ.
+
+    Args:
+        settings: Settings of this start.
+        run_facts: `data_sha256` and `num_processes` of this start.
+        folder: The output folder of the earlier run.
+
+    Raises:
+        ConfigError: A setting differs that decides which records come when, or what is trained.
+        UserError: The files of the earlier run are damaged.
+    """
+    path, run_path = folder / SETTINGS_FILE, folder / RUN_FILE
+    if not path.is_file():
+        print(f"{folder}: no {SETTINGS_FILE}, so the settings cannot be compared with the earlier run's")
+        return
+    try:
+        before = dict(yaml.safe_load(path.read_text("utf-8")))
+        run = dict(json.loads(run_path.read_text("utf-8"))) if run_path.is_file() else {}
+    except (ValueError, TypeError, yaml.YAMLError):
+        raise UserError(f"{path}, {run_path.name}: damaged, so the run cannot be resumed; restore them") from None
+    pairs = {name: (before.get(name), settings.resolved.get(name)) for name in before | settings.resolved}
+    changed = {name: pair for name, pair in sorted(pairs.items()) if pair[0] != pair[1]}
+    fixed = _SETTINGS_OF_A_RUN if "data_sha256" in run else ("data", *_SETTINGS_OF_A_RUN)
+    problems = [
+        f"{name}: the run to resume has {old!r}, got {new!r}; use the same, or start over"
+        for name, (old, new) in changed.items()
+        if name in fixed
+    ]
+    if run.get("data_sha256", run_facts["data_sha256"]) != run_facts["data_sha256"]:
+        problems.append(f"data: {settings.parts[0].data} has changed since the run began; restore it, or start over")
+    if run.get("num_processes", run_facts["num_processes"]) != run_facts["num_processes"]:
+        problems.append(
+            f"the run to resume has {run['num_processes']} processes, got {run_facts['num_processes']}; use as many, or"
+            " start over with --overwrite_output_dir"
+        )
+    if problems:
+        raise ConfigError(problems)
+    for name, (old, new) in changed.items():
+        if name not in ("resume_from_checkpoint", "overwrite_output_dir"):
+            print(f"{name} was {old!r} before this resume, and is {new!r} now")
+
+
+def save_settings(settings: Settings, run_facts: Mapping[str, Any], folder: Path) -> None:
+    """Write the resolved settings to the output folder, and the facts that a resumed run must match."""
+    with open_atomic(folder / SETTINGS_FILE) as file:
+        file.write(settings.to_yaml().encode("utf-8"))
+    with open_atomic(folder / RUN_FILE) as file:
+        file.write(json.dumps(dict(run_facts)).encode("utf-8"))

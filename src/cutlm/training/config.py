@@ -1,40 +1,124 @@
-"""Settings of training: the paper's, on top of every field of `transformers.TrainingArguments`."""
+"""Settings of training: dataclasses, and reading them from a flat YAML file and command-line options.
 
+`CUTConfig` extends `transformers.TrainingArguments`; `ModelArguments` extends TRL's `ModelConfig`. Every problem that
+can be found before a model is loaded is reported here, all at once.
+"""
+
+import dataclasses
+import difflib
 import importlib.util
 import json
 import os
+from argparse import ArgumentTypeError
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
-from transformers import TrainingArguments
+import torch
+import yaml
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_optimizer import is_optimizer_factory
+from trl import ModelConfig, TrlParser
 
 from cutlm.errors import ConfigError
 from cutlm.losses import Parts
 from cutlm.prompting.templates import TEMPLATES
 
 NORMALIZATIONS = ("token", "record")
+PAIR_OBJECTIVES = ("dpo", "ilf_dpo")
 OBJECTIVES = (
-    "cut",
-    "dual_cut",
-    "likelihood",
-    "hindsight",
-    "forward_prediction",
-    "ilf_mle",
-    "unlikelihood",
-    "dpo",
-    "ilf_dpo",
+    *("cut", "dual_cut", "likelihood", "hindsight", "forward_prediction", "ilf_mle", "unlikelihood"),
+    *PAIR_OBJECTIVES,
 )
 DETECTORS = ("current", "frozen", "spans", "off")
-# What an evaluation measures, by which the best checkpoint may be chosen.
+# What an evaluation reports; the best checkpoint may be chosen by any of these.
 METRICS = (
     *("loss", "loss_likelihood", "loss_contrast", "mean_log_ratio"),
     *("flagged_share", "flagged_share_q10", "flagged_share_q50", "flagged_share_q90"),
 )
-# Of torch, and the last two of transformers.
+# Of torch.utils.checkpoint, and the last two of transformers.
 _CHECKPOINTING_OPTIONS = (
     *("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"),
     *("every_n_layers", "offload"),
 )
+# Optimizers that transformers builds around a model's modules, and their packages.
+_OPTIMIZERS_OF_MODELS = {"galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim"}
+
+
+@dataclass
+class DataArguments:
+    """What to train on.
+
+    Attributes:
+        data: A file of judged records or token scores.
+        eval_data: A file to evaluate on.
+        eval_split: Share of `data`, drawn by `seed`, to evaluate on instead.
+        overwrite_output_dir: Start over in a folder that is not empty; checkpoints in it are removed.
+    """
+
+    data: str | None = field(default=None, metadata={"help": "file of judged records or token scores"})
+    eval_data: str | None = field(default=None, metadata={"help": "file to evaluate on"})
+    eval_split: float = field(default=0.0, metadata={"help": "share of data to evaluate on instead"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "start over in a folder that is not empty"})
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.data:
+            problems.append("data: expected a file of judged records, got none; set data: FILE")
+        if not 0 <= self.eval_split < 1:
+            problems.append(f"eval_split: expected a share from 0 to below 1, got {self.eval_split}")
+        if self.eval_split and self.eval_data:
+            problems.append("eval_split and eval_data: expected one of them, got both")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """The model and its adapter: TRL's fields, with the paper's LoRA as the default.
+
+    Attributes:
+        dtype: dtype of the weights. None: the checkpoint's under LoRA, float32 for full fine-tuning.
+        use_peft: Train a LoRA adapter; false trains all weights.
+        lora_alpha: LoRA's alpha.
+        lora_target_modules: Modules that LoRA adapts; `all-linear` adapts every linear layer.
+    """
+
+    dtype: str | None = field(
+        default=None, metadata={"help": "dtype of the weights", "choices": ["auto", "bfloat16", "float16", "float32"]}
+    )
+    use_peft: bool = field(default=True, metadata={"help": "train a LoRA adapter; false: all weights"})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA's alpha"})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["gate_proj", "down_proj", "up_proj"], metadata={"help": "modules that LoRA adapts"}
+    )
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.model_name_or_path:
+            problems.append("model_name_or_path: expected a model folder or hub name, got none")
+        if self.lora_r < 1:
+            problems.append(f"lora_r: expected a whole number of at least 1, got {self.lora_r}")
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(f"lora_dropout: expected a share from 0 to below 1, got {self.lora_dropout}")
+        if self.load_in_4bit and self.load_in_8bit:
+            problems.append("load_in_4bit and load_in_8bit: expected one of them, got both")
+        if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
+            problems.append("load_in_4bit and load_in_8bit train an adapter; expected use_peft: true, got false")
+        if problems:
+            raise ConfigError(problems)
+        # PEFT reads the string "all-linear", but not a list that holds it.
+        if isinstance(self.lora_target_modules, list) and self.lora_target_modules == ["all-linear"]:
+            self.lora_target_modules = "all-linear"  # type: ignore[assignment]
+
+    @property
+    def load_dtype(self) -> str:
+        """The dtype to load the weights in."""
+        dtype = self.dtype or ("auto" if self.use_peft else "float32")
+        return "bfloat16" if self.load_in_4bit and dtype == "auto" else dtype
 
 
 @dataclass
@@ -44,49 +128,47 @@ class CUTConfig(TrainingArguments):
     Attributes:
         objective: "cut"; "dual_cut"; one of the paper's baselines "likelihood", "hindsight", "forward_prediction",
             "ilf_mle", "unlikelihood"; or "dpo" and "ilf_dpo", which TRL's `DPOTrainer` trains.
-        detector: Of CUT. "current": by the model as it is trained, as in the paper; "frozen": by the model as it was
-            before, once per record; "spans": the records' own `wrong_spans`; "off": every token of an unsatisfactory
-            response is taken for inappropriate. None: "frozen" where the data are token scores, else "current".
-        use_contrast_loss: Whether eq. 6 is in the loss; off for an ablation.
-        use_satisfactory_loss: Whether eq. 7 is, over satisfactory responses.
-        use_judged_loss: Whether eq. 7 is, over unsatisfactory ones with their judgment. None: as in the paper,
-            but not for flags that are known beforehand ("frozen", "spans"), which then need the plain context only.
-        satisfactory_only: Whether "likelihood" leaves unsatisfactory records out.
-        praise_weight: What a praised token weighs more than others under "dual_cut".
+        detector: How CUT flags tokens. "current": by the model as it is being trained, as in the paper; "frozen": by
+            the model before training, once per record; "spans": by the records' own `wrong_spans`; "off": every token
+            of an unsatisfactory response is flagged. None: "frozen" if the data are token scores, else "current".
+        use_contrast_loss: Include eq. 6 (L1); false for an ablation.
+        use_satisfactory_loss: Include eq. 7 (L2) over satisfactory responses.
+        use_judged_loss: Include eq. 7 over unsatisfactory responses with their judgment. None: as in the paper,
+            except for flags known before training ("frozen", "spans"), which then need the plain context only.
+        satisfactory_only: Leave unsatisfactory records out of objective "likelihood".
+        praise_weight: Extra weight of praised tokens under "dual_cut".
         dpo_beta: beta of DPO.
-        map_spans: Whether token scores of another tokenizer are taken over by their character spans.
-        threshold: lambda of eq. 5: a token is inappropriate when the judgment makes it more than this many times as
-            likely. The paper uses 1.1 or 1.2.
+        map_spans: Map token scores of another tokenizer by their character spans.
+        threshold: lambda of eq. 5: a token is flagged if the judgment makes it more than this many times as likely.
+            The paper uses 1.1 or 1.2.
         unlikelihood_weight: alpha of eq. 6: 0.25, 0.5 or 1 in the paper.
-        gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6: 0.25, 0.5, 1 or 2 in the paper; 0 switches
-            it off, as the released code does.
+        gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6: 0.25, 0.5, 1 or 2 in the paper; 0 turns
+            it off, as in the released code.
         normalization: "token": each part of the loss is a mean over the tokens of the optimizer step; "record": a mean
             over its records of each record's mean over its tokens, the paper's 1/N.
-        template: "alpaca", or "chat" for the tokenizer's own chat template.
-        max_length: Most tokens of a prompt and its response together. Prompts are cut from the left to fit;
-            responses are never cut.
+        template: Prompt template: "alpaca", or "chat" for the tokenizer's own chat template.
+        max_length: Maximum number of tokens in a prompt and its response. Prompts are truncated on the left to fit;
+            responses are never truncated.
         downsample: Keep at most this many satisfactory records per unsatisfactory one, drawn by `seed`; None keeps
             all. The paper's online loop uses 0.25.
-        head_chunk_size: Positions whose logits are held at a time; None chooses by the size of the vocabulary.
-        max_tokens_per_batch: Most tokens that go forward and backward at a time. A micro-batch with more is run in
-            parts whose gradients add up to its own, so memory is bounded whatever the batch size, and the result is
-            the same. None: as many as keep the device busy, 16384 on a GPU and 1024 on a CPU. Not under FSDP and
-            DeepSpeed, where every micro-batch is one pass.
+        head_chunk_size: Positions whose logits are in memory at a time; None chooses by the size of the vocabulary.
+        max_tokens_per_batch: Maximum number of tokens in one forward and backward pass. A larger micro-batch is split
+            into parts whose gradients add up to its own, so memory is bounded and the result is the same. None: what
+            keeps the device busy, 16384 on a GPU and 1024 on a CPU. Not available under FSDP and DeepSpeed.
     """
 
-    objective: str = field(default="cut", metadata={"help": "what is learned", "choices": list(OBJECTIVES)})
-    detector: str | None = field(
-        default=None, metadata={"help": "which model finds inappropriate tokens", "choices": list(DETECTORS)}
-    )
-    use_contrast_loss: bool = field(default=True, metadata={"help": "eq. 6"})
-    use_satisfactory_loss: bool = field(default=True, metadata={"help": "eq. 7 over satisfactory responses"})
+    objective: str = field(default="cut", metadata={"help": "training objective", "choices": list(OBJECTIVES)})
+    detector: str | None = field(default=None, metadata={"help": "how CUT flags tokens", "choices": list(DETECTORS)})
+    use_contrast_loss: bool = field(default=True, metadata={"help": "include eq. 6"})
+    use_satisfactory_loss: bool = field(default=True, metadata={"help": "include eq. 7 over satisfactory responses"})
     use_judged_loss: bool | None = field(
-        default=None, metadata={"help": "eq. 7 over unsatisfactory responses; none: not with detector frozen or spans"}
+        default=None,
+        metadata={"help": "include eq. 7 over unsatisfactory responses; none: unless detector is frozen or spans"},
     )
-    satisfactory_only: bool = field(default=False, metadata={"help": "objective likelihood: of these records alone"})
+    satisfactory_only: bool = field(default=False, metadata={"help": "objective likelihood: skip other records"})
     praise_weight: float = field(default=1.0, metadata={"help": "objective dual_cut: extra weight of praised tokens"})
     dpo_beta: float = field(default=0.1, metadata={"help": "beta of DPO"})
-    map_spans: bool = field(default=False, metadata={"help": "take token scores of another tokenizer by their spans"})
+    map_spans: bool = field(default=False, metadata={"help": "map token scores of another tokenizer by their spans"})
     threshold: float = field(default=1.1, metadata={"help": "lambda of eq. 5, at least 1"})
     unlikelihood_weight: float = field(default=1.0, metadata={"help": "alpha of eq. 6"})
     gamma: float = field(default=1.0, metadata={"help": "exponent of the dynamic weight of eq. 6; 0: off"})
@@ -94,205 +176,184 @@ class CUTConfig(TrainingArguments):
         default="token", metadata={"help": "mean over tokens or over records", "choices": list(NORMALIZATIONS)}
     )
     template: str = field(default="alpaca", metadata={"help": "prompt template", "choices": list(TEMPLATES)})
-    max_length: int = field(default=2048, metadata={"help": "most tokens of prompt and response"})
+    max_length: int = field(default=2048, metadata={"help": "maximum tokens of prompt and response"})
     downsample: float | None = field(
-        default=None, metadata={"help": "most satisfactory records per unsatisfactory one; none: all"}
+        default=None, metadata={"help": "maximum satisfactory records per unsatisfactory one; none: all"}
     )
     head_chunk_size: int | None = field(
-        default=None, metadata={"help": "positions whose logits are held at a time; none: by the vocabulary"}
+        default=None, metadata={"help": "positions whose logits are in memory at a time; none: by the vocabulary"}
     )
     max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "most tokens that go forward and backward at a time; none: by the device"}
+        default=None, metadata={"help": "maximum tokens in one forward and backward pass; none: by the device"}
     )
 
     learning_rate: float = field(default=4e-4, metadata={"help": "peak learning rate; the paper's, for LoRA"})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "schedule of the learning rate"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
     logging_steps: float = field(default=10, metadata={"help": "optimizer steps between log lines"})
-    # A batch's tensors are laid out by our collator, under names of our own.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "leave this off"})
-    # A loss that is no number ends the run instead, before it can reach the weights.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave this off"})
+    # Our collator names the columns of a batch.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay off"})
+    # A non-finite loss stops the run instead, before it can reach the weights.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "must stay off"})
 
     def __post_init__(self) -> None:
+        problems = [*self._check_objective(), *self._check_numbers(), *self._check_unsupported()]
+        if problems:
+            raise ConfigError(problems)
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # pinning only helps transfers to a GPU
+        problems = self._check_device()
+        if problems:
+            raise ConfigError(problems)
+
+    def _check_objective(self) -> list[str]:
+        """Problems of cutlm's choices, and settings that the chosen objective would ignore."""
+        if self.objective not in OBJECTIVES:
+            return [f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}"]
+        problems = []
+        if self.detector is not None and self.detector not in DETECTORS:
+            problems.append(f"detector: expected one of {', '.join(DETECTORS)}, got {self.detector!r}")
+        for name, choices in (("normalization", NORMALIZATIONS), ("template", TEMPLATES)):
+            if getattr(self, name) not in choices:
+                problems.append(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
+        is_cut, uses_flags = self.objective == "cut", self.objective in ("cut", "dual_cut")
+        is_used = {
+            "threshold": uses_flags and self.detector not in ("spans", "off"),
+            "gamma": uses_flags and self.detector != "spans",
+            "unlikelihood_weight": uses_flags or self.objective == "unlikelihood",
+            **dict.fromkeys(
+                ("map_spans", "detector", "use_contrast_loss", "use_satisfactory_loss", "use_judged_loss"), is_cut
+            ),
+            "praise_weight": self.objective == "dual_cut",
+            "satisfactory_only": self.objective == "likelihood",
+            "dpo_beta": self.is_of_pairs,
+            **dict.fromkeys(
+                ("downsample", "normalization", "head_chunk_size", "max_tokens_per_batch"), not self.is_of_pairs
+            ),
+        }
+        unused = [name for name, used in is_used.items() if not used and getattr(self, name) != _default(name)]
+        if unused:
+            which = f"objective {self.objective}" + (f", detector {self.detector}" if self.detector else "")
+            problems.append(f"{', '.join(unused)}: not used by {which}; remove from the settings")
+        if not (self.use_contrast_loss or self.use_satisfactory_loss or self.use_judged_loss is not False):
+            problems.append(
+                "use_contrast_loss, use_satisfactory_loss, use_judged_loss: expected at least one of them, got none"
+            )
+        return problems
+
+    def _check_numbers(self) -> list[str]:
         problems = []
         if not 1 <= self.threshold < float("inf"):
             problems.append(
                 f"threshold: expected a number of at least 1 (the paper uses 1.1 or 1.2), got {self.threshold}"
             )
-        for name in ("unlikelihood_weight", "gamma", "praise_weight"):
+        for name in ("unlikelihood_weight", "gamma", "praise_weight", "learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 problems.append(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
         if not 0 < self.dpo_beta < float("inf"):
             problems.append(f"dpo_beta: expected a number above 0, got {self.dpo_beta}")
-        problems += self._check_objective()
-        for name, choices in (("normalization", NORMALIZATIONS), ("template", TEMPLATES)):
-            if getattr(self, name) not in choices:
-                problems.append(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("max_length", "head_chunk_size", "max_tokens_per_batch"):
+        if self.downsample is not None and not self.downsample >= 0:
+            problems.append(f"downsample: expected a number of at least 0, or none to keep all, got {self.downsample}")
+        optional = ("head_chunk_size", "max_tokens_per_batch")
+        batching = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in ("max_length", *optional, *batching):
             value = getattr(self, name)
-            is_left_open = value is None and name != "max_length"
-            if not is_left_open and (not isinstance(value, int) or value < 1):
+            if not (value is None and name in optional) and (not isinstance(value, int) or value < 1):
                 problems.append(f"{name}: expected a whole number of at least 1, got {value}")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            problems.append(
+                "num_train_epochs, max_steps: expected at least one step, got none; set one of them above 0"
+            )
+        return problems
+
+    def _check_unsupported(self) -> list[str]:
+        """Settings of transformers that cutlm cannot honor."""
+        problems = []
         if self.max_tokens_per_batch is not None and self.is_sharded:
             problems.append(
                 "max_tokens_per_batch: expected none under FSDP and DeepSpeed, where every micro-batch is one pass on"
                 f" every rank, got {self.max_tokens_per_batch}; lower per_device_train_batch_size instead"
             )
-        if self.downsample is not None and not self.downsample >= 0:
-            problems.append(f"downsample: expected a number of at least 0, or none to keep all, got {self.downsample}")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if not getattr(self, name) >= 1:
-                problems.append(f"{name}: expected a whole number of at least 1, got {getattr(self, name)}")
-        if not 0 <= self.learning_rate < float("inf"):
-            problems.append(f"learning_rate: expected a number of at least 0, got {self.learning_rate}")
         if self.label_smoothing_factor:
-            problems.append("label_smoothing_factor: expected 0, as CUT has no such thing, got another number")
+            problems.append(f"label_smoothing_factor: expected 0, got {self.label_smoothing_factor}; CUT has none")
         if self.train_sampling_strategy not in ("random", "sequential"):
             problems.append(
-                "train_sampling_strategy: expected random or sequential, as nothing is padded here and grouping by"
-                f" length would save nothing, got {self.train_sampling_strategy!r}"
+                "train_sampling_strategy: expected random or sequential, because batches are not padded, got"
+                f" {self.train_sampling_strategy!r}"
             )
         if self.remove_unused_columns:
             problems.append("remove_unused_columns: expected false, as the collator needs every column, got true")
         if self.neftune_noise_alpha:
             problems.append(
-                "neftune_noise_alpha: expected none, as its noise would depend on what else is in a batch, got"
+                "neftune_noise_alpha: expected none, because its noise would depend on the batch, got"
                 f" {self.neftune_noise_alpha}"
             )
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
-            problems.append(
-                "num_train_epochs, max_steps: expected at least one step, got none; give one of them a number above 0"
-            )
         if self.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-            problems.append("use_liger_kernel: needs the package liger-kernel; run: pip install liger-kernel")
-        unknown = sorted(set(self._read_checkpointing_options(problems)) - set(_CHECKPOINTING_OPTIONS))
-        if unknown:
-            problems.append(
-                f"activation_checkpointing_kwargs: expected some of {', '.join(_CHECKPOINTING_OPTIONS)}, got"
-                f" {', '.join(unknown)}"
-            )
-        wanted = (self.metric_for_best_model or "loss").removeprefix("eval_")
-        if not self.is_of_pairs and wanted not in METRICS:
-            problems.append(f"metric_for_best_model: expected one of {', '.join(METRICS)}, got {wanted!r}")
-        if problems:
-            raise ConfigError(problems)
-        super().__post_init__()
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # there is nothing to pin for
-        self._check_device()
-
-    def _read_checkpointing_options(self, problems: list[str]) -> dict[str, Any]:
-        given = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}
+            problems.append("use_liger_kernel: the package liger-kernel is missing; run: pip install liger-kernel")
+        options = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}
         try:
-            return dict(json.loads(given) if isinstance(given, str) else given)
+            unknown = sorted(
+                set(json.loads(options) if isinstance(options, str) else options) - {*_CHECKPOINTING_OPTIONS}
+            )
         except (ValueError, TypeError):
-            problems.append(f"activation_checkpointing_kwargs: expected a JSON object, got {given!r}")
-            return {}
+            problems.append(f"activation_checkpointing_kwargs: expected a JSON object, got {options!r}")
+        else:
+            if unknown:
+                problems.append(
+                    f"activation_checkpointing_kwargs: expected some of {', '.join(_CHECKPOINTING_OPTIONS)}, got"
+                    f" {', '.join(unknown)}"
+                )
+        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if not self.is_of_pairs and metric not in METRICS:
+            problems.append(f"metric_for_best_model: expected one of {', '.join(METRICS)}, got {metric!r}")
+        return problems
 
-    def _check_device(self) -> None:
-        """What can be told only when the processes and their devices are known.
-
-        Raises:
-            ConfigError: As said.
-        """
+    def _check_device(self) -> list[str]:
+        """What is only known once `TrainingArguments` has set up devices and processes."""
         problems = []
         if self.fp16 and self.device.type == "cpu":
             problems.append("fp16: expected false on a CPU, where it would have no effect, got true; bf16 works there")
-        loading = self.accelerator_config
         for name, expected in (("split_batches", False), ("dispatch_batches", False), ("even_batches", True)):
-            got = getattr(loading, name, expected)
+            got = getattr(self.accelerator_config, name, expected)
             if got is not None and bool(got) is not expected:
-                # Batches are lists of lengths and tensors without rows, and every process must have as many of them.
+                # A batch's tensors have no row per record, and every process must have equally many batches.
                 problems.append(f"accelerator_config: expected {name} {str(expected).lower()}, got {str(got).lower()}")
-        if problems:
-            raise ConfigError(problems)
-
-    def _check_objective(self) -> list[str]:
-        problems = []
-        if self.objective not in OBJECTIVES:
-            return [f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}"]
-        if self.detector is not None and self.detector not in DETECTORS:
-            problems.append(f"detector: expected one of {', '.join(DETECTORS)}, got {self.detector!r}")
-        unused = [
-            name
-            for name, default, is_used in (
-                ("threshold", 1.1, self.objective in ("cut", "dual_cut") and self.detector not in ("spans", "off")),
-                ("gamma", 1.0, self.objective in ("cut", "dual_cut") and self.detector != "spans"),
-                ("unlikelihood_weight", 1.0, self.objective in ("cut", "dual_cut", "unlikelihood")),
-                ("map_spans", False, self.objective == "cut"),
-            )
-            if not is_used and getattr(self, name) != default
-        ]
-        if unused:
-            which = f"objective {self.objective}" + (f", detector {self.detector}" if self.detector else "")
-            problems.append(f"{', '.join(unused)}: not used by {which}; leave them out")
-        if self.objective != "cut":
-            changed = [
-                name
-                for name, default in (
-                    ("detector", None),
-                    ("use_contrast_loss", True),
-                    ("use_satisfactory_loss", True),
-                    ("use_judged_loss", None),
-                )
-                if getattr(self, name) is not default
-            ]
-            if changed:
-                problems.append(f"{', '.join(changed)}: of objective cut only; got objective {self.objective}")
-        for name, default, owner in (("praise_weight", 1.0, "dual_cut"), ("dpo_beta", 0.1, "dpo or ilf_dpo")):
-            if getattr(self, name) != default and self.objective not in owner.split(" or "):
-                problems.append(f"{name}: of objective {owner} only; got objective {self.objective}")
-        if self.is_of_pairs:
-            ignored = [
-                name
-                for name, default in (
-                    ("downsample", None),
-                    ("normalization", "token"),
-                    ("head_chunk_size", None),
-                    ("max_tokens_per_batch", None),
-                )
-                if getattr(self, name) != default
-            ]
-            if ignored:
-                problems.append(f"{', '.join(ignored)}: not for objective {self.objective}, which TRL trains")
-        if self.satisfactory_only and self.objective != "likelihood":
-            problems.append(f"satisfactory_only: of objective likelihood only; got objective {self.objective}")
-        if not (self.use_contrast_loss or self.use_satisfactory_loss or self.use_judged_loss is not False):
-            problems.append(
-                "use_contrast_loss, use_satisfactory_loss, use_judged_loss: expected one of them on, got none"
-            )
         return problems
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed is asked for: here, or by `accelerate launch`, which says so in the environment."""
+        """Whether FSDP or DeepSpeed is requested, here or by `accelerate launch` through the environment."""
         names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
         return bool(self.fsdp or self.deepspeed) or any(os.environ.get(name, "").lower() == "true" for name in names)
 
     @property
     def is_of_pairs(self) -> bool:
-        """Whether pairs of responses are learned from, by TRL's trainer."""
-        return self.objective in ("dpo", "ilf_dpo")
+        """Whether the objective learns from pairs of responses, with TRL's trainer."""
+        return self.objective in PAIR_OBJECTIVES
 
     @property
     def has_known_flags(self) -> bool:
-        """Whether the inappropriate tokens are known before training begins."""
+        """Whether flags are known before training begins."""
         return self.detector in ("frozen", "spans")
 
     @property
     def parts(self) -> Parts:
-        """Which parts of CUT's loss are in."""
-        is_unsatisfactory_in = self.use_judged_loss
-        if is_unsatisfactory_in is None:
-            is_unsatisfactory_in = not self.has_known_flags
-        if self.has_known_flags and not is_unsatisfactory_in:
-            return Parts(unsatisfactory=False)  # one pool of tokens; records of a part that is off are left out of it
-        return Parts(self.use_contrast_loss, self.use_satisfactory_loss, is_unsatisfactory_in)
+        """Which parts of CUT's loss are included."""
+        is_judged_included = self.use_judged_loss
+        if is_judged_included is None:
+            is_judged_included = not self.has_known_flags
+        if self.has_known_flags and not is_judged_included:
+            return Parts(unsatisfactory=False)  # one pool of tokens; records of an excluded part are left out of it
+        return Parts(self.use_contrast_loss, self.use_satisfactory_loss, is_judged_included)
+
+
+def _default(name: str) -> Any:
+    return CUTConfig.__dataclass_fields__[name].default
 
 
 @dataclass
 class JudgeConfig(CUTConfig):
-    """Settings of training a judge, by likelihood of its answers: those of other objectives are none of it."""
+    """Settings of training a judge by the likelihood of its judgments; those of other objectives cannot be set."""
 
     objective: str = field(default="likelihood", init=False)
     detector: str | None = field(default=None, init=False)
@@ -306,3 +367,206 @@ class JudgeConfig(CUTConfig):
     threshold: float = field(default=1.1, init=False)
     unlikelihood_weight: float = field(default=1.0, init=False)
     gamma: float = field(default=1.0, init=False)
+
+
+def check_libraries(config: CUTConfig) -> None:
+    """Check settings that only transformers and torch can judge, on one dummy parameter and before a model is loaded.
+
+    Raises:
+        ConfigError: The optimizer, the schedule or a reporting integration rejects its settings.
+    """
+    problems = []
+    special = next((name for name in _OPTIMIZERS_OF_MODELS if name in str(config.optim)), None)
+    try:
+        optimizer: torch.optim.Optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+        if special is None:
+            kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(config)
+            if not is_optimizer_factory(kind):  # a factory needs a whole model
+                optimizer = kind([nn.Parameter(torch.zeros(1))], **kwargs)
+        elif importlib.util.find_spec(_OPTIMIZERS_OF_MODELS[special]) is None:
+            raise ImportError(f"{config.optim} needs the package {_OPTIMIZERS_OF_MODELS[special]}")
+        elif special != "lomo" and not config.optim_target_modules:
+            raise ValueError(f"{config.optim} needs optim_target_modules")
+        get_scheduler(
+            config.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=0,
+            num_training_steps=1,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs or {},  # type: ignore[arg-type]
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        problems.append(f"optim, optim_args, adam_*, lr_scheduler_*: {_first_line(error)}")
+    try:
+        for integration in get_reporting_integration_callbacks(config.report_to):
+            integration()
+    except (ValueError, ImportError, RuntimeError) as error:  # unknown, or its package is missing
+        problems.append(f"report_to: {_first_line(error)}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings as they were read.
+
+    Attributes:
+        parts: One instance of each dataclass.
+        resolved: Every setting of cutlm's own, and those of `transformers` that differ from its defaults.
+    """
+
+    parts: tuple[Any, ...]
+    resolved: dict[str, Any]
+
+    def to_yaml(self) -> str:
+        """The resolved settings as a file that reads back to the same."""
+        return yaml.safe_dump(self.resolved, sort_keys=False, allow_unicode=True)
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing 200 lines of usage."""
+        raise ConfigError(message)
+
+
+def read_settings(types: Sequence[Any], config: str | None, options: Sequence[str], command: str = "train") -> Settings:
+    """Read settings into dataclasses.
+
+    Args:
+        types: The dataclasses; no two have a field of the same name.
+        config: A YAML file, or None.
+        options: `--field value ...`, which take precedence over the file.
+        command: The command they belong to, for messages.
+
+    Raises:
+        ConfigError: Unknown keys, values of the wrong kind or out of range; all at once.
+    """
+    parser = _Parser(list(types))
+    actions: dict[str, Any] = {}
+    for action in parser._actions:
+        actions.setdefault(action.dest, action)  # a field that is true by default has a second one, `--no_field`
+        if getattr(action.type, "__name__", "") == "dict":
+            action.type = _read_json_object
+    fixed = {item.name for kind in types for item in dataclasses.fields(kind) if not item.init}
+
+    def describe_unknown(what: str, name: str, names: Iterable[str]) -> str:
+        if name in fixed:
+            return f"{what} is not a setting of cutlm {command}; remove it"
+        nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+        return f"{what} is unknown; " + (f"did you mean {nearest[0]!r}?" if nearest else f"see cutlm {command} --help")
+
+    values_of_file = {} if config is None else _load_yaml(config)
+    problems = []
+    for key, value in values_of_file.items():
+        if key not in actions:
+            problems.append(describe_unknown(f"{config}: key {key!r}", str(key), set(actions)))
+        elif (problem := _check_value(value, actions[key])) is not None:
+            problems.append(f"{config}: {key}: {problem}")
+    known = {text.removeprefix("--") for action in parser._actions for text in action.option_strings}
+    given = [option.removeprefix("--").partition("=")[0] for option in options if option.startswith("--")]
+    problems += [describe_unknown(f"option --{name}", name, known) for name in given if name not in known]
+    problems += [
+        f"{name}: a key among the settings would be saved with them; set HF_TOKEN in the environment instead"
+        for name in sorted({*given, *map(str, values_of_file)})
+        if name.endswith("hub_token")
+    ]
+    if problems:
+        raise ConfigError(problems)
+    defaults = {dest: action.default for dest, action in actions.items()}
+    # TRL's parse_args_and_config builds one dataclass after the other and so reports the problems of one only.
+    parser.set_defaults_with_config(**{key: _as_default(value, actions[key]) for key, value in values_of_file.items()})
+    values = vars(parser.parse_args([*options]))
+    parts = []
+    for kind in types:
+        names = [item.name for item in dataclasses.fields(kind) if item.init]
+        try:
+            parts.append(kind(**{name: values[name] for name in names}))
+        except ConfigError as error:
+            problems += error.problems
+        except (ValueError, TypeError, KeyError, ImportError) as error:  # raised by TrainingArguments.__post_init__
+            problems.append(_explain(error))
+    if problems:
+        raise ConfigError(problems)
+    theirs = {item.name for item in dataclasses.fields(TrainingArguments)} - set(CUTConfig.__annotations__)
+    resolved = {name: value for name, value in values.items() if name not in theirs or value != defaults[name]}
+    return Settings(tuple(parts), {name: _to_plain(value) for name, value in resolved.items()})
+
+
+def _to_plain(value: Any) -> Any:
+    """A setting as YAML writes it: members of an enumeration by their values."""
+    return [_to_plain(item) for item in value] if isinstance(value, list) else getattr(value, "value", value)
+
+
+def _read_json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if value is None or isinstance(value, dict):
+        return value
+    raise ArgumentTypeError(f"""expected a JSON object such as '{{"name": true}}', got {text!r}""")
+
+
+def _explain(error: Exception) -> str:
+    """An error of `transformers`, or what to do where its words do not say so."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError) and "deepspeed" in text:
+        return "deepspeed: the package deepspeed is missing; run: pip install deepspeed"
+    if text.startswith("Your setup doesn't support bf16"):
+        return "bf16: expected a GPU that computes in bfloat16, got none; add --use_cpu true, or --bf16 false"
+    return text
+
+
+def _load_yaml(path: str) -> dict[str, Any]:
+    if Path(path).is_dir():
+        raise ConfigError(f"{path}: expected a YAML file, got a directory")
+    try:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; check the path after --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping with one `key: value` per line, got {type(values).__name__}")
+    return values
+
+
+def _check_value(value: Any, action: Any) -> str | None:
+    """The problem of a value in the file for one option, or None."""
+    if value is None or isinstance(value, dict):
+        return None
+    if isinstance(value, list):
+        return None if action.nargs in ("+", "*") else f"expected one value, got a list of {len(value)}"
+    kinds = {
+        "int": "a whole number",
+        "float": "a number",
+        "str": "text",
+        "string_to_bool": "true or false",
+        "_read_json_object": "a mapping",
+    }
+    try:
+        converted = action.type(str(value)) if action.type else value
+    except (ValueError, TypeError, ArgumentTypeError):
+        name = getattr(action.type, "__name__", "value")
+        return f"expected {kinds.get(name, name.replace('_', ' '))}, got {value!r}"
+    if action.choices is not None and converted not in action.choices:
+        return f"expected one of {', '.join(map(str, action.choices))}, got {value!r}"
+    return None
+
+
+def _as_default(value: Any, action: Any) -> Any:
+    """A value of the file as the text of an option, so that both are converted alike."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return [action.type(str(item)) if action.type else item for item in value]
+    return str(value)

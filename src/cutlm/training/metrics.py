@@ -1,4 +1,4 @@
-"""What is logged about the loss: sums over micro-batches and ranks, turned into means when a line is written."""
+"""Logged metrics: running sums over micro-batches and ranks, which become means when a line is logged."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 _QUANTILES = {"q10": 0.1, "q50": 0.5, "q90": 0.9}
 
 
-class Tally:
-    """Running sums on the device; nothing is fetched from it until `reduce`.
+class RunningMetrics:
+    """Running sums on the device; nothing is copied from it until `reduce`.
 
     Args:
-        device: Where the losses are.
+        device: Device of the losses.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,12 +27,12 @@ class Tally:
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
         # contrast, likelihood, flagged tokens, sum of log ratios
         self._sums = torch.zeros(4, dtype=self._dtype, device=device)
-        # what contrast and likelihood are divided by, tokens of unsatisfactory responses, tokens run
+        # denominators of contrast and likelihood, tokens of unsatisfactory responses, tokens in all sequences
         self._counts = [0.0, 0.0, 0.0, 0.0]
         self._flagged_shares: list[Tensor] = []
 
     def add(self, loss: CutLoss, batch: Mapping[str, Any], num_contrast: float, num_likelihood: float) -> None:
-        """Adds a micro-batch."""
+        """Add a micro-batch."""
         self.num_batches += 1
         sums = (loss.contrast, loss.likelihood, loss.is_flagged.sum(), loss.log_ratios.sum())
         self._sums += torch.stack([part.detach().to(self._dtype) for part in sums])
@@ -47,19 +47,18 @@ class Tally:
             self._flagged_shares.append(torch.stack(shares))
 
     def reduce(self, accelerator: "Accelerator") -> dict[str, float]:
-        """Means over all that was added, on all ranks.
+        """Compute means over everything that was added, on all ranks.
 
         Returns:
-            `loss_contrast` (L1) and `loss_likelihood` (L2), per token or record, and `loss` of the two;
+            `loss_contrast` (L1) and `loss_likelihood` (L2) per token or record, and their combination `loss`;
             `flagged_share` of the tokens of unsatisfactory responses; `mean_log_ratio` in nats; quantiles over records
-            of the share of flagged tokens; `num_tokens` run. What has nothing to be a mean of is left out.
+            of the share of flagged tokens; `num_tokens`. A metric without any value is absent.
         """
         totals = torch.cat([self._sums, torch.tensor(self._counts, dtype=self._dtype, device=self._device)])
         shares = torch.cat(self._flagged_shares) if self._flagged_shares else torch.zeros(0, device=self._device)
         if accelerator.num_processes > 1:
             totals = accelerator.reduce(totals, "sum")
-            padded = accelerator.pad_across_processes(shares, pad_index=-1)
-            shares = accelerator.gather(padded)
+            shares = accelerator.gather(accelerator.pad_across_processes(shares, pad_index=-1))
             shares = shares[shares >= 0]
         contrast, likelihood, flagged, log_ratios, num_contrast, num_likelihood, num_judged, num_tokens = (
             totals.tolist()

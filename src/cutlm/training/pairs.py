@@ -1,7 +1,7 @@
-"""Pairs of a better and a worse response, and TRL's `DPOTrainer` over them: the baselines `dpo` and `ilf_dpo`.
+"""Pairs of a better and a worse response, for TRL's `DPOTrainer`: the objectives `dpo` and `ilf_dpo`.
 
-The pairs are token ids of our own encoder, so that DPO sees the prompts and responses that all other objectives see.
-The loss, the reference model and the metrics are TRL's.
+The pairs are token ids from cutlm's own encoder, so that DPO sees the same prompts and responses as the other
+objectives. The loss, the reference model and the metrics are TRL's.
 """
 
 import copy
@@ -14,19 +14,18 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from cutlm.blame.scoring import check_context
+from cutlm.blame.scoring import check_rows
 from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.prompting.encoding import Encoder
+from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import CUTConfig
-from cutlm.training.preparation import check_vocabulary, describe_replaced_template
-from cutlm.training.safe_trainer import SafeTrainer
+from cutlm.training.dataset import describe_replaced_template
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
-
 
 logger = logging.getLogger(__name__)
 
@@ -41,57 +40,57 @@ class Pair(NamedTuple):
 
 
 def pair_responses(records: Sequence[JudgedRecord], locations: Sequence[str]) -> tuple[list[Pair], list[str]]:
-    """Pairs each unsatisfactory response with a satisfactory one to the same instruction.
+    """Pair each unsatisfactory response with a satisfactory one to the same instruction.
 
-    Where an instruction has several of them, they are taken in turn; a response counts once however often it was
-    sampled.
+    If an instruction has several satisfactory responses, they take turns; a response that was sampled repeatedly counts
+    once.
 
     Returns:
-        The pairs, and sentences on what has none.
+        The pairs, and one sentence for each reason why responses have none.
     """
     better: dict[str, dict[str, str]] = {}
     worse: dict[str, dict[str, str]] = {}
-    for record, place in zip(records, locations, strict=True):
+    for record, location in zip(records, locations, strict=True):
         responses = better if record.is_satisfactory else worse
-        responses.setdefault(record.full_instruction, {}).setdefault(record.output, place)
+        responses.setdefault(record.full_instruction, {}).setdefault(record.output, location)
     pairs, num_alike, num_alone = [], 0, {"satisfactory": 0, "unsatisfactory": 0}
     for instruction in dict.fromkeys(record.full_instruction for record in records):
         chosen, rejected = better.get(instruction, {}), worse.get(instruction, {})
         if not chosen or not rejected:
             num_alone["satisfactory" if chosen else "unsatisfactory"] += 1
             continue
-        for number, (response, place) in enumerate(rejected.items()):
+        for number, (response, location) in enumerate(rejected.items()):
             best = list(chosen)[number % len(chosen)]
             if best == response:  # judged both ways
                 num_alike += 1
                 continue
-            pairs.append(Pair(instruction, best, response, place))
-    alike = [f"{num_alike} pairs left out: one and the same response, judged both ways"] if num_alike else []
+            pairs.append(Pair(instruction, best, response, location))
+    alike = [f"{num_alike} pairs left out: the same response, judged both ways"] if num_alike else []
     return pairs, alike + [
         f"{num} instructions left out: every response is {kind}" for kind, num in num_alone.items() if num
     ]
 
 
 def pair_refinements(records: Sequence[JudgedRecord], locations: Sequence[str]) -> tuple[list[Pair], list[str]]:
-    """Pairs the improved response of each unsatisfactory record with the one that was judged."""
+    """Pair the improved response of each unsatisfactory record with the one that was judged."""
     pairs, num_satisfactory, num_unrefined = [], 0, 0
-    for record, place in zip(records, locations, strict=True):
+    for record, location in zip(records, locations, strict=True):
         if record.is_satisfactory:
             num_satisfactory += 1
         elif not record.i_ans or record.i_ans == record.output:
             num_unrefined += 1
         else:
-            pairs.append(Pair(record.full_instruction, record.i_ans, record.output, place))
+            pairs.append(Pair(record.full_instruction, record.i_ans, record.output, location))
     left_out = [f"{num_satisfactory} records left out: satisfactory, so there is no pair"] if num_satisfactory else []
     if num_unrefined:
         left_out.append(
-            f"{num_unrefined} records left out: without another response in i_ans (cutlm refine makes them)"
+            f"{num_unrefined} records left out: without a different response in i_ans (cutlm refine makes them)"
         )
     return pairs, left_out
 
 
 def encode_pairs(pairs: Sequence[Pair], encoder: Encoder, max_length: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Encodes pairs; prompts are cut from the left to fit, responses never.
+    """Encode pairs. Prompts are truncated on the left to fit, responses never.
 
     Returns:
         Rows with `prompt_ids`, `chosen_ids` and `rejected_ids`, and a sentence for each pair that does not fit.
@@ -108,19 +107,20 @@ def encode_pairs(pairs: Sequence[Pair], encoder: Encoder, max_length: int) -> tu
     return rows, left_out
 
 
-class PairTrainer(SafeTrainer, DPOTrainer):
-    """TRL's `DPOTrainer` on pairs that are token ids already, with cutlm's stopping and saving.
+class PairTrainer(CheckpointingTrainer, DPOTrainer):
+    """TRL's `DPOTrainer` on encoded pairs, with cutlm's stopping and saving.
 
     Args:
         model: The model.
-        args: cutlm's settings; those of DPO are taken from them.
-        train_dataset: Judged records: several responses an instruction under "dpo", `i_ans` under "ilf_dpo".
+        args: cutlm's settings, from which those of DPO are made.
+        train_dataset: Judged records: several responses per instruction for "dpo", `i_ans` for "ilf_dpo".
         processing_class: The tokenizer.
         peft_config: An adapter to train instead of the whole model.
-        locations: Where each record stands, for messages.
-        **kwargs: As of TRL's `DPOTrainer`.
+        locations: The location of each record, for messages.
+        **kwargs: Passed to TRL's `DPOTrainer`.
 
     Raises:
+        ConfigError: The data are token scores, or do not fit the model.
         DataError: There is no pair.
     """
 
@@ -142,42 +142,41 @@ class PairTrainer(SafeTrainer, DPOTrainer):
         encoder = Encoder(processing_class, args.template)  # type: ignore[arg-type]
         rows, too_long = encode_pairs(pairs, encoder, args.max_length)
         if not rows:
-            what = "responses of both kinds to one instruction" if args.objective == "dpo" else "improved responses"
-            raise DataError(f"{args.objective}: expected {what}, got none", hint="\n".join(left_out + too_long))
+            expected = "satisfactory and unsatisfactory responses to one instruction"
+            expected = expected if args.objective == "dpo" else "improved responses in i_ans"
+            raise DataError(f"{args.objective}: expected {expected}, got none", hint="\n".join(left_out + too_long))
         num_used = len({(pair.instruction, text) for pair in pairs for text in (pair.chosen, pair.rejected)})
+        template = encoder.build_chat_template()
         self.notices = [
-            f"{len(rows)} pairs of {len(train_dataset)} records; {num_used} different responses stand in them",
+            f"{len(rows)} pairs of {len(train_dataset)} records, with {num_used} different responses",
             *left_out,
             *too_long,
+            *describe_replaced_template(processing_class, template, args.template),
         ]
-        data = Dataset.from_list(rows)
-        check_vocabulary(model, data, "train_dataset", ("prompt_ids", "chosen_ids", "rejected_ids"))
-        check_context(model, data, args.max_length, ("prompt_ids",), ("chosen_ids", "rejected_ids"))
-        template = encoder.build_chat_template()
-        self.notices += describe_replaced_template(processing_class, template, args.template)
+        check_rows(model, rows, args.max_length, ("prompt_ids",), ("chosen_ids", "rejected_ids"))
         if template is not None:
-            # Saved with the model, so that every tool prompts it as it was trained.
+            # Saved with the model, so that every tool prompts it as in training.
             processing_class = copy.deepcopy(processing_class)
             processing_class.chat_template = template
         if peft_config is None and not hasattr(model, "peft_config"):
-            # TRL would load it from the model's path once more, which a model in memory may not have.
-            kwargs.setdefault("ref_model", copy.deepcopy(model))
+            # TRL would load it again from the model's path, which a model in memory may not have.
+            kwargs = {"ref_model": copy.deepcopy(model)} | kwargs
         for notice in self.notices if args.process_index == 0 else ():
             logger.warning(notice)
         super().__init__(
             model=model,
             args=to_dpo_config(args),
-            train_dataset=data,
+            train_dataset=Dataset.from_list(rows),
             processing_class=processing_class,
             peft_config=peft_config,
             **kwargs,
         )
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset  # encoded already
+        return dataset  # already encoded
 
 
 def to_dpo_config(args: CUTConfig) -> DPOConfig:
-    """TRL's settings from ours: every field of `TrainingArguments`, and beta."""
+    """TRL's settings from cutlm's: every field of `TrainingArguments`, and beta."""
     shared = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainingArguments) if field.init}
     return DPOConfig(**shared | {"beta": args.dpo_beta, "max_length": args.max_length})

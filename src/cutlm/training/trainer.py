@@ -1,9 +1,9 @@
 """`CUTTrainer`: a `transformers.Trainer` whose loss is one of cutlm's objectives over the whole optimizer step.
 
-It counts the tokens of all micro-batches and ranks of a step before the first is run, divides sums by those counts, and
-stops before the optimizer step when something is no number. The loss itself is `cutlm.training.batch_loss`, the data
-`cutlm.training.preparation`, the passes through the model are `cutlm.model.forward`, stopping and saving
-`cutlm.training.safe_trainer`.
+Before the first micro-batch of a step runs, the trainer counts the tokens of all its micro-batches on all ranks. The
+losses are sums; dividing them by these counts gives one gradient for every way to split a step. From the top:
+`CUTTrainer.__init__` prepares the data, `training_step` and `compute_loss` go from a micro-batch to its share of the
+loss, `compute_batch_loss` assigns token log-probabilities to the parts of the objective.
 """
 
 import copy
@@ -25,26 +25,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-from cutlm.blame.scoring import check_context, count_tokens
+from cutlm.blame.scoring import count_tokens
 from cutlm.blame.token_scores import TokenScores
-from cutlm.errors import ConfigError, DataError, NonFiniteError
-from cutlm.losses import combine_parts
-from cutlm.model.collator import CutCollator, find_non_finite, split_batch
+from cutlm.errors import ConfigError, NonFiniteError
+from cutlm.losses import CutLoss, Parts, TokenFlags, combine_parts, cut_loss, dual_cut_loss
+from cutlm.model.collator import CutCollator, find_non_finite, split_batch, split_lengths
 from cutlm.model.forward import check_head, choose_layout, choose_tokens_per_pass, run_inside, score_batch
-from cutlm.model.loading import check_lora_targets, compile_layers, load_model
-from cutlm.training.batch_loss import compute_batch_loss, count_batch
+from cutlm.model.loading import check_lora_targets, compile_layers, load_model, unwrap_peft
+from cutlm.model.logprobs import get_head
+from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import CUTConfig
-from cutlm.training.metrics import Tally
-from cutlm.training.preparation import (
-    PreparedData,
-    blame_beforehand,
-    check_vocabulary,
-    describe_replaced_template,
-    downsample,
-    prepare_data,
-    refuse_sharded_blame,
-)
-from cutlm.training.safe_trainer import SafeTrainer
+from cutlm.training.dataset import PreparedData, ScoresFile, describe_replaced_template, prepare_data
+from cutlm.training.metrics import RunningMetrics
 from cutlm.training.sampling import BalancedSampler
 
 if TYPE_CHECKING:
@@ -52,40 +44,51 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MAX_PLACES_NAMED = 20
+_MAX_LOCATIONS_NAMED = 20
 
 
 class StepCounts(NamedTuple):
-    """What the two parts of the loss are divided by: tokens (or records) of a whole optimizer step."""
+    """Denominators of the two parts of the loss: tokens (or records) of a whole optimizer step."""
 
     num_contrast: float
     num_likelihood: float
 
 
-class CUTTrainer(SafeTrainer):
+class CUTTrainer(CheckpointingTrainer):
     """Trains a causal language model on judged records by Contrastive Unlikelihood Training.
 
     Args:
         model: A model, or the folder or hub name of one.
-        args: Settings; None takes the defaults.
-        train_dataset: Records (`instruction`, optional `input`, `output`, `judgment`, optional `score` and `i_ans`) as
-            a list or a `datasets.Dataset`; or encoded rows with `prompt_ids`, `judged_prompt_ids` (None when
-            satisfactory) and `response_ids` (end-of-sequence included), for which no tokenizer is needed.
+        args: Settings; None uses the defaults. They are copied, not changed.
+        train_dataset: Records (`instruction`, optional `input`, `output`, `judgment`, optional `score` and `i_ans`) or
+            token scores, as a list or a `datasets.Dataset`; or encoded rows with `prompt_ids`, `judged_prompt_ids`
+            (None for satisfactory records) and `response_ids` (with the end-of-turn token), which need no tokenizer.
         eval_dataset: Likewise.
         processing_class: The tokenizer.
         peft_config: An adapter to train instead of the whole model.
-        locations: Where each record stands, for messages (`data.jsonl:17`); None numbers them.
-        **kwargs: As of `transformers.Trainer`.
+        locations: The location of each training record for messages, such as `data.jsonl:17`; None numbers them.
+        scores_file: Where `detector: frozen` stores its token scores; None keeps the flags in memory.
+        **kwargs: Passed to `transformers.Trainer`.
 
-    What was cut, left out or downsampled is logged, and stands in `notices`.
+    What was truncated, left out or downsampled is logged and kept in `notices`.
 
     Raises:
-        DataError: Bad records, or nothing left to train on.
-        ConfigError: Settings at odds with the tokenizer or the model.
-        NonFiniteError: By `train`, before the optimizer step, when the loss or gradient norm is no number.
+        DataError: Bad records, or nothing is left to train on.
+        ConfigError: Settings that do not fit the data, the tokenizer or the model.
+        NonFiniteError: By `train`, before the optimizer step, if the loss or the gradient norm is not finite.
+
+    Example:
+        >>> trainer = CUTTrainer(
+        ...     model="Qwen/Qwen3-1.7B",
+        ...     args=CUTConfig(output_dir="runs/first", template="chat"),
+        ...     train_dataset=load_records("records.jsonl"),
+        ...     processing_class=AutoTokenizer.from_pretrained("Qwen/Qwen3-1.7B"),
+        ...     peft_config=LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"]),
+        ... )
+        >>> trainer.train()
     """
 
-    # The loss is divided by counts over all of a step's micro-batches; the Trainer must not divide it again.
+    # The loss is divided by counts over all micro-batches of a step; the Trainer must not divide it again.
     loss_is_scaled_for_ga = True
     args: CUTConfig
 
@@ -98,115 +101,94 @@ class CUTTrainer(SafeTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: "PeftConfig | None" = None,
         locations: Sequence[str] | None = None,
+        scores_file: ScoresFile | None = None,
         **kwargs: Any,
     ) -> None:
-        args = args or CUTConfig()
+        args = copy.copy(args) if args is not None else CUTConfig()
         names = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
         unused = [name for name in names if kwargs.get(name) is not None]
         if unused:
-            raise ConfigError(f"{', '.join(unused)}: would never be called, as no logits are made; leave them out")
+            raise ConfigError(f"{', '.join(unused)}: would never be called, because no logits are made; remove them")
+        if args.is_of_pairs:
+            raise ConfigError(f"objective: {args.objective} is trained by cutlm.training.pairs.PairTrainer")
         self.notices: list[str] = []
         if args.n_gpu > 1:
-            # torch's DataParallel would deal a batch's tensors out by rows, and they have none.
+            # DataParallel would split the tensors of a batch by rows, which they do not have.
             self.notices.append(
-                f"{args.n_gpu} GPUs are here and one is used; for all of them start with: torchrun --nproc_per_node"
-                f" {args.n_gpu} -m cutlm ..."
+                f"Found {args.n_gpu} GPUs, using 1. To use all of them, run: torchrun --nproc_per_node {args.n_gpu} -m"
+                " cutlm ..."
             )
             args._n_gpu = 1
+        if args.detector is None and train_dataset and isinstance(train_dataset[0], TokenScores):
+            args.detector = "frozen"
         if isinstance(model, str | Path):
             model = load_model(model)
         if not any(weight.requires_grad for weight in model.parameters()) and peft_config is None:
-            raise ConfigError("model: no weight of it is to be trained; unfreeze some, or give a peft_config")
-        if args.is_of_pairs:
-            raise ConfigError(f"objective: {args.objective} is trained by cutlm.training.pairs.PairTrainer")
-        if args.detector is None and train_dataset and isinstance(train_dataset[0], TokenScores):
-            args = copy.copy(args)  # it is the caller's, who may have other data for it
-            args.detector = "frozen"
-        set_seed(args.seed)  # before the adapter draws its first weights
-        if peft_config is not None:
-            model = _add_adapter(model, peft_config, args)
-        _refuse_prompt_learning(getattr(model, "active_peft_config", None))
+            raise ConfigError("model: all its weights are frozen; unfreeze some, or pass a peft_config")
+        _check_adapter(model, peft_config)
         check_head(model)
-        self.num_left_out = 0
         prepared: dict[str, PreparedData] = {}
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is None:
                 continue
-            is_training = name == "train_dataset"
-            data = prepare_data(dataset, name, args, processing_class, locations if is_training else None)
-            if is_training and args.downsample is not None:
-                downsample(data, name, args.downsample, args.seed)
-            if not len(data.rows):
-                use = "train" if is_training else "evaluate"
-                raise DataError(f"{name}: nothing is left to {use} on", hint="\n".join(data.notices))
-            check_vocabulary(model, data.rows, name)
-            check_context(model, data.rows, args.max_length)
-            if args.has_known_flags:
-                if "is_flagged" not in data.rows.column_names:
-                    refuse_sharded_blame(args)
-                if not (args.is_sharded or getattr(model, "is_quantized", False)):
-                    nn.Module.to(model, args.device)  # the Trainer would only do so later
-                blame_beforehand(data, name, model, args)
-                if not len(data.rows):
-                    raise DataError(f"{name}: nothing is left to learn from", hint="\n".join(data.notices))
+            own = (locations, scores_file) if name == "train_dataset" else (None, None)
+            data = prepare_data(dataset, name, args, model, processing_class, *own)
             self.notices += data.notices
-            self.num_left_out += data.num_left_out if is_training else 0
             prepared[name] = data
             if data.chat_template is not None and processing_class is not None:
-                if is_training:
+                if name == "train_dataset":
                     self.notices += describe_replaced_template(processing_class, data.chat_template, args.template)
-                # Saved with the model, so that every tool prompts it as it was trained.
+                # Saved with the model, so that every tool prompts it as in training.
                 processing_class = copy.deepcopy(processing_class)
                 processing_class.chat_template = data.chat_template
-        kwargs.setdefault("data_collator", CutCollator())
+        self.num_left_out = prepared["train_dataset"].num_left_out if "train_dataset" in prepared else 0
+        set_seed(args.seed)  # before the adapter draws its weights
+        if peft_config is not None:
+            model = _add_adapter(model, peft_config, args)
         super().__init__(
             model=model,
             args=args,
             train_dataset=prepared["train_dataset"].rows if "train_dataset" in prepared else None,
             eval_dataset=prepared["eval_dataset"].rows if "eval_dataset" in prepared else None,
             processing_class=processing_class,
-            **kwargs,
+            **{"data_collator": CutCollator()} | kwargs,
         )
         for name, data in prepared.items():
             batch_size = args.train_batch_size if name == "train_dataset" else args.eval_batch_size
-            self._note_repeats(name, len(data.rows), batch_size)
+            num_repeats = -len(data.rows) % (batch_size * args.world_size)
+            if args.world_size > 1 and num_repeats and not args.dataloader_drop_last:
+                self.notices.append(
+                    f"{name}: {num_repeats} of {len(data.rows)} records are seen twice, so that each of"
+                    f" {args.world_size} processes has equally many full batches"
+                )
         if self.is_world_process_zero():
             for notice in self.notices:
                 logger.warning(notice)
         if self.is_fsdp_enabled:
-            _keep_log_probs_exact(self.accelerator.state.fsdp_plugin)
+            _keep_outputs_exact(self.accelerator.state.fsdp_plugin)
         self._layout = choose_layout(
             model,
             is_sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
             is_compiled=args.torch_compile,
         )
         if args.torch_compile:
-            # It would compile a forward that is not run.
+            # Accelerate would compile a forward that never runs.
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
         self._max_tokens = args.max_tokens_per_batch or choose_tokens_per_pass(args.device)
-        self._tally = Tally(args.device)
-        self._eval_tally: Tally | None = None
+        self._metrics = RunningMetrics(args.device)
+        self._eval_metrics: RunningMetrics | None = None
         self._step_logps: list[tuple[Tensor, Mapping[str, Any]]] = []
         self._last_log_time = time.perf_counter()
 
-    def _note_repeats(self, name: str, num_rows: int, batch_size: int) -> None:
-        """Says what Accelerate does so that every process gets as many batches as the others."""
-        num_repeats = -num_rows % (batch_size * self.args.world_size)
-        if self.args.world_size > 1 and num_repeats and not self.args.dataloader_drop_last:
-            self.notices.append(
-                f"{name}: {num_rows} records are made up to {num_rows + num_repeats} by seeing some again, so that"
-                f" each of {self.args.world_size} processes has full batches"
-            )
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """The order of the records; on several processes, each with like numbers of tokens."""
+        """The order of the records; on several processes, each gets similar numbers of tokens."""
         sampler = super()._get_train_sampler(train_dataset)
         if self.args.world_size == 1 or sampler is None:
             return sampler
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(sampler, RandomSampler):
-            # As Accelerate would do, which sees the outer sampler only: one order for all processes.
+            # Accelerate would do this, but it only sees the outer sampler: the same order on all processes.
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             sampler = SeedableRandomSampler(rows, data_seed=seed, generator=torch.Generator())
         sizes = [count_tokens(row) for row in rows]
@@ -218,14 +200,14 @@ class CUTTrainer(SafeTrainer):
     def get_batch_samples(  # type: ignore[override]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], StepCounts | None]:
-        """Fetches the micro-batches of an optimizer step and counts them over all ranks."""
+        """Fetch the micro-batches of an optimizer step and count their tokens over all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_logps = []
         counts = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
             counts += torch.tensor(count_batch(batch, self.args.normalization, self.args.parts))
         if self.args.world_size > 1:
-            # MPS and some accelerators have no float64; a step's counts are exact in float32 up to 16 million.
+            # Some accelerators have no float64; counts of a step are exact in float32 up to 16 million.
             counts = self.accelerator.reduce(counts.float().to(device), "sum").cpu().double()
         return batches, StepCounts(counts[0].item(), counts[1].item())
 
@@ -234,12 +216,12 @@ class CUTTrainer(SafeTrainer):
     ) -> Tensor:
         """Forward and backward over a micro-batch, in parts of at most `max_tokens_per_batch` tokens."""
         parts = [dict(inputs)]
-        # Where weights are gathered for every pass, all ranks must make the same number of them.
+        # Where weights are gathered for every pass, all ranks must make equally many passes.
         if num_items_in_batch is not None and not (self._layout.is_single_pass or self.is_deepspeed_enabled):
             parts = split_batch(inputs, self._max_tokens)
         losses = []
         for part in parts:
-            # Ranks add up their gradients with the last part.
+            # Ranks reduce their gradients with the last part.
             with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, part, num_items_in_batch))  # type: ignore[arg-type]
         return torch.stack(losses).sum()
@@ -251,13 +233,13 @@ class CUTTrainer(SafeTrainer):
         return_outputs: bool = False,
         num_items_in_batch: StepCounts | None = None,
     ) -> Any:
-        """CUT's loss of a micro-batch: its share of the loss of the optimizer step.
+        """Compute the loss of a micro-batch: its share of the loss of the optimizer step.
 
         Args:
             model: The model, wrapped or not.
             inputs: A batch of `data_collator`.
-            return_outputs: Whether to return the `CutLoss` too.
-            num_items_in_batch: Counts of the whole step; None takes the batch for the step.
+            return_outputs: Return the `CutLoss` too.
+            num_items_in_batch: Counts of the whole step; None treats the batch as the step.
         """
         inputs = self._prepare_inputs(dict(inputs))
         inner = self.accelerator.unwrap_model(model)
@@ -267,71 +249,68 @@ class CUTTrainer(SafeTrainer):
         own_counts = count_batch(inputs, self.args.normalization, self.args.parts)
         loss = combine_parts(outputs.contrast, outputs.likelihood, *(num_items_in_batch or own_counts))
         if num_items_in_batch is not None:
-            # The gradients of ranks are averaged, but their losses are shares of one sum.
+            # Ranks average their gradients, but their losses are shares of one sum.
             loss = loss * self.args.world_size
-        if self._eval_tally is not None:
-            self._eval_tally.add(outputs, inputs, *own_counts)
+        if self._eval_metrics is not None:
+            self._eval_metrics.add(outputs, inputs, *own_counts)
         elif model.training:
             self._step_logps.append((logps.detach(), inputs))
-            self._tally.add(outputs, inputs, *own_counts)
+            self._metrics.add(outputs, inputs, *own_counts)
         return (loss, outputs) if return_outputs else loss
 
     def _score(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        is_learned = self.args.parts.unsatisfactory
         return score_batch(
             model,
             batch,
             self.args.head_chunk_size,
-            needs_judged_grad=is_learned,
+            needs_judged_grad=self.args.parts.unsatisfactory,
             layout=self._layout,
-            # With activation checkpointing, little is kept of a pass as it is.
+            # Activation checkpointing already keeps little of a pass in memory.
             max_tokens=None if self.args.activation_checkpointing else self._max_tokens,
         )
 
-    def _check_finite(self, grad_norm: Any) -> None:
-        """Stops before the optimizer step when a log-prob or the gradient norm is no number, and names the records.
+    def _check_finite(self, grad_norm: float) -> None:
+        """Fail before the optimizer step if a log-probability or the gradient norm is not finite; name the records.
 
         Raises:
-            NonFiniteError: As said.
+            NonFiniteError: One of them is not finite.
         """
-        norm = torch.as_tensor(grad_norm, dtype=torch.float32).cpu()
-        # Under float16 an infinite norm is how the gradient scaler finds its scale; it skips the step itself.
-        is_scaled = self.accelerator.scaler is not None
-        bad_places = [
-            place
+        bad = [
+            location
             for logps, batch in self._step_logps
             if not torch.isfinite(logps.sum())
-            for place in find_non_finite(logps, batch)
+            for location in find_non_finite(logps, batch)
         ]
-        if not bad_places and (is_scaled or torch.isfinite(norm)):
+        # Under float16 an infinite norm is how the gradient scaler finds its scale; it skips the step itself.
+        is_scaled = self.accelerator.scaler is not None
+        if not bad and (is_scaled or torch.isfinite(torch.tensor(grad_norm))):
             return
-        if bad_places:
-            who = f"the log-probs of {_join(bad_places)} are no numbers"
+        if bad:
+            cause = f"non-finite log-probabilities in {_join(bad)}"
         else:
-            locations = [place for _, batch in self._step_logps for place in batch["locations"]]
-            who = f"the gradient of this step's records is none: {_join(locations)}"
+            cause = f"the records are {_join([name for _, batch in self._step_logps for name in batch['locations']])}"
         raise NonFiniteError(
-            f"step {self.state.global_step + 1}: the gradient norm is {norm.item()}; {who}. Stopped before the"
-            " optimizer step, the weights are those of the last one; lower the learning rate, or look at these records"
+            f"step {self.state.global_step + 1}: the gradient norm is {grad_norm}; {cause}. Stopped before the"
+            " optimizer step; the weights are those of the last step. Lower the learning rate, or look at these records"
         )
 
     # ---- Logging and evaluation ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was tallied since the last line of training to it."""
-        if "loss" in logs and self._tally.num_batches:
+        """Add the metrics since the last log line of training."""
+        if "loss" in logs and self._metrics.num_batches:
             seconds = time.perf_counter() - self._last_log_time
-            metrics = self._tally.reduce(self.accelerator)
+            metrics = self._metrics.reduce(self.accelerator)
             num_tokens = metrics.pop("num_tokens")
             logs |= metrics | {"tokens_per_second": num_tokens / seconds, "records_left_out": self.num_left_out}
-            self._tally = Tally(self.args.device)
+            self._metrics = RunningMetrics(self.args.device)
             self._last_log_time = time.perf_counter()
         super().log(logs, start_time)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """One micro-batch of an evaluation; its sums go to the tally."""
+        """Evaluate one micro-batch; `compute_loss` adds it to the metrics."""
         with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
 
@@ -343,42 +322,123 @@ class CUTTrainer(SafeTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluates by the same formula, over the whole data set as if it were one optimizer step.
+        """Evaluate by the same formula, over the whole dataset as if it were one optimizer step.
 
-        On several processes the records that fill up the last batches count twice, as `notices` says.
+        On several processes the records that complete the last batches count twice; `notices` says so.
         """
-        self._eval_tally = Tally(self.args.device)
+        self._eval_metrics = RunningMetrics(self.args.device)
         try:
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-            metrics = self._eval_tally.reduce(self.accelerator)
+            metrics = self._eval_metrics.reduce(self.accelerator)
         finally:
-            self._eval_tally = None
+            self._eval_metrics = None
         metrics.pop("num_tokens")
         merged = dict(output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics=merged)
 
 
+def compute_batch_loss(logps: Tensor, batch: Mapping[str, Any], args: CUTConfig) -> CutLoss:
+    """Compute the sums of a micro-batch: assign its tokens to the parts of the objective.
+
+    Args:
+        logps: [R] log-probabilities, in the order of `batch["target_ids"]`.
+        batch: A batch of `CutCollator`.
+        args: Settings of the objective.
+    """
+    num_tokens, num_satisfactory_tokens = split_lengths(batch)
+    without, with_judgment, satisfactory = logps.split([num_tokens, num_tokens, num_satisfactory_tokens])
+    num_unsatisfactory, lengths = batch["num_unsatisfactory"], batch["response_lengths"]
+    weights = weights_satisfactory = None
+    if args.normalization == "record":  # the paper's 1/N for each token of a response of N tokens
+        weights = _repeat([1 / n for n in lengths[:num_unsatisfactory]], lengths, logps.device)
+        own_lengths = lengths[2 * num_unsatisfactory :]
+        weights_satisfactory = _repeat([1 / n for n in own_lengths], own_lengths, logps.device)
+    if args.objective == "dual_cut":
+        return dual_cut_loss(
+            without,
+            with_judgment,
+            satisfactory,
+            _repeat(batch.get("is_praised", []), lengths, logps.device).bool(),
+            threshold=args.threshold,
+            unlikelihood_weight=args.unlikelihood_weight,
+            gamma=args.gamma,
+            praise_weight=args.praise_weight,
+            weights=weights,
+            weights_satisfactory=weights_satisfactory,
+        )
+    flags = flags_satisfactory = None
+    if "is_flagged" in batch:
+        sizes = [num_tokens, num_satisfactory_tokens]
+        pairs = zip(batch["is_flagged"].split(sizes), batch["flag_weights"].split(sizes), strict=True)
+        flags, flags_satisfactory = (TokenFlags(*pair) for pair in pairs)
+    return cut_loss(
+        without,
+        with_judgment,
+        satisfactory,
+        threshold=0 if args.detector == "off" else args.threshold,
+        unlikelihood_weight=args.unlikelihood_weight,
+        gamma=args.gamma,
+        weights=weights,
+        weights_satisfactory=weights_satisfactory,
+        blame=flags,
+        blame_satisfactory=flags_satisfactory,
+        parts=args.parts,
+    )
+
+
+def _repeat(values: Sequence[float], lengths: Sequence[int], device: torch.device) -> Tensor:
+    """One value per record -> one per token."""
+    return torch.tensor([value for value, n in zip(values, lengths, strict=False) for _ in range(n)], device=device)
+
+
+def count_batch(batch: Mapping[str, Any], normalization: str, parts: Parts) -> tuple[float, float]:
+    """What a batch adds to the denominators of L1 and L2: tokens, or records under `normalization: record`."""
+    num_unsatisfactory, num_satisfactory = split_lengths(batch)
+    if normalization == "record":
+        num_unsatisfactory = batch["num_unsatisfactory"]
+        num_satisfactory = len(batch["locations"]) - num_unsatisfactory
+    return (
+        num_unsatisfactory * parts.contrast,
+        num_unsatisfactory * parts.unsatisfactory + num_satisfactory * parts.satisfactory,
+    )
+
+
+# ---- Adapters and sharding ----
+
+
+def _check_adapter(model: nn.Module, peft_config: "PeftConfig | None") -> None:
+    """Raises:
+    ConfigError: The adapter does not fit the model, or works by a forward pass of PEFT's that is not used here.
+    """
+    for config in (peft_config, getattr(model, "active_peft_config", None)):
+        if config is not None and (config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None)):
+            raise ConfigError(
+                "peft_config: expected an adapter inside the model such as LoRA, got prompt learning or activated LoRA"
+            )
+    if peft_config is None:
+        return
+    if hasattr(model, "peft_config"):
+        raise ConfigError("peft_config: the model already has an adapter; merge it first, or pass no peft_config")
+    check_lora_targets(model, peft_config)
+
+
 def _add_adapter(model: nn.Module, peft_config: "PeftConfig", args: CUTConfig) -> nn.Module:
     from peft import get_peft_model, prepare_model_for_kbit_training
 
-    _refuse_prompt_learning(peft_config)
-    if hasattr(model, "peft_config"):
-        raise ConfigError(
-            "peft_config: expected a model without an adapter, got one that has one; merge it, or give no config"
-        )
-    check_lora_targets(model, peft_config)
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(
             model, bool(args.activation_checkpointing), args.activation_checkpointing_kwargs
         )
-    return get_peft_model(model, peft_config)
+    adapted = get_peft_model(model, peft_config)
+    get_head(unwrap_peft(adapted))  # raises if the adapter sits on the output head
+    return adapted
 
 
-def _keep_log_probs_exact(plugin: Any) -> None:
-    """Has FSDP2 leave outputs as they are, and add up gradients in float32.
+def _keep_outputs_exact(plugin: Any) -> None:
+    """Make FSDP2 leave outputs in their dtype and reduce gradients in float32.
 
-    Accelerate would have every output rounded to bfloat16, log-probs too: at -10 its steps are of 0.06, and a ratio of
-    two probabilities is compared with 1.1, whose logarithm is 0.095.
+    Accelerate would round every output to bfloat16, log-probabilities too: near -10 its steps are 0.06 wide, while
+    flags compare differences with log 1.1 = 0.095.
     """
     if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(
@@ -386,16 +446,7 @@ def _keep_log_probs_exact(plugin: Any) -> None:
         )
 
 
-def _refuse_prompt_learning(peft_config: "PeftConfig | None") -> None:
-    """These work by PEFT's own forward pass, which is not the one that is scored here."""
-    if peft_config is None:
-        return
-    if peft_config.is_prompt_learning or getattr(peft_config, "alora_invocation_tokens", None):
-        raise ConfigError(
-            "peft_config: expected an adapter inside the model such as LoRA, got prompt learning or an activated LoRA"
-        )
-
-
 def _join(locations: Sequence[str]) -> str:
-    shown = ", ".join(locations[:_MAX_PLACES_NAMED])
-    return shown if len(locations) <= _MAX_PLACES_NAMED else f"{shown} and {len(locations) - _MAX_PLACES_NAMED} more"
+    shown = ", ".join(locations[:_MAX_LOCATIONS_NAMED])
+    num_more = len(locations) - _MAX_LOCATIONS_NAMED
+    return f"{shown} and {num_more} more" if num_more > 0 else shown

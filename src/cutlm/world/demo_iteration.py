@@ -15,7 +15,7 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from cutlm.blame.detector import BlameCounts, FlagSettings, blame_file
+from cutlm.blame.detector import BlameReport, FlagSettings, blame_file
 from cutlm.blame.scoring import score_rows
 from cutlm.blame.token_scores import TokenScores, read_token_scores
 from cutlm.data.files import read_rows, write_rows
@@ -62,7 +62,7 @@ class Iteration:
     num_responses: int = 0
     num_left_out: int = 0
     num_satisfactory: int = 0
-    blame: BlameCounts = field(default_factory=BlameCounts)
+    blame: BlameReport = field(default_factory=lambda: BlameReport([]))
     losses: list[float] = field(default_factory=list)
     difference: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -134,7 +134,7 @@ def run_iteration(
         result.blame = blame(folder / "records.jsonl", folder / "scores.jsonl", model_path)
         counts = result.blame
         result.scores = read_token_scores(folder / "scores.jsonl")
-        num_wrong = counts.num_records - counts.num_satisfactory
+        num_wrong = len(counts.judged)
         stage.text = f"{counts.num_flagged} of {result.num_tokens} tokens ({result.blamed_share:.1%})"
         stage.text += f", in {num_wrong - counts.num_without_flag} of these {num_wrong} responses"
     result.seconds["blame"] = stage.seconds
@@ -188,7 +188,7 @@ def judge(responses: Path, out: Path, tasks: Sequence[Task], seed: int) -> list[
     return [task for task, _ in judged]
 
 
-def blame(records: Path, out: Path, model_path: Path) -> BlameCounts:
+def blame(records: Path, out: Path, model_path: Path) -> BlameReport:
     """Writes token scores of records, by a model that stays as it is."""
     check = check_records(records)
     model, tokenizer = load_trained(model_path, dtype="float32", device="cpu")

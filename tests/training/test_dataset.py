@@ -4,12 +4,11 @@ import pytest
 from tiny import make_tokenizer
 
 from cutlm.data.records import JudgedRecord
-from cutlm.errors import ConfigError
 from cutlm.generation.refine import encode_requests
 from cutlm.prompting.encoding import Encoder, encode_records
 from cutlm.prompting.templates import render_alpaca_prompt, render_refinement_prompt
 from cutlm.training.config import CUTConfig
-from cutlm.training.views import choose_view, view_hindsight
+from cutlm.training.dataset import View, choose_view
 
 WRONG = JudgedRecord(
     instruction="Name the capital of Australia.",
@@ -22,6 +21,10 @@ RIGHT = JudgedRecord(instruction="Name the capital of Australia.", output="Canbe
 WRONG_ELSEWHERE = WRONG.model_copy(update={"i_ans": None, "wrong_spans": None})
 
 
+def make_view(objective: str, **settings: object) -> View:
+    return choose_view(CUTConfig(objective=objective, use_cpu=True, report_to="none", **settings))
+
+
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     return Encoder(make_tokenizer("bpe"), "alpaca")
@@ -29,8 +32,7 @@ def encoder() -> Encoder:
 
 def read(encoder: Encoder, record: JudgedRecord, objective: str, **options: object) -> dict:
     """The view's row, with the prompts and the response as text; `|` stands for an end of sequence."""
-    settings = {"detector": None, "weight": 0.5, "satisfactory_only": False} | options
-    view = choose_view(objective, **settings)(record, encoder)
+    view = make_view(objective, **options)(record, encoder)
     assert not isinstance(view, str), view
     texts = {
         name: None if ids is None else encoder.tokenizer.decode(ids).replace("<eos>", "|")
@@ -85,8 +87,8 @@ def test_praise_is_kept_in_its_own_words(encoder):
 
 def test_spans_that_meet_no_token_leave_the_record_out(encoder):
     blank = WRONG.model_copy(update={"output": "So  is.", "wrong_spans": ((3, 4),)})
-    assert choose_view("cut", "spans", 1.0, False)(blank, encoder) == (
-        "unsatisfactory, and its wrong_spans meet no token"
+    assert make_view("cut", detector="spans")(blank, encoder) == (
+        "unsatisfactory, and its wrong_spans contain no token"
     )
 
 
@@ -97,14 +99,14 @@ def test_dual_cut_knows_praise_from_objection(encoder):
 
 def test_unlikelihood_blames_every_token_of_an_unsatisfactory_response_and_none_of_another(encoder):
     num_tokens = len(encoder.encode_response(WRONG.output))
-    seen = read(encoder, WRONG, "unlikelihood")
+    seen = read(encoder, WRONG, "unlikelihood", unlikelihood_weight=0.5)
     assert seen["is_flagged"] == [True] * num_tokens
     assert seen["weights"] == [0.5] * num_tokens
     assert "is_flagged" not in read(encoder, RIGHT, "unlikelihood")
 
 
 def test_wrong_spans_take_the_place_of_flags(encoder):
-    seen = read(encoder, WRONG, "cut", detector="spans")
+    seen = read(encoder, WRONG, "cut", detector="spans", unlikelihood_weight=0.5)
     ids = encoder.encode_response(WRONG.output)
     flagged = [index for index, is_flagged in zip(ids, seen["is_flagged"], strict=True) if is_flagged]
     assert encoder.tokenizer.decode(flagged) == "Sydney"
@@ -121,8 +123,7 @@ def test_wrong_spans_take_the_place_of_flags(encoder):
     ],
 )
 def test_what_a_view_leaves_out_is_counted_by_its_reason(encoder, objective, options, reason):
-    settings = {"detector": None, "weight": 1.0, "satisfactory_only": False} | options
-    view = choose_view(objective, **settings)
+    view = make_view(objective, **options)
     records = [RIGHT, WRONG_ELSEWHERE, WRONG_ELSEWHERE]
     encoded = encode_records(records, ["a", "b", "c"], encoder, 512, view)
     assert [row["location"] for row in encoded.rows] == ["a"]
@@ -132,14 +133,14 @@ def test_what_a_view_leaves_out_is_counted_by_its_reason(encoder, objective, opt
 
 
 def test_a_table_has_the_columns_of_every_view_whatever_comes_first(encoder):
-    rows = encode_records([RIGHT, WRONG], ["a", "b"], encoder, 512, choose_view("unlikelihood", None, 1.0, False)).rows
+    rows = encode_records([RIGHT, WRONG], ["a", "b"], encoder, 512, make_view("unlikelihood")).rows
     assert rows[0]["is_flagged"] is None
     assert all(rows[1]["is_flagged"])
 
 
 def test_views_are_cut_to_length_like_records(encoder):
     long = WRONG.model_copy(update={"instruction": "Name it. " * 200})
-    encoded = encode_records([long], ["a"], encoder, 64, view_hindsight)
+    encoded = encode_records([long], ["a"], encoder, 64, make_view("hindsight"))
     assert encoded.num_truncated == 1
     assert len(encoded.rows[0]["prompt_ids"]) + len(encoded.rows[0]["response_ids"]) == 64
 
@@ -156,34 +157,3 @@ def test_the_request_for_a_better_response_is_one_turn_of_a_chat():
     text = encoder.tokenizer.decode(encode_requests([WRONG], encoder)[0])
     assert text.startswith("<|im_start|>user\nName the capital of Australia.\n\nA draft of the response:\nSydney is.")
     assert text.endswith("Write an improved response, and nothing else.<|im_end|>\n<|im_start|>assistant\n")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"objective": "ppo"}, r"objective: expected one of cut, .*, got 'ppo'"),
-        ({"detector": "guess"}, r"detector: expected one of current, frozen, spans, off, got 'guess'"),
-        (
-            {"objective": "hindsight", "detector": "frozen", "use_contrast_loss": False},
-            r"detector, use_contrast_loss: of objective cut only; got objective hindsight",
-        ),
-        ({"satisfactory_only": True}, r"satisfactory_only: of objective likelihood only; got objective cut"),
-        (
-            {"use_contrast_loss": False, "use_satisfactory_loss": False, "use_judged_loss": False},
-            r"use_contrast_loss, use_satisfactory_loss, use_judged_loss: expected one of them on, got none",
-        ),
-        ({"praise_weight": -1}, r"praise_weight: expected a number of at least 0, got -1"),
-        ({"praise_weight": 2.0}, r"praise_weight: of objective dual_cut only; got objective cut"),
-        ({"dpo_beta": 0.3}, r"dpo_beta: of objective dpo or ilf_dpo only; got objective cut"),
-        ({"objective": "dpo", "dpo_beta": 0.0}, r"dpo_beta: expected a number above 0, got 0"),
-        ({"gamma": float("inf")}, r"gamma: expected a number of at least 0, got inf"),
-        ({"threshold": float("inf")}, r"threshold: expected a number of at least 1 .*, got inf"),
-        (
-            {"objective": "dpo", "downsample": 0.5, "normalization": "record"},
-            r"downsample, normalization: not for objective dpo, which TRL trains",
-        ),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(tmp_path, settings, message):
-    with pytest.raises(ConfigError, match=message):
-        CUTConfig(output_dir=str(tmp_path), use_cpu=True, **settings)

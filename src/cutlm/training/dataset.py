@@ -1,0 +1,597 @@
+"""Training data: records, token scores or encoded rows become rows of token ids.
+
+`prepare_data` is the whole path: encode what the objective sees of each record, downsample, check the ids against the
+model, and add the flags of the frozen detector. Every record that is lost on the way is counted and reported.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from cutlm.blame.detector import FlagSettings, describe_run, flag_response, round_logps, score_with_journal
+from cutlm.blame.scoring import check_rows, score_rows
+from cutlm.blame.token_scores import (
+    TokenScores,
+    fingerprint_template,
+    fingerprint_tokenizer,
+    flag_spans,
+    map_to_tokenizer,
+    read_token_scores,
+    write_token_scores,
+)
+from cutlm.data.files import open_atomic, read_bytes
+from cutlm.data.journal import Journal
+from cutlm.data.records import JudgedRecord, as_records
+from cutlm.errors import ConfigError, DataError, UserError
+from cutlm.model.loading import fingerprint_model, unwrap_peft
+from cutlm.prompting.encoding import EncodedRecord, Encoder, encode_records, view_both_contexts
+from cutlm.prompting.templates import TEMPLATES
+from cutlm.training.config import CUTConfig
+
+_ID_COLUMNS = ("prompt_ids", "judged_prompt_ids", "response_ids")
+_FORWARD_MARK = "\n\n### Judgment:\n"
+
+# Encodes what an objective sees of a record; a text instead is the reason why the record is left out.
+View = Callable[[JudgedRecord, Encoder], EncodedRecord | str]
+
+
+@dataclass
+class PreparedData:
+    """A dataset that can be batched.
+
+    Attributes:
+        rows: Rows with `prompt_ids`, `judged_prompt_ids`, `response_ids`, `location`, `is_satisfactory` and, if the
+            tokens to unlearn are known, `is_flagged` and `weights`.
+        notices: What was truncated, left out or downsampled, one sentence each.
+        num_left_out: Number of records left out for any reason.
+        chat_template: The chat template with which other tools make the prompts of these rows, if it is known.
+    """
+
+    rows: Dataset
+    notices: list[str] = field(default_factory=list)
+    num_left_out: int = 0
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoresFile:
+    """Where the frozen detector stores its token scores, so that a resumed run reuses them.
+
+    Attributes:
+        path: A JSON Lines file; its header goes next to it, as `.json`.
+        overwrite: Replace scores that were edited or made with other settings.
+    """
+
+    path: Path
+    overwrite: bool = False
+
+
+def prepare_data(
+    dataset: Dataset | Sequence[Any],
+    name: str,
+    args: CUTConfig,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    locations: Sequence[str] | None = None,
+    scores_file: ScoresFile | None = None,
+) -> PreparedData:
+    """Turn a dataset into rows of token ids that the model can read.
+
+    Args:
+        dataset: Records, token scores or encoded rows.
+        name: Its name in messages; "train_dataset" is downsampled.
+        args: Settings of training.
+        model: The model before training, which the frozen detector asks.
+        tokenizer: Needed for records and token scores.
+        locations: The location of each record, such as `data.jsonl:17`; None numbers them.
+        scores_file: Where the frozen detector stores its token scores; None keeps the flags in memory.
+
+    Raises:
+        DataError: Bad records or rows, all named; or nothing is left.
+        ConfigError: Settings that do not fit the data, the tokenizer or the model.
+    """
+    if isinstance(dataset, Mapping):
+        raise ConfigError(
+            f"{name}: expected one dataset, as a list or a datasets.Dataset, got a mapping of several"
+            f" ({', '.join(map(str, dataset))}); pass one of them"
+        )
+    records: list[JudgedRecord] = []
+    encoder = None
+    if len(dataset) and isinstance(dataset[0], Mapping) and "response_ids" in dataset[0]:
+        data = PreparedData(_check_encoded(dataset, name, args))
+    else:
+        if tokenizer is None:
+            raise ConfigError(f"{name}: records need a tokenizer; pass processing_class")
+        encoder = Encoder(tokenizer, args.template)  # type: ignore[arg-type]
+        data, records = _encode(dataset, name, args, encoder, locations)
+    if name == "train_dataset" and args.downsample is not None:
+        kept = _downsample(data, name, args.downsample, args.seed)
+        records = [records[index] for index in kept] if records else records
+    if not len(data.rows):
+        use = "train" if name == "train_dataset" else "evaluate"
+        raise DataError(f"{name}: nothing is left to {use} on", hint="\n".join(data.notices))
+    check_rows(model, data.rows, args.max_length)
+    if args.has_known_flags:
+        if "is_flagged" not in data.rows.column_names:
+            _flag_rows(data, name, args, model, records, encoder, scores_file)
+        _finish_flags(data, name, args)
+    return data
+
+
+# ---- Encoding ----
+
+
+def _encode(
+    dataset: Sequence[Any], name: str, args: CUTConfig, encoder: Encoder, locations: Sequence[str] | None
+) -> tuple[PreparedData, list[JudgedRecord]]:
+    """Encode records or token scores; also return the record of each row."""
+    if len(dataset) and isinstance(dataset[0], TokenScores):
+        records = [scores.record for scores in dataset]
+        locations = locations or [f"{name}[{index}]" for index in range(len(dataset))]
+        view: View = _view_scores(dataset, locations, encoder, args)
+    else:
+        if locations is None:
+            check = as_records(list(dataset), name)
+            records, locations = check.records, check.locations
+        else:
+            records = list(dataset)  # read from a file, which has checked them
+        view = choose_view(args)
+    encoded = encode_records(records, locations, encoder, args.max_length, view)
+    data = PreparedData(
+        Dataset.from_list(encoded.rows),
+        [f"{name}: {encoded.describe(args.max_length)}", *encoded.describe_left_out()],
+        encoded.num_left_out,
+        encoder.build_chat_template(),
+    )
+    return data, [records[index] for index in encoded.indices]
+
+
+def choose_view(args: CUTConfig) -> View:
+    """The view of an objective: the response that it learns, and the prompt or prompts before it (paper, section 3)."""
+    if args.objective == "cut":
+        return _view_wrong_spans(args.unlikelihood_weight) if args.detector == "spans" else view_both_contexts
+    if args.objective == "likelihood" and args.satisfactory_only:
+        return _view_satisfactory
+    return {
+        "dual_cut": _view_with_praise,
+        "likelihood": _view_response,
+        "hindsight": _view_hindsight,
+        "forward_prediction": _view_forward,
+        "ilf_mle": _view_refinement,
+        "unlikelihood": _view_all_flagged(args.unlikelihood_weight),
+    }[args.objective]
+
+
+def _view_with_praise(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+    """Both contexts of every record; satisfactory ones with their praise (DualCUT)."""
+    encoded = _view_response(record, encoder)
+    judged_ids = encoder.encode_prompt(record.full_instruction, record.stated_judgment)
+    return replace(encoded, judged_prompt_ids=judged_ids, extra={"is_praised": record.is_satisfactory})
+
+
+def _view_response(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+    """The response after the instruction, whatever its judgment (maximum likelihood)."""
+    return EncodedRecord(encoder.encode_prompt(record.full_instruction), None, encoder.encode_response(record.output))
+
+
+def _view_satisfactory(record: JudgedRecord, encoder: Encoder) -> EncodedRecord | str:
+    """Satisfactory responses only (rejection sampling)."""
+    return _view_response(record, encoder) if record.is_satisfactory else "unsatisfactory, and satisfactory_only is on"
+
+
+def _view_hindsight(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+    """The response after the instruction and its judgment (Liu et al. 2023, arXiv 2302.02676)."""
+    judged_ids = encoder.encode_prompt(record.full_instruction, record.stated_judgment)
+    return EncodedRecord(judged_ids, None, encoder.encode_response(record.output))
+
+
+def _view_forward(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+    """The response, then its judgment (forward prediction: Weston 2016, arXiv 1604.06045).
+
+    The response has an end-of-sequence token of its own, so that the model still learns to end its answer there.
+    """
+    ids = encoder.encode_response(record.output)
+    ids += encoder.encode_response(_FORWARD_MARK + record.stated_judgment)
+    return EncodedRecord(encoder.encode_prompt(record.full_instruction), None, ids)
+
+
+def _view_refinement(record: JudgedRecord, encoder: Encoder) -> EncodedRecord | str:
+    """The improved response `i_ans`, or a satisfactory response (ILF: Scheurer et al. 2023, arXiv 2303.16755)."""
+    if record.is_satisfactory:
+        return _view_response(record, encoder)
+    if not record.i_ans:
+        return "unsatisfactory, and without an improved response in i_ans (cutlm refine makes them)"
+    return EncodedRecord(encoder.encode_prompt(record.full_instruction), None, encoder.encode_response(record.i_ans))
+
+
+def _view_all_flagged(weight: float) -> View:
+    """Every token of an unsatisfactory response is unlearned, every satisfactory response learned."""
+
+    def view(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+        encoded = _view_response(record, encoder)
+        num_tokens = 0 if record.is_satisfactory else len(encoded.response_ids)
+        if num_tokens:
+            encoded.extra.update(is_flagged=[True] * num_tokens, weights=[weight] * num_tokens)
+        return encoded
+
+    return view
+
+
+def _view_wrong_spans(weight: float) -> View:
+    """Both contexts, with the tokens of the record's `wrong_spans` flagged."""
+
+    def view(record: JudgedRecord, encoder: Encoder) -> EncodedRecord | str:
+        encoded = view_both_contexts(record, encoder)
+        if record.is_satisfactory:
+            return encoded
+        if not record.wrong_spans:
+            return "unsatisfactory, and without wrong_spans"
+        is_flagged = flag_spans(encoder.locate_tokens(record.output, encoded.response_ids), record.wrong_spans)
+        if not any(is_flagged):
+            return "unsatisfactory, and its wrong_spans contain no token"
+        encoded.extra.update(is_flagged=is_flagged, weights=[weight * flag for flag in is_flagged])
+        return encoded
+
+    return view
+
+
+def _view_scores(dataset: Sequence[TokenScores], locations: Sequence[str], encoder: Encoder, args: CUTConfig) -> View:
+    """A view that takes flags and weights from token scores.
+
+    Raises:
+        ConfigError: The settings are not for known flags, or differ from those that the scores were made with.
+        DataError: Scores of another tokenizer or template while `map_spans` is off.
+    """
+    if args.objective != "cut" or args.detector != "frozen":
+        raise ConfigError(
+            "the data are token scores, whose flags are for objective cut and detector frozen; got objective"
+            f" {args.objective}, detector {args.detector}"
+        )
+    problems = []
+    for key in ("threshold", "unlikelihood_weight", "gamma"):
+        wanted = getattr(args, key)
+        others = sorted({getattr(scores, key) for scores in dataset} - {wanted})
+        # A default is not taken for a request.
+        if others and wanted != CUTConfig.__dataclass_fields__[key].default:
+            problems.append(
+                f"{key}: the token scores were made with {others[0]}, got {wanted}; remove the setting, or run cutlm"
+                " blame again"
+            )
+    if problems:
+        raise ConfigError(problems)
+    tokenizer, template = fingerprint_tokenizer(encoder.tokenizer), fingerprint_template(encoder)
+    by_record: dict[int, TokenScores] = {}
+    templates = set()
+    for scores, location in zip(dataset, locations, strict=True):
+        if not args.map_spans and scores.template != template:
+            problems.append(f"{location}: field 'template': made with {scores.template}, training uses {template}")
+            templates.add(scores.template.partition(" ")[0])
+        if scores.token_ids != encoder.encode_response(scores.record.output):
+            if scores.tokenizer == tokenizer:
+                problems.append(
+                    f"{location}: field 'token_ids': expected those of output, got others; run cutlm blame again"
+                )
+                continue
+            if not args.map_spans:
+                problems.append(f"{location}: field 'tokenizer': made with another tokenizer than the model's")
+                continue
+            scores = map_to_tokenizer(scores, encoder)
+        by_record[id(scores.record)] = scores
+    if problems:
+        hint = "set map_spans: true to map flags and weights by their characters"
+        if len(templates) == 1 and (other := templates.pop()) != args.template and other in TEMPLATES:
+            hint = f"train with --template {other}, with which the scores were made, or {hint}"
+        raise DataError(problems, hint=hint)
+
+    def view(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+        scores = by_record[id(record)]
+        judged_ids = None
+        if args.parts.unsatisfactory and not record.is_satisfactory:
+            judged_ids = encoder.encode_prompt(record.full_instruction, record.judgment)
+        return EncodedRecord(
+            encoder.encode_prompt(record.full_instruction),
+            judged_ids,
+            list(scores.token_ids),
+            {"is_flagged": list(scores.is_flagged), "weights": list(scores.weights)},
+        )
+
+    return view
+
+
+def _downsample(data: PreparedData, name: str, share: float, seed: int) -> list[int]:
+    """Keep at most `share` satisfactory records per unsatisfactory one (paper, section 5.2); return their indices."""
+    is_satisfactory = data.rows["is_satisfactory"]
+    satisfactory = [index for index, good in enumerate(is_satisfactory) if good]
+    num_kept = min(len(satisfactory), int(share * (len(data.rows) - len(satisfactory))))
+    chosen = set(random.Random(seed).sample(satisfactory, num_kept))
+    kept = [index for index, good in enumerate(is_satisfactory) if not good or index in chosen]
+    num_dropped = len(satisfactory) - num_kept
+    data.rows = data.rows.select(kept)
+    data.num_left_out += num_dropped
+    data.notices.append(
+        f"{name}: downsample {share} keeps {num_kept} of {len(satisfactory)} satisfactory records; {num_dropped} left"
+        f" out, {len(kept)} to train on"
+    )
+    return kept
+
+
+# ---- The frozen detector ----
+
+
+def refuse_sharded_detector(args: CUTConfig) -> None:
+    """Raises:
+    ConfigError: The frozen detector would have to ask a model whose weights are sharded.
+    """
+    if args.is_sharded:
+        raise ConfigError(
+            "detector: frozen needs the whole model before training, which FSDP and DeepSpeed shard; run cutlm blame"
+            " first and train on its output"
+        )
+
+
+def _flag_rows(
+    data: PreparedData,
+    name: str,
+    args: CUTConfig,
+    model: nn.Module,
+    records: Sequence[JudgedRecord],
+    encoder: Encoder | None,
+    scores_file: ScoresFile | None,
+) -> None:
+    """Add the columns `is_flagged` and `weights`, made by the model as it is now."""
+    refuse_sharded_detector(args)
+    if not getattr(model, "is_quantized", False):
+        nn.Module.to(model, args.device)  # the Trainer does so only later
+    settings = FlagSettings(args.threshold, args.unlikelihood_weight, args.gamma, args.max_length)
+    rows = data.rows.to_list()
+    is_flagged: list[list[bool] | None] = [None] * len(rows)
+    weights: list[list[float] | None] = [None] * len(rows)
+    options: Any = {"is_bf16": bool(args.bf16), "show_progress": not args.disable_tqdm}
+    if scores_file is not None and encoder is not None:
+        for index, scores in enumerate(_score_once(data, rows, args, model, records, encoder, settings, scores_file)):
+            if rows[index]["judged_prompt_ids"] is not None:
+                is_flagged[index], weights[index] = scores.is_flagged, scores.weights
+    else:
+        judged = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is not None]
+        for batch in score_rows(model, [rows[index] for index in judged], **options):
+            for number, without, with_judgment in batch:
+                assert with_judgment is not None
+                flags = flag_response(round_logps(without), round_logps(with_judgment), settings)
+                is_flagged[judged[number]], weights[judged[number]] = flags
+    columns = {key: data.rows[key] for key in data.rows.column_names}
+    # Types are given because a column may hold nothing but None.
+    known = {"is_flagged": List(Value("bool")), "weights": List(Value("float64"))}
+    columns |= {"is_flagged": is_flagged, "weights": weights}
+    data.rows = Dataset.from_dict(columns, features=Features({**data.rows.features, **known}))
+
+
+def _score_once(
+    data: PreparedData,
+    rows: list[dict[str, Any]],
+    args: CUTConfig,
+    model: nn.Module,
+    records: Sequence[JudgedRecord],
+    encoder: Encoder,
+    settings: FlagSettings,
+    scores_file: ScoresFile,
+) -> list[TokenScores]:
+    """Token scores of the rows: those stored by an earlier start of the same run, or made now and stored.
+
+    Raises:
+        UserError: The file holds other scores, or the first process failed to make them.
+    """
+    language_model: Any = unwrap_peft(model)
+    detector = fingerprint_model(language_model.name_or_path)
+    quantization = getattr(language_model.config, "quantization_config", None)
+    backend = {
+        "revision": getattr(language_model.config, "_commit_hash", None),
+        "dtype": f"{language_model.dtype}",
+        "quantization": quantization and json.dumps(quantization.to_dict(), default=str, sort_keys=True),
+        "attn_implementation": language_model.config._attn_implementation,
+        "bf16": bool(args.bf16),
+        "device": args.device.type,
+    }
+    header = {key: getattr(settings, key) for key in ("threshold", "unlikelihood_weight", "gamma")}
+    header |= describe_run(records, encoder, settings, detector, backend)
+    path = scores_file.path
+    header_path = path.with_suffix(".json")
+    partial = path.with_name(f"{path.name}.partial")
+    # All machines share the folder, as they do for checkpoints, so one process writes.
+    with args.main_process_first(local=False, desc="blame"):
+        difference = _compare_scores(path, header_path, header)
+        if difference is None:
+            data.notices.append(f"{path}: reusing the token scores of these records by this model")
+            return read_token_scores(path)
+        if args.process_index:
+            raise UserError(
+                f"{path}: expected the token scores of the first process, found none; see its own error, or share the"
+                " folder between machines"
+            )
+        # A partial file next to it means that an earlier start was killed before the header was written.
+        if path.exists() and not partial.exists() and not scores_file.overwrite:
+            raise UserError(
+                f"{path}: {difference}; train on it as it is with cutlm train --data {path}, replace it with"
+                " --overwrite_output_dir, or name another output_dir"
+            )
+
+        def score(rows: Any, done: Any) -> Any:
+            options: Any = {"is_bf16": bool(args.bf16), "show_progress": not args.disable_tqdm}
+            return score_rows(model, rows, done=done, **options)
+
+        journal = Journal(path, header, overwrite=scores_file.overwrite)
+        num_resumed = len(journal.lines)
+        scores = score_with_journal(rows, records, journal, encoder, score, settings, detector)
+        header_path.unlink(missing_ok=True)
+        write_token_scores(path, scores)
+        with open_atomic(header_path) as file:
+            file.write(json.dumps(header | {"sha256": _hash(path)}, indent=2).encode())
+        journal.remove()
+        data.notices.append(f"{path}: {len(scores)} records scored ({num_resumed} of them by an interrupted run)")
+        return scores
+
+
+def _compare_scores(path: Path, header_path: Path, header: Mapping[str, Any]) -> str | None:
+    """Why a file of token scores is not what this run would make, or None if it is."""
+    if not path.exists():
+        return "no such file"
+    try:
+        found = json.loads(read_bytes(header_path))
+    except (ValueError, RecursionError):  # a DataError too, if there is none
+        found = None
+    if not isinstance(found, dict):
+        return f"without a readable {header_path.name} next to it, it is not known how it was made"
+    differing = [key for key in header if found.get(key) != header[key]]
+    if differing:
+        return f"made with other settings ({', '.join(differing)} differ)"
+    return None if found.get("sha256") == _hash(path) else "edited since it was made"
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def _finish_flags(data: PreparedData, name: str, args: CUTConfig) -> None:
+    """Count the flags, and drop what training on known flags does not need."""
+    is_satisfactory = data.rows["is_satisfactory"]
+    num_tokens = sum(len(ids) for ids, good in zip(data.rows["response_ids"], is_satisfactory, strict=True) if not good)
+    num_flagged = sum(sum(flags or ()) for flags in data.rows["is_flagged"])
+    share = num_flagged / max(1, num_tokens)
+    data.notices.append(
+        f"{name}: {num_flagged} of {num_tokens} tokens of unsatisfactory responses are flagged ({share:.1%})"
+    )
+    if args.parts.unsatisfactory:
+        return
+    kept = [
+        index
+        for index, good in enumerate(is_satisfactory)
+        if (args.use_satisfactory_loss if good else args.use_contrast_loss)
+    ]
+    if len(kept) < len(data.rows):
+        num_dropped = len(data.rows) - len(kept)
+        data.num_left_out += num_dropped
+        data.notices.append(f"{name}: {num_dropped} records of an excluded part of the loss are left out")
+        data.rows = data.rows.select(kept)
+    if not kept:
+        raise DataError(f"{name}: nothing is left to learn from", hint="\n".join(data.notices))
+    features = Features({**data.rows.features, "judged_prompt_ids": List(Value("int64"))})
+    columns = {key: data.rows[key] for key in data.rows.column_names} | {"judged_prompt_ids": [None] * len(kept)}
+    data.rows = Dataset.from_dict(columns, features=features)
+
+
+# ---- Encoded rows ----
+
+
+def _check_encoded(dataset: Dataset | Sequence[Any], name: str, args: CUTConfig) -> Dataset:
+    """Check rows of token ids that were made elsewhere.
+
+    Raises:
+        ConfigError: The objective needs something else than such rows hold.
+        DataError: Rows that cannot be used; all are named.
+    """
+    if args.objective not in ("cut", "dual_cut"):
+        raise ConfigError(
+            f"{name}: encoded rows are for objectives cut and dual_cut; pass records for objective {args.objective}"
+        )
+    names = set(dataset.column_names) if isinstance(dataset, Dataset) else {key for row in dataset for key in row}
+    for is_needed, column, setting in (
+        (args.objective == "dual_cut", "is_praised", "objective dual_cut"),
+        (args.detector == "spans", "is_flagged", "detector spans"),
+    ):
+        if is_needed and column not in names:
+            raise ConfigError(f"{name}: encoded rows for {setting} need the column {column}")
+    has_flags = "is_flagged" in names and any(row.get("is_flagged") is not None for row in dataset)
+    problems = [
+        f"{name}[{index}]: {problem}"
+        for index, row in enumerate(dataset)
+        for problem in _find_row_problems(row, has_flags, args.objective == "dual_cut")
+    ]
+    if problems:
+        raise DataError(problems)
+    if isinstance(dataset, Dataset):
+        if "judged_prompt_ids" not in dataset.column_names:
+            dataset = dataset.add_column("judged_prompt_ids", [None] * len(dataset))
+        if "is_satisfactory" not in dataset.column_names:
+            dataset = dataset.add_column("is_satisfactory", [ids is None for ids in dataset["judged_prompt_ids"]])
+        return dataset
+    extra = [key for key in ("is_flagged", "weights", "is_praised") if key in names]
+    return Dataset.from_list(
+        [
+            {key: row.get(key) for key in (*_ID_COLUMNS, *extra)}
+            | {
+                "location": row.get("location") or f"{name}[{index}]",
+                "is_satisfactory": row.get("is_satisfactory", row.get("judged_prompt_ids") is None),
+            }
+            for index, row in enumerate(dataset)
+        ]
+    )
+
+
+def _find_row_problems(row: Any, has_flags: bool, needs_praise: bool) -> list[str]:
+    """The problems of one encoded row.
+
+    Args:
+        row: The row.
+        has_flags: Whether any row has flags, so that every unsatisfactory one must.
+        needs_praise: Whether a judged row must say if its judgment is praise.
+    """
+    if not isinstance(row, Mapping):
+        return [f"expected a row of token ids, as the first one is, got {type(row).__name__}"]
+    problems = []
+    for key in _ID_COLUMNS:
+        ids = row.get(key)
+        if ids is None and key == "judged_prompt_ids":
+            continue
+        if not ids or not all(isinstance(token, int) and token >= 0 for token in ids):
+            problems.append(f"field {key!r}: expected a non-empty list of token ids, got {ids!r}")
+    if problems:
+        return problems
+    num_tokens, is_judged = len(row["response_ids"]), row.get("judged_prompt_ids") is not None
+    flags, weights, is_praised = (row.get(key) for key in ("is_flagged", "weights", "is_praised"))
+    columns = (
+        ("is_flagged", flags, "true or false", lambda flag: isinstance(flag, bool)),
+        ("weights", weights, "a number of at least 0", _is_weight),
+    )
+    are_needed = (
+        flags is not None or weights is not None or (has_flags and not row.get("is_satisfactory", not is_judged))
+    )
+    for key, values, expected, is_valid in columns if are_needed else ():
+        problem = f"field {key!r}: expected {expected} for each of the {num_tokens} tokens of response_ids"
+        if not isinstance(values, list | tuple):
+            problems.append(f"{problem}, got {'none' if values is None else type(values).__name__}")
+        elif len(values) != num_tokens:
+            problems.append(f"{problem}, got {len(values)} of them")
+        elif bad := [value for value in values if not is_valid(value)]:
+            problems.append(f"{problem}, got {bad[0]!r}")
+    if is_praised is not None and not isinstance(is_praised, bool):
+        problems.append(f"field 'is_praised': expected true or false, got {is_praised!r}")
+    elif needs_praise and is_judged and is_praised is None:
+        problems.append("field 'is_praised': expected true or false next to judged_prompt_ids, got none")
+    return problems
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def describe_replaced_template(tokenizer: PreTrainedTokenizerBase, template: str | None, name: str) -> list[str]:
+    """Say that the saved tokenizer will have another chat template than its own, if so.
+
+    Args:
+        tokenizer: With its own template.
+        template: The template of training; None keeps the tokenizer's.
+        name: The name of training's template.
+    """
+    if template is None or tokenizer.chat_template in (None, template):
+        return []
+    return [
+        f"the saved tokenizer gets the chat template of training (template: {name}) in place of its own; to keep its"
+        " own, set template: chat"
+    ]
