@@ -1,7 +1,8 @@
-"""Makes docs/chat.png, and prints the transcript of docs/chat.md: the real command, with the packaged tiny model, in a
-terminal of its own.
+"""Make docs/chat.png and print the transcript in docs/chat.md, by running `cutlm chat` in a pseudo-terminal.
 
   python docs/chat_picture.py
+
+The model is the one in the package; its greedy answers are always the same.
 """
 
 import fcntl
@@ -36,27 +37,27 @@ GROUND, INK, RED = "#16181d", "#d8dbe2", "#ff6b6b"
 STYLE = re.compile("\033\\[([0-9;]*)m")
 
 
-def run_chat(lines: tuple[str, ...], folder: Path, *, has_colour: bool) -> str:
-    """Types lines into `cutlm chat`, each when it is asked for, and returns what the terminal got."""
-    place = folder / MODEL
-    place.parent.mkdir(parents=True)
-    place.symlink_to(REPOSITORY / MODEL)
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, NUM_COLUMNS, 0, 0))
+def run_chat(lines: tuple[str, ...], folder: Path, *, has_color: bool) -> str:
+    """Type each line at the prompt of `cutlm chat` and return the terminal output."""
+    link = folder / MODEL
+    link.parent.mkdir(parents=True)
+    link.symlink_to(REPOSITORY / MODEL)
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 50, NUM_COLUMNS, 0, 0))
     environment = os.environ | {"TERM": "dumb", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY / "src")}
-    environment |= {"NO_COLOR": "" if has_colour else "1"}
+    environment |= {"NO_COLOR": "" if has_color else "1"}
     command = [sys.executable, "-m", "cutlm", "chat", "--model", MODEL]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env=environment)
-    os.close(theirs)
+    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, cwd=folder, env=environment)
+    os.close(child)
     text, rest = "", [*lines, "/quit"]
     while True:
         try:
-            text += os.read(ours, 4096).decode()
-        except OSError:  # it has ended
+            text += os.read(parent, 4096).decode()
+        except OSError:  # the process has exited
             break
         if rest and text.endswith("\n> "):
-            os.write(ours, f"{rest.pop(0)}\n".encode())
-    os.close(ours)
+            os.write(parent, f"{rest.pop(0)}\n".encode())
+    os.close(parent)
     if process.wait():
         raise SystemExit(text)
     text = text.replace("\r\n", "\n")
@@ -64,7 +65,7 @@ def run_chat(lines: tuple[str, ...], folder: Path, *, has_colour: bool) -> str:
 
 
 def draw(text: str, out: Path) -> None:
-    """Draws what a terminal got: plain, and bold, red and underlined where it was told so."""
+    """Draw terminal output; supports bold, red and underlined text."""
     regular, bold = (
         ImageFont.truetype(
             font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans Mono", weight=weight)), FONT_SIZE
@@ -95,9 +96,9 @@ def draw(text: str, out: Path) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        draw(run_chat(LINES, Path(folder), has_colour=True), REPOSITORY / "docs" / "chat.png")
+        draw(run_chat(LINES, Path(folder), has_color=True), REPOSITORY / "docs" / "chat.png")
     with tempfile.TemporaryDirectory() as folder:
-        print(run_chat(LINES, Path(folder), has_colour=False))
+        print(run_chat(LINES, Path(folder), has_color=False))
         print(f"$ cat records.jsonl\n{(Path(folder) / 'records.jsonl').read_text('utf-8')}", end="")
 
 

@@ -1,9 +1,9 @@
-"""Makes the pictures of docs/eval-*.md: of the commands' own result.png, on the tiny world's base model and, for
-AlpacaEval, on verdicts that were published.
+"""Make the pictures in docs/evaluation.md: the result.png of each command.
 
   python docs/evaluation_pictures.py --annotations cut-13b.annotations.json
 
-Takes a minute on a CPU. What the commands made is left in a temporary folder, whose name is printed, with their tables.
+AlpacaEval uses the published verdicts, the other commands the tiny world's base model. Takes a minute on a CPU. The
+results remain in a temporary folder, which is printed.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def measure_alpaca(folder: Path, annotations: str) -> None:
 
 
 def measure_rouge(folder: Path, model: str) -> None:
-    """The base model's answers against right ones."""
+    """Compare the base model's responses with right answers."""
     references = folder / "references.jsonl"
     write_rows(
         references, ({"instruction": task.instruction, "output": task.right_answers[0]} for task in list_tasks(SPLIT))
@@ -44,7 +44,7 @@ def measure_rouge(folder: Path, model: str) -> None:
 
 
 def measure_harness(folder: Path, model: str) -> None:
-    """For each family of the world a benchmark: is the right answer likelier than a wrong one?"""
+    """Make a benchmark per task family: is the right answer more likely than a wrong one?"""
     tasks = folder / "tasks"
     tasks.mkdir()
     rng = random.Random(0)
@@ -67,7 +67,7 @@ def measure_harness(folder: Path, model: str) -> None:
 
 
 def measure_detection(folder: Path, model: str) -> None:
-    """Do the judge's words show where the base model's answers are wrong?"""
+    """Compare the flags of the oracle's judgments with the true wrong spans."""
     tasks, responses, records, marked, scores = (
         str(folder / f"{name}.jsonl") for name in ("dev", "responses", "records", "marked", "scores")
     )
@@ -82,7 +82,7 @@ def measure_detection(folder: Path, model: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--annotations", required=True, metavar="FILE", help="GPT-4's published verdicts on CUT 13B")
+    parser.add_argument("--annotations", required=True, metavar="FILE", help="the published GPT-4 verdicts on CUT 13B")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="evaluation-pictures-"))
     model = str(base_path())
@@ -92,7 +92,7 @@ def main() -> None:
     measure_detection(folder, model)
     for name in ("alpaca", "rouge", "harness", "detection"):
         shutil.copyfile(folder / name / "result.png", DOCS / f"eval-{name}.png")
-    print(f"{DOCS}/eval-*.png are made of what is in {folder}")
+    print(f"{DOCS}/eval-*.png were made from {folder}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Makes the pictures of docs/inspect.md: what judgments blame in answers of the tiny world's base model, and what a
-short training on other instructions changes in these answers' tokens.
+"""Make the screenshots in docs/inspect.md: the tiny world's base model, and the same model after a short training.
 
   python docs/pictures.py
 
-Needs playwright (`pip install '.[dev]'`) and Debian's chromium; takes about a minute on a CPU. Scores and pages are
-left in a temporary folder, whose name is printed.
+Needs playwright (`pip install '.[dev]'`) and chromium; takes about a minute on a CPU. The scores and pages remain in a
+temporary folder, which is printed.
 """
 
 import shutil
@@ -27,7 +26,7 @@ NUM_TRAINED_ON, NUM_STEPS, NUM_SHOWN = 280, 60, 70
 
 
 def make_pages(folder: Path) -> tuple[Path, Path]:
-    """A page of the base model's scores, and one of both models'."""
+    """Make a page of the base model's scores, and one that compares both models."""
     run_iteration(folder / "training", base_path(), list_tasks("train")[:NUM_TRAINED_ON], NUM_STEPS, 1, Terminal())
     tasks = list_tasks("dev")[:NUM_SHOWN]
     generate(folder / "responses.json", base_path(), tasks)
@@ -47,9 +46,11 @@ def make_pages(folder: Path) -> tuple[Path, Path]:
     return one, two
 
 
-def draw(browser: Any, page_path: Path, out: Path, colours: str) -> None:
-    """Draws the top of a page, the threshold moved a little and the pointer on a flagged token."""
-    page = browser.new_page(viewport={"width": 1120, "height": 1010}, color_scheme=colours, device_scale_factor=1.25)
+def draw(browser: Any, page_path: Path, out: Path, color_scheme: str) -> None:
+    """Take a screenshot of the top of a page, with threshold 1.2 and the pointer on a flagged token."""
+    page = browser.new_page(
+        viewport={"width": 1120, "height": 1010}, color_scheme=color_scheme, device_scale_factor=1.25
+    )
     page.goto(page_path.as_uri())
     page.fill("#threshold", "1.2")
     page.wait_for_selector("#marker", state="attached")
@@ -66,7 +67,7 @@ def main() -> None:
         draw(browser, one, DOCS / "inspect-one.png", "light")
         draw(browser, two, DOCS / "inspect-two.png", "dark")
         browser.close()
-    print(f"{DOCS / 'inspect-one.png'} and {DOCS / 'inspect-two.png'} are made of what is in {folder}")
+    print(f"{DOCS / 'inspect-one.png'} and {DOCS / 'inspect-two.png'} were made from {folder}")
 
 
 if __name__ == "__main__":
