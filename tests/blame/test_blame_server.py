@@ -366,7 +366,7 @@ def test_another_server_does_not_go_on_with_a_stopped_run(
     assert main(options) == 2
     options[options.index("the-model")] = "another-model"
     assert main(options) == 2
-    assert "begun with other settings (model differ)" in capsys.readouterr().err
+    assert "started with other settings (model differ)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -216,15 +216,15 @@ def test_other_settings_do_not_mix_with_a_stopped_run(
         (["--max_tokens_per_batch", "999"], "max_tokens_per_batch"),
     ):
         assert main([*options, *further]) == 2
-        assert f"begun with other settings ({names} differ); give the same ones to go on" in capsys.readouterr().err
+        assert f"started with other settings ({names} differ)" in capsys.readouterr().err
     write(data, RECORDS[:-1])
     assert main(options) == 2
-    assert "begun with other settings (data differ)" in capsys.readouterr().err
+    assert "started with other settings (data differ)" in capsys.readouterr().err
     write(data, RECORDS)
     changed = time.time() + 5
     os.utime(model / "model.safetensors", (changed, changed))
     assert main(options) == 2
-    assert "begun with other settings (model differ)" in capsys.readouterr().err
+    assert "started with other settings (model differ)" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl.partial").read_bytes() == before
 
 
@@ -269,7 +269,7 @@ def test_a_partial_file_with_a_line_of_something_else_is_refused_in_a_sentence(
     records, encoder = load_records(data), Encoder(AutoTokenizer.from_pretrained(model), "alpaca")
     header = describe_run(records, encoder, FlagSettings(), "m", {})
     (tmp_path / "out.jsonl.partial").write_text(f"{json.dumps(header)}\n{BROKEN_LINES[name]}\n")
-    with pytest.raises(UserError, match=r"out.jsonl.partial: not what a stopped run leaves; remove it to start anew"):
+    with pytest.raises(UserError, match=r"out.jsonl.partial: not the partial file of a stopped run"):
         blame_file(records, ["a"] * 7, out, encoder, lambda *_: iter(()), FlagSettings(), detector="m", backend={})  # type: ignore[arg-type, return-value]
 
 
@@ -279,7 +279,7 @@ def test_a_journal_without_finished_lines_is_in_nobodys_way(tmp_path: Path) -> N
     assert Journal(tmp_path / "out", {"seed": 2}).lines == []
     assert path.read_text() == '{"seed": 2}\n'
     path.write_text('{"of": "somebody else"}\n')
-    with pytest.raises(UserError, match="begun with other settings"):
+    with pytest.raises(UserError, match="started with other settings"):
         Journal(tmp_path / "out", {"seed": 2})
 
 
@@ -374,7 +374,7 @@ def test_nothing_is_written_over(model: Path, data: Path, tmp_path: Path, capsys
     assert main(list_options(model, data, out)) == 2
     assert "exists; name another file, or replace it with --overwrite" in capsys.readouterr().err
     assert main(list_options(model, data, data, "--overwrite")) == 2
-    assert "expected a file of its own, got one of the inputs" in capsys.readouterr().err
+    assert "got one of the inputs" in capsys.readouterr().err
     assert out.read_text() == "precious"
     assert main(list_options(model, data, out, "--overwrite")) == 0
     assert len(read_token_scores(out)) == len(RECORDS)

@@ -1,8 +1,6 @@
-"""`cutlm convert`: what each source becomes, what is left out and why, and what is refused."""
+"""`cutlm convert`: the records of each source, what is left out and why, and what is refused."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from copy import deepcopy
 
@@ -39,14 +37,14 @@ def values_of(conversion):
 # alpaca
 
 
-def test_alpaca_rows_are_kept_with_all_their_fields_and_a_null_input_becomes_empty():
+def test_alpaca_rows_keep_their_fields_and_a_null_input_becomes_empty():
     row = {"id": 3, "instruction": "x", "input": None, "output": "y", "judgment": None, "reason": None}
     conversion = alpaca.convert(place([row | {"score": None, "i_ans": ""}, row | {"score": 8, "i_ans": "z"}]))
     assert values_of(conversion) == [row | {"input": ""}, row | {"input": "", "score": 8, "i_ans": "z"}]
     assert (conversion.num_read, conversion.left_out) == (2, Counter())
 
 
-def test_the_published_judgments_stay_as_they_are(shared_data, tmp_path, capsys):
+def test_the_published_judgments_are_unchanged(shared_data, tmp_path, capsys):
     files = [shared_data / "judgments" / f"iter{number}.json" for number in (1, 2, 3)]
     assert main(["convert", "alpaca", *map(str, files), "--out", str(tmp_path / "all.json")]) == 0
     assert json.loads((tmp_path / "all.json").read_text()) == [
@@ -58,25 +56,21 @@ def test_the_published_judgments_stay_as_they_are(shared_data, tmp_path, capsys)
     ]
 
 
-def test_every_bad_alpaca_row_is_named_and_nothing_is_written(tmp_path, capsys):
+def test_every_invalid_alpaca_row_is_named_and_nothing_is_written(tmp_path, capsys):
     good = {"instruction": "x", "output": "y", "judgment": None}
     file = write(tmp_path / "in.jsonl", [good, good | {"output": ""}, good | {"judgment": ["z"]}, [1]])
     assert main(["convert", "alpaca", file, "--out", str(tmp_path / "out.jsonl")]) == 2
-    assert capsys.readouterr().err.splitlines() == [
-        f"cutlm convert: {file}:2: field 'output': expected text, got an empty string",
-        f"{file}:3: field 'judgment': expected a string or null, got a list",
-        f"{file}:4: expected an object with the fields instruction, input, output, judgment, score, i_ans, wrong_spans,"
-        " got a list",
-        f"3 problems in {file}; mend them, nothing was skipped",
-    ]
+    err = capsys.readouterr().err
+    for part in (":2: field 'output'", ":3: field 'judgment'", ":4: expected an object"):
+        assert f"{file}{part}" in err
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_row_without_a_judgment_gets_a_null_and_is_said_to_count_as_satisfactory(tmp_path, capsys):
+def test_a_row_without_a_judgment_gets_a_null_and_is_counted(tmp_path, capsys):
     file = write(tmp_path / "in.jsonl", [{"instruction": "x", "output": "y"}])
     assert main(["convert", "alpaca", file, "--out", str(tmp_path / "out.jsonl")]) == 0
     assert read(tmp_path / "out.jsonl") == [{"instruction": "x", "output": "y", "judgment": None}]
-    assert "1 records have no field 'judgment' and count as satisfactory" in capsys.readouterr().out
+    assert "1 records have no field 'judgment'" in capsys.readouterr().out
 
 
 # shepherd
@@ -95,7 +89,7 @@ SHEPHERD_RECORDS = [
 ]
 
 
-def test_shepherds_two_files_make_the_records_in_either_order():
+def test_shepherds_two_files_are_accepted_in_either_order():
     one, other = place(SHEPHERD_MODEL, "m"), place(SHEPHERD_RAW, "r")
     for conversion in (shepherd.convert(one, other), shepherd.convert(other, one)):
         assert values_of(conversion) == SHEPHERD_RECORDS
@@ -111,53 +105,47 @@ def test_shepherd_answers_and_feedback_without_text_are_left_out_and_counted():
     assert conversion.left_out == {"empty answer": 1, "empty feedback": 1}
 
 
-def test_shepherd_rows_that_do_not_match_are_all_named_by_both_lines():
+def test_shepherd_rows_that_do_not_match_are_all_named_by_both_locations():
     raw = [
         {"metadata": {"context": "1 + 2 = ?", "output_candidate": "5"}},
         {"metadata": {"context": "1 + 1?", "output_candidate": "22"}},
     ]
     with pytest.raises(DataError) as error:
         shepherd.convert(place(SHEPHERD_MODEL, "m"), place(raw, "r"))
-    ending = "to be the same text, got two different ones; the files must list the same answers in the same order"
-    assert error.value.problems == [
-        f"m:1 and r:1: expected 'question' and 'metadata.context' {ending}",
-        f"m:1 and r:1: expected 'answer' and 'metadata.output_candidate' {ending}",
-        f"m:2 and r:2: expected 'answer' and 'metadata.output_candidate' {ending}",
+    assert [problem.partition(" to be")[0] for problem in error.value.problems] == [
+        "m:1 and r:1: expected 'question' and 'metadata.context'",
+        "m:1 and r:1: expected 'answer' and 'metadata.output_candidate'",
+        "m:2 and r:2: expected 'answer' and 'metadata.output_candidate'",
     ]
 
 
 def test_shepherd_files_of_different_length_or_of_one_kind_are_refused():
     model, raw = place(SHEPHERD_MODEL, "m"), place(SHEPHERD_RAW, "r")
-    with pytest.raises(
-        DataError,
-        match=r"two files of the same length, got 2 rows without 'metadata' \(the last is m:2\)"
-        r" and 1 rows with 'metadata' \(the last is r:1\)",
+    for one, other, message in (
+        (raw[:1], model, "same length, got 2 rows without 'metadata' .*m:2.* and 1 rows with 'metadata' .*r:1"),
+        (model, model, "got 2 rows without 'metadata' .* and 2 rows without 'metadata'"),
+        (raw, raw, "got 2 rows with 'metadata' .* and 2 rows with 'metadata'"),
+        (model, [], "got 2 rows without 'metadata' .* and a file without rows"),
     ):
-        shepherd.convert(raw[:1], model)
-    for one, other, got in (
-        (model, model, r"got 2 rows without 'metadata' \(the last is m:2\) and 2 rows without 'metadata'"),
-        (raw, raw, r"got 2 rows with 'metadata' \(the last is r:2\) and 2 rows with 'metadata'"),
-        (model, [], r"got 2 rows without 'metadata' \(the last is m:2\) and a file without rows"),
-    ):
-        with pytest.raises(DataError, match=rf"'feedback' and one with 'metadata', {got}.*; give human_data_for_model"):
+        with pytest.raises(DataError, match=message):
             shepherd.convert(one, other)
 
 
-def test_bad_shepherd_fields_are_all_named_by_line_and_path():
+def test_invalid_shepherd_fields_are_all_named_by_location_and_path():
     model = [SHEPHERD_MODEL[0] | {"feedback": None}, {"question": "x"}]
     raw = [SHEPHERD_RAW[0], {"metadata": {"context": 1, "output_candidate": "x", "output_correct": ["y"]}}]
     with pytest.raises(DataError) as error:
         shepherd.convert(place(model, "m"), place(raw, "r"))
     assert error.value.problems == [
         "m:1: field 'feedback': expected a string, got null",
-        "m:2: field 'answer' is missing; the object around it has 'question'",
-        "m:2: field 'feedback' is missing; the object around it has 'question'",
+        "m:2: field 'answer' is missing; the object has 'question'",
+        "m:2: field 'feedback' is missing; the object has 'question'",
         "r:2: field 'metadata.context': expected a string, got a number (1)",
         "r:2: field 'metadata.output_correct': expected a string, got a list",
     ]
 
 
-def test_the_folder_of_shepherd_gives_1317_records(shared_data, tmp_path, capsys):
+def test_the_shepherd_folder_gives_1317_records(shared_data, tmp_path, capsys):
     out = tmp_path / "shepherd.jsonl.gz"
     assert main(["convert", "shepherd", str(shared_data / "shepherd"), "--out", str(out)]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -170,25 +158,25 @@ def test_the_folder_of_shepherd_gives_1317_records(shared_data, tmp_path, capsys
     assert len({record.model_extra["id"] for record in check.records}) == 1317
 
 
-def test_a_line_of_shepherd_that_is_changed_is_found(shared_data, tmp_path, capsys):
+def test_swapped_lines_of_shepherd_are_found(shared_data, tmp_path, capsys):
     folder = shared_data / "shepherd"
     lines = (folder / "human_data_raw.jsonl").read_text("utf-8").splitlines(keepends=True)
     changed = tmp_path / "raw.jsonl"
     changed.write_text("".join([*lines[:700], lines[701], lines[700], *lines[702:]]), "utf-8")
     model = folder / "human_data_for_model.jsonl"
     assert main(["convert", "shepherd", str(changed), str(model), "--out", str(tmp_path / "out.jsonl")]) == 2
-    err = capsys.readouterr().err
-    assert f"{model}:701 and {changed}:701: expected 'question' and 'metadata.context'" in err
-    assert f"{model}:702 and {changed}:702: expected 'question' and 'metadata.context'" in err
-    assert len(err.splitlines()) == 4
-    assert not (tmp_path / "out.jsonl").exists()
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 4
+    for line, number in zip(err, (701, 701, 702, 702), strict=True):
+        assert f"{model}:{number} and {changed}:{number}: " in line
 
 
 # critiques
 
 
-def make_answer(text="An answer.", critiques_of_it=None, rating=7, skip=False):
-    pairs = None if critiques_of_it is None else [{"text": text, "refinement": fix} for text, fix in critiques_of_it]
+def make_answer(text="An answer.", pairs=None, rating=7, skip=False):
+    if pairs is not None:
+        pairs = [{"text": critique, "refinement": refinement} for critique, refinement in pairs]
     return {"answer": text, "feedback": {"skip": skip, "rating": rating, "critiques": pairs}}
 
 
@@ -212,7 +200,7 @@ def convert_question(rankings, *answers):
     return values_of(conversion), dict(conversion.left_out)
 
 
-def test_an_answer_with_critiques_gets_them_joined_and_the_last_refinement():
+def test_critiques_are_joined_and_the_last_refinement_is_taken():
     answer = make_answer("Bad.", [(" It is", "Fix 1."), ("bad. ", "Fix 2.")], rating=3)
     record = {"instruction": "A passage.\nQ1?", "output": "Bad.", "judgment": "It is bad.", "i_ans": "Fix 2."}
     assert convert_question([1], answer) == ([record | {"id": "p1"}], {})
@@ -230,12 +218,12 @@ def test_an_answer_without_critiques_is_satisfactory_only_when_rated_7(none):
     ("rankings", "best"),
     [([1, 3, 2], 1), ([3, 1, 2], 0), ([1, 2, 2], 1), ([0, 0, 0], 0), ([-3, -2, -1.5], 2)],
 )
-def test_the_answer_with_the_largest_ranking_is_taken_and_the_first_of_equals(rankings, best):
+def test_the_first_answer_with_the_largest_ranking_is_taken(rankings, best):
     records, _ = convert_question(rankings, *(make_answer(f"Answer {number}.") for number in range(3)))
     assert records[0]["output"] == f"Answer {best}."
 
 
-def test_where_the_best_answer_cannot_be_used_no_other_is_taken():
+def test_if_the_best_answer_cannot_be_used_no_other_is_taken():
     good = make_answer("Good.")
     assert convert_question([2, 1], make_answer(skip=True), good) == ([], {"feedback was skipped": 1})
     assert convert_question([2, 1], make_answer(" \n"), good) == ([], {"empty answer": 1})
@@ -253,25 +241,19 @@ def test_the_only_answer_needs_no_ranking(rankings):
     assert records[0]["output"] == "Good."
 
 
-def test_questions_without_usable_rankings_are_all_named():
+@pytest.mark.parametrize(
+    ("rankings", "got"),
+    [(None, "none"), ([1], "1 of them"), ([], "0 of them"), ([1, None], "a null"), ([1, None, 2], "a null")],
+)
+def test_incomplete_rankings_are_named(rankings, got):
     answers = [make_answer(), make_answer()]
-    lines = [make_line(([1, 2], answers), (None, answers)), make_line(([1], answers), ([1, None], answers))]
-    del lines[1]["data"]["questions"][0]["rankings"][0]
+    line = make_line(([1, 2], answers), (rankings, answers))
+    with pytest.raises(DataError, match=rf"data\.jsonl:1: field 'data\.questions\[1\]\.rankings': .* got {got}"):
+        critiques.convert(place([line]))
+    del line["data"]["questions"][0]["rankings"]
     with pytest.raises(DataError) as error:
-        critiques.convert(place(lines))
-    expected = "expected a number for each of the 2 answers, got"
-    ending = "; without them the best answer is unknown"
-    assert error.value.problems == [
-        f"data.jsonl:1: field 'data.questions[1].rankings': {expected} none{ending}",
-        f"data.jsonl:2: field 'data.questions[0].rankings': {expected} 0 of them{ending}",
-        f"data.jsonl:2: field 'data.questions[1].rankings': {expected} a null among them{ending}",
-    ]
-    with pytest.raises(DataError, match="got a null among them"):
-        critiques.convert(place([make_line(([1, None, 2], answers))]))
-    missing = make_line((None, answers))
-    del missing["data"]["questions"][0]["rankings"]
-    with pytest.raises(DataError, match=r"data\.jsonl:1: field 'data\.questions\[0\]\.rankings': .* got none"):
-        critiques.convert(place([missing]))
+        critiques.convert(place([line]))
+    assert len(error.value.problems) == 2
 
 
 @pytest.mark.parametrize(
@@ -294,12 +276,11 @@ def test_questions_without_usable_rankings_are_all_named():
         (
             ["data", "questions", 0, "answers", 1, "feedback", "critiques"],
             [{"refinement": "x"}],
-            "field 'data.questions[0].answers[1].feedback.critiques[0].text' is missing; the object around it has"
-            " 'refinement'",
+            "field 'data.questions[0].answers[1].feedback.critiques[0].text' is missing; the object has 'refinement'",
         ),
     ],
 )
-def test_bad_fields_of_critiques_are_named_by_line_and_path(path, value, message):
+def test_invalid_fields_of_critiques_are_named_by_location_and_path(path, value, message):
     line = make_line(([1, 2], [make_answer(), make_answer()]))
     inner = line
     for part in path[:-1]:
@@ -310,13 +291,13 @@ def test_bad_fields_of_critiques_are_named_by_line_and_path(path, value, message
     assert error.value.problems == [f"data.jsonl:1: {message}"]
 
 
-def test_a_row_that_is_no_object_is_refused_with_what_it_is():
+def test_a_row_that_is_not_an_object_is_refused():
     with pytest.raises(DataError) as error:
         critiques.convert(place([["x"], {}, None]))
     assert error.value.problems == [
-        "data.jsonl:1: expected an object, got a list",
-        "data.jsonl:2: field 'data' is missing; the object around it has no fields",
-        "data.jsonl:3: expected an object, got null",
+        "data.jsonl:1: expected an object with the fields id, data, got a list",
+        "data.jsonl:2: field 'data' is missing; the object has no fields",
+        "data.jsonl:3: expected an object with the fields id, data, got null",
     ]
 
 
@@ -341,7 +322,7 @@ answers = st.fixed_dictionaries(
 
 
 @given(st.lists(st.lists(answers, max_size=3), max_size=4))
-def test_every_question_is_either_a_good_record_or_left_out_with_a_reason(questions):
+def test_every_question_is_either_a_valid_record_or_left_out_with_a_reason(questions):
     line = make_line(*(([0.5] * len(group), group) for group in questions))
     conversion = critiques.convert(place([line]))
     assert conversion.num_read == len(questions) == len(conversion.rows) + conversion.left_out.total()
@@ -383,12 +364,12 @@ def test_every_completion_becomes_a_record_with_critique_and_score():
     [(["1"], 1), (["5", 5], 10), (["3"], 5.5), (["4", "5", "N/A", None], 8.875), (["2.5"], 4.375)],
 )
 @pytest.mark.parametrize("missing", [None, "N/A"])
-def test_without_an_overall_score_the_mean_rating_is_stretched_from_5_to_10(ratings, score, missing):
+def test_without_an_overall_score_the_mean_rating_is_scaled(ratings, score, missing):
     ((record,), _) = convert_completion(score=missing, ratings=ratings)
     assert record["score"] == pytest.approx(score)
 
 
-def test_a_score_may_be_missing_where_there_is_a_critique():
+def test_a_score_may_be_missing_if_there_is_a_critique():
     completion = {"response": "x", "critique": "y"}
     (record,) = values_of(ultrafeedback.convert(place([make_row(completion)])))
     assert record == {"instruction": "Say something.", "output": "x", "judgment": "y", "source": "sharegpt"}
@@ -402,7 +383,7 @@ def test_a_score_may_be_a_number_in_a_string():
 
 
 @pytest.mark.parametrize("critique", [None, "", " \n"])
-def test_a_completion_without_critique_is_kept_only_where_its_score_is_satisfactory(critique):
+def test_a_completion_without_critique_is_kept_only_if_its_score_is_satisfactory(critique):
     ((record,), _) = convert_completion(critique=critique, score=7)
     assert record["judgment"] is None
     assert convert_completion(critique=critique, score=6.5) == ([], {"no critique, but scored below 7": 1})
@@ -417,38 +398,29 @@ def test_completions_without_text_or_with_an_impossible_score_are_left_out_and_c
     assert convert_completion(score=None, ratings=["6"]) == ([], {"score outside 1 to 10": 1})
 
 
+NOT_A_NUMBER = 'expected a finite number, null or "N/A", got a'
+
+
 @pytest.mark.parametrize(
     ("completion", "message"),
     [
-        ({"critique": "x"}, "completions[1].response' is missing; the object around it has 'critique'"),
-        (make_completion(critique=["x"]), "completions[1].critique': expected a string, got a list"),
-        (
-            make_completion(score="high"),
-            'completions[1].overall_score\': expected a finite number, null or "N/A", got a string',
-        ),
-        (
-            make_completion(score=True),
-            'completions[1].overall_score\': expected a finite number, null or "N/A", got a boolean (True)',
-        ),
-        (
-            make_completion(score="nan"),
-            'completions[1].overall_score\': expected a finite number, null or "N/A", got a string',
-        ),
-        (
-            make_completion(ratings=["4", [5]]),
-            'completions[1].annotations.aspect1.Rating\': expected a finite number, null or "N/A", got a list',
-        ),
-        (make_completion() | {"annotations": []}, "completions[1].annotations': expected an object, got a list"),
+        ({"critique": "x"}, "response' is missing; the object has 'critique'"),
+        (make_completion(critique=["x"]), "critique': expected a string, got a list"),
+        (make_completion(score="high"), f"overall_score': {NOT_A_NUMBER} string"),
+        (make_completion(score=True), f"overall_score': {NOT_A_NUMBER} boolean (True)"),
+        (make_completion(score="nan"), f"overall_score': {NOT_A_NUMBER} string"),
+        (make_completion(ratings=["4", [5]]), f"annotations.aspect1.Rating': {NOT_A_NUMBER} list"),
+        (make_completion() | {"annotations": []}, "annotations': expected an object, got a list"),
     ],
 )
-def test_bad_fields_of_ultrafeedback_are_named_by_line_and_path(completion, message):
+def test_invalid_fields_of_ultrafeedback_are_named_by_location_and_path(completion, message):
     for convert in (ultrafeedback.convert, ultrafeedback.convert_to_pairs):
         with pytest.raises(DataError) as error:
             convert(place([make_row(make_completion(), completion)]))
-        assert error.value.problems == [f"data.jsonl:1: field '{message}"]
+        assert error.value.problems == [f"data.jsonl:1: field 'completions[1].{message}"]
 
 
-def test_pairs_are_all_completions_of_one_instruction_that_differ_in_score():
+def test_pairs_are_all_completions_of_an_instruction_with_different_scores():
     low, high, same = (
         make_completion("Low.", score=2),
         make_completion("High.", "", 9),
@@ -493,33 +465,28 @@ def test_the_command_writes_pairs(tmp_path, capsys):
     assert main(["convert", "ultrafeedback", file, "--pairs", "--out", str(out)]) == 0
     assert capsys.readouterr().out.splitlines() == ["1 pairs read, 1 kept, 0 left out", f"{out}: 1 pairs"]
     assert [sorted(pair) for pair in read(out)] == [["chosen", "chosen_score", "prompt", "rejected", "rejected_score"]]
-    assert main(["convert", "alpaca", file, "--pairs", "--out", str(out)]) == 2
-    assert "--pairs: expected the source 'ultrafeedback', got 'alpaca'" in capsys.readouterr().err
 
 
-def test_where_nothing_is_kept_no_file_is_written_and_the_reasons_are_given(tmp_path, capsys):
+def test_if_nothing_is_kept_no_file_is_written_and_the_reasons_are_printed(tmp_path, capsys):
     file = write(tmp_path / "in.jsonl", [make_line(([1], [make_answer(skip=True)]))])
     assert main(["convert", "critiques", file, "--out", str(tmp_path / "out.jsonl")]) == 2
-    assert capsys.readouterr().err.splitlines() == [
-        f"cutlm convert: {file}: nothing to write, 1 questions read and none kept",
-        "1 left out: feedback was skipped",
-    ]
+    assert "1 left out: feedback was skipped" in capsys.readouterr().err
     empty = write(tmp_path / "empty.jsonl", [])
     assert main(["convert", "alpaca", empty, "--out", str(tmp_path / "out.jsonl")]) == 2
-    assert f"{empty}: nothing to write, 0 rows read and none kept" in capsys.readouterr().err
+    assert f"{empty}: nothing to write" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_text_no_record_can_hold_is_named_with_its_line_and_the_old_file_stays(tmp_path, capsys):
+def test_a_text_that_records_refuse_is_named_and_the_old_file_stays(tmp_path, capsys):
     file = write(tmp_path / "in.jsonl", [make_row(make_completion()), make_row(make_completion(critique="a\0"))])
     out = tmp_path / "out.jsonl"
     out.write_text("old")
     assert main(["convert", "ultrafeedback", file, "--out", str(out)]) == 2
-    assert f"{file}:2: field 'judgment': expected text without null bytes, got one at 1" in capsys.readouterr().err
+    assert f"{file}:2: field 'judgment': expected text without null bytes" in capsys.readouterr().err
     assert out.read_text() == "old"
 
 
-def test_lines_that_are_not_json_are_all_named(tmp_path, capsys):
+def test_lines_that_are_not_json_are_named_for_every_file(tmp_path, capsys):
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for file in files:
         file.write_text('{}\n{"a"\n')
@@ -535,17 +502,13 @@ def test_an_input_is_never_overwritten(link, tmp_path, capsys):
     row = {"instruction": "x", "output": "y", "judgment": None}
     file = tmp_path / "in.jsonl"
     write(file, [row])
-    out = tmp_path / "out.jsonl"
-    if link == "same":
-        out = file
-    elif link == "dotted":
-        out = tmp_path / ".." / tmp_path.name / "in.jsonl"
-    elif link == "symbolic":
+    out = {"same": file, "dotted": tmp_path / ".." / tmp_path.name / "in.jsonl"}.get(link, tmp_path / "out.jsonl")
+    if link == "symbolic":
         out.symlink_to(file)
-    else:
+    elif link == "hard":
         out.hardlink_to(file)
     assert main(["convert", "alpaca", str(file), "--out", str(out)]) == 2
-    assert f"--out {out}: expected a file of its own, got one of the inputs" in capsys.readouterr().err
+    assert f"--out {out}" in capsys.readouterr().err
     assert read(file) == [row]
 
 
@@ -553,37 +516,30 @@ def test_wrong_inputs_give_exit_code_2_and_the_reason(tmp_path, capsys):
     out = str(tmp_path / "out.jsonl")
     file = write(tmp_path / "in.jsonl", SHEPHERD_MODEL)
     for argv, message in (
-        (["alpaca", str(tmp_path / "nothing")], "nothing: no such file; check the path"),
-        (["critiques", str(tmp_path)], "expected a file, got a directory; name the file inside it"),
+        (["alpaca", str(tmp_path / "nothing")], "nothing: no such file"),
+        (["critiques", str(tmp_path)], "expected a file, got a directory"),
         (["shepherd", str(tmp_path)], "human_data_for_model.jsonl: no such file"),
-        (["shepherd", file], "or the folder that holds both, got 1 inputs"),
-        (["shepherd", file, file, file], "or the folder that holds both, got 3 inputs"),
-        (
-            ["shepherd", file, file],
-            "expected one file with 'question', 'answer' and 'feedback' and one with 'metadata'",
-        ),
+        (["shepherd", file], "got 1 inputs"),
+        (["shepherd", file, file, file], "got 3 inputs"),
+        (["shepherd", file, file], "expected one file with 'question', 'answer' and 'feedback'"),
+        (["alpaca", file, "--pairs"], "--pairs: expected the source 'ultrafeedback', got 'alpaca'"),
     ):
         assert main(["convert", *argv, "--out", out]) == 2
         assert message in capsys.readouterr().err
-    for argv in (
-        ["nope", file, "--out", out],
-        ["alpaca", "--out", out],
-        ["alpaca", file],
-        ["alpaca", file, "--ou", out],
-    ):
+    for argv in (["nope", file, "--out", out], ["alpaca", "--out", out], ["alpaca", file]):
         with pytest.raises(SystemExit) as stop:
             main(["convert", *argv])
         assert stop.value.code == 2
-    assert main(["convert", "shepherd", file, file, "--out", str(tmp_path)]) == 2
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_the_installed_command_converts_and_what_it_wrote_passes_the_check(tmp_path):
-    (tmp_path / "shepherd").mkdir()
-    write(tmp_path / "shepherd" / "human_data_for_model.jsonl", SHEPHERD_MODEL)
-    write(tmp_path / "shepherd" / "human_data_raw.jsonl", SHEPHERD_RAW)
-    for argv in (["convert", "shepherd", "shepherd", "--out", "new/out.json.xz"], ["check", "new/out.json.xz"]):
-        done = subprocess.run([sys.executable, "-m", "cutlm", *argv], capture_output=True, text=True, cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert "1 satisfactory, 1 unsatisfactory" in done.stdout
-    assert read(tmp_path / "new" / "out.json.xz") == SHEPHERD_RECORDS
+def test_a_converted_file_passes_the_check(tmp_path, capsys):
+    write(tmp_path / "human_data_for_model.jsonl", SHEPHERD_MODEL)
+    write(tmp_path / "human_data_raw.jsonl", SHEPHERD_RAW)
+    out = tmp_path / "new" / "out.json.xz"
+    for argv in (["convert", "shepherd", str(tmp_path), "--out", str(out)], ["check", str(out)]):
+        assert main(argv) == 0
+        printed = capsys.readouterr()
+        assert "1 satisfactory, 1 unsatisfactory" in printed.out
+        assert printed.err == ""
+    assert read(out) == SHEPHERD_RECORDS

@@ -88,7 +88,7 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path, capsys):
             ["--scores", scores, "--scores", str(other)],
             "got none with the same instruction, input, output and judgment",
         ),
-        (["--scores", scores, "--out", scores], "expected a file of its own, got one of the inputs"),
+        (["--scores", scores, "--out", scores], "got one of the inputs"),
         (["--model", "m", "--data", "d", "--out", ""], "--out '': expected a file to write, got a folder; name a file"),
         (["--scores", scores, "--out", "."], "--out .: expected a file to write, got a folder; name a file inside it"),
     ):

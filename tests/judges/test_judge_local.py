@@ -261,7 +261,7 @@ def test_a_run_that_was_killed_goes_on(workplace: Path, tmp_path: Path, capsys: 
     assert len(Path(f"{out}.partial").read_text().splitlines()) == 1 + 4
     capsys.readouterr()
     assert judge(workplace, out, "--max_new_tokens", "39") == 2
-    assert "begun with other settings (sampling differ)" in capsys.readouterr().err
+    assert "started with other settings (sampling differ)" in capsys.readouterr().err
     assert judge(workplace, out) == 0
     assert "4 answers were there from a run that was stopped" in capsys.readouterr().out
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

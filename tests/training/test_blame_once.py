@@ -162,7 +162,7 @@ def test_a_partial_file_of_other_settings_gives_way_on_request(
     partial.parent.mkdir()
     partial.write_text('{"max_length": 7}\n{"index": 0, "logps_without": [-1.0], "logps_with": null}\n')
     assert train() == 2
-    assert "begun with other settings (" in capsys.readouterr().err
+    assert "started with other settings (" in capsys.readouterr().err
     assert train(overwrite_output_dir=True) == 0
     assert not partial.exists()
 
@@ -247,6 +247,6 @@ def test_when_the_first_process_fails_the_others_say_so(tmp_path: Path, base: Pa
     (tmp_path / "out/token_scores.jsonl.partial").write_text("[]\n")
     (first, _, its_message), (second, _, message) = start_two_machines(list_options(tmp_path, base))
     assert (first, second) == (2, 2)
-    assert "not what a stopped run leaves" in its_message
+    assert "not the partial file of a stopped run" in its_message
     assert "expected the token scores that the first process makes, found none" in message
     assert "no such file" not in message

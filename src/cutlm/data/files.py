@@ -1,12 +1,13 @@
-"""JSON and JSON Lines files: rows in with their place in the file, rows out atomically.
+"""Read and write JSON and JSON Lines files: rows with their locations, atomic writes.
 
-What the rows mean is left to `cutlm.data.records`. Files that are compressed with gzip or xz are recognised by
-their first bytes when read, and by their ending (`.gz`, `.xz`) when written.
+Files compressed with gzip or xz are recognized by their first bytes when read, and by their suffix (`.gz`, `.xz`) when
+written.
 """
 
 import gzip
 import json
 import lzma
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,24 +20,23 @@ from cutlm.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _XZ_MAGIC = b"\xfd7zXZ\x00"
-# What is read is written again by libraries that follow a value into its depth by recursion.
+# Libraries that write the values again traverse them by recursion.
 MAX_DEPTH = 100
-_INFINITE = float("inf")
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A JSON value and where it stands: `data.jsonl:17` (line) or `data.json[16]` (array index)."""
+    """A JSON value and its location: `data.jsonl:17` (line) or `data.json[16]` (array index)."""
 
     location: str
     value: Any
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Reads a whole file, decompressed.
+    """Reads and decompresses a file.
 
     Raises:
-        DataError: The file is missing, is a directory, cannot be opened, or its compression is broken.
+        DataError: The file is missing, is a directory, cannot be opened, or its compressed data is damaged.
     """
     path = Path(path)
     try:
@@ -51,9 +51,85 @@ def read_bytes(path: str | Path) -> bytes:
     except IsADirectoryError:
         raise DataError(f"{path}: expected a file, got a directory; name the file inside it") from None
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path}: the compressed file is damaged ({error}); fetch or compress it again") from None
+        raise DataError(f"{path}: the compressed file is damaged ({error}); download or compress it again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
+    """Reads the rows of a JSON array or a JSON Lines file, whichever it is.
+
+    Args:
+        path: The file, which may be compressed.
+
+    Returns:
+        The rows, and a sentence for each line that is not valid JSON and each row with an infinite number or too
+        deeply nested values.
+
+    Raises:
+        DataError: The file as a whole cannot be read: missing, a directory, not UTF-8, no JSON at all.
+    """
+    return parse_rows(path, read_bytes(path))
+
+
+def parse_rows(path: str | Path, content: bytes) -> tuple[list[SourceRow], list[str]]:
+    """Parses the decompressed content of a file of rows; see `read_rows`."""
+    data = content.removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{number}: expected UTF-8 text, got the byte 0x{data[error.start]:02x}") from None
+    is_array = text.lstrip().startswith("[")
+    rows, problems = (_parse_array(path, text), []) if is_array else _parse_lines(path, text)
+    unusable = [(row.location, problem) for row in rows if (problem := _find_problem(row.value))]
+    bad = dict(unusable)
+    problems += [f"{location}: {problem}" for location, problem in unusable]
+    return [row for row in rows if row.location not in bad], problems
+
+
+def _parse_array(path: str | Path, text: str) -> list[SourceRow]:
+    try:
+        values = _parse(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); expected one JSON array of objects,"
+            " or one JSON object per line"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    return [SourceRow(f"{path}[{index}]", value) for index, value in enumerate(values)]
+
+
+def _parse_lines(path: str | Path, text: str) -> tuple[list[SourceRow], list[str]]:
+    rows, problems = [], []
+    # Only "\n" ends a line: strings may contain other Unicode line breaks.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(SourceRow(f"{path}:{number}", _parse(line)))
+            except (ValueError, RecursionError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                problems.append(f"{path}:{number}: not JSON ({reason}); each line must be one JSON object")
+    if problems and not rows:
+        _refuse_format(path, text, problems)
+    return rows, problems
+
+
+def _refuse_format(path: str | Path, text: str, problems: list[str]) -> NoReturn:
+    """Raises for a file without a single line of valid JSON."""
+    try:
+        value = _parse(text)
+    except (ValueError, RecursionError):
+        if all(line.lstrip().startswith("{") for line in text.split("\n") if line.strip()):
+            raise DataError(problems) from None
+        raise DataError(f"{path}: not JSON; expected a JSON array or JSON Lines") from None
+    got = f"one JSON object with the keys {', '.join(map(repr, value))}" if isinstance(value, dict) else "one value"
+    raise DataError(f"{path}: expected an array of records, or one record per line, got {got}")
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated_keys)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -64,155 +140,57 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(
-            f"the key {next(name for name in names if names.count(name) > 1)!r} is given twice in one object"
-        )
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated!r} occurs twice in one object")
     return value
 
 
-def _parse(text: str) -> Any:
-    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated_keys)
-
-
-def _find_unusable(value: Any) -> str | None:
-    """Says which field holds a number too large for one, or is nested too deep; None where all can be written again."""
-    for name, inner in value.items() if isinstance(value, dict) else [(None, value)]:
-        place = "" if name is None else f"field {name!r}: "
-        level = [inner]
-        for _ in range(MAX_DEPTH):
-            if _INFINITE in level or -_INFINITE in level:
-                return f"{place}expected finite numbers, got one beyond 1.8e308; write a smaller one, or null"
-            level = [
-                item
-                for outer in level
-                if isinstance(outer, dict | list)
-                for item in (outer.values() if isinstance(outer, dict) else outer)
-            ]
-            if not level:
-                break
-        else:
-            return f"{place}expected values nested at most {MAX_DEPTH} deep, got deeper ones; flatten or leave them out"
+def _find_problem(row: Any) -> str | None:
+    """Returns why a row cannot be written again, or None."""
+    for name, value in row.items() if isinstance(row, dict) else [(None, row)]:
+        if problem := _find_unwritable(value):
+            return problem if name is None else f"field {name!r}: {problem}"
     return None
 
 
-def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
-    """Reads the rows of a JSON array or of a JSON Lines file, whichever it is.
-
-    Args:
-        path: The file; gzip and xz are unpacked.
-
-    Returns:
-        The rows that are JSON, and a sentence for each line that is not, or that holds what JSON cannot say again: a
-        number that is infinite, or values nested too deep.
-
-    Raises:
-        DataError: The file as a whole cannot be read: missing, a directory, not UTF-8, not JSON at all.
-    """
-    return parse_rows(path, read_bytes(path))
-
-
-def parse_rows(path: str | Path, content: bytes) -> tuple[list[SourceRow], list[str]]:
-    """Parses the decompressed content of a file of rows; see `read_rows`."""
-    path = Path(path)
-    data = content.removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{number}: expected UTF-8 text, got the byte 0x{data[error.start]:02x}") from None
-    start = text.lstrip()[:1]
-    if start == "[":
-        return _set_unusable_aside(_read_array(path, text))
-    # JSON Lines end at "\n" alone: other Unicode line ends may stand inside a string.
-    lines = text.split("\n")
-    rows, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(SourceRow(f"{path}:{number}", _parse(line)))
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{path}:{number}: not JSON ({_reason(error)}); each line must be one JSON object")
-    if problems and not rows:
-        raise DataError(_describe_foreign_file(path, text, problems))
-    rows, unusable = _set_unusable_aside(rows)
-    return rows, problems + unusable
-
-
-def _set_unusable_aside(rows: list[SourceRow]) -> tuple[list[SourceRow], list[str]]:
-    kept, problems = [], []
-    for row in rows:
-        problem = _find_unusable(row.value)
-        if problem is None:
-            kept.append(row)
-        else:
-            problems.append(f"{row.location}: {problem}")
-    return kept, problems
-
-
-def _read_array(path: Path, text: str) -> list[SourceRow]:
-    try:
-        values = _parse(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: not JSON ({_reason(error)}, column {error.colno}); expected one JSON array of"
-            " objects, or one JSON object a line"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({_reason(error)})") from None
-    return [SourceRow(f"{path}[{index}]", value) for index, value in enumerate(values)]
-
-
-def _reason(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _describe_foreign_file(path: Path, text: str, problems: list[str]) -> str:
-    """Says what a file is in which no line is JSON."""
-    try:
-        value = _parse(text)
-    except (ValueError, RecursionError):
-        if all(line.lstrip().startswith("{") for line in text.split("\n") if line.strip()):
-            return "\n".join(problems)
-        return f"{path}: not JSON ({len(problems)} lines, none of them JSON); expected a JSON array or JSON Lines"
-    kind = f"one JSON object with the keys {', '.join(map(repr, value))}" if isinstance(value, dict) else "one value"
-    return f"{path}: JSON of another shape; expected an array of records or one record a line, got {kind}"
+def _find_unwritable(value: Any, depth: int = 0) -> str | None:
+    if depth == MAX_DEPTH:
+        return f"expected values nested at most {MAX_DEPTH} deep, got deeper ones; flatten or remove them"
+    if isinstance(value, float) and math.isinf(value):
+        return "expected finite numbers, got one beyond 1.8e308; write a smaller one, or null"
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, (_find_unwritable(item, depth + 1) for item in items)), None)
 
 
 def refuse_overwriting(inputs: Iterable[str | Path], out: str | Path) -> None:
-    """Refuses an output file that is one of the inputs.
-
-    Raises:
-        DataError: It is.
-    """
-    for path in inputs:
-        if Path(path).exists() and Path(out).exists() and Path(path).samefile(out):
-            raise DataError(f"--out {out}: expected a file of its own, got one of the inputs; choose another name")
+    """Raises a DataError if an output file is one of the inputs."""
+    if Path(out).exists() and any(Path(path).exists() and Path(path).samefile(out) for path in inputs):
+        raise DataError(f"--out {out}: expected a new file, got one of the inputs; choose another name")
 
 
 @contextmanager
 def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that appears under its name only when it is whole and on the disk.
+    """Opens a file for writing that replaces `path` only once it is complete and synced to disk.
 
-    The bytes go to a file beside it, which is synced and renamed at the end; after an error or a kill, the file
-    of that name is what it was before. Compressed by the ending of the name.
+    The data is written to a temporary file next to it; after an error or a kill, `path` is unchanged. It is compressed
+    according to the suffix.
 
     Raises:
-        DataError: The folder cannot be made or written to, or the path is a directory.
+        DataError: The folder cannot be created or written to, or the path is a directory.
     """
     path = Path(path)
     if path.is_dir():
         raise DataError(f"{path}: expected a file to write, got a directory; name a file inside it")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        raw = open(beside, "wb")  # noqa: SIM115 (closed below, by `with raw`)
+        raw = open(temporary, "wb")  # noqa: SIM115 (closed by `with raw` below)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
     try:
         with raw:
             if path.suffix == ".gz":
-                # No time stamp: the same rows give the same bytes.
+                # No timestamp, so that the same rows give the same bytes.
                 with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
                     yield packed  # type: ignore[misc]
             elif path.suffix == ".xz":
@@ -222,15 +200,15 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
                 yield raw
             raw.flush()
             os.fsync(raw.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
 
 
 def sync_directory(path: str | Path) -> None:
-    """Makes a rename inside a directory durable."""
+    """Makes a rename or removal inside a directory durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -248,32 +226,24 @@ def sync_tree(folder: str | Path) -> None:
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Writes rows atomically: JSON Lines, or one JSON array where the name ends in `.json` (or `.json.gz`).
+    """Writes rows atomically: one JSON array if the name ends in `.json` (or `.json.gz`), otherwise JSON Lines.
 
     Returns:
         The number of rows written.
     """
-    path = Path(path)
-    name = path.name.removesuffix(".gz").removesuffix(".xz")
+    is_array = Path(path).name.removesuffix(".gz").removesuffix(".xz").endswith(".json")
+    first, separator, last = (b"[\n  ", b",\n  ", b"\n]\n") if is_array else (b"", b"\n", b"\n")
     num_rows = 0
     with open_atomic(path) as out:
-        is_array = name.endswith(".json")
-        if is_array:
-            out.write(b"[")
         for row in rows:
-            if is_array:
-                out.write(b"\n  " if num_rows == 0 else b",\n  ")
-            out.write(_encode_row(row))
-            if not is_array:
-                out.write(b"\n")
+            out.write((separator if num_rows else first) + _encode_row(row))
             num_rows += 1
-        if is_array:
-            out.write(b"\n]\n" if num_rows else b"]\n")
+        out.write(last if num_rows else b"[]\n" if is_array else b"")
     return num_rows
 
 
 def _encode_row(row: dict[str, Any]) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate is not UTF-8, but can stand as an escape
+    except UnicodeEncodeError:  # a lone surrogate is not valid UTF-8, but can be escaped
         return json.dumps(row, allow_nan=False).encode("ascii")

@@ -1,7 +1,7 @@
-"""The journal of a long run: what is finished stands in `OUT.partial` at once, so that a stopped run can go on.
+"""The partial file of a long run: finished results are in `OUT.partial` at once, so that a stopped run can resume.
 
-The first line is a header of the settings that the results depend on; a run with other ones is refused. What the lines
-after it mean, and the file that is made of them in the end, are left to the caller.
+The first line is a header of the settings that the results depend on; a run with different ones is refused. The caller
+defines the lines after it, and the file that is made from them in the end.
 """
 
 import json
@@ -16,31 +16,41 @@ from cutlm.errors import UserError
 
 
 class Journal:
-    """Goes on with the partial file of a stopped run, or begins a new one.
+    """Resumes from the partial file of a stopped run, or starts a new one.
 
     Args:
-        out: The file that the run will have made in the end.
+        out: The output file of the run.
         header: The settings that the results depend on, by name.
-        overwrite: Whether a partial file that cannot be gone on with gives way.
+        overwrite: Whether to replace a partial file that cannot be resumed from.
 
     Attributes:
         path: The partial file.
-        lines: What a stopped run had finished, in the order in which it was appended.
+        lines: The results of a stopped run, in the order in which they were appended.
 
     Raises:
-        UserError: A partial file of a run with other settings, or no such file at all, is in the way.
+        UserError: The existing partial file is from a run with different settings, or is not a partial file.
 
     Example:
 
         >>> with Journal("out.jsonl", {"seed": 1}) as journal:
         ...     journal.append([{"index": 0, "output": "Yes."}])
-        >>> journal.remove()  # once out.jsonl is whole
+        >>> journal.remove()  # once out.jsonl is complete
     """
 
     def __init__(self, out: str | Path, header: dict[str, Any], *, overwrite: bool = False) -> None:
         self.path = Path(f"{out}.partial")
-        self.lines = _read_or_begin(self.path, header, overwrite)
-        self._is_empty = not self.lines
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lines = _read_lines(self.path, header) if self.path.exists() else None
+        except UserError:
+            if not overwrite:
+                raise
+            lines = None
+        if lines is None:
+            with open_atomic(self.path) as file:
+                file.write(f"{json.dumps(header)}\n".encode())
+        self.lines = lines or []
+        self._is_empty = not lines
         self._file: TextIO | None = None
 
     def __enter__(self) -> "Journal":
@@ -53,10 +63,10 @@ class Journal:
         if self._file is not None:
             self._file.close()
         if kind is not None and self._is_empty:
-            self.remove()  # there is nothing in it to go on with
+            self.remove()  # nothing to resume from
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Writes lines down and sees them to the disk."""
+        """Appends lines and syncs them to disk."""
         assert self._file is not None, "a journal is written to inside `with`"
         text = "".join(f"{json.dumps(line)}\n" for line in lines)
         self._is_empty = self._is_empty and not text
@@ -65,44 +75,26 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def remove(self) -> None:
-        """Removes the partial file, when what it was kept for is whole and on the disk."""
+        """Removes the partial file, once the output file is complete and synced."""
         self.path.unlink()
         sync_directory(self.path.parent)
 
 
 def refuse_foreign(path: Path) -> NoReturn:
-    """Says that a partial file cannot be read as one.
-
-    Raises:
-        UserError: Always.
-    """
-    raise UserError(f"{path}: not what a stopped run leaves; remove it to start anew")
+    """Raises a UserError: the file is not a partial file."""
+    raise UserError(f"{path}: not the partial file of a stopped run; remove it to start over")
 
 
-def _read_or_begin(path: Path, header: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lines = _read_finished(path, header) if path.exists() else None
-    except UserError:
-        if not overwrite:
-            raise
-        lines = None
-    if lines is None:
-        with open_atomic(path) as file:
-            file.write(f"{json.dumps(header)}\n".encode())
-    return lines or []
-
-
-def _read_finished(path: Path, header: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """What a stopped run had finished; None where it finished nothing, with whatever settings."""
-    # A kill can leave half a line at the end; it is cut off, and its batch is made again. What is whole is not touched.
+def _read_lines(path: Path, header: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Reads the lines after the header; None if there are none, whatever the settings were."""
+    # A kill can leave an incomplete last line. It is truncated, and its results are computed again.
     data = read_bytes(path)
     num_bytes = data.rfind(b"\n") + 1
-    whole = data[:num_bytes].decode("utf-8", "replace")
+    complete = data[:num_bytes].decode("utf-8", "replace")
     try:
-        lines = [json.loads(line) for line in whole.split("\n") if line]
+        lines = [json.loads(line) for line in complete.split("\n") if line]
     except (ValueError, RecursionError):
-        lines = [None]
+        refuse_foreign(path)
     if not all(isinstance(line, dict) for line in lines) or not all("index" in line for line in lines[1:]):
         refuse_foreign(path)
     if not lines or (len(lines) == 1 and set(lines[0]) & set(header)):
@@ -110,8 +102,8 @@ def _read_finished(path: Path, header: dict[str, Any]) -> list[dict[str, Any]] |
     differing = [name for name in header if lines[0].get(name) != header[name]]
     if differing:
         raise UserError(
-            f"{path}: begun with other settings ({', '.join(differing)} differ); give the same ones to go on,"
-            " or remove it to start anew"
+            f"{path}: started with other settings ({', '.join(differing)} differ); use the same ones to resume, or"
+            " remove it to start over"
         )
     if num_bytes < len(data):
         with open(path, "r+b") as file:

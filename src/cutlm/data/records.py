@@ -1,8 +1,4 @@
-"""Judged records: an instruction, a response to it, and what was said about that response.
-
-This module reads, validates and counts them. Turning them into token ids is left to `cutlm.prompting.encoding`, making
-them from other formats to `cutlm.data.convert`.
-"""
+"""Judged records: an instruction, a response to it, and what was said about that response."""
 
 import difflib
 import re
@@ -11,16 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from cutlm.data.files import SourceRow, read_rows
@@ -30,52 +17,13 @@ SATISFACTORY_SCORE = 7.0
 PRAISE = "Perfect."
 _PERFECT = re.compile(r"\s*perfect\b", re.IGNORECASE)
 
-
-def _check_text(text: str) -> str:
-    if "\0" in text:
-        raise PydanticCustomError(
-            "null_byte", "expected text without null bytes, got one at {at}", {"at": text.index("\0")}
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise PydanticCustomError(
-            "surrogate", "expected text, got half of a surrogate pair at {at}", {"at": error.start}
-        ) from None
-    return text
-
-
-def _check_filled(text: str) -> str:
-    if not text.strip():
-        raise PydanticCustomError("empty", "expected text, got an empty string")
-    return _check_text(text)
-
-
-def _check_judgment(text: str) -> str:
-    if not text.strip():
-        raise PydanticCustomError("empty", "expected text or null, got an empty string; write null if nothing is wrong")
-    return _check_text(text)
-
-
-def _check_spans(value: Any) -> tuple[tuple[int, int], ...] | None:
-    if value is None:
-        return None
-    is_list_of_pairs = isinstance(value, list | tuple) and all(
-        isinstance(span, list | tuple)
-        and len(span) == 2
-        and all(isinstance(place, int) and not isinstance(place, bool) for place in span)
-        for span in value
-    )
-    if not is_list_of_pairs:
-        raise PydanticCustomError(
-            "spans", "expected a list of [start, end] in characters of output, or null, got something else"
-        )
-    return tuple((start, end) for start, end in value)
-
-
-Text = Annotated[str, AfterValidator(_check_text)]
-FilledText = Annotated[str, AfterValidator(_check_filled)]
-JudgmentText = Annotated[str, AfterValidator(_check_judgment)]
+# Text without null bytes, which some tokenizers stop at. A pattern also refuses halves of surrogate pairs.
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+# The same with at least one character that Python does not count as white space.
+FilledText = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00\x1c-\x1f][^\x00]*$")]
+# A null `input` is the same as none.
+InputText = Annotated[Text, BeforeValidator(lambda value: "" if value is None else value)]
+_LaxSpan = Annotated[tuple[int, int], Field(strict=False)]
 
 
 class JudgedRecord(BaseModel):
@@ -85,45 +33,53 @@ class JudgedRecord(BaseModel):
         instruction: What was asked.
         input: Further material for the instruction; it follows the instruction after a newline.
         output: The response that was judged.
-        judgment: What is wrong with the response, in words; None when nothing is.
+        judgment: What is wrong with the response, in words; None if nothing is.
         score: A rating of the response, 1 to 10; 7 or more means satisfactory.
-        i_ans: An improved response, where the source has one.
-        wrong_spans: Where the response is wrong: [start, end) in characters of `output`. An empty span [n, n] is the
-            token that starts there; at the very end, that the response ends too soon.
+        i_ans: An improved response, if the source has one.
+        wrong_spans: Where the response is wrong: [start, end) in characters of `output`. An empty span [n, n] marks
+            the token that starts there; at the very end, it means that the response ends too soon.
 
-    Other fields of a row are kept as they are, but one that is a misspelling of a field above is an error.
+    Other fields of a row are kept unchanged, but a misspelling of a field above is an error.
+
+    Example:
+
+        >>> JudgedRecord(instruction="Add 1 and 2.", output="4", judgment="The sum is 3.").is_satisfactory
+        False
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
     instruction: FilledText
-    input: Annotated[Text, BeforeValidator(lambda value: "" if value is None else value)] = ""
+    input: Annotated[InputText, Field(description="a string or null")] = ""
     output: FilledText
-    judgment: JudgmentText | None = None
-    score: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    i_ans: Text | None = None
-    wrong_spans: Annotated[tuple[tuple[int, int], ...] | None, BeforeValidator(_check_spans)] = None
+    judgment: Annotated[FilledText | None, Field(description="a string or null")] = None
+    score: Annotated[float | None, Field(description="a finite number or null", allow_inf_nan=False)] = None
+    i_ans: Annotated[Text | None, Field(description="a string or null")] = None
+    wrong_spans: Annotated[
+        tuple[_LaxSpan, ...] | None,
+        Field(strict=False, description="a list of [start, end] in characters of output, or null"),
+    ] = None
 
     @field_validator("wrong_spans")
     @classmethod
-    def _check_places(
+    def _check_range(
         cls, spans: tuple[tuple[int, int], ...] | None, info: ValidationInfo
     ) -> tuple[tuple[int, int], ...] | None:
-        length = len(info.data.get("output") or "")
-        bad = [span for span in spans or () if not 0 <= span[0] <= span[1] <= length]
-        if bad and "output" in info.data:
-            raise PydanticCustomError(
-                "spans",
-                "expected 0 <= start <= end <= {length}, the length of output, got {span}",
-                {"length": length, "span": str(list(bad[0]))},
-            )
+        length = len(info.data.get("output", ""))
+        for span in (spans or ()) if "output" in info.data else ():
+            if not 0 <= span[0] <= span[1] <= length:
+                raise PydanticCustomError(
+                    "range",
+                    "expected 0 <= start <= end <= {length}, the length of output, got {span}",
+                    {"length": length, "span": str(list(span))},
+                )
         return spans
 
     @property
     def is_satisfactory(self) -> bool:
-        """True when nothing is wrong with the response, so that it may be learned as it stands.
+        """Whether nothing is wrong with the response, so that it may be learned as it is.
 
-        The judgment is null, or starts with the word "Perfect" in any letter case, or the score is 7 or more.
+        The judgment is null or starts with the word "Perfect" in any letter case, or the score is 7 or more.
         """
         if self.score is not None and self.score >= SATISFACTORY_SCORE:
             return True
@@ -131,23 +87,22 @@ class JudgedRecord(BaseModel):
 
     @property
     def stated_judgment(self) -> str:
-        """What a model is told of the response: the judgment of an unsatisfactory one, praise for any other.
+        """The judgment that a model is shown: praise for any satisfactory response.
 
-        The judgment of a response that its score makes satisfactory may well object to something.
+        A response that is satisfactory because of its score may have a judgment that objects to something.
         """
-        if not self.is_satisfactory or (self.judgment is not None and _PERFECT.match(self.judgment)):
-            assert self.judgment is not None
+        if self.judgment is not None and (not self.is_satisfactory or is_praise(self.judgment)):
             return self.judgment
         return PRAISE
 
     @property
     def full_instruction(self) -> str:
-        """The instruction and, after a newline, the input where there is one."""
+        """The instruction and, if there is an input, a newline and the input."""
         return f"{self.instruction}\n{self.input}" if self.input else self.instruction
 
 
 class InstructionRow(BaseModel):
-    """An instruction to be answered; AlpacaEval's rows are such.
+    """An instruction to be answered, such as a row of AlpacaEval.
 
     Attributes:
         instruction: What is asked.
@@ -158,8 +113,8 @@ class InstructionRow(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
     instruction: FilledText
-    input: Annotated[Text, BeforeValidator(lambda value: "" if value is None else value)] = ""
-    dataset: Text | None = None
+    input: Annotated[InputText, Field(description="a string or null")] = ""
+    dataset: Annotated[Text | None, Field(description="a string or null")] = None
 
 
 def is_praise(judgment: str) -> bool:
@@ -168,19 +123,19 @@ def is_praise(judgment: str) -> bool:
 
 
 FIELDS = tuple(JudgedRecord.model_fields)
-RowT = TypeVar("RowT", JudgedRecord, InstructionRow)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RecordCheck:
-    """What is in a file of records: the good rows, and a sentence for everything that is wrong.
+    """The contents of a file of records: its valid rows, and everything wrong with the others.
 
     Attributes:
-        records: The rows that can be used, in the order of the file.
-        locations: Where each of them stands, such as `data.jsonl:17`.
-        problems: A sentence for every row and field that cannot be used.
+        records: The valid rows, in the order of the file.
+        locations: The location of each, such as `data.jsonl:17`.
+        problems: A sentence for every row and field that is not valid.
         duplicates: A sentence for every row that repeats an earlier one word for word.
-        num_rows: Rows in the file, good and bad.
+        num_rows: The number of rows in the file, valid or not.
     """
 
     records: list[JudgedRecord] = field(default_factory=list)
@@ -198,135 +153,143 @@ class RecordCheck:
         return len(self.records) - self.num_satisfactory
 
 
-def check_records(path: str | Path) -> RecordCheck:
-    """Reads a file of records and reports everything that is wrong with it.
-
-    Raises:
-        DataError: The file as a whole cannot be read, or is no list of records.
-    """
-    rows, problems = read_rows(path)
-    check = check_rows(rows)
-    return RecordCheck(
-        check.records, check.locations, problems + check.problems, check.duplicates, check.num_rows + len(problems)
-    )
-
-
-def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
-    """Validates rows, keeping their locations for messages."""
-    check = RecordCheck()
-    num_rows = 0
-    first_places: dict[tuple[Any, ...], str] = {}
-    for row in rows:
-        num_rows += 1
-        if isinstance(row.value, JudgedRecord):
-            record: JudgedRecord | None = row.value
-        else:
-            record = _validate_record(row, check.problems)
-        if record is None:
-            continue
-        key = (record.instruction, record.input, record.output, record.judgment)
-        if key in first_places:
-            check.duplicates.append(
-                f"{row.location}: the same instruction, response and judgment as {first_places[key]}"
-            )
-        else:
-            first_places[key] = row.location
-        check.records.append(record)
-        check.locations.append(row.location)
-    return RecordCheck(check.records, check.locations, check.problems, check.duplicates, num_rows)
-
-
-def _validate_record(row: SourceRow, problems: list[str]) -> JudgedRecord | None:
-    num_before = len(problems)
-    for key in row.value if isinstance(row.value, Mapping) else ():
-        if key in FIELDS:
-            continue
-        nearest = difflib.get_close_matches(str(key).lower(), FIELDS, n=1, cutoff=0.81)
-        if nearest and nearest[0] not in row.value:
-            problems.append(f"{row.location}: unknown field {key!r}; did you mean {nearest[0]!r}?")
-    record = validate_row(row, JudgedRecord, problems)
-    return record if len(problems) == num_before else None
-
-
-def validate_row(row: SourceRow, kind: type[RowT], problems: list[str]) -> RowT | None:
-    """Reads a row as one of its kind; where it does not fit, adds a sentence per field to `problems`."""
-    if not isinstance(row.value, Mapping):
-        fields = ", ".join(kind.model_fields)
-        problems.append(f"{row.location}: expected an object with the fields {fields}, got {describe_value(row.value)}")
-        return None
-    try:
-        return kind.model_validate(dict(row.value))
-    except ValidationError as error:
-        problems.extend(_describe(row, detail) for detail in error.errors())
-        return None
-
-
-def _describe(row: SourceRow, detail: Any) -> str:
-    if not detail["loc"]:
-        return f"{row.location}: the row cannot be used ({detail['msg']})"
-    name = detail["loc"][0]
-    if detail["type"] == "missing":
-        return (
-            f"{row.location}: field {name!r} is missing; the row has {', '.join(map(repr, row.value)) or 'no fields'}"
-        )
-    if detail["type"] in ("null_byte", "surrogate", "empty", "spans"):
-        return f"{row.location}: field {name!r}: {detail['msg']}"
-    expected = "a finite number or null" if name == "score" else "a string"
-    if name in ("judgment", "i_ans", "input", "dataset"):
-        expected = "a string or null"
-    return f"{row.location}: field {name!r}: expected {expected}, got {describe_value(detail['input'])}"
-
-
-def describe_value(value: Any) -> str:
-    """Names a JSON value by its kind, and shows a short one."""
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    if value is None:
-        return "null"
-    kind = kinds.get(type(value), type(value).__name__)
-    return f"{kind} ({value})" if isinstance(value, int | float) else kind
-
-
 def load_records(path: str | Path) -> list[JudgedRecord]:
-    """Reads a file of records (a JSON array or JSON Lines, gzip and xz too).
-
-    Args:
-        path: The file.
+    """Reads a file of records: a JSON array or JSON Lines, plain or compressed with gzip or xz.
 
     Returns:
         Every record of the file, in its order.
 
     Raises:
-        DataError: The file cannot be read, holds no record, or a row cannot be used; every such row is named.
+        DataError: The file cannot be read or has no records, or rows are not valid; all of them are named.
+
+    Example:
+
+        >>> records = load_records("records.jsonl")
     """
     check = check_records(path)
     raise_problems(check, str(path))
     return check.records
 
 
-def raise_problems(check: RecordCheck, source: str) -> None:
-    """Raises for bad rows, all at once, or for no rows at all.
+def check_records(path: str | Path) -> RecordCheck:
+    """Reads a file of records and collects everything that is wrong with it.
 
     Raises:
-        DataError: As said.
+        DataError: The file as a whole cannot be read, or is not a list of records.
     """
-    if check.problems:
-        raise DataError(
-            check.problems, hint=f"{len(check.problems)} problems in {source}; mend them, nothing was skipped"
-        )
-    if not check.records:
-        raise DataError(f"{source}: no records; expected a JSON array or JSON Lines with at least one record")
+    rows, problems = read_rows(path)
+    check = check_rows(rows)
+    check.problems[:0] = problems
+    check.num_rows += len(problems)
+    return check
 
 
 def as_records(rows: Sequence[Any], source: str) -> RecordCheck:
-    """Validates records given in memory (dictionaries or `JudgedRecord`s).
+    """Validates records in memory.
 
     Args:
-        rows: The records.
-        source: What to call them in messages, such as `train_dataset`.
+        rows: Dictionaries or `JudgedRecord`s.
+        source: Their name in messages, such as `train_dataset`.
 
     Raises:
-        DataError: A row cannot be used, or there is none.
+        DataError: There are no records, or some are not valid.
     """
     check = check_rows(SourceRow(f"{source}[{index}]", row) for index, row in enumerate(rows))
     raise_problems(check, source)
     return check
+
+
+def raise_problems(check: RecordCheck, source: str) -> None:
+    """Raises a DataError with all problems of a check, or if there are no records."""
+    if check.problems:
+        raise DataError(check.problems, hint=f"{len(check.problems)} problems in {source}; fix them and try again")
+    if not check.records:
+        raise DataError(f"{source}: no records; expected a JSON array or JSON Lines with at least one record")
+
+
+def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
+    """Validates rows and keeps their locations."""
+    check = RecordCheck()
+    first_locations: dict[tuple[Any, ...], str] = {}
+    for row in rows:
+        check.num_rows += 1
+        record = row.value if isinstance(row.value, JudgedRecord) else _validate_record(row, check.problems)
+        if record is None:
+            continue
+        key = (record.instruction, record.input, record.output, record.judgment)
+        if first := first_locations.get(key):
+            check.duplicates.append(f"{row.location}: the same instruction, response and judgment as {first}")
+        first_locations.setdefault(key, row.location)
+        check.records.append(record)
+        check.locations.append(row.location)
+    return check
+
+
+def _validate_record(row: SourceRow, problems: list[str]) -> JudgedRecord | None:
+    num_before = len(problems)
+    for key in row.value if isinstance(row.value, Mapping) else ():
+        nearest = difflib.get_close_matches(str(key).lower(), FIELDS, n=1, cutoff=0.81) if key not in FIELDS else []
+        if nearest and nearest[0] not in row.value:
+            problems.append(f"{row.location}: unknown field {key!r}; did you mean {nearest[0]!r}?")
+    record = validate_row(row, JudgedRecord, problems)
+    return record if len(problems) == num_before else None
+
+
+def validate_row(row: SourceRow, model: type[ModelT], problems: list[str]) -> ModelT | None:
+    """Validates a row; if it is not valid, adds a sentence per field to `problems` and returns None."""
+    if not isinstance(row.value, Mapping):
+        fields = ", ".join(model.model_fields)
+        problems.append(f"{row.location}: expected an object with the fields {fields}, got {describe_value(row.value)}")
+        return None
+    try:
+        return model.model_validate(dict(row.value))
+    except ValidationError as error:
+        sentences = (f"{row.location}: {_describe_error(row.value, model, detail)}" for detail in error.errors())
+        problems.extend(dict.fromkeys(sentences))
+        return None
+
+
+_EXPECTED = {
+    "string_type": "a string",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "bool_type": "a boolean",
+    "float_type": "a number",
+}
+
+
+def _describe_error(values: Mapping[str, Any], model: type[BaseModel], detail: Any) -> str:
+    path, kind, value = detail["loc"], detail["type"], detail["input"]
+    description = model.model_fields[path[0]].description if path and path[0] in model.model_fields else None
+    if description is not None:  # one sentence for the field, whichever part of it is not valid
+        path, value = path[:1], values[path[0]]
+    name = f"field {_join_path(path)!r}"
+    if kind == "string_pattern_mismatch" and "\0" in value:
+        return f"{name}: expected text without null bytes, got one at {value.index(chr(0))}"
+    if kind == "string_pattern_mismatch":
+        hint = "; write null if nothing is wrong" if path == ("judgment",) else ""
+        return f"{name}: expected text, got an empty string{hint}"
+    if kind == "string_unicode":
+        return f"{name}: expected text, got half of a surrogate pair"
+    if kind == "range":
+        return f"{name}: {detail['msg']}"
+    if kind == "missing" and description is None:
+        return f"{name} is missing; the object has {', '.join(map(repr, value)) or 'no fields'}"
+    return f"{name}: expected {description or _EXPECTED.get(kind, detail['msg'])}, got {describe_value(value)}"
+
+
+def _join_path(parts: Sequence[str | int]) -> str:
+    path = ""
+    for part in parts:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def describe_value(value: Any) -> str:
+    """Describes a JSON value by its kind; also shows numbers and booleans."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    if value is None:
+        return "null"
+    kind = kinds.get(type(value), type(value).__name__)
+    return f"{kind} ({value})" if isinstance(value, int | float) else kind

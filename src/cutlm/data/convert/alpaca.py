@@ -1,8 +1,4 @@
-"""Rows that are records already, such as the published judgments of CUT's online iterations.
-
-A row has `instruction`, `input`, `output`, `judgment` and whatever else; it is kept as it is, save that a null
-`input` becomes "" and an empty `score` or `i_ans` goes.
-"""
+"""Rows that are records already, such as the published judgments of CUT's online iterations."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,9 +9,11 @@ from cutlm.data.files import SourceRow
 
 
 def convert(rows: list[SourceRow]) -> Conversion:
-    """Turns alpaca rows into records; none is left out, and bad ones are for the check of the records to name."""
-    kept = [SourceRow(row.location, _convert_row(row.value)) for row in rows]
-    return Conversion(kept, len(rows), Counter())
+    """Turns a null `input` into "" and drops an empty `score` or `i_ans`; all other fields are kept.
+
+    No row is left out, and none is validated.
+    """
+    return Conversion([SourceRow(row.location, _convert_row(row.value)) for row in rows], len(rows), Counter())
 
 
 def _convert_row(row: Any) -> Any:

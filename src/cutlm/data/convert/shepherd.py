@@ -1,15 +1,16 @@
 """Shepherd (Wang et al. 2023): people's feedback on answers of models.
 
-It comes as two files with the same answers line by line: `human_data_for_model.jsonl` has the question, the
-answer and the feedback; `human_data_raw.jsonl` has the right answer as well, under `metadata`.
+It consists of two files with the same answers line by line: `human_data_for_model.jsonl` has the question, the answer
+and the feedback; `human_data_raw.jsonl` also has the correct answer, under `metadata`.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cutlm.data.convert import Conversion, Source, parse_row
+from cutlm.data.convert import Conversion, Source
 from cutlm.data.files import SourceRow
+from cutlm.data.records import validate_row
 from cutlm.errors import DataError
 
 FILE_NAMES = ("human_data_for_model.jsonl", "human_data_raw.jsonl")
@@ -26,8 +27,6 @@ class ModelRow(Source):
 
 
 class Metadata(Source):
-    """What is used of a line of `human_data_raw.jsonl`."""
-
     context: str
     output_candidate: str
     output_correct: str | None = None
@@ -40,35 +39,35 @@ class RawRow(Source):
 
 
 def convert(one: Sequence[SourceRow], other: Sequence[SourceRow]) -> Conversion:
-    """Turns Shepherd's two files into records, the feedback as judgment and the right answer as `i_ans`.
+    """Turns Shepherd's two files into records, with the feedback as judgment and the correct answer as `i_ans`.
 
     Args:
-        one: The rows of one of the files, whichever; they are told apart by their fields.
-        other: The rows of the other.
+        one: The rows of either file; which one it is shows by its fields.
+        other: The rows of the other file.
 
     Returns:
-        A record per line, in the order of the files; an answer or feedback without text is left out.
+        A record per line; lines without an answer or feedback are left out.
 
     Raises:
-        DataError: These are not the two files, they differ in length, or lines are bad or do not match; all are named.
+        DataError: These are not the two files, their lengths differ, or lines are not valid or do not match.
     """
     if _is_raw(one) == _is_raw(other):
         raise DataError(
             "shepherd: expected one file with 'question', 'answer' and 'feedback' and one with 'metadata', got"
-            f" {_describe_file(one)} and {_describe_file(other)}; give {' and '.join(FILE_NAMES)}"
+            f" {_describe_file(one)} and {_describe_file(other)}; name {' and '.join(FILE_NAMES)}"
         )
     model_rows, raw_rows = (other, one) if _is_raw(one) else (one, other)
     if len(model_rows) != len(raw_rows):
         raise DataError(
             "shepherd: expected two files of the same length, got"
-            f" {_describe_file(model_rows)} and {_describe_file(raw_rows)}; fetch them again"
+            f" {_describe_file(model_rows)} and {_describe_file(raw_rows)}; download them again"
         )
     problems: list[str] = []
     kept: list[SourceRow] = []
     left_out: Counter[str] = Counter()
     for model_row, raw_row in zip(model_rows, raw_rows, strict=True):
-        judged = parse_row(ModelRow, model_row, problems)
-        raw = parse_row(RawRow, raw_row, problems)
+        judged = validate_row(model_row, ModelRow, problems)
+        raw = validate_row(raw_row, RawRow, problems)
         if judged is None or raw is None:
             continue
         pairs = {
@@ -76,8 +75,8 @@ def convert(one: Sequence[SourceRow], other: Sequence[SourceRow]) -> Conversion:
             ("answer", "metadata.output_candidate"): (judged.answer, raw.metadata.output_candidate),
         }
         problems.extend(
-            f"{model_row.location} and {raw_row.location}: expected {name!r} and {raw_name!r} to be the same text,"
-            " got two different ones; the files must list the same answers in the same order"
+            f"{model_row.location} and {raw_row.location}: expected {name!r} and {raw_name!r} to be the same text, got"
+            " two different ones; the files must list the same answers in the same order"
             for (name, raw_name), (text, raw_text) in pairs.items()
             if text != raw_text
         )
@@ -93,18 +92,10 @@ def convert(one: Sequence[SourceRow], other: Sequence[SourceRow]) -> Conversion:
 
 
 def _make_record(judged: ModelRow, metadata: Metadata) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "instruction": judged.question,
-        "output": judged.answer,
-        "judgment": judged.feedback,
-    }
-    if metadata.output_correct and metadata.output_correct.strip():
-        record["i_ans"] = metadata.output_correct
-    if judged.id is not None:
-        record["id"] = judged.id
-    if judged.dataset is not None:
-        record["dataset"] = judged.dataset
-    return record
+    record = {"instruction": judged.question, "output": judged.answer, "judgment": judged.feedback}
+    i_ans = metadata.output_correct if (metadata.output_correct or "").strip() else None
+    further = {"i_ans": i_ans, "id": judged.id, "dataset": judged.dataset}
+    return record | {name: value for name, value in further.items() if value is not None}
 
 
 def _is_raw(rows: Sequence[SourceRow]) -> bool:

@@ -1,6 +1,6 @@
 """UltraFeedback (Cui et al. 2023): a model's critiques and scores of several completions per instruction.
 
-The rows are those that its authors published (`instruction` and `completions`), not the pairs others made of them.
+The rows are those that its authors published (`instruction` and `completions`), not the pairs derived from them.
 """
 
 import math
@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
-from cutlm.data.convert import Conversion, Source, parse_row
+from cutlm.data.convert import Conversion, Source
 from cutlm.data.files import SourceRow
-from cutlm.data.records import SATISFACTORY_SCORE
+from cutlm.data.records import SATISFACTORY_SCORE, validate_row
 from cutlm.errors import DataError
 
 MIN_SCORE, MAX_SCORE = 1.0, 10.0
@@ -22,7 +22,7 @@ MIN_RATING, MAX_RATING = 1.0, 5.0
 
 
 def _read_number(value: Any) -> float | None:
-    """Reads a score as the source writes it: a number, a number in a string, or null or "N/A" where there is none."""
+    """Reads a score as the source writes it: a number, a number in a string, null or "N/A"."""
     if value is None or value == "N/A":
         return None
     if isinstance(value, str | int | float) and not isinstance(value, bool):
@@ -45,8 +45,6 @@ class Annotation(Source):
 
 
 class Completion(Source):
-    """A response and what was said about it."""
-
     response: str | None
     critique: str | None = None
     overall_score: Number = None
@@ -55,7 +53,7 @@ class Completion(Source):
 
     @property
     def score(self) -> float | None:
-        """The overall score; where it is missing the mean rating, stretched so that 1 stays 1 and 5 becomes 10."""
+        """The overall score, otherwise the mean rating, scaled from 1-5 to 1-10."""
         if self.overall_score is not None:
             return self.overall_score
         annotations = (self.annotations or {}).values()
@@ -67,57 +65,47 @@ class Completion(Source):
 
 
 class Row(Source):
-    """An instruction and its completions."""
-
     instruction: str
     completions: list[Completion]
     source: str | None = None
 
 
 def convert(rows: Iterable[SourceRow]) -> Conversion:
-    """Turns every completion into a record, the critique as judgment.
+    """Turns every completion into a record with the critique as judgment.
 
-    Args:
-        rows: The rows of the files.
-
-    Returns:
-        A record per completion that is kept. A low score without a critique is left out: a record without a
-        judgment would count as satisfactory.
+    A completion with a low score and no critique is left out: a record without a judgment would count as satisfactory.
 
     Raises:
-        DataError: Rows that are bad, all of them named.
+        DataError: Rows are not valid; all of them are named.
     """
     kept: list[SourceRow] = []
     left_out: Counter[str] = Counter()
     num_read = 0
-    for where, row in _parse(rows):
+    for location, row in _validate(rows):
         for completion in row.completions:
             num_read += 1
             reason = _find_fault(completion) or _find_missing_judgment(completion)
             if reason:
                 left_out[reason] += 1
             else:
-                kept.append(SourceRow(where, _make_record(row, completion)))
+                kept.append(SourceRow(location, _make_record(row, completion)))
     return Conversion(kept, num_read, left_out, unit="completions")
 
 
 def convert_to_pairs(rows: Iterable[SourceRow]) -> Conversion:
-    """Turns the completions of each instruction into preference pairs, the better-scored one as chosen.
-
-    Args:
-        rows: The rows of the files.
+    """Turns the completions of each instruction into preference pairs, with the better-scored one as chosen.
 
     Returns:
-        Every pair of completions whose scores differ, as TRL's trainers read them: `prompt`, `chosen`, `rejected`,
-        and the two scores.
+        Every pair of completions with different scores, in the format of TRL's trainers: `prompt`, `chosen`,
+        `rejected`, and the two scores.
 
     Raises:
-        DataError: Rows that are bad, all of them named.
+        DataError: Rows are not valid; all of them are named.
     """
     kept: list[SourceRow] = []
     left_out: Counter[str] = Counter()
     num_read = 0
-    for where, row in _parse(rows):
+    for location, row in _validate(rows):
         for one, other in combinations(row.completions, 2):
             num_read += 1
             reason = _find_fault(one) or _find_fault(other)
@@ -136,20 +124,20 @@ def convert_to_pairs(rows: Iterable[SourceRow]) -> Conversion:
                 "chosen_score": chosen.score,
                 "rejected_score": rejected.score,
             }
-            kept.append(SourceRow(where, pair))
+            kept.append(SourceRow(location, pair))
     return Conversion(kept, num_read, left_out, unit="pairs")
 
 
-def _parse(rows: Iterable[SourceRow]) -> list[tuple[str, Row]]:
+def _validate(rows: Iterable[SourceRow]) -> list[tuple[str, Row]]:
     problems: list[str] = []
-    parsed = [(row.location, parse_row(Row, row, problems)) for row in rows]
+    validated = [(row.location, validate_row(row, Row, problems)) for row in rows]
     if problems:
         raise DataError(problems)
-    return [(where, row) for where, row in parsed if row is not None]
+    return [(location, row) for location, row in validated if row is not None]
 
 
 def _find_fault(completion: Completion) -> str | None:
-    """Says why a completion is of no use at all, or None when it is."""
+    """Returns why a completion cannot be used at all, or None."""
     if not (completion.response or "").strip():
         return "empty response"
     if completion.score is not None and not MIN_SCORE <= completion.score <= MAX_SCORE:
@@ -158,7 +146,7 @@ def _find_fault(completion: Completion) -> str | None:
 
 
 def _find_missing_judgment(completion: Completion) -> str | None:
-    """Says why a completion without a critique makes no record, or None when it does."""
+    """Returns why a completion without a critique makes no record, or None."""
     if (completion.critique or "").strip():
         return None
     if completion.score is None:
