@@ -1,4 +1,4 @@
-"""Real headless Chromium for the tests of pages; where it or playwright is missing, such tests skip and say why."""
+"""Headless Chromium for tests of pages. Tests skip if Chromium or playwright is missing."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ import pytest
 
 
 def open_browser() -> Iterator[Any]:
-    """Starts the browser, and ends it: the body of a fixture."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+    """Starts and stops the browser: the body of a fixture."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = shutil.which("chromium")
     if path is None:
-        pytest.skip("no chromium to show pages in (apt-get install chromium)")
+        pytest.skip("chromium is not installed (apt-get install chromium)")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
@@ -23,25 +23,25 @@ def open_browser() -> Iterator[Any]:
 
 @contextmanager
 def visit(browser: Any, path: Path, **options: Any) -> Iterator[Any]:
-    """Opens a page; at the end it must have asked for nothing but itself and have complained of nothing.
+    """Opens a page and asserts at the end that it requested nothing but itself and logged no errors.
 
     Args:
-        browser: As of `open_browser`.
-        path: The file.
-        options: Of playwright's `new_page`.
+        browser: From `open_browser`.
+        path: The HTML file.
+        options: For playwright's `new_page`.
     """
-    complaints: list[str] = []
-    asked: list[str] = []
+    errors: list[str] = []
+    requests: list[str] = []
     page = browser.new_page(**{"viewport": {"width": 1100, "height": 800}} | options)
     page.set_default_timeout(10_000)
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("dialog", lambda dialog: errors.append(f"dialog: {dialog.message}"))
+    page.on("request", lambda request: requests.append(request.url))
     try:
         page.goto(path.as_uri())
         yield page
-        assert complaints == []
-        assert asked == [path.as_uri()]
+        assert errors == []
+        assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
     finally:
         page.close()

@@ -1,4 +1,4 @@
-"""Token scores that a page shows, and what is read off that page, for the tests of `cutlm inspect`."""
+"""Token scores to show on a page, and helpers that read that page, for the tests of `cutlm inspect`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +9,7 @@ from report_scores import make_scores
 
 from cutlm.blame.token_scores import TokenScores, flag_spans
 from cutlm.data.records import JudgedRecord
-from cutlm.inspect.columns import make_columns
-from cutlm.inspect.inspection import write_inspection
+from cutlm.inspect.page import PageRecord, write_page
 from cutlm.losses import flag_tokens
 
 OUTPUTS = (
@@ -23,7 +22,7 @@ OUTPUTS = (
 
 
 def make_rows(seed: int = 0) -> list[TokenScores]:
-    """Five records: the second satisfactory, all others wrong in one place but the fourth, of which nobody knows."""
+    """Five records: the second is satisfactory, the others have `wrong_spans`, except the fourth."""
     rows = []
     for index, output in enumerate(OUTPUTS):
         judgment = None if index == 1 else f"Number {index} is wrong."
@@ -35,7 +34,7 @@ def make_rows(seed: int = 0) -> list[TokenScores]:
             wrong_spans=None if index in (1, 3) else ((4, 11),),  # type: ignore[arg-type]
         )
         without, judged = (
-            None if logps is None else [round(logp, 6) for logp in logps]  # as `cutlm blame` writes them
+            None if logps is None else [round(logp, 6) for logp in logps]  # as `cutlm blame` does
             for logps in (scores.logps_without, scores.logps_with)
         )
         rows.append(flag(replace(scores, record=record, logps_without=without, logps_with=judged), 1.1))
@@ -43,16 +42,16 @@ def make_rows(seed: int = 0) -> list[TokenScores]:
 
 
 def flag(scores: TokenScores, threshold: float) -> TokenScores:
-    """Scores with the flags of eq. 5."""
+    """Flags tokens by eq. 5."""
     if scores.logps_with is None or scores.logps_without is None or scores.record.is_satisfactory:
         return replace(scores, is_flagged=[False] * len(scores.tokens), weights=[0.0] * len(scores.tokens))
     without, judged = (torch.tensor(logps, dtype=torch.float64) for logps in (scores.logps_without, scores.logps_with))
-    blame = flag_tokens(without, judged, threshold=threshold, unlikelihood_weight=1.0, gamma=1.0)
-    return replace(scores, is_flagged=blame.is_flagged.tolist(), weights=blame.weights.tolist())
+    flags = flag_tokens(without, judged, threshold=threshold, unlikelihood_weight=1.0, gamma=1.0)
+    return replace(scores, is_flagged=flags.is_flagged.tolist(), weights=flags.weights.tolist())
 
 
 def describe(rows: list[TokenScores]) -> list[str]:
-    """What the page must say of flags: how many, and precision and recall where wrong_spans are known."""
+    """The counts that the page must show."""
     num_flagged = sum(sum(scores.is_flagged) for scores in rows)
     wrong = [scores for scores in rows if not scores.record.is_satisfactory]
     num_tokens = sum(len(scores.tokens) for scores in wrong)
@@ -77,7 +76,8 @@ def describe(rows: list[TokenScores]) -> list[str]:
 def write(folder: Path, *files: list[TokenScores], unpaired: tuple[int, ...] = ()) -> Path:
     names = ("before.jsonl", "after.jsonl")[: len(files)]
     path = folder / "report.html"
-    write_inspection(path, make_columns(names, list(zip(*files, strict=True)), unpaired))
+    records = [PageRecord(scores) for scores in zip(*files, strict=True)]
+    write_page(path, records, names=names, num_unpaired=unpaired)
     return path
 
 
@@ -90,6 +90,6 @@ def list_flagged(page: Any, record: int) -> list[str]:
 
 
 def list_pieces(scores: TokenScores) -> list[str]:
-    """The flagged tokens' texts, of tokens that have a character each or more."""
+    """Texts of the flagged tokens."""
     spans = zip(scores.spans, scores.is_flagged, strict=True)
     return [scores.record.output[start:end] for (start, end), is_flagged in spans if is_flagged]

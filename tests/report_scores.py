@@ -1,7 +1,10 @@
-"""Token scores for the tests of the report: real tokens of any text, with log-probs that are drawn."""
+"""Token scores of any text for tests: real tokens with random log-probs; and the data of a token page."""
 
+import json
 import random
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tiny import make_tokenizer
@@ -31,7 +34,7 @@ def _make_encoder(kind: str) -> Encoder:
 def make_scores(
     output: str, judgment: str | None = "Wrong.", kind: str = "bpe", *, seed: int = 0, **changes: Any
 ) -> TokenScores:
-    """Scores of a response, about a third of its tokens blamed."""
+    """Makes scores of a response, with about a third of its tokens flagged."""
     encoder, rng = _make_encoder(kind), random.Random(seed)
     ids = encoder.encode_response(output)
     flags = [judgment is not None and rng.random() < 0.3 for _ in ids]
@@ -52,3 +55,11 @@ def make_scores(
         "template": "alpaca",
     }
     return TokenScores(**values | changes)
+
+
+def read_page_data(path: Path) -> dict[str, Any]:
+    """Reads the data from a token page."""
+    content = re.search('<script id="data" type="application/json">(.*?)</script>', path.read_text("utf-8"))
+    assert content is not None
+    data: dict[str, Any] = json.loads(content[1])
+    return data

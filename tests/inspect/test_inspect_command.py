@@ -1,25 +1,51 @@
-"""`cutlm inspect`: the page it makes of one file or two, and what it says of bad input. No browser is needed."""
+"""`cutlm inspect` and the data that it writes into a page. No browser is needed."""
 
 import json
-import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from inspected_rows import OUTPUTS, make_rows
-from report_scores import make_scores
+from report_scores import NASTY, make_scores, read_page_data
 from tiny import save_tiny_model
 
 from cutlm.blame.token_scores import read_token_scores, write_token_scores
 from cutlm.cli import main
-from cutlm.inspect.columns import make_columns
-from cutlm.inspect.inspection import render_inspection
-from cutlm.inspect.tokens import pair_scores
+from cutlm.inspect.page import PageRecord, Picture, Table, render_page, write_page
+from cutlm.inspect.tokens import pair_scores, split_pieces
 
 
-def test_records_are_paired_by_what_they_say_and_how_often():
+def run(*options: str) -> int:
+    return main(["inspect", *options])
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bpe_unsplit", "llama", "unigram"])
+@pytest.mark.parametrize("text", NASTY)
+def test_pieces_joined_are_the_response(text, kind):
+    pieces = split_pieces(make_scores(text, kind=kind))
+    assert "".join(piece.text for piece in pieces) == text
+    assert all(piece.text or piece.is_end for piece in pieces), "the bytes of a character form one piece"
+    assert [piece.is_end for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6))
+def test_pieces_joined_are_the_response_for_edited_spans(pairs):
+    spans = [(min(pair), max(pair)) for pair in pairs]
+    num = len(spans)
+    numbers = {"logps_without": [-1.0] * num, "logps_with": [-1.0] * num, "weights": [0.0] * num}
+    scores = make_scores(
+        "abc   ghi", token_ids=[1] * num, tokens=["?"] * num, spans=spans, is_flagged=[False] * num, **numbers
+    )
+    pieces = split_pieces(scores)
+    assert "".join(piece.text for piece in pieces) == "abc   ghi"
+    assert sorted(index for piece in pieces for index in piece.indices) == list(range(num))
+
+
+def test_records_are_paired_by_content_as_often_as_both_files_have_them():
     rows = make_rows()
     first = [rows[0], rows[0], rows[1], rows[2]]
     second = [rows[2], replace(rows[0], detector="other"), rows[4], rows[3]]
@@ -30,11 +56,7 @@ def test_records_are_paired_by_what_they_say_and_how_often():
     assert pair_scores([rows[0]], [changed]).num_unpaired == (1, 1)
 
 
-def run(*options: str) -> int:
-    return main(["inspect", *options])
-
-
-def test_the_command_makes_a_page_of_one_file_or_of_two(tmp_path, capsys):
+def test_page_of_one_file_and_of_two(tmp_path, capsys):
     before, after = str(tmp_path / "before.jsonl"), str(tmp_path / "after.jsonl")
     write_token_scores(before, make_rows())
     write_token_scores(after, make_rows(50)[1:])
@@ -42,70 +64,83 @@ def test_the_command_makes_a_page_of_one_file_or_of_two(tmp_path, capsys):
     assert run("--scores", before, "--out", str(page)) == 0
     assert "report.html: 5 records, " in capsys.readouterr().out
     assert run("--scores", before, "--out", str(page)) == 2
-    assert "report.html: exists; name another file, or replace it with --overwrite" in capsys.readouterr().err
+    assert "--overwrite" in capsys.readouterr().err
     assert run("--scores", before, "--scores", after, "--out", str(page), "--overwrite") == 0
     printed = capsys.readouterr()
     assert "report.html: 4 pairs of records, " in printed.out
-    assert "before.jsonl: 1 records are not in the other file, and are left out" in printed.err
-    content = re.search('<script id="data" type="application/json">(.*?)</script>', page.read_text("utf-8"))
-    assert content is not None
-    data = json.loads(content[1])
+    assert "before.jsonl: skipped 1 records" in printed.err
+    data = read_page_data(page)
     assert data["unpaired"] == [1, 0]
     assert data["records"][0]["sides"][0]["without"] == make_rows()[1].logps_without
 
 
-def test_a_model_scores_records_first_and_leaves_the_scores_beside_the_page(tmp_path, capsys):
+def test_model_option_scores_records_and_keeps_the_scores(tmp_path, capsys):
     model = save_tiny_model(tmp_path / "model")
     data = tmp_path / "records.jsonl"
     data.write_text("".join(json.dumps({"instruction": "i", "output": o, "judgment": "Bad."}) + "\n" for o in OUTPUTS))
     page = tmp_path / "report.html"
     assert run("--model", str(model), "--data", str(data), "--out", str(page), "--threshold", "1.3") == 0
-    printed = capsys.readouterr().out
-    assert "5 records scored (0 satisfactory, 5 unsatisfactory)" in printed
+    assert "5 records" in capsys.readouterr().out
     scores = read_token_scores(tmp_path / "report.scores.jsonl")
     assert {row.threshold for row in scores} == {1.3}
-    assert page.read_text("utf-8") == render_inspection(
-        make_columns(["report.scores.jsonl"], [(row,) for row in scores])
+    expected = render_page([PageRecord((row,)) for row in scores], names=["report.scores.jsonl"])
+    assert page.read_text("utf-8") == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "expected either --scores or both --model and --data, got none of them"),
+        (["--model", "m"], "expected either --scores or both --model and --data, got --model"),
+        (["--scores", "S", "--data", "d"], "expected either --scores or both --model and --data, got --scores and"),
+        (["--scores", "S", "--scores", "S", "--scores", "S"], "--scores: expected one file or two, got 3"),
+        (["--scores", "S", "--threshold", "2"], "--threshold: used only with --model"),
+        (["--scores", "none"], "none: "),
+        (["--scores", "records.jsonl"], "records.jsonl:1: field 'schema_version'"),
+        (["--scores", "S", "--scores", "other.jsonl"], "S and other.jsonl: expected scores of the same records"),
+        (["--scores", "S", "--out", "S"], "S: "),
+        (["--model", "m", "--data", "d", "--out", ""], "--out '': expected a file to write, got a folder"),
+        (["--scores", "S", "--out", "."], "--out .: expected a file to write, got a folder"),
+    ],
+)
+def test_bad_options_and_files_are_user_errors(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_token_scores("S", [make_scores("Something.")])
+    write_token_scores("other.jsonl", [make_scores("Something else.")])
+    Path("records.jsonl").write_text('{"instruction": "i", "output": "o"}\n')
+    assert run("--out", "report.html", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("report.html").exists()
+
+
+@given(st.text(), st.text())
+def test_any_text_survives_in_the_data(text, name):
+    page = render_page(
+        [PageRecord((make_scores("x"),), text, text, text)],
+        title=text,
+        lead=[text],
+        sections=[Table(text, [text], [[text]]), Picture(b"", None, text)],
+        names=[name],
     )
+    content = page.partition('<script id="data" type="application/json">')[2].partition("</script>")[0]
+    data = json.loads(content)
+    encodable = text.encode("utf-8", "replace").decode()
+    answer = {"text": encodable, "judgment": encodable}
+    assert (data["title"], data["lead"]) == (encodable, [encodable])
+    assert data["records"][0]["answer"] == answer
+    assert data["records"][0].get("group", "") == encodable
+    assert data["sections"][0] == {"caption": encodable, "header": [encodable], "rows": [[encodable]]}
+    assert data["names"] == [name.encode("utf-8", "replace").decode()]
+    assert page.count("<script") == 2
 
 
-def test_what_is_wrong_is_said_in_a_sentence(tmp_path, capsys):
-    scores, out = str(tmp_path / "scores.jsonl"), str(tmp_path / "report.html")
-    write_token_scores(scores, make_rows())
-    other = tmp_path / "other.jsonl"
-    write_token_scores(other, [make_scores("Something else.")])
-    records = tmp_path / "records.jsonl"
-    records.write_text('{"instruction": "i", "output": "o"}\n')
-    for options, sentence in (
-        ([], "expected --scores FILE, or --model MODEL and --data FILE; give the one or the other"),
-        (["--model", "m"], "expected --scores FILE, or --model MODEL and --data FILE"),
-        (["--scores", scores, "--data", "d"], "--scores: of no use with --model and --data"),
-        (["--scores", scores] * 3, "--scores: expected one file or two, got 3"),
-        (["--scores", scores, "--threshold", "2"], "--threshold: of use with --model alone, for the scores are there"),
-        (["--scores", str(tmp_path / "none")], "none: no such file; check the path"),
-        (["--scores", str(records)], "records.jsonl:1: field 'schema_version': expected 1, got no such field"),
-        (
-            ["--scores", scores, "--scores", str(other)],
-            "got none with the same instruction, input, output and judgment",
-        ),
-        (["--scores", scores, "--out", scores], "got one of the inputs"),
-        (["--model", "m", "--data", "d", "--out", ""], "--out '': expected a file to write, got a folder; name a file"),
-        (["--scores", scores, "--out", "."], "--out .: expected a file to write, got a folder; name a file inside it"),
-    ):
-        assert run("--out", out, *options) == 2
-        assert sentence in capsys.readouterr().err
-    assert not Path(out).exists()
+def test_only_pages_with_pictures_allow_them(tmp_path):
+    write_page(tmp_path / "page.html", [], sections=[Picture(b"light", None, "alt")])
+    assert "img-src data:;" in (tmp_path / "page.html").read_text("utf-8")
+    assert "img-src" not in render_page([])
 
 
-def test_help_and_a_page_of_scores_need_no_torch(tmp_path):
+def test_a_page_of_scores_needs_no_torch(tmp_path):
     write_token_scores(tmp_path / "s.jsonl", make_rows())
-    code = "import sys; from cutlm.cli import main; {}; assert 'torch' not in sys.modules"
-    for options in (["--scores", "s.jsonl", "--out", "r.html"],):
-        call = f"main(['inspect', *{options!r}])"
-        subprocess.run([sys.executable, "-c", code.format(call)], cwd=tmp_path, check=True)
-    started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "cutlm", "inspect", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "--scores" in done.stdout
-    assert time.perf_counter() - started < 5
+    code = "import sys; from cutlm.cli import main; main(['inspect', '--scores', 's.jsonl', '--out', 'r.html'])"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], cwd=tmp_path, check=True)

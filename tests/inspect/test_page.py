@@ -1,47 +1,41 @@
-"""The page of `cutlm inspect`, in a real browser: its figures are eq. 5's, texts are texts, and it asks for nothing."""
+"""The token page in a real browser: flags and counts follow eq. 5, texts stay texts, every look works."""
 
 import math
+import random
 import re
 from dataclasses import replace
 
 import pytest
-from browser import open_browser, visit
+from browser import visit
 from inspected_rows import OUTPUTS, describe, flag, list_flagged, list_pieces, make_rows, read_figures, write
 from report_scores import NASTY, make_scores
 
 from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
-from cutlm.inspect.columns import make_columns
-from cutlm.inspect.inspection import write_inspection
+from cutlm.inspect.page import PageRecord, Picture, Table, write_page
+
+LISTED = "[...document.querySelectorAll('article')].map(e => Number(e.dataset.index))"
+TEXTS = "selector => [...document.querySelectorAll(selector)].map(e => e.textContent)"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    yield from open_browser()
+# ---- Flags and counts ----
 
 
-# ---- Flags and figures ----
-
-
-def test_flags_and_figures_follow_the_threshold_by_equation_5(browser, tmp_path):
+def test_flags_and_counts_follow_the_threshold(browser, tmp_path):
     rows = make_rows()
     with visit(browser, write(tmp_path, rows)) as page:
         assert read_figures(page) == describe(rows)
-        for threshold in (1, 1.05, 1.5, 3, 40, 1e6):
+        for threshold in (1, 1.5, 40, 1e6):
             page.fill("#threshold", str(threshold))
             flagged = [flag(scores, threshold) for scores in rows]
             assert read_figures(page) == describe(flagged)
             for index, scores in enumerate(flagged):
                 assert list_flagged(page, index) == list_pieces(scores)
-        assert f"by eq. 5 at \u03bb = {1000000}" in page.inner_text("#figures")
-        assert "Precision and recall are of the 3 records with wrong_spans." in page.inner_text("#notes")
+        assert "by eq. 5 at \u03bb = 1000000" in page.inner_text("#figures")
+        assert "the 3 records with wrong_spans." in page.inner_text("#notes")
         page.click("#stored")
         assert read_figures(page) == describe(rows)
 
-
-def test_the_slider_moves_the_threshold(browser, tmp_path):
-    rows = make_rows()
-    with visit(browser, write(tmp_path, rows)) as page:
         steps = page.evaluate("THRESHOLDS")
         assert steps == sorted(set(steps))
         assert (steps[0], steps[-1]) == (1, 100)
@@ -56,12 +50,12 @@ def test_the_slider_moves_the_threshold(browser, tmp_path):
         assert page.evaluate("THRESHOLDS[document.getElementById('slider').value]") == 1.1
 
 
-def test_the_curves_are_those_of_equation_5_and_can_be_pressed(browser, tmp_path):
+def test_curves_agree_with_the_counts_and_can_be_clicked(browser, tmp_path):
     rows = make_rows()
     with visit(browser, write(tmp_path, rows)) as page:
         page.wait_for_selector("#marker", state="attached")
         names = page.evaluate("[...document.querySelectorAll('#curves path')].map(e => e.getAttribute('class'))")
-        assert sorted(names) == sorted(["curve precision", "curve recall", "curve share"] * 2)  # a line and its key
+        assert sorted(names) == sorted(["curve precision", "curve recall", "curve share"] * 2)  # lines and legend
         points = page.evaluate("measureCurve(records, 0).map(p => [THRESHOLDS[p.step], p.precision, p.recall])")
         for threshold, precision, recall in points[::25]:
             expected = describe([flag(scores, threshold) for scores in rows])[2:]
@@ -74,9 +68,9 @@ def test_the_curves_are_those_of_equation_5_and_can_be_pressed(browser, tmp_path
         assert read_figures(page) == describe([flag(scores, 100) for scores in rows])
 
 
-def test_a_token_at_the_threshold_is_not_flagged(browser, tmp_path):
+def test_a_token_exactly_at_the_threshold_is_not_flagged(browser, tmp_path):
     scores = make_scores("x y", spans=[(0, 1), (2, 3), (3, 3)], token_ids=[1, 2, 3], tokens=["x", " y", ""])
-    # -1 - -1.6931... is log 2 exactly where the difference is exact.
+    # The log ratio of the first token is exactly log 2.
     scores = replace(scores, logps_without=[math.log(2) * -2, -3.0, -1.0], logps_with=[-math.log(2), -1.0, -1.0])
     scores = flag(scores, 1.1)
     assert scores.is_flagged == [True, True, False]
@@ -86,16 +80,16 @@ def test_a_token_at_the_threshold_is_not_flagged(browser, tmp_path):
         assert list_flagged(page, 0) == ["y"]
 
 
-def test_flags_that_a_person_edited_are_shown_first_and_can_be_returned_to(browser, tmp_path):
+def test_edited_flags_are_shown_first_and_can_be_restored(browser, tmp_path):
     rows = make_rows()
     flags = [False, True] + [False] * (len(rows[0].tokens) - 2)
     rows[0] = replace(rows[0], is_flagged=flags, weights=[0.25 * is_flagged for is_flagged in flags])
     with visit(browser, write(tmp_path, rows)) as page:
         assert list_flagged(page, 0) == list_pieces(rows[0])
         assert page.get_attribute("#stored", "aria-pressed") == "true"
-        assert "1 record with other flags in the file than eq. 5 gives" in page.inner_text("#notes")
+        assert "1 record with stored flags that differ from eq. 5" in page.inner_text("#notes")
         page.select_option("#filter", "edited")
-        assert page.locator("article").evaluate_all("all => all.map(e => e.dataset.index)") == ["0"]
+        assert page.evaluate(LISTED) == [0]
         page.select_option("#filter", "all")
         page.fill("#threshold", "1.1")
         assert list_flagged(page, 0) == list_pieces(flag(rows[0], 1.1)) != list_pieces(rows[0])
@@ -104,29 +98,26 @@ def test_flags_that_a_person_edited_are_shown_first_and_can_be_returned_to(brows
         assert list_flagged(page, 0) == list_pieces(rows[0])
 
 
-def test_scores_without_log_probs_keep_their_flags_and_say_so(browser, tmp_path):
+def test_scores_without_log_probs_keep_their_flags(browser, tmp_path):
     rows = make_rows()
     rows[2] = replace(rows[2], logps_without=None, logps_with=None)
     rows[1] = replace(rows[1], logps_with=None)
     with visit(browser, write(tmp_path, rows)) as page:
-        page.fill("#threshold", "1000000")
-        assert list_flagged(page, 2) == list_pieces(rows[2]) != []
-        assert list_flagged(page, 0) == []
         curve = page.evaluate("measureCurve(records, 0).map(p => [THRESHOLDS[p.step], p.share, p.precision, p.recall])")
-        for threshold, *shares in curve[::25]:
+        for threshold, *shares in curve[::50]:
             page.fill("#threshold", str(threshold))
             shown = [f"{100 * share:.1f}%" for share in shares if share is not None]
             figures = read_figures(page)
-            assert shown == re.findall(r"[\d.]+%", " ".join(figures)), f"the curves are those of the figures, {figures}"
+            assert shown == re.findall(r"[\d.]+%", " ".join(figures)), f"curves and counts agree: {figures}"
         page.fill("#threshold", "1000000")
-        assert "1 unsatisfactory record without log-probs in both contexts; their flags stay" in page.inner_text(
-            "#notes"
-        )
+        assert list_flagged(page, 2) == list_pieces(rows[2]) != []
+        assert list_flagged(page, 0) == []
+        assert "1 unsatisfactory record without log-probs in both contexts" in page.inner_text("#notes")
         page.locator("article[data-index='2'] .t").first.hover()
         assert page.inner_text("#tip").split("\n")[0].split("\t") == ["log p without", "\u2013"]
 
 
-def test_a_satisfactory_record_with_praise_is_shaded_and_never_flagged(browser, tmp_path):
+def test_a_satisfactory_record_with_praise_is_shaded_but_never_flagged(browser, tmp_path):
     scores = flag(make_scores(OUTPUTS[0], "Perfect!"), 1.1)
     assert scores.logps_with is not None
     with visit(browser, write(tmp_path, [scores])) as page:
@@ -135,10 +126,35 @@ def test_a_satisfactory_record_with_praise_is_shaded_and_never_flagged(browser, 
         assert page.locator("article .p4, article .p3, article .p2").count() > 0
 
 
-# ---- Figures of a token ----
+def test_a_threshold_below_1_in_the_file_is_valid(browser, tmp_path):
+    rows = make_rows()
+    rows = [
+        replace(row, threshold=0.5, is_flagged=[find_ratio(row, index) > 0.5 for index in range(len(row.tokens))])
+        for row in rows
+    ]
+    with visit(browser, write(tmp_path, rows)) as page:
+        assert page.input_value("#threshold") == "0.5"
+        assert page.locator("#threshold:invalid").count() == 0
+        assert "differ from eq. 5" not in page.inner_text("#notes")
+        figures = read_figures(page)
+        page.fill("#threshold", "0.25")
+        assert page.locator("#threshold:invalid").count() == 1
+        assert read_figures(page) == figures, "an invalid threshold changes nothing"
+        page.fill("#threshold", "1")
+        assert read_figures(page) == describe([flag(scores, 1) for scores in rows])
 
 
-def test_the_exact_figures_of_a_token_are_shown_on_hover_and_on_focus(browser, tmp_path):
+def find_ratio(scores: TokenScores, index: int) -> float:
+    """How much more likely the judgment makes a token; 0 if it cannot be flagged."""
+    if scores.record.is_satisfactory or scores.logps_with is None or scores.logps_without is None:
+        return 0.0
+    return math.exp(scores.logps_with[index] - scores.logps_without[index])
+
+
+# ---- Numbers of a token ----
+
+
+def test_exact_numbers_of_a_token_on_hover_and_focus(browser, tmp_path):
     scores = make_scores("x y", spans=[(0, 1), (2, 3), (3, 3)], token_ids=[1, 2, 3], tokens=["x", " y", "<eos>"])
     record = scores.record.model_copy(update={"wrong_spans": ((0, 1),)})
     scores = replace(
@@ -156,7 +172,7 @@ def test_the_exact_figures_of_a_token_are_shown_on_hover_and_on_focus(browser, t
         "times as likely\t25.7903",  # e^3.25
         "flagged\tyes",
         "weight\t0.7788",
-        "marked as wrong\tyes",
+        "annotated as wrong\tyes",
     ]
     with visit(browser, write(tmp_path, [scores])) as page:
         assert not page.is_visible("#tip")
@@ -175,47 +191,61 @@ def test_the_exact_figures_of_a_token_are_shown_on_hover_and_on_focus(browser, t
             "difference\t-2.499990",
         ]
         page.keyboard.press("ArrowRight")
-        assert "log p with\t-0.12345678" in page.inner_text("#tip")  # as many digits as the file has
+        assert "log p with\t-0.12345678" in page.inner_text("#tip"), "as many digits as the file has"
         page.fill("#threshold", "2")
         page.hover("article .t >> nth=2")
-        assert "weight\t0.88386" in page.inner_text("#tip")  # e^-0.12345678, at gamma 1
+        assert "weight\t0.88386" in page.inner_text("#tip")  # e^-0.12345678, with gamma 1
 
 
-# ---- Texts ----
-
-
-@pytest.mark.parametrize("kind", ["bpe", "llama", "unigram"])
-def test_texts_from_outside_are_text_to_the_letter(browser, tmp_path, kind):
-    rows = []
-    for text in NASTY:
-        record = JudgedRecord(instruction=text, input=text, output=text, judgment=text)
-        rows.append(replace(make_scores(text, kind=kind), record=record))
-    path = tmp_path / "report.html"
-    write_inspection(path, make_columns(['</script><script>alert("1")</script>'], [(row,) for row in rows]))
-    with visit(browser, path, viewport={"width": 1100, "height": 4000}) as page:
-        texts = "selector => [...document.querySelectorAll(selector)].map(e => e.textContent)"
-        assert page.evaluate(texts, ".response") == list(NASTY)
-        assert page.evaluate(texts, ".instruction") == [f"{text}\n{text}" for text in NASTY]
-        assert page.evaluate(texts, ".judgment") == list(NASTY)
-        assert page.locator("script").count() == 1
-        assert page.evaluate("[...document.querySelectorAll('bdi.odd')].map(e => e.dataset.name)").count("U+202E") > 0
-        assert 'alert("1")' in page.inner_text("#lead")
-
-
-def test_the_bytes_of_an_emoji_are_one_piece_with_the_figures_of_each(browser, tmp_path):
+def test_the_bytes_of_an_emoji_are_one_piece_with_the_numbers_of_each(browser, tmp_path):
     scores = make_scores("a \U0001f600 b", kind="llama")
-    parts = [place for place, span in enumerate(scores.spans) if span == (2, 3)]
+    parts = [index for index, span in enumerate(scores.spans) if span == (2, 3)]
     assert len(parts) > 1
     with visit(browser, write(tmp_path, [scores])) as page:
-        pieces = page.locator("article .t")
-        token = pieces.filter(has_text="\U0001f600")
+        token = page.locator("article .t").filter(has_text="\U0001f600")
         assert token.count() == 1
         token.hover()
         assert page.inner_text("#tip").count("log p without") == len(parts)
         assert f"token 1 of {len(parts)} here" in page.inner_text("#tip")
 
 
-def test_the_policy_allows_its_own_script_and_style_alone(browser, tmp_path):
+# ---- Texts and security ----
+
+
+def test_texts_from_outside_are_never_markup(browser, tmp_path):
+    records = []
+    for index, text in enumerate(NASTY):
+        record = JudgedRecord(instruction=text, input=text, output=text, judgment=text)
+        kind = ("bpe", "llama", "unigram")[index % 3]
+        records.append(PageRecord((replace(make_scores(text, kind=kind), record=record),), text, text, text))
+    path = tmp_path / "report.html"
+    sections = [*(Table(text, [text, text], [[text, text]]) for text in NASTY), Picture(b"", None, NASTY[1])]
+    names = ['</script><script>alert("1")</script>']
+    write_page(path, records, title=NASTY[1], lead=NASTY, sections=sections, names=names)
+    with visit(browser, path, viewport={"width": 1100, "height": 9000}) as page:
+        for selector in (".response", ".judgment", ".answer", "caption", "#lead p", "#sections td"):
+            assert page.evaluate(TEXTS, selector) == list(NASTY), selector
+        assert page.evaluate(TEXTS, ".instruction") == [f"{text}\n{text}" for text in NASTY]
+        assert page.evaluate(TEXTS, ".verdict") == [f"\u2717 {text}" for text in NASTY]
+        assert page.evaluate(TEXTS, "h1") == [NASTY[1]]
+        assert page.evaluate("document.images[0].alt") == NASTY[1]
+        assert page.locator("script").count() == 1
+        odd = page.evaluate("[...document.querySelectorAll('bdi.odd')].map(e => e.dataset.name)")
+        assert {"U+202E", "U+001B", "CR", "\u21e5"} <= set(odd)
+        assert 'alert("1")' in page.inner_text("#counts")
+
+
+def test_invisible_characters_are_named(browser, tmp_path):
+    with visit(browser, write(tmp_path, make_rows())) as page:
+        show = "text => appendText(make('p', ''), text).innerHTML"
+        assert page.evaluate(show, "one two \U0001f468\u200d\U0001f469") == "one two \U0001f468\u200d\U0001f469"
+        shown = page.evaluate(show, "a\u202eb  c\n")
+        assert '<bdi class="odd" data-name="U+202E">\u202e</bdi>' in shown
+        assert shown.count('<i class="space"> </i>') == 2
+        assert '<i class="line">\n</i>' in shown
+
+
+def test_policy_allows_only_the_page_s_own_script_and_style(browser, tmp_path):
     path = write(tmp_path, make_rows())
     text = path.read_text("utf-8")
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
@@ -231,41 +261,39 @@ def test_the_policy_allows_its_own_script_and_style_alone(browser, tmp_path):
     page = browser.new_page()
     try:
         page.goto(path.as_uri())
-        blocked = page.evaluate(
+        assert page.evaluate(
             "() => { const s = document.createElement('script'); s.textContent = 'window.hacked = 1';"
             " document.body.append(s); return window.hacked === undefined; }"
         )
-        assert blocked
     finally:
         page.close()
 
 
-# ---- Finding one's way ----
+# ---- Navigation ----
 
 
-def test_records_are_searched_filtered_and_sorted(browser, tmp_path):
+def test_search_filters_and_orders(browser, tmp_path):
     rows = make_rows()
     with visit(browser, write(tmp_path, rows)) as page:
-        listed = "[...document.querySelectorAll('article')].map(e => Number(e.dataset.index))"
         page.fill("#query", "SYDNEY")
-        assert page.evaluate(listed) == [0, 3]
+        assert page.evaluate(LISTED) == [0, 3]
         assert read_figures(page) == describe([rows[0], rows[3]])
         assert "2 of 5 records" in page.inner_text("#figures")
         page.fill("#query", "nowhere")
         assert page.is_visible("#nothing")
         page.fill("#query", "")
         page.select_option("#filter", "satisfactory")
-        assert page.evaluate(listed) == [1]
+        assert page.evaluate(LISTED) == [1]
         page.select_option("#filter", "unsatisfactory")
-        assert page.evaluate(listed) == [0, 2, 3, 4]
+        assert page.evaluate(LISTED) == [0, 2, 3, 4]
         page.fill("#threshold", "1000000")
         page.select_option("#filter", "unflagged")
-        assert page.evaluate(listed) == [0, 2, 3, 4]
+        assert page.evaluate(LISTED) == [0, 2, 3, 4]
         page.locator("#threshold").press("Tab")
         page.fill("#threshold", "1")
         page.locator("#threshold").blur()
         unflagged = [not scores.record.is_satisfactory and not any(flag(scores, 1).is_flagged) for scores in rows]
-        assert page.evaluate(listed) == [index for index in range(5) if unflagged[index]]
+        assert page.evaluate(LISTED) == [index for index in range(5) if unflagged[index]]
         page.click("#stored")
         page.select_option("#filter", "all")
         for order, rate in {
@@ -274,7 +302,7 @@ def test_records_are_searched_filtered_and_sorted(browser, tmp_path):
             "surprise": lambda scores: -sum(scores.logps_without) / len(scores.tokens),
         }.items():
             page.select_option("#order", order)
-            assert page.evaluate(listed) == sorted(range(5), key=lambda index: -rate(rows[index]))
+            assert page.evaluate(LISTED) == sorted(range(5), key=lambda index: -rate(rows[index]))
 
 
 def find_peak(scores: TokenScores) -> float:
@@ -283,28 +311,24 @@ def find_peak(scores: TokenScores) -> float:
     return max(abs(judged - plain) for judged, plain in zip(scores.logps_with, scores.logps_without, strict=True))
 
 
-def test_everything_can_be_done_by_keys(browser, tmp_path):
+def test_keyboard_shortcuts(browser, tmp_path):
     rows = make_rows()
     with visit(browser, write(tmp_path, rows)) as page:
-        focus = "document.activeElement.dataset.index"
         press = page.keyboard.press
         for key, index in (("j", "0"), ("j", "1"), ("j", "2"), ("k", "1"), ("G", "4"), ("j", "4"), ("g", "0")):
             press(key)
-            assert page.evaluate(focus) == index, key
-        flagged = [(str(index), text) for index, row in enumerate(rows) for text in list_pieces(row)]
+            assert page.evaluate("document.activeElement.dataset.index") == index, key
+        flagged = [[str(index), text] for index, row in enumerate(rows) for text in list_pieces(row)]
+        focus = "[document.activeElement.closest('article').dataset.index, document.activeElement.textContent]"
         seen = []
         for _ in flagged:
             press("n")
-            seen.append(
-                page.evaluate(
-                    "[document.activeElement.closest('article').dataset.index, document.activeElement.textContent]"
-                )
-            )
-        assert [tuple(pair) for pair in seen] == flagged
+            seen.append(page.evaluate(focus))
+        assert seen == flagged
         press("p")
-        assert page.evaluate("document.activeElement.textContent") == flagged[-2][1]
+        assert page.evaluate(focus) == flagged[-2]
         press("/")
-        page.keyboard.type("jk?")  # these are letters here
+        page.keyboard.type("jk?")  # in the search field these are just letters
         assert page.input_value("#query") == "jk?"
         press("Escape")
         assert page.input_value("#query") == ""
@@ -323,13 +347,13 @@ def test_everything_can_be_done_by_keys(browser, tmp_path):
         assert not page.is_visible("#keys")
 
 
-# ---- Two models ----
+# ---- Two models, sections, groups ----
 
 
-def test_two_files_show_what_training_changed_token_by_token(browser, tmp_path):
+def test_two_files_are_compared_token_by_token(browser, tmp_path):
     before, after = make_rows(), make_rows(50)
     with visit(browser, write(tmp_path, before, after, unpaired=(2, 1))) as page:
-        assert "In one file alone, and not shown: 2 before, 1 after." in page.inner_text("#lead")
+        assert "only one file has them: 2 before, 1 after" in page.inner_text("#counts")
         assert read_figures(page, 0) == describe(before)
         assert read_figures(page, 1) == describe(after)
         article = page.locator("article[data-index='0']")
@@ -350,12 +374,196 @@ def test_two_files_show_what_training_changed_token_by_token(browser, tmp_path):
         assert page.locator("article").count() == 5
 
 
-def test_other_tokens_are_shown_side_by_side_and_not_compared(browser, tmp_path):
+def test_different_tokens_are_shown_but_not_compared(browser, tmp_path):
     before = [make_scores(OUTPUTS[0])]
     after = [make_scores(OUTPUTS[0], kind="llama", logps_without=None)]
     with visit(browser, write(tmp_path, before, after, unpaired=(0, 0))) as page:
         page.wait_for_selector("article .t")
         assert page.locator("article .response").count() == 2
-        assert "split into other tokens" in page.inner_text("article")
+        assert "different tokens" in page.inner_text("article")
         page.locator("article .response").nth(1).locator(".t").nth(0).hover()
         assert page.inner_text("#tip").strip().split("\n")[0].strip() == "after"
+
+
+def test_sections_groups_and_new_answers(browser, tmp_path):
+    rows = make_rows()
+    answers = [("Fixed.", None), ("Still bad.", "It is wrong."), (None, None), ("x", None), ("y", None)]
+    groups = ["one", "two", "two", "one", ""]
+    records = [PageRecord((row,), group, *answer) for row, group, answer in zip(rows, groups, answers, strict=True)]
+    path = tmp_path / "page.html"
+    sections = [Table("Caption", ["", "a"], [["x", "1%"], ["mean", "2%"]]), Picture(b"light", b"dark", "alt")]
+    write_page(path, records, title="Title", lead=["First.", "Second."], sections=sections)
+    page = browser.new_page(viewport={"width": 1100, "height": 2500})  # not `visit`: these are not real pictures
+    try:
+        page.goto(path.as_uri())
+        assert page.evaluate(TEXTS, "h1, #lead p, caption, #sections td") == ["Title", "First.", "Second."] + [
+            "Caption",
+            "1%",
+            "2%",
+        ]
+        light = page.get_attribute("#sections img", "src")
+        page.click("#theme")
+        assert page.get_attribute("#sections img", "src") != light
+        page.wait_for_selector("article[data-index='4'] dd")
+        assert page.evaluate(TEXTS, ".answer") == ["Fixed.", "Still bad.", "x", "y"]
+        assert page.evaluate(TEXTS, ".verdict.bad") == ["\u2717 It is wrong."]
+        page.select_option("#filter", label="two")
+        assert page.evaluate(LISTED) == [1, 2]
+    finally:
+        page.close()
+    write_page(path, [], title="Title", sections=sections[:1])
+    with visit(browser, path) as page:
+        assert page.is_visible("caption")
+        assert not page.is_visible("#query"), "no records, no controls"
+
+
+# ---- Looks ----
+
+
+def test_light_and_dark_follow_the_system_and_the_switch(browser, tmp_path):
+    path = write(tmp_path, make_rows())
+    color = "getComputedStyle(document.body).backgroundColor"
+    light, dark = "rgb(251, 251, 249)", "rgb(20, 23, 28)"
+    with visit(browser, path) as page:
+        assert page.evaluate(color) == light
+        page.click("#theme")
+        assert page.evaluate(color) == dark
+        page.keyboard.press("t")
+        assert page.evaluate(color) == light
+    with visit(browser, path, color_scheme="dark") as page:
+        assert page.evaluate(color) == dark
+        page.click("#theme")
+        assert page.evaluate(color) == light
+
+
+# For all matching elements: the contrast (WCAG) of text, ::before and ::after, and of underlines, to the background.
+CONTRASTS = """selector => {
+  const parse = (color) => {
+    const parts = [...color.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
+    return color.startsWith("color(") ? [...parts.slice(0, 3).map((part) => 255 * part), parts[3]] : parts;
+  };
+  const findBackground = (element) => {
+    const [...own] = parse(getComputedStyle(element).backgroundColor);
+    const below = own[3] < 1 && element.parentElement ? findBackground(element.parentElement) : own;
+    return own.slice(0, 3).map((part, index) => part * own[3] + below[index] * (1 - own[3]));
+  };
+  const rate = (color) => {
+    const scale = (part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+    const parts = color.map((part) => scale(part / 255));
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+  };
+  const compare = (one, other) => (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+  return [...document.querySelectorAll(selector)].flatMap((element) => {
+    const background = rate(findBackground(element));
+    const styles = [null, "::before", "::after"].map((part) => getComputedStyle(element, part));
+    const line = compare(rate(parse(styles[0].textDecorationColor)), background);
+    return styles.map((style) => [compare(rate(parse(style.color)), background), line]);
+  });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_readable_on_the_strongest_shades(browser, tmp_path, scheme):
+    scores = make_scores("up\tto\nthis", "Wrong.")
+    num = len(scores.tokens)
+    strong = [5.0 * (-1) ** index for index in range(num)]  # alternately more and less likely, beyond every shade
+    scores = flag(replace(scores, logps_without=[-8.0] * num, logps_with=[-8.0 + change for change in strong]), 1.1)
+    with visit(browser, write(tmp_path, [scores]), color_scheme=scheme) as page:
+        page.wait_for_selector("article .p5")
+        assert page.locator("article .n5").count() > 0
+        found = page.evaluate(CONTRASTS, ":is(article, .legend) .t, :is(article, .legend) .t *")
+        assert min(text for text, _ in found) >= 4.5
+        assert max(text for text, _ in found) < 21
+        lines = page.evaluate(CONTRASTS, "article .flagged")
+        assert min(line for _, line in lines) >= 3
+
+
+def test_nothing_depends_on_color_alone(browser, tmp_path):
+    style = "e => { const s = getComputedStyle(e); return [s.textDecorationLine, s.textDecorationStyle,"
+    style += " s.textDecorationThickness, s.borderTopStyle]; }"
+    rows = make_rows()
+    rows[0] = replace(rows[0], record=rows[0].record.model_copy(update={"wrong_spans": ((0, 9),)}))
+    with visit(browser, write(tmp_path, rows)) as page:
+        shown = page.locator("article .t").evaluate_all(f"all => all.map(e => [e.className, ({style})(e)])")
+        top = page.locator("article .wrong").first.bounding_box()["y"]
+        label = page.locator("article dt", has_text="Response").first.bounding_box()
+        assert top >= label["y"] + label["height"] + 3, "the dots leave room for the label above"
+    lines = {"flagged": ["underline", "solid", "3px"], "less likely": ["underline", "dotted", "1px"]}
+    seen = set()
+    for name, (*line, border) in shown:
+        classes = ["less likely" if part[0] == "n" else part for part in name.split()]
+        expected = next((lines[kind] for kind in lines if kind in classes), None)
+        assert line == expected or (expected is None and line[0] == "none"), name
+        assert border == ("dotted" if "wrong" in classes else "none"), name
+        seen |= set(classes)
+    assert {"flagged", "wrong", "less likely"} <= seen
+
+
+def test_a_narrow_window_does_not_scroll_sideways(browser, tmp_path):
+    rows = make_rows()
+    for files in ([rows], [rows, make_rows(9)]):
+        path = write(tmp_path, *files, unpaired=(0, 0)[: 2 * (len(files) - 1)])
+        with visit(browser, path, viewport={"width": 340, "height": 700}) as page:
+            page.locator("article .flagged").first.hover()
+            assert page.evaluate("document.documentElement.scrollWidth") <= 340
+            tip = page.locator("#tip").evaluate("e => [e.scrollWidth, e.clientWidth]")
+            assert tip[0] <= tip[1]
+
+
+def make_long(index: int, rng: random.Random) -> TokenScores:
+    """A response of 400 tokens."""
+    words = [f"word{rng.randrange(1000)}" for _ in range(399)]
+    spans, start = [], 0
+    for word in words:
+        spans.append((start, start + len(word)))
+        start += len(word) + 1
+    output = " ".join(words)
+    is_judged = index % 3 > 0
+    columns: list[list[float]] = [[round(-rng.expovariate(1), 6) for _ in range(400)] for _ in range(2)]
+    scores = make_scores(
+        "x",
+        "Wrong." if is_judged else None,
+        record=JudgedRecord(instruction=f"Task {index}?", output=output, judgment="Wrong." if is_judged else None),
+        token_ids=list(range(400)),
+        tokens=[*words, "<eos>"],
+        spans=[*spans, (len(output), len(output))],
+        logps_without=columns[0],
+        logps_with=columns[1] if is_judged else None,
+    )
+    scores = flag(scores, 1.1)
+    return replace(scores, weights=[float(f"{weight:.6g}") for weight in scores.weights])  # as `cutlm blame` does
+
+
+# Scrolls half a window per frame and returns the median time of a frame in milliseconds.
+SCROLL = """async () => {
+  const frames = [];
+  for (let last = performance.now(); frames.length < 40; ) {
+    scrollBy(0, 400);
+    await new Promise(requestAnimationFrame);
+    frames.push(performance.now() - last);
+    last = performance.now();
+  }
+  return frames.sort((a, b) => a - b)[20];
+}"""
+
+
+def test_a_thousand_long_responses_are_small_and_drawn_only_near_the_window(browser, tmp_path):
+    rng = random.Random(0)
+    rows = [make_long(index, rng) for index in range(10)]
+    path = tmp_path / "report.html"
+    size = write_page(path, [PageRecord((scores,)) for scores in rows] * 100)
+    assert size < 14e6, "35 bytes per token"
+    with visit(browser, path) as page:
+        page.wait_for_selector("article .t")
+        opened = page.evaluate("performance.now()") / 1000
+        assert page.locator("article").count() == 1000
+        assert 1 <= page.locator("article .response").count() < 12
+        print(f"1000 responses of 400 tokens, {size / 1e6:.1f} MB: first records after {opened:.2f} s,")
+        print(f"{page.evaluate(SCROLL):.0f} ms per frame while scrolling")
+        page.keyboard.press("G")
+        last = page.locator("article[data-index='999']")
+        assert last.locator(".response").evaluate("e => e.textContent") == rows[-1].record.output
+        page.wait_for_function("document.querySelectorAll('article .response').length < 12")
+        page.evaluate("setThreshold(1.5)")
+        num_flagged = 100 * sum(sum(flag(row, 1.5).is_flagged) for row in rows)
+        assert read_figures(page)[0].startswith(f"{num_flagged:,} tokens")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from report_scores import make_scores
+from report_scores import make_scores, read_page_data
 
 from cutlm.blame.token_scores import read_token_scores
 from cutlm.cli import main
@@ -18,7 +18,6 @@ from cutlm.data.files import read_rows
 from cutlm.data.records import check_records
 from cutlm.errors import UserError
 from cutlm.inspect.plots import CURVES_SIZE
-from cutlm.inspect.tokens import split_pieces
 from cutlm.world.base import load_base
 from cutlm.world.demo import QUICK, prepare_folder
 from cutlm.world.demo_iteration import Iteration
@@ -144,22 +143,24 @@ def test_the_curve_is_a_picture_and_stands_in_the_page(demo):
     with Image.open(demo.out / "curve.png") as picture:
         picture.verify()
         assert picture.size == CURVES_SIZE
-    page = (demo.out / "page.html").read_text("utf-8")
-    assert page.count("data:image/png;base64,") == 2
-    assert "Content-Security-Policy" in page
-    for name, shares in demo.result["accuracy"].items():
-        assert f'<th scope="row">{name}</th>' + "".join(f"<td>{share:.0%}</td>" for share in shares) in page
+    table, picture = read_page_data(demo.out / "page.html")["sections"]
+    assert picture["light"].startswith("data:image/png;base64,")
+    assert picture["dark"] != picture["light"]
+    assert table["rows"] == [
+        [name, *(f"{share:.0%}" for share in shares)] for name, shares in demo.result["accuracy"].items()
+    ]
 
 
 def test_the_page_shows_held_out_responses_that_were_wrong(demo):
-    page = (demo.out / "page.html").read_text("utf-8")
+    records = read_page_data(demo.out / "page.html")["records"]
     scores = read_token_scores(demo.out / "held-out" / "scores.jsonl")
     rows = {row.value["instruction"]: row.value for row in read_rows(demo.out / "held-out" / "answers.jsonl")[0]}
-    assert page.count("<article>") == len(scores)
-    for score in scores:
+    assert len(records) == len(scores) > 0
+    for record, score in zip(records, scores, strict=True):
+        row = rows[score.record.instruction]
         assert not score.record.is_satisfactory
-        assert rows[score.record.instruction]["answers"][0] == score.record.output
-        assert "".join(piece.text for piece in split_pieces(score)) == score.record.output
+        assert "".join(record["sides"][0]["pieces"]) == score.record.output == row["answers"][0]
+        assert (record["group"], record["answer"]["text"]) == (row["family"], row["answers"][-1])
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "result.json", "iteration-1/model/config.json"])

@@ -1,13 +1,13 @@
-"""Make one self-contained HTML page of token scores: every token shaded by what the judgment changes, flags at any
-threshold, search, and with two files what training changed.
+"""Write one self-contained HTML page of token scores: see which tokens each judgment flags, at any threshold.
 
   cutlm inspect --scores scores.jsonl --out report.html
   cutlm inspect --scores before.jsonl --scores after.jsonl --out report.html
   cutlm inspect --model MODEL --data records.jsonl --out report.html
 
-The scores are those of cutlm blame. Two files hold the scores that two models give to the same records; records are
-paired by instruction, input, response and judgment. With --model the records are scored first, as cutlm blame does with
-the options below, into a file beside the page (report.scores.jsonl). The page loads nothing from anywhere."""
+The scores come from cutlm blame. Two files compare two models on the same records, such as before and after training;
+records are paired by instruction, input, response and judgment. With --model, the records are first scored as cutlm
+blame does with the options below, into a file next to the page (report.scores.jsonl). The page can be searched and
+sorted, and loads nothing from the network."""
 
 import argparse
 import sys
@@ -26,12 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scores",
         action="append",
         metavar="FILE",
-        help="token scores, as of cutlm blame; twice: before and after training",
+        help="token scores from cutlm blame; give it twice to compare before and after training",
     )
-    parser.add_argument("--model", metavar="MODEL", help="in place of --scores: a model or adapter folder, or hub name")
-    parser.add_argument("--data", metavar="FILE", help="the records that --model scores: JSON array or JSON Lines")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the page to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the page, and the scores that --model made")
+    parser.add_argument("--model", metavar="MODEL", help="instead of --scores: a model or adapter folder, or hub name")
+    parser.add_argument("--data", metavar="FILE", help="the records to score with --model: JSON array or JSON Lines")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the HTML page to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the page and, with --model, its scores")
     add_scoring_arguments(parser)
 
 
@@ -41,28 +41,28 @@ def run(args: argparse.Namespace) -> int:
 
     _check_options(args)
     if Path(args.out).is_dir():
-        raise ConfigError(
-            f"--out {args.out or repr('')}: expected a file to write, got a folder; name a file inside it"
-        )
+        raise ConfigError(f"--out {args.out or repr('')}: expected a file to write, got a folder; name a file in it")
     files = args.scores or [str(Path(args.out).with_suffix(".scores.jsonl"))]
     refuse_overwriting([*files, *([args.data] if args.data else [])], args.out)
     if Path(args.out).exists() and not args.overwrite:
-        raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
+        raise UserError(f"{args.out}: already exists; name another file, or pass --overwrite to replace it")
     if args.model:
         score_file(argparse.Namespace(**vars(args) | {"out": files[0]}))
         print(f"{files[0]} holds the token scores")
 
     from cutlm.blame.token_scores import read_token_scores
-    from cutlm.inspect.columns import make_columns
-    from cutlm.inspect.inspection import write_inspection
+    from cutlm.inspect.page import PageRecord, write_page
 
-    scores = [read_token_scores(file) for file in files]
-    rows, num_unpaired = _put_together(files, scores)
-    num_bytes = write_inspection(args.out, make_columns(_shorten(files), rows, num_unpaired))
-    print(
-        f"{args.out}: {len(rows)} {'pairs of ' if num_unpaired else ''}records, {num_bytes / 1e6:.1f} MB;"
-        " open it in a browser"
+    rows, num_unpaired = _pair(files, [read_token_scores(file) for file in files])
+    short = [Path(file).name for file in files]
+    num_bytes = write_page(
+        args.out,
+        [PageRecord(row) for row in rows],
+        names=short if len(set(short)) == len(short) else files,
+        num_unpaired=num_unpaired,
     )
+    pairs = "pairs of " if num_unpaired else ""
+    print(f"{args.out}: {len(rows)} {pairs}records, {num_bytes / 1e6:.1f} MB; open it in a browser")
     return 0
 
 
@@ -70,20 +70,21 @@ def _check_options(args: argparse.Namespace) -> None:
     from cutlm.errors import ConfigError
 
     if args.scores and len(args.scores) > 2:
-        raise ConfigError(f"--scores: expected one file or two, got {len(args.scores)}; leave some out")
-    if args.scores and (args.model or args.data):
-        raise ConfigError("--scores: of no use with --model and --data; give the scores, or what to make them of")
-    if not args.scores and not (args.model and args.data):
-        raise ConfigError("expected --scores FILE, or --model MODEL and --data FILE; give the one or the other")
+        raise ConfigError(f"--scores: expected one file or two, got {len(args.scores)}")
+    if bool(args.scores) == bool(args.model or args.data) or bool(args.model) != bool(args.data):
+        given = [name for name in ("--scores", "--model", "--data") if getattr(args, name[2:])]
+        raise ConfigError(
+            f"expected either --scores or both --model and --data, got {' and '.join(given) or 'neither'}"
+        )
     given = list_given(args, add_scoring_arguments)
     if args.scores and given:
-        raise ConfigError(f"{', '.join(given)}: of use with --model alone, for the scores are there; leave out")
+        raise ConfigError(f"{', '.join(given)}: used only with --model, because --scores are already computed; remove")
 
 
-def _put_together(
+def _pair(
     files: list[str], scores: "list[list[TokenScores]]"
 ) -> "tuple[list[tuple[TokenScores, ...]], tuple[int, ...]]":
-    """The scores of each record, and of two files what the other does not have, which is printed."""
+    """The scores of each record and, for two files, how many records only one has (which is also printed)."""
     from cutlm.errors import DataError
     from cutlm.inspect.tokens import has_same_tokens, pair_scores
 
@@ -92,19 +93,13 @@ def _put_together(
     pairs, num_unpaired = pair_scores(*scores)
     if not pairs:
         raise DataError(
-            f"{files[0]} and {files[1]}: expected scores of the same records, got none with the same instruction,"
+            f"{files[0]} and {files[1]}: expected scores of the same records, found none with the same instruction,"
             " input, output and judgment in both; score one file of records with both models"
         )
     for file, number in zip(files, num_unpaired, strict=True):
         if number:
-            print(f"{file}: {number} records are not in the other file, and are left out", file=sys.stderr)
+            print(f"{file}: skipped {number} records that the other file does not have", file=sys.stderr)
     num_other = sum(not has_same_tokens(*pair) for pair in pairs)
     if num_other:
-        print(f"{num_other} responses are split into other tokens in the second file: not compared token by token")
+        print(f"{num_other} responses have different tokens in the second file and are not compared token by token")
     return [*pairs], num_unpaired
-
-
-def _shorten(files: list[str]) -> list[str]:
-    """The names of files without their folders, where that tells them apart."""
-    names = [Path(file).name for file in files]
-    return names if len(set(names)) == len(names) else files

@@ -1,4 +1,5 @@
-"""What was found, to be looked at: token scores as a page or in a terminal, and curves as pictures.
+"""Views of results: token scores as an HTML page or in a terminal, plots as PNG, tables as Markdown.
 
-Nothing is measured here; every figure is handed in. No model and no torch is needed.
+Nothing is measured here and torch is not needed. Read `tokens` first (token scores prepared for display), then `page`
+(the HTML page of `cutlm inspect` and `cutlm demo`) and `terminal`; `plots` and `tables` stand alone.
 """

@@ -10,7 +10,7 @@ from typing import Any
 
 from cutlm.blame.token_scores import TokenScores, read_token_scores
 from cutlm.data.files import open_atomic, write_rows
-from cutlm.inspect.pages import Example, Picture, Table, write_page
+from cutlm.inspect.page import PageRecord, Picture, Table, write_page
 from cutlm.inspect.plots import Curves, draw_curves
 from cutlm.inspect.terminal import Terminal
 from cutlm.world.demo_iteration import Iteration, blame
@@ -177,19 +177,21 @@ def write_report(out: Path, base: Path, held_out: HeldOut, iterations: Sequence[
     examples = _make_examples(out / "held-out", base, held_out, num_examples)
     write_page(
         out / PAGE_FILE,
-        "A language model learns from what is said about its answers",
-        [
-            f"A tiny model with bad habits, before and after {num_models - 1} iterations of answering, being judged,"
-            " and unlearning the tokens that the judgments blame. Nothing on this page was trained on.",
+        examples,
+        title="A language model learns from judgments of its answers",
+        lead=[
+            f"Answers of a tiny model before and after {num_models - 1} iterations of answering, being judged, and"
+            " unlearning the tokens that the judgments flag. Nothing on this page was trained on.",
             f"Answers to {len(held_out.tasks)} held-out instructions. {_describe_changes(held_out.changes)}",
         ],
-        examples,
-        table=Table("Right answers by family and iteration", ["", *list_stages(accuracy)], list_rows(accuracy)),
-        picture=Picture(light, draw_curves(curves, is_dark=True), f"Right answers by iteration: {', '.join(ends)}."),
+        sections=[
+            Table("Correct answers by family and iteration", ["", *list_stages(accuracy)], list_rows(accuracy)),
+            Picture(light, draw_curves(curves, is_dark=True), f"Correct answers by iteration: {', '.join(ends)}."),
+        ],
     )
 
 
-def _make_examples(folder: Path, base: Path, held_out: HeldOut, num_examples: int) -> list[Example]:
+def _make_examples(folder: Path, base: Path, held_out: HeldOut, num_examples: int) -> list[PageRecord]:
     chosen = choose_flawed(held_out, num_examples)
     write_rows(
         folder / "answers.jsonl",
@@ -215,7 +217,7 @@ def _make_examples(folder: Path, base: Path, held_out: HeldOut, num_examples: in
     )
     blame(folder / "records.jsonl", folder / "scores.jsonl", base)
     return [
-        Example(scores, task.family, last[place], judge_task(task, last[place]).judgment)
+        PageRecord((scores,), task.family, last[place], judge_task(task, last[place]).judgment)
         for task, place, scores in zip(tasks, chosen, read_token_scores(folder / "scores.jsonl"), strict=True)
     ]
 

@@ -1,6 +1,6 @@
-// Last part: the list of records, the figures above it, and all that a person can do.
+// Part 3: the list of records, the counts above it, and everything a user can do.
 
-// ---- The list: records near the window are drawn, the others hold their place ----
+// ---- List: only records near the window are drawn ----
 
 const list = byId("list");
 const watcher = new IntersectionObserver(
@@ -15,13 +15,13 @@ const watcher = new IntersectionObserver(
 );
 
 function placeRecords() {
-  const width = Math.max(20, list.clientWidth / 9); // letters in a line, about
+  const width = Math.max(20, list.clientWidth / 9); // approximate characters per line
   for (const [index, record] of records.entries()) {
     record.article = make("article", "");
     record.article.tabIndex = -1;
     record.article.dataset.index = index;
     record.article.setAttribute("aria-label", `record ${record.number}`);
-    const numLetters = (isPair ? 2 : 1.4) * record.outputs[0].length; // a response stands beside something else
+    const numLetters = (isPair ? 2 : 1.4) * record.outputs[0].length;
     record.article.style.minHeight = `${170 + 27 * Math.ceil(numLetters / width)}px`;
     watcher.observe(record.article);
   }
@@ -34,13 +34,13 @@ function listRecords() {
   const rate = ORDERS[byId("order").value];
   if (rate) {
     const rates = new Map(state.listed.map((record) => [record, rate(record)]));
-    state.listed.sort((one, other) => rates.get(other) - rates.get(one)); // stable: else in the file's order
+    state.listed.sort((one, other) => rates.get(other) - rates.get(one)); // stable: ties stay in file order
   }
   list.replaceChildren(...state.listed.map((record) => record.article));
   byId("nothing").hidden = state.listed.length > 0;
   hideTip();
   showFigures();
-  planCurves();
+  scheduleCurves();
 }
 
 function showFigures() {
@@ -57,7 +57,7 @@ function showFigures() {
     const shown = facts.map(([first, second]) => make("span", "", make("b", "", first), ` ${second}`));
     return make("p", "", ...(isPair ? [make("span", "side", sideNames[index])] : []), ...shown);
   });
-  const flags = state.threshold === null ? "flags as in the file" : `flags by eq. 5 at \u03bb = ${state.threshold}`;
+  const flags = state.threshold === null ? "flags from file" : `flags by eq. 5 at \u03bb = ${state.threshold}`;
   const all = count(records.length, "record");
   const part = state.listed.length.toLocaleString("en");
   rows.push(make("p", "soft", `${state.listed.length < records.length ? `${part} of ${all}` : all}; ${flags}`));
@@ -65,24 +65,23 @@ function showFigures() {
   byId("notes").textContent = describeLimits(sums).join(" ");
 }
 
-/** What the figures leave out, in sentences. */
+/** Sentences about what the counts leave out. */
 function describeLimits(sums) {
   const notes = [];
-  const numFixed = Math.max(...sums.map((sum) => sum.fixed));
-  if (numFixed) {
-    const flags = state.threshold === null ? "" : "; their flags stay as in the file";
-    notes.push(`${count(numFixed, "unsatisfactory record")} without log-probs in both contexts${flags}.`);
+  const findMost = (name) => Math.max(...sums.map((sum) => sum[name]));
+  if (findMost("withoutLogps")) {
+    const flags = state.threshold === null ? "" : "; the threshold does not change their flags";
+    notes.push(`${count(findMost("withoutLogps"), "unsatisfactory record")} without log-probs in both contexts${flags}.`);
   }
-  const unsatisfactory = state.listed.filter((record) => !record.is_satisfactory).length;
-  const numPraised = Math.max(...sums.map((sum) => sum.praised));
-  if (numPraised) notes.push(`${count(numPraised, "flagged token")} of satisfactory records not counted.`);
-  const numEdited = Math.max(...sums.map((sum) => sum.edited));
-  if (numEdited) {
-    notes.push(`${count(numEdited, "record")} with other flags in the file than eq. 5 gives at the file's threshold.`);
+  if (findMost("satisfactoryFlags")) {
+    notes.push(`${count(findMost("satisfactoryFlags"), "flagged token")} of satisfactory records not counted.`);
   }
-  const numKnown = Math.max(...sums.map((sum) => sum.known));
-  if (numKnown && numKnown < unsatisfactory) {
-    notes.push(`Precision and recall are of the ${count(numKnown, "record")} with wrong_spans.`);
+  if (findMost("edited")) {
+    notes.push(`${count(findMost("edited"), "record")} with stored flags that differ from eq. 5 at the stored threshold.`);
+  }
+  const numKnown = findMost("known");
+  if (numKnown && numKnown < state.listed.filter((record) => !record.is_satisfactory).length) {
+    notes.push(`Precision and recall cover the ${count(numKnown, "record")} with wrong_spans.`);
   }
   return notes;
 }
@@ -90,30 +89,29 @@ function describeLimits(sums) {
 // ---- Threshold ----
 
 const readSlider = () => THRESHOLDS[byId("slider").value];
-const placeSlider = (threshold) => (byId("slider").value = findStep(threshold));
-const storedThresholds = [...new Set(data.made.map((made) => made.threshold))];
+const setSlider = (threshold) => (byId("slider").value = findStep(threshold));
+const storedThresholds = [...new Set(data.settings.map((settings) => settings.threshold))];
 
 function setThreshold(threshold) {
   state.threshold = threshold;
   const shown = threshold ?? (storedThresholds.length === 1 ? storedThresholds[0] : null);
-  if (document.activeElement !== byId("threshold")) byId("threshold").value = shown ?? ""; // nobody is typing there
+  if (document.activeElement !== byId("threshold")) byId("threshold").value = shown ?? ""; // do not overwrite what is being typed
   byId("threshold").placeholder = shown === null ? "several" : "";
   byId("slider").setAttribute("aria-valuetext", shown ?? "several");
   byId("stored").setAttribute("aria-pressed", String(threshold === null));
   state.drawn.forEach(markFlags);
   hideTip();
   showFigures();
-  markThreshold();
+  moveMarker();
 }
 
-/** Sorts again once the threshold rests: records that move under the pointer cannot be compared. */
+/** Sorts again when the slider is released, so that records do not move while it is dragged. */
 function settleThreshold() {
   if (byId("order").value === "flagged" || byId("filter").value === "unflagged") listRecords();
 }
 
-/** The flags that the file holds: eq. 5 at its own threshold, and what was edited since. */
 function restoreFlags() {
-  placeSlider(storedThresholds[0]);
+  setSlider(storedThresholds[0]);
   setThreshold(null);
   settleThreshold();
 }
@@ -124,11 +122,11 @@ function stepThreshold(steps) {
   settleThreshold();
 }
 
-// ---- Going about ----
+// ---- Navigation ----
 
 const findTop = () => (getComputedStyle(byId("bar")).position === "sticky" ? byId("bar").offsetHeight : 0);
 
-/** The record that was gone to, where it is in sight; else the first one that is. */
+/** The last visited record if it is visible, else the first visible one. */
 function findCurrent() {
   const isSeen = (record) => {
     const box = record.article.getBoundingClientRect();
@@ -148,13 +146,13 @@ function goTo(record) {
 
 function step(steps) {
   const current = findCurrent();
-  const isGoneTo = current !== null && current === state.current;
-  const place = state.listed.indexOf(current);
-  const wanted = isGoneTo ? place + steps : steps > 0 ? place : place - 1;
+  const isVisited = current !== null && current === state.current;
+  const index = state.listed.indexOf(current);
+  const wanted = isVisited ? index + steps : steps > 0 ? index : index - 1;
   goTo(state.listed[Math.max(0, Math.min(state.listed.length - 1, wanted))]);
 }
 
-/** The tokens of a record in the order in which they are gone through, and the one that has the focus. */
+/** All tokens of a record in order, those of the focused response (`box`), and the focused element. */
 function findTokens(record) {
   const boxes = record.tokens.map(({ elements }) => elements);
   const focused = document.activeElement;
@@ -167,8 +165,8 @@ function stepToken(steps) {
   if (!record) return;
   if (!state.drawn.has(record)) draw(record);
   const { box, focused } = findTokens(record);
-  const place = box.indexOf(focused);
-  const wanted = place < 0 ? (steps > 0 ? 0 : box.length - 1) : place + steps;
+  const index = box.indexOf(focused);
+  const wanted = index < 0 ? (steps > 0 ? 0 : box.length - 1) : index + steps;
   box[Math.max(0, Math.min(box.length - 1, wanted))]?.focus();
   state.current = record;
 }
@@ -181,9 +179,9 @@ function stepFlag(steps) {
   const from = all.indexOf(focused);
   const rest = steps > 0 ? all.slice(from + 1) : all.slice(0, Math.max(0, from)).reverse();
   let found = rest.find((element) => element.classList.contains("flagged"));
-  for (let place = state.listed.indexOf(record) + steps; !found && state.listed[place]; place += steps) {
-    if (!hasFlag(state.listed[place])) continue;
-    record = state.listed[place];
+  for (let index = state.listed.indexOf(record) + steps; !found && state.listed[index]; index += steps) {
+    if (!hasFlag(state.listed[index])) continue;
+    record = state.listed[index];
     goTo(record);
     const flagged = findTokens(record).all.filter((element) => element.classList.contains("flagged"));
     found = flagged.at(steps > 0 ? 0 : -1);
@@ -193,22 +191,21 @@ function stepFlag(steps) {
   found?.focus();
 }
 
-function turn(select) {
+function cycle(select) {
   select.selectedIndex = (select.selectedIndex + 1) % select.length;
   listRecords();
 }
 
-// ---- Light and dark: the style's own rules for dark pages are switched on or off ----
+// ---- Light and dark ----
 
 const darkQuery = matchMedia("(prefers-color-scheme: dark)");
-const darkRules = [...document.styleSheets[0].cssRules].filter((rule) => rule.conditionText === darkQuery.media);
 let isDark = darkQuery.matches;
 
 function setTheme(dark) {
   isDark = dark;
-  for (const rule of darkRules) rule.media.mediaText = isDark ? "all" : "not all";
   document.documentElement.style.colorScheme = isDark ? "dark" : "light";
   byId("theme").textContent = isDark ? "light" : "dark";
+  for (const image of document.images) image.src = isDark ? image.dataset.dark : image.dataset.light;
 }
 
 // ---- Events ----
@@ -223,8 +220,8 @@ const ACTIONS = {
   n: () => stepFlag(1),
   p: () => stepFlag(-1),
   "/": () => byId("query").select(),
-  f: () => turn(byId("filter")),
-  o: () => turn(byId("order")),
+  f: () => cycle(byId("filter")),
+  o: () => cycle(byId("order")),
   "[": () => stepThreshold(-4),
   "]": () => stepThreshold(4),
   0: restoreFlags,
@@ -255,15 +252,15 @@ function listen() {
   byId("slider").addEventListener("change", settleThreshold);
   byId("threshold").addEventListener("input", (event) => {
     const threshold = event.target.valueAsNumber;
-    if (!(threshold >= Number(byId("threshold").min))) return; // half written, or below eq. 5's; the field says so
-    placeSlider(threshold);
+    if (!(threshold >= Number(byId("threshold").min))) return; // incomplete or too small; the field shows it
+    setSlider(threshold);
     setThreshold(threshold);
   });
   byId("threshold").addEventListener("change", settleThreshold);
   byId("stored").addEventListener("click", restoreFlags);
   byId("curves").addEventListener("click", (event) => {
-    setThreshold(THRESHOLDS[findPressed(event)]);
-    placeSlider(state.threshold);
+    setThreshold(THRESHOLDS[findClicked(event)]);
+    setSlider(state.threshold);
     settleThreshold();
   });
   byId("theme").addEventListener("click", () => setTheme(!isDark));
@@ -287,32 +284,43 @@ function listen() {
   }).observe(byId("bar"));
 }
 
-// ---- The start ----
+// ---- Start ----
+
+function describeFiles() {
+  const names = data.names.map((name) => make("bdi", "", name));
+  const numSatisfactory = records.filter((record) => record.is_satisfactory).length;
+  const numOthers = records.length - numSatisfactory;
+  const [satisfactory, unsatisfactory] = [numSatisfactory, numOthers].map((number) => number.toLocaleString("en"));
+  const counts = `${count(records.length, "record")}: ${satisfactory} satisfactory, ${unsatisfactory} unsatisfactory`;
+  let unpaired = "";
+  if (data.unpaired.some(Boolean)) {
+    const [first, second] = data.unpaired.map((number) => number.toLocaleString("en"));
+    unpaired = ` \u00b7 not shown, because only one file has them: ${first} before, ${second} after`;
+  }
+  const files = isPair ? ["before: ", names[0], ", after: ", names[1], " \u00b7 "] : [...names, names.length ? " \u00b7 " : ""];
+  byId("counts").append(...files, counts, unpaired);
+}
 
 function start() {
-  const numSatisfactory = records.filter((record) => record.is_satisfactory).length;
-  const lead = [
-    `${count(records.length, "record")}: ${numSatisfactory.toLocaleString("en")} satisfactory,`,
-    `${(records.length - numSatisfactory).toLocaleString("en")} unsatisfactory.`,
-  ];
+  appendText(document.querySelector("h1"), data.title);
+  byId("lead").append(...data.lead.map((text) => makeText("p", "", text)));
+  byId("sections").append(...data.sections.map(drawSection));
+  listen();
+  setTheme(isDark);
+  byId("tokens").hidden = records.length === 0;
+  if (!records.length) return;
   if (isPair) {
-    const [first, second] = data.unpaired.map((number) => number.toLocaleString("en"));
-    const isWhole = data.unpaired.every((number) => number === 0);
-    const alone = `In one file alone, and not shown: ${first} before, ${second} after.`;
-    lead.push(isWhole ? "All are in both files." : alone);
     byId("order").append(new Option("most changed by training first", "training"));
     byId("training-legend").hidden = byId("thin").hidden = false;
   }
-  const names = data.names.map((name) => make("bdi", "", name));
-  byId("lead").append(...(isPair ? ["before: ", names[0], ", after: ", names[1]] : names), ` \u00b7 ${lead.join(" ")}`);
+  byId("filter").append(...groups.map((group) => new Option(group, `group ${group}`)));
   if (innerWidth < 700) for (const part of document.querySelectorAll(".legend")) part.open = false;
+  describeFiles();
   drawScale();
-  drawMade();
+  drawSettings();
   placeRecords();
-  listen();
-  setTheme(isDark);
   byId("slider").max = THRESHOLDS.length - 1;
-  byId("threshold").min = Math.min(1, ...storedThresholds); // what a file was made with is none to complain of
+  byId("threshold").min = Math.min(1, ...storedThresholds); // a file's own threshold is always valid
   listRecords();
   restoreFlags();
 }

@@ -1,0 +1,183 @@
+"""The token page: one self-contained HTML file of token scores to search, sort and flag at any threshold.
+
+The page loads nothing from the network. A strict Content-Security-Policy allows only its own style and script, by their
+hashes. Its content is JSON that is never executed: `scores.js` computes flags and counts from it, `drawing.js` makes
+elements whose texts are always text nodes, `controls.js` handles input. `page.html` and `page.css` are the frame.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from cutlm.blame.token_scores import TokenScores, flag_spans
+from cutlm.data.files import open_atomic
+from cutlm.inspect.tokens import has_same_tokens, split_pieces
+
+_SCRIPTS = ("scores.js", "drawing.js", "controls.js")
+_SETTINGS = ("threshold", "unlikelihood_weight", "gamma", "detector", "tokenizer", "template")
+
+
+@dataclass(frozen=True)
+class PageRecord:
+    """A record to show.
+
+    Attributes:
+        scores: Its scores by each file: one, or two (before and after training).
+        group: A name to filter by; "" for none.
+        answer: What a trained model answers to the same instruction; None to show no such answer.
+        answer_judgment: What is wrong with that answer; None if nothing is.
+    """
+
+    scores: tuple[TokenScores, ...]
+    group: str = ""
+    answer: str | None = None
+    answer_judgment: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table above the records. The first cell of a row is its name, the last row is a summary of the others."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"caption": self.caption, "header": list(self.header), "rows": [list(row) for row in self.rows]}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture above the records: PNG bytes for a light and, unless None, for a dark page, and the same in words."""
+
+    light: bytes
+    dark: bytes | None
+    alt: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"light": _encode_png(self.light), "dark": self.dark and _encode_png(self.dark), "alt": self.alt}
+
+
+def write_page(path: str | Path, records: Sequence[PageRecord], **options: Any) -> int:
+    """Writes a token page atomically.
+
+    Args:
+        path: The HTML file.
+        records: The records to show.
+        **options: See `render_page`.
+
+    Returns:
+        Its size in bytes.
+    """
+    page = render_page(records, **options).encode()
+    with open_atomic(path) as file:
+        file.write(page)
+    return len(page)
+
+
+def render_page(
+    records: Sequence[PageRecord],
+    *,
+    title: str = "Flagged tokens",
+    lead: Sequence[str] = (),
+    sections: Sequence[Table | Picture] = (),
+    names: Sequence[str] = (),
+    num_unpaired: Sequence[int] = (),
+) -> str:
+    """Renders a token page.
+
+    Args:
+        records: The records to show.
+        title: The heading.
+        lead: Paragraphs below it.
+        sections: Shown before the records.
+        names: Names of the files of scores; two if records have two scores each.
+        num_unpaired: For each of two files, the number of records that only it has.
+    """
+    settings: dict[tuple[Any, ...], int] = {}
+    data = {
+        "title": title,
+        "lead": list(lead),
+        "sections": [section.to_json() for section in sections],
+        "names": list(names),
+        "unpaired": list(num_unpaired),
+        "records": [_describe_record(record, settings) for record in records],
+        "settings": [dict(zip(_SETTINGS, values, strict=True)) for values in settings],
+    }
+    style, script = _read("page.css"), "".join(map(_read, _SCRIPTS))
+    pictures = " img-src data:;" if any(isinstance(section, Picture) for section in sections) else ""
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}';{pictures} base-uri 'none';"
+        " form-action 'none'"
+    )
+    # Within a script element only "<" can start an end tag or a comment.
+    content = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    page = Template(_read("page.html")).substitute(
+        policy=policy, title=escape(": ".join([title, *([", ".join(names)] if names else [])])),
+        style=style, script=script, data=content,
+    )  # fmt: skip
+    return page.encode("utf-8", "replace").decode()  # lone surrogates become "?"
+
+
+def _describe_record(record: PageRecord, settings: dict[tuple[Any, ...], int]) -> dict[str, Any]:
+    judged = record.scores[0].record
+    sides = [_describe_side(side, settings) for side in record.scores]
+    if len(sides) == 2 and has_same_tokens(*record.scores):
+        for name in ("pieces", "sizes", "has_end"):
+            sides[1].pop(name, None)  # the page takes the first side's
+    row = {
+        "instruction": judged.full_instruction,
+        "judgment": judged.judgment,
+        "is_satisfactory": judged.is_satisfactory,
+        "sides": sides,
+    }
+    if record.group:
+        row["group"] = record.group
+    if record.answer is not None:
+        row["answer"] = {"text": record.answer, "judgment": record.answer_judgment}
+    return row
+
+
+def _describe_side(scores: TokenScores, settings: dict[tuple[Any, ...], int]) -> dict[str, Any]:
+    """Numbers are kept exactly as in the file, so that the page finds the same flags by eq. 5."""
+    pieces = split_pieces(scores)
+    flagged = [index for index, is_flagged in enumerate(scores.is_flagged) if is_flagged]
+    side: dict[str, Any] = {
+        "pieces": [piece.text for piece in pieces],
+        "has_end": bool(pieces) and pieces[-1].is_end,
+        "without": scores.logps_without,
+        "with": scores.logps_with,
+        "flagged": flagged,
+        "weights": [scores.weights[index] for index in flagged],
+        "wrong": _list_wrong(scores),
+        "settings": settings.setdefault(tuple(getattr(scores, name) for name in _SETTINGS), len(settings)),
+    }
+    if any(len(piece.indices) != 1 for piece in pieces):
+        side["sizes"] = [len(piece.indices) for piece in pieces]
+    return side
+
+
+def _list_wrong(scores: TokenScores) -> list[int] | None:
+    """The tokens inside `wrong_spans`; None for a record without them."""
+    if scores.record.is_satisfactory or not scores.record.wrong_spans:
+        return None
+    return [index for index, flag in enumerate(flag_spans(scores.spans, scores.record.wrong_spans)) if flag]
+
+
+def _encode_png(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _read(name: str) -> str:
+    return (files("cutlm.inspect") / name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

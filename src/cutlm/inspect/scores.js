@@ -1,0 +1,192 @@
+"use strict";
+// The token page, part 1: its data (made by page.py), flags by eq. 5 at any threshold, and counts of them.
+
+const byId = (id) => document.getElementById(id);
+const data = JSON.parse(byId("data").textContent);
+byId("data").remove(); // its text is as large as everything else on the page
+const isPair = data.names.length === 2;
+const sideNames = isPair ? ["before", "after"] : [""];
+// threshold: null means the flags stored in the file; drawn: the records that have elements right now.
+const state = { threshold: null, listed: [], current: null, drawn: new Set() };
+
+const records = data.records.map((record, index) => {
+  const [first] = record.sides;
+  record.sides.forEach((side) => prepareSide(record, side, first));
+  record.number = index + 1;
+  record.outputs = record.sides.map((side) => side.pieces.join(""));
+  record.training = isPair ? findTraining(...record.sides) : null;
+  record.tokens = [];
+  return record;
+});
+
+function prepareSide(record, side, first) {
+  if (!side.pieces) Object.assign(side, { pieces: first.pieces, sizes: first.sizes, has_end: first.has_end });
+  side.numTokens = side.sizes ? side.sizes.reduce((sum, size) => sum + size, 0) : side.pieces.length;
+  let reached = 0;
+  side.starts = side.sizes?.map((size) => (reached += size) - size);
+  side.settings = data.settings[side.settings];
+  side.ratios = side.with && side.without ? subtract(side.with, side.without) : null; // logarithms
+  side.stored = new Uint8Array(side.numTokens);
+  for (const index of side.flagged) side.stored[index] = 1;
+  side.wrong = side.wrong && new Set(side.wrong);
+  // Stored flags that differ from eq. 5 at the stored threshold: someone edited them, or something else made them.
+  side.isEdited = side.ratios !== null && hasOtherFlags(record, side, Math.log(side.settings.threshold));
+}
+
+function hasOtherFlags(record, side, bound) {
+  return side.stored.some((flag, index) => exceeds(record, side, index, bound) !== Boolean(flag));
+}
+
+/** The indices of the tokens that a piece shows: one, or several that share a character. */
+function listIndices(side, piece) {
+  if (!side.sizes) return [piece];
+  return Array.from({ length: side.sizes[piece] }, (_, index) => side.starts[piece] + index);
+}
+
+function subtract(ones, others) {
+  const differences = new Float64Array(ones.length);
+  for (let index = 0; index < ones.length; index++) differences[index] = ones[index] - others[index];
+  return differences;
+}
+
+/** For each token, log p without the judgment after training minus before. */
+function findTraining(before, after) {
+  const isKnown = before.pieces === after.pieces && before.without && after.without;
+  return isKnown ? subtract(after.without, before.without) : null;
+}
+
+/** Eq. 5; bound is the logarithm of the threshold. */
+function exceeds(record, side, index, bound) {
+  return !record.is_satisfactory && side.ratios[index] > bound;
+}
+
+function isFlagged(record, side, index) {
+  if (state.threshold === null || !side.ratios) return Boolean(side.stored[index]);
+  return exceeds(record, side, index, Math.log(state.threshold));
+}
+
+function countFlags(record, side) {
+  const counts = { flagged: 0, hits: 0 };
+  for (let index = 0; index < side.numTokens; index++) {
+    if (!isFlagged(record, side, index)) continue;
+    counts.flagged += 1;
+    if (side.wrong?.has(index)) counts.hits += 1;
+  }
+  return counts;
+}
+
+/** Counts over the unsatisfactory records of a list, and over those of them with wrong_spans (known). */
+function sumUp(listed, sideIndex) {
+  const sum = { tokens: 0, flagged: 0, unflagged: 0, withoutLogps: 0, satisfactoryFlags: 0, edited: 0 };
+  Object.assign(sum, { known: 0, hits: 0, found: 0, wrong: 0 });
+  for (const record of listed) {
+    const side = record.sides[sideIndex];
+    const { flagged, hits } = countFlags(record, side);
+    sum.edited += side.isEdited;
+    if (record.is_satisfactory) {
+      sum.satisfactoryFlags += flagged;
+      continue;
+    }
+    sum.tokens += side.numTokens;
+    sum.flagged += flagged;
+    sum.unflagged += flagged === 0;
+    sum.withoutLogps += !side.ratios;
+    if (!side.wrong) continue;
+    sum.known += 1;
+    sum.hits += hits;
+    sum.found += flagged;
+    sum.wrong += side.wrong.size;
+  }
+  return sum;
+}
+
+// ---- Filters and orders ----
+
+const hasFlag = (record) => record.sides.some((side) => countFlags(record, side).flagged > 0);
+const FILTERS = {
+  all: () => true,
+  unsatisfactory: (record) => !record.is_satisfactory,
+  satisfactory: (record) => record.is_satisfactory,
+  unflagged: (record) => !record.is_satisfactory && !hasFlag(record),
+  edited: (record) => record.sides.some((side) => side.isEdited),
+};
+const groups = [...new Set(records.map((record) => record.group))].filter(Boolean);
+for (const group of groups) FILTERS[`group ${group}`] = (record) => record.group === group;
+
+function hasText(record, query) {
+  if (!query) return true;
+  const texts = [record.instruction, record.outputs[0], record.judgment, record.answer?.text];
+  record.haystack ??= texts.filter(Boolean).join("\n").toLowerCase();
+  return record.haystack.includes(query);
+}
+
+// The record with the largest number comes first.
+const ORDERS = {
+  file: null,
+  flagged: (record) => record.sides.reduce((sum, side) => sum + countFlags(record, side).flagged, 0),
+  judgment: (record) => Math.max(...record.sides.map((side) => findPeak(side.ratios))),
+  surprise: (record) => -findMean(record.sides[0].without),
+  training: (record) => findPeak(record.training),
+};
+const findPeak = (ratios) => (ratios ?? []).reduce((peak, ratio) => Math.max(peak, Math.abs(ratio)), -1);
+const findMean = (logps) => (logps?.length ? logps.reduce((sum, logp) => sum + logp, 0) / logps.length : Infinity);
+
+// ---- Thresholds and curves ----
+
+// The steps of the slider: round numbers from 1 to 100, finer near 1.
+const GRAINS = [[1, 0.005], [1.2, 0.01], [1.5, 0.02], [3, 0.05], [5, 0.1], [10, 0.2], [20, 0.5], [50, 2]];
+const THRESHOLDS = listThresholds();
+
+function listThresholds() {
+  const steps = new Set();
+  for (let part = 0; part <= 1; part += 0.0025) {
+    const threshold = 100 ** (part * part);
+    const grain = GRAINS.findLast(([from]) => threshold >= from)[1];
+    steps.add(Number((Math.round(threshold / grain) * grain).toFixed(3)));
+  }
+  return [...steps];
+}
+
+/** The step nearest to a threshold. */
+function findStep(threshold) {
+  const distances = THRESHOLDS.map((step) => Math.abs(Math.log(step / Math.max(1, threshold))));
+  return distances.indexOf(Math.min(...distances));
+}
+
+/** Share of flagged tokens, precision and recall (null where unknown) at each step. */
+function measureCurve(listed, sideIndex) {
+  const columns = { all: [], known: [], hits: [] };
+  let numWrong = 0;
+  for (const record of listed) {
+    const side = record.sides[sideIndex];
+    if (record.is_satisfactory) continue;
+    numWrong += side.wrong?.size ?? 0;
+    // Without log-probs the stored flags hold at every threshold.
+    const ratios = side.ratios ?? Float64Array.from(side.stored, (flag) => (flag ? Infinity : -Infinity));
+    ratios.forEach((ratio, index) => {
+      columns.all.push(ratio);
+      if (side.wrong) columns.known.push(ratio);
+      if (side.wrong?.has(index)) columns.hits.push(ratio);
+    });
+  }
+  const sorted = Object.values(columns).map((ratios) => Float64Array.from(ratios).sort());
+  return THRESHOLDS.map((threshold, step) => {
+    const [all, known, hits] = sorted.map((ratios) => countAbove(ratios, Math.log(threshold)));
+    return {
+      step,
+      share: sorted[0].length ? all / sorted[0].length : null,
+      precision: known ? hits / known : null,
+      recall: numWrong ? hits / numWrong : null,
+    };
+  });
+}
+
+function countAbove(sorted, bound) {
+  let [low, high] = [0, sorted.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (sorted[middle] > bound) high = middle;
+    else low = middle + 1;
+  }
+  return sorted.length - low;
+}
