@@ -396,11 +396,8 @@ def test_sections_groups_and_new_answers(browser, tmp_path):
     page = browser.new_page(viewport={"width": 1100, "height": 2500})  # not `visit`: these are not real pictures
     try:
         page.goto(path.as_uri())
-        assert page.evaluate(TEXTS, "h1, #lead p, caption, #sections td") == ["Title", "First.", "Second."] + [
-            "Caption",
-            "1%",
-            "2%",
-        ]
+        texts = page.evaluate(TEXTS, "h1, #lead p, caption, #sections td")
+        assert texts == ["Title", "First.", "Second.", "Caption", "1%", "2%"]
         light = page.get_attribute("#sections img", "src")
         page.click("#theme")
         assert page.get_attribute("#sections img", "src") != light

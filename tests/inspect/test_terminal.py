@@ -1,4 +1,4 @@
-"""What is printed: marks in colour or in brackets, nothing that a terminal obeys, lines that fit."""
+"""Terminal output: marks in color or brackets, escaped control characters, lines that fit."""
 
 import io
 import re
@@ -11,30 +11,30 @@ from report_scores import NASTY, make_scores
 from cutlm.inspect.terminal import WIDTH, Terminal, make_printable
 
 
-def make_blamed(output: str = "It is Sydney."):
+def make_flagged(output: str = "It is Sydney."):
     spans = [(0, 2), (3, 5), (6, 12), (12, 13), (13, 13)]
     values = {"spans": spans, "token_ids": [1] * 5, "tokens": ["?"] * 5, "logps_without": [-1.0] * 5}
     scores = make_scores(output, **values, logps_with=[-1.0] * 5, is_flagged=[False] * 5, weights=[0.0] * 5)
     return replace(scores, is_flagged=[False, False, True, False, True])
 
 
-def test_blamed_tokens_stand_in_brackets_where_there_is_no_colour(capsys):
-    Terminal().print_pairs([("response", make_blamed())])
+def test_flagged_tokens_are_in_brackets_without_color(capsys):
+    Terminal().print_pairs([("response", make_flagged())])
     assert capsys.readouterr().out == "\n    response     It is [Sydney]. [<end>]\n"
 
 
-def test_blamed_tokens_are_painted_on_a_terminal_unless_it_shall_have_no_colour(capsys, monkeypatch):
+def test_flagged_tokens_are_colored_on_a_terminal_unless_no_color_is_set(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    Terminal().print_pairs([("response", make_blamed())])
+    Terminal().print_pairs([("response", make_flagged())])
     assert "It is \033[1;4;31mSydney\033[0m. \033[1;4;31m<end>\033[0m\n" in capsys.readouterr().out
     monkeypatch.setenv("NO_COLOR", "1")
-    Terminal().print_pairs([("response", make_blamed())])
+    Terminal().print_pairs([("response", make_flagged())])
     assert "It is [Sydney]. [<end>]\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_nothing_that_a_model_wrote_is_obeyed_by_a_terminal(text, capsys):
+def test_control_characters_are_escaped(text, capsys):
     Terminal().print_pairs([("instruction", text), ("response", make_scores(text))])
     Terminal().print_heading(text)
     Terminal().print_line(text)
@@ -50,26 +50,26 @@ def test_nothing_that_a_model_wrote_is_obeyed_by_a_terminal(text, capsys):
         "\u6771\u4eac\u3000\u5927\u962a",  # an ideographic space
         "10\xa0km, 1\u202f000\u2009m",
         "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f3f4\U000e0067\U000e0062\U000e007f \u2764\ufe0f",
-        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",  # Persian is written with a non-joiner
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",  # Persian spelling needs a non-joiner
     ],
 )
-def test_spaces_of_all_kinds_and_joiners_are_shown_as_they_are(text):
+def test_spaces_and_joiners_are_kept(text):
     assert make_printable(text) == text
 
 
 @pytest.mark.parametrize("letter", ["\x9b", "\u2067", "\u200f", "\u2028", "\ufeff", "\u200b", "\U000e0001", "\ue000"])
-def test_what_cannot_be_seen_or_turns_the_text_is_an_escape(letter):
+def test_invisible_and_direction_characters_are_escaped(letter):
     assert make_printable(letter).startswith("\\")
 
 
-def test_letters_that_the_output_cannot_spell_are_escaped(monkeypatch):
+def test_characters_outside_the_output_encoding_are_escaped(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert make_printable("\U0001f600 ok") == "\\U0001f600 ok"
 
 
-@pytest.mark.parametrize("has_colour", [False, True])
-def test_long_texts_are_wrapped_with_every_word_there(has_colour, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: has_colour)
+@pytest.mark.parametrize("has_color", [False, True])
+def test_long_texts_are_wrapped_without_losing_words(has_color, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: has_color)
     text = " ".join(f"word{number}" for number in range(60))
     terminal = Terminal()
     terminal.print_text(text, indent=3)
@@ -79,7 +79,7 @@ def test_long_texts_are_wrapped_with_every_word_there(has_colour, capsys, monkey
     assert re.findall(r"word\d+", out.translate({ord(letter): None for letter in "[]"})) == 2 * text.split()
 
 
-def test_a_stage_prints_one_line_at_its_end_and_none_when_it_fails(capsys):
+def test_a_stage_prints_one_line_unless_it_fails(capsys):
     terminal = Terminal()
     with terminal.stage("blame") as stage:
         stage.text = "5 of 9"
@@ -91,7 +91,7 @@ def test_a_stage_prints_one_line_at_its_end_and_none_when_it_fails(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_table_has_its_names_to_the_left_and_its_figures_to_the_right(capsys):
+def test_table_alignment(capsys):
     Terminal().print_table(["", "base", "1"], [["capitals", "5%", "100%"], ["mean", "5%", "10%"]])
     assert capsys.readouterr().out.splitlines() == [
         "              base       1",

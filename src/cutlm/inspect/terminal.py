@@ -1,7 +1,7 @@
-"""What is printed of runs and chats: a line for each stage, responses with their blamed tokens marked, tables.
+"""Terminal output of the demo and the chat: stages with their time, responses with flagged tokens, tables.
 
-In colour to a terminal, unless NO_COLOR is set; elsewhere in plain text, with brackets for marks. Whatever a model
-wrote is printed in characters that do nothing to a terminal. Every figure is handed in.
+Flagged tokens are red and underlined on a terminal, and in brackets if output is redirected or NO_COLOR is set.
+Control characters in what a model wrote are printed as escapes, so they cannot affect the terminal.
 """
 
 import os
@@ -17,17 +17,17 @@ from cutlm.blame.token_scores import TokenScores
 from cutlm.inspect.tokens import split_pieces
 
 WIDTH = 80
-_BOLD, _RED, _DIM, _PLAIN = "\033[1m", "\033[1;4;31m", "\033[2m", "\033[0m"
+_BOLD, _RED, _DIM, _RESET = "\033[1m", "\033[1;4;31m", "\033[2m", "\033[0m"
 _INDENT, _LABEL = 2, 13
 _END = "<end>"
 
 
 @dataclass
 class Stage:
-    """A stage that is under way.
+    """A timed stage.
 
     Attributes:
-        text: What came of it, to be printed at its end.
+        text: Its result, to be set within the stage and printed at its end.
         seconds: How long it took.
     """
 
@@ -36,29 +36,26 @@ class Stage:
 
 
 class Terminal:
-    """Prints to standard output, at once: progress bars go to the other stream."""
+    """Prints to standard output and flushes at once, because progress bars go to standard error."""
 
     def __init__(self) -> None:
-        self._has_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-    def _paint(self, text: str, style: str) -> str:
-        return f"{style}{text}{_PLAIN}" if self._has_colour and style else text
+        self._has_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def print_text(self, text: str = "", indent: int = 0) -> None:
-        """Prints a paragraph, wrapped."""
+        """Prints a wrapped paragraph."""
         for line in self._wrap([(text, "")], WIDTH - indent) or [""]:
             _print(f"{' ' * indent}{line}".rstrip())
 
     def print_line(self, text: str) -> None:
-        """Prints a line as it is, however long, such as a path or a command."""
+        """Prints a line without wrapping, such as a path or a command."""
         _print(make_printable(text))
 
     def print_piece(self, text: str) -> None:
-        """Prints a part of a text, its line breaks as they are."""
+        """Prints a piece of a text with its line breaks, and no line break after it."""
         print(make_printable(text, keep="\n\t"), end="", flush=True)
 
     def print_marked(self, scores: TokenScores) -> None:
-        """Prints a response, its line breaks as they are, its blamed tokens marked."""
+        """Prints a response with its line breaks, its flagged tokens marked."""
         shown = ""
         for text, style in _mark(scores):
             for part in re.findall(r"\s+|\S+", make_printable(text, keep="\n\t")):
@@ -66,19 +63,12 @@ class Terminal:
         _print(shown)
 
     def print_heading(self, text: str) -> None:
-        """Prints a heading, after an empty line."""
+        """Prints a heading after an empty line."""
         _print(f"\n{self._paint(make_printable(text), _BOLD)}")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        """Times a stage, and prints one line of it at its end.
-
-        Args:
-            name: Of the stage.
-
-        Yields:
-            What to write the line into.
-        """
+        """Times a stage and, unless it fails, prints its name, text and time in one line."""
         stage, started = Stage(), time.perf_counter()
         yield stage
         stage.seconds = round(time.perf_counter() - started, 2)
@@ -86,7 +76,7 @@ class Terminal:
         _print(f"  {self._paint(f'{name:<{_LABEL}}', _DIM)}{make_printable(stage.text):<{room}}{stage.seconds:6.1f} s")
 
     def print_pairs(self, pairs: Sequence[tuple[str, str | TokenScores]]) -> None:
-        """Prints texts with a name each; of token scores the response, its blamed tokens marked."""
+        """Prints labelled texts; for token scores, the response with its flagged tokens marked."""
         _print()
         for name, content in pairs:
             runs = [(content, "")] if isinstance(content, str) else list(_mark(content))
@@ -95,27 +85,30 @@ class Terminal:
                 _print(f"{' ' * 2 * _INDENT}{label}{line}")
 
     def print_table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Prints a table, the first column to the left; the last row is the sum of the others."""
+        """Prints a table with its first column left-aligned; the last row is a summary in bold."""
         first = max(len(row[0]) for row in (header, *rows))
         for number, row in enumerate([header, *rows]):
             line = f"  {row[0]:<{first}}" + "".join(f"{cell:>8}" for cell in row[1:])
             _print(self._paint(line, _DIM if number == 0 else _BOLD if number == len(rows) else ""))
 
+    def _paint(self, text: str, style: str) -> str:
+        return f"{style}{text}{_RESET}" if self._has_color and style else text
+
     def _mark_word(self, word: str, style: str) -> str:
         if not style:
             return word
-        return self._paint(word, style) if self._has_colour else f"[{word}]"
+        return self._paint(word, style) if self._has_color else f"[{word}]"
 
     def _wrap(self, runs: Sequence[tuple[str, str]], width: int) -> list[str]:
-        """Breaks text at spaces; of each run the style is painted, or put into brackets, word by word."""
-        words: list[tuple[int, str]] = [(0, "")]  # how wide, and what to print
+        """Wraps styled runs of text at spaces; each word is styled separately."""
+        words: list[tuple[int, str]] = [(0, "")]  # visible width, and what to print
         for text, style in runs:
             for part in re.findall(r" |[^ ]+", make_printable(text)):
                 if part == " ":
                     words.append((0, ""))
                     continue
                 shown = self._mark_word(part, style)
-                length = len(part) if self._has_colour else len(shown)
+                length = len(part) if self._has_color else len(shown)
                 words[-1] = (words[-1][0] + length, words[-1][1] + shown)
         lines: list[str] = []
         room = -1
@@ -130,32 +123,30 @@ class Terminal:
 
 
 def _mark(scores: TokenScores) -> Iterator[tuple[str, str]]:
-    """A response in runs, with the style of those that are blamed; its end is shown where it is blamed."""
-    run = ""
-    is_run_blamed = False
+    """Yields runs of a response with their style; the end-of-sequence token is shown only if it is flagged."""
+    run, is_run_flagged = "", False
     for piece in split_pieces(scores):
-        text = f" {_END}" if piece.is_end and piece.is_flagged else piece.text
-        if piece.is_flagged != is_run_blamed:
-            yield run, _RED if is_run_blamed else ""
-            run, is_run_blamed = "", piece.is_flagged
-        run += text
-    yield run, _RED if is_run_blamed else ""
+        if piece.is_flagged != is_run_flagged:
+            yield run, _RED if is_run_flagged else ""
+            run, is_run_flagged = "", piece.is_flagged
+        run += f" {_END}" if piece.is_end and piece.is_flagged else piece.text
+    yield run, _RED if is_run_flagged else ""
 
 
 def make_printable(text: str, keep: str = "") -> str:
-    """Text in characters that a terminal shows and does not obey; others as escapes, but for those of `keep`.
+    """Escapes what a terminal might interpret or cannot show, except the characters of `keep`.
 
-    Spaces of all widths are shown, and so are joiners and the letters of flags, without which an emoji falls apart.
+    Spaces of all widths, joiners and tag letters stay, because emoji and several scripts need them.
     """
     shown = "".join(
-        letter if letter in keep or _can_be_shown(letter) else letter.encode("unicode_escape").decode()
+        letter if letter in keep or _is_harmless(letter) else letter.encode("unicode_escape").decode()
         for letter in text
     )
     encoding = sys.stdout.encoding or "utf-8"
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _can_be_shown(letter: str) -> bool:
+def _is_harmless(letter: str) -> bool:
     is_joiner = letter in "\u200c\u200d" or "\U000e0020" <= letter <= "\U000e007f"
     return letter.isprintable() or is_joiner or unicodedata.category(letter) == "Zs"
 
