@@ -1,5 +1,4 @@
-"""Chatting with a model at hand: what is said, judged and saved is what the model saw, `cutlm blame` blames and
-`cutlm check` takes."""
+"""Chat with a local model: what it sees, what a judgment flags (as `cutlm blame` does) and what is saved."""
 
 import fcntl
 import io
@@ -24,9 +23,8 @@ from tiny import IM_END, IM_START, make_model, make_tokenizer, save_tiny_model
 from cutlm.blame.detector import FlagSettings
 from cutlm.blame.token_scores import read_token_scores
 from cutlm.chat.conversation import Conversation, Turn, append_record, join_texts
-from cutlm.chat.lines import Message, read_message
 from cutlm.chat.local import LocalEngine
-from cutlm.chat.session import Session
+from cutlm.chat.session import Message, Session, read_message
 from cutlm.cli import main
 from cutlm.data.records import JudgedRecord, load_records
 from cutlm.errors import ConfigError, DataError, UserError
@@ -64,13 +62,13 @@ def talk(session: Session, *lines: str) -> None:
 # ---- Judging and saving ----
 
 
-def test_what_a_judgment_blames_is_what_blame_blames_of_the_saved_record(
+def test_judge_flags_what_cutlm_blame_flags_in_the_saved_record(
     base: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = tmp_path / "records.jsonl", tmp_path / "scores.jsonl"
     talk(make_session(base), JAPAN, f"/judge {JUDGMENT}", f"/save {data}")
     printed = capsys.readouterr()
-    assert printed.out.startswith(f"{KYOTO}\nThe capital of Japan is [Kyoto].\n\n  blamed token ")
+    assert printed.out.startswith(f"{KYOTO}\nThe capital of Japan is [Kyoto].\n\n  flagged token ")
     assert printed.err == f"-- {data}: 1 record\n"
     assert [json.loads(line) for line in data.read_text("utf-8").splitlines()] == [
         {"instruction": JAPAN, "output": KYOTO, "judgment": JUDGMENT}
@@ -85,8 +83,8 @@ def test_what_a_judgment_blames_is_what_blame_blames_of_the_saved_record(
     assert f"{KYOTO}\n{capsys.readouterr().out}" in printed.out
     assert scores.logps_with is not None
     assert scores.logps_without is not None
-    place = scores.is_flagged.index(True)
-    without, judged = scores.logps_without[place], scores.logps_with[place]
+    index = scores.is_flagged.index(True)
+    without, judged = scores.logps_without[index], scores.logps_with[index]
     row = ["Kyoto", *(f"{math.exp(value):.3g}" for value in (without, judged, judged - without))]
     *_, listed, summary = printed.out.splitlines()
     assert listed.split() == row
@@ -94,19 +92,17 @@ def test_what_a_judgment_blames_is_what_blame_blames_of_the_saved_record(
 
 
 @pytest.mark.parametrize("praise", ["Perfect.", "perfect, thank you"])
-def test_praise_blames_nothing_and_is_saved_as_null(
+def test_praise_flags_nothing_and_is_saved_as_null(
     praise: str, base: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     talk(make_session(base), JAPAN, f"/judge {JUDGMENT}", f"/judge {praise}", f"/save {tmp_path / 'records.jsonl'}")
-    assert '-- a judgment that begins with "Perfect" finds nothing wrong: no token is blamed\n' in (
-        capsys.readouterr().err
-    )
+    assert '-- a judgment that begins with "Perfect" is praise; no token is flagged\n' in (capsys.readouterr().err)
     (record,) = load_records(tmp_path / "records.jsonl")
     assert record.judgment is None
     assert record.is_satisfactory
 
 
-def test_an_answer_that_was_stopped_is_scored_without_an_end(
+def test_a_stopped_answer_is_scored_without_its_end_token(
     base: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = make_session(base, max_new_tokens=3)
@@ -114,25 +110,23 @@ def test_an_answer_that_was_stopped_is_scored_without_an_end(
     printed = capsys.readouterr()
     assert printed.out.startswith("The capital of\n")
     assert printed.out.endswith("0 of 3 tokens are more than 1.1 times as likely with the judgment\n")
-    assert printed.err.startswith("-- stopped at 3 tokens (--max_new_tokens); what is there is kept as the answer\n")
-    assert printed.err.endswith("-- the answer was stopped before its end; training takes it for a whole one\n")
+    assert printed.err.startswith("-- stopped at 3 tokens (--max_new_tokens); kept the part that was generated\n")
+    assert printed.err.endswith("-- the answer was stopped before its end, but training will treat it as complete\n")
 
 
-def test_only_the_largest_ratios_are_listed_and_the_others_counted(
-    tiny: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_the_largest_ratios_are_listed(tiny: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
     session = make_session(tiny, "chat", max_new_tokens=100)
     talk(session, "Name a city.", "/judge It is wrong.")
     out = capsys.readouterr().out
-    _, _, table = out.partition("blamed token")
+    _, _, table = out.partition("flagged token")
     listed = [float(number) for number in re.findall(r"^  .* (\S+)$", table, re.MULTILINE) if number[0].isdigit()]
-    (rest,) = re.findall(r"and (\d+) more, of smaller ratios", out)
+    (rest,) = re.findall(r"and (\d+) more with smaller ratios", out)
     assert len(listed) == 20
     assert re.search(rf"^{20 + int(rest)} of \d+ tokens", out, re.MULTILINE)
     assert min(listed) > 1.1
 
 
-def test_the_instruction_of_a_later_turn_is_the_conversation() -> None:
+def test_the_instruction_of_a_later_turn_is_the_whole_conversation() -> None:
     conversation = Conversation([Turn("Hello.", "Hi!", True), Turn("Count to two.", "1, 3", True)])
     assert conversation.make_record("Wrong.").model_dump(exclude_unset=True) == {
         "instruction": "User: Hello.\n\nAssistant: Hi!\n\nUser: Count to two.",
@@ -142,12 +136,12 @@ def test_the_instruction_of_a_later_turn_is_the_conversation() -> None:
     assert join_texts(["Hello."]) == "Hello."
 
 
-def test_an_answer_that_makes_no_record_is_told() -> None:
+def test_an_empty_answer_is_not_a_valid_record() -> None:
     with pytest.raises(DataError, match=r"^the last exchange: field 'output': expected text, got an empty string"):
         Conversation([Turn("Hello.", "", True)]).make_record("Wrong.")
 
 
-def test_records_are_appended_whatever_ends_the_last_line(tmp_path: Path) -> None:
+def test_records_are_appended_with_or_without_a_final_newline(tmp_path: Path) -> None:
     path = tmp_path / "new" / "records.jsonl"
     others = [RECORD.model_copy(update={"output": f"{number}\n🙂"}) for number in range(3)]
     assert append_record(path, others[0]) == 1
@@ -162,22 +156,20 @@ def test_records_are_appended_whatever_ends_the_last_line(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "[]", r"a\.json: expected JSON Lines to append to, got a JSON array; name another file"),
+        ("a.json", "[]", r"a\.json: expected JSON Lines, got a JSON array"),
         ("a.jsonl", '{"text": "x"}\n', r"a\.jsonl:1: field 'instruction' is missing"),
         ("a.txt", "Dear diary,\n", r"a\.txt: not JSON"),
-        ("a.jsonl.gz", None, r"a\.jsonl\.gz: expected a plain file to append to, got a compressed one; name another"),
+        ("a.jsonl.gz", None, r"a\.jsonl\.gz: cannot append to a compressed file"),
         ("a.jsonl", b"\x1f\x8b", r"a\.jsonl: the compressed file is damaged"),
-        (".", None, r"expected a file to append to, got something else; name another"),
+        (".", None, r"not a regular file"),
         (
             "a.jsonl",
             '{"instruction": "Ask.", "output": "No.", "judgment": "It is rude."}\n',
-            r"a\.jsonl:1: this exchange with this judgment is there already; nothing was written",
+            r"a\.jsonl:1: already has this exchange",
         ),
     ],
 )
-def test_a_file_that_is_none_of_records_is_left_alone(
-    name: str, content: str | bytes | None, message: str, tmp_path: Path
-) -> None:
+def test_other_files_are_left_unchanged(name: str, content: str | bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -186,10 +178,10 @@ def test_a_file_that_is_none_of_records_is_left_alone(
     assert content is None or path.read_bytes() == (content.encode() if isinstance(content, str) else content)
 
 
-def test_token_scores_are_no_place_for_a_record(tmp_path: Path) -> None:
+def test_records_are_not_appended_to_token_scores(tmp_path: Path) -> None:
     row = RECORD.model_dump(exclude_unset=True) | {"schema_version": 1, "token_ids": [1]}
     (tmp_path / "scores.jsonl").write_text(json.dumps(row))
-    with pytest.raises(DataError, match=r"scores\.jsonl: expected records to append to, got token scores"):
+    with pytest.raises(DataError, match=r"scores\.jsonl: expected records, got token scores"):
         append_record(tmp_path / "scores.jsonl", RECORD)
 
 
@@ -199,71 +191,71 @@ def test_token_scores_are_no_place_for_a_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/judge Wrong.", "/judge: there is no answer yet; say something first"),
-        ("/save out.jsonl", "/save: there is no answer yet; say something first"),
-        ("/jugde x", "/jugde: no such command; /help lists them, and a message that begins with / can stand in"),
-        ("/quit now", "/quit: expected nothing after it, got 'now'"),
+        ("/judge Wrong.", "/judge: there is no answer yet"),
+        ("/save out.jsonl", "/save: there is no answer yet"),
+        ("/jugde x", "/jugde: unknown command; /help lists all"),
+        ("/quit now", "/quit: takes no argument, got 'now'"),
         ("/template llama", "/template: expected alpaca or chat, got 'llama'"),
-        ("caf\udce9", "expected UTF-8 text, got other bytes; nothing was sent"),
+        ("caf\udce9", "the input is not valid UTF-8"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(line: str, message: str, base: tuple[Any, Any]) -> None:
+def test_bad_commands_are_user_errors(line: str, message: str, base: tuple[Any, Any]) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         make_session(base).handle(Message(line))
 
 
-def test_a_judgment_and_a_file_must_be_named(base: tuple[Any, Any], tmp_path: Path) -> None:
+def test_judge_and_save_need_an_argument_and_a_judgment(base: tuple[Any, Any], tmp_path: Path) -> None:
     session = make_session(base)
     talk(session, JAPAN)
-    with pytest.raises(UserError, match=r"^/judge: expected what is wrong with the last answer, or Perfect\. where"):
+    with pytest.raises(UserError, match=r"^/judge: expected what is wrong with the last answer"):
         talk(session, "/judge")
-    with pytest.raises(UserError, match=r"^/save: expected the name of a file of records, got nothing"):
+    with pytest.raises(UserError, match=r"^/save: expected the name of a file"):
         talk(session, "/save")
-    with pytest.raises(UserError, match=r"^/save: the last answer has no judgment yet; give one by /judge TEXT"):
+    with pytest.raises(UserError, match=r"^/save: the last answer has no judgment yet"):
         talk(session, f"/save {tmp_path / 'records.jsonl'}")
 
 
 @pytest.mark.parametrize(
     ("name", "reason"), [("~nosuchuser/x", "home"), ("x" * 300, "too long"), ("a\0b", "null byte")]
 )
-def test_a_name_that_no_file_can_have_does_not_end_the_chat(
+def test_an_invalid_file_name_does_not_end_the_chat(
     name: str, reason: str, base: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "records.jsonl"
     lines = [JAPAN, "/judge Perfect.", f"/save {name}", f"/save {path}"]
     make_session(base).run(make_reader(lines), is_interactive=False)
     error = capsys.readouterr().err
-    assert re.search(f"^-- /save: no file can have this name .*{reason}.*; name another$", error, re.MULTILINE)
+    assert re.search(f"^-- /save: invalid file name .*{reason}.*; name another$", error, re.MULTILINE)
     assert f"-- {path}: 1 record\n" in error
 
 
-def test_templates_can_be_looked_at_and_changed(base: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_template_can_be_shown_and_changed(base: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
     session = make_session(base)
     talk(session, JAPAN, "/template", "/template chat", "/template")
     printed = capsys.readouterr()
     assert printed.out == f"{KYOTO}\nalpaca\nchat\n"
-    assert printed.err == "-- a new conversation\n"
+    assert printed.err == "-- started a new conversation\n"
     assert not session.conversation.turns
     model, _ = base
     plain = make_session((model, make_tokenizer("bpe")))
     with pytest.raises(ConfigError, match="template: chat: the tokenizer 'tiny-bpe' has no chat template"):
         talk(plain, "/template chat")
     talk(plain, "/template")
-    assert capsys.readouterr().out == "alpaca\n", "what it was"
+    assert capsys.readouterr().out == "alpaca\n", "unchanged"
 
 
-def test_that_alpaca_has_no_turns_is_said_once(base: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_note_that_alpaca_has_no_turns_is_printed_once(
+    base: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     session = make_session(base)
     talk(session, JAPAN, JAPAN, JAPAN)
     printed = capsys.readouterr()
     assert printed.out == f"{KYOTO}\n" * 3
-    assert printed.err == (
-        "-- the alpaca prompt has no turns: each message stands alone, the model sees none before it\n"
-    )
+    assert printed.err == ("-- the alpaca template has no turns; the model sees only the latest message\n")
     assert session.conversation.make_record("No.").instruction == JAPAN
 
 
-def test_lines_are_read_until_none_is_left(base: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_handled_until_quit(base: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
     lines = iter(["/help", "", "/jugde", '"""', "/help", '"""', "/reset", "/quit", "not any more"])
     session = make_session(base, max_new_tokens=1)
     session.run(lambda prompt: next(lines), is_interactive=False)
@@ -272,9 +264,9 @@ def test_lines_are_read_until_none_is_left(base: tuple[Any, Any], capsys: pytest
     assert [line.split()[0] for line in printed.out.splitlines()[:6]] == [
         *("/judge", "/save", "/reset", "/template", "/help", "/quit")
     ]
-    assert printed.out.count("/help") == 1, "in quotes it is a message"
-    assert printed.err.startswith("-- /jugde: no such command")
-    assert printed.err.endswith("-- a new conversation\n")
+    assert printed.out.count("/help") == 1, "between quotes it is a message"
+    assert printed.err.startswith("-- /jugde: unknown command")
+    assert printed.err.endswith("-- started a new conversation\n")
 
 
 @pytest.mark.parametrize(
@@ -302,16 +294,16 @@ def make_reader(lines: Sequence[str]) -> Any:
     return read_line
 
 
-def test_quotes_that_are_never_closed_are_told() -> None:
-    with pytest.raises(DataError, match=r'^expected """ at the end of the text that begins with it, got the end of'):
+def test_unclosed_quotes_are_an_error() -> None:
+    with pytest.raises(DataError, match=r'^input ended within """'):
         read_message(make_reader(['"""one', "two"]))
 
 
-# ---- What the model is shown ----
+# ---- What the model sees ----
 
 
 @pytest.mark.parametrize("kind", ["bpe", "bpe_bos", "llama", "llama_legacy"])
-def test_a_conversation_has_the_tokens_of_the_chat_template_and_no_others(kind: str) -> None:
+def test_a_conversation_is_encoded_by_the_chat_template(kind: str) -> None:
     tokenizer = make_tokenizer(kind, chat=True)
     encoder = Encoder(tokenizer, "chat")
     texts = ["Name a city.", "Sydney is.", "So: the capital?"]
@@ -320,7 +312,7 @@ def test_a_conversation_has_the_tokens_of_the_chat_template_and_no_others(kind: 
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert encoder.encode_conversation(texts) == expected
     assert encoder.encode_conversation(texts[:1]) == encoder.encode_prompt(texts[0])
-    # Whoever spells out a special token: one order to the model for each turn's start and end, and no more.
+    # Special tokens spelled out in messages stay text: only the template starts and ends turns.
     spelled = [f"a{IM_END}\n{IM_START}b", f"{IM_START}c", f"d{IM_END}"]
     ids = encoder.encode_conversation(spelled)
     special = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
@@ -330,7 +322,7 @@ def test_a_conversation_has_the_tokens_of_the_chat_template_and_no_others(kind: 
     assert re.sub(r"\s", "", "".join(spelled)) in re.sub(frame, "", decoded)
 
 
-def test_a_template_may_leave_out_thoughts_and_nothing_of_the_users() -> None:
+def test_a_template_may_drop_thoughts_but_no_user_text() -> None:
     tokenizer = make_tokenizer("bpe", chat=True)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endfor %}assistant:"
@@ -348,27 +340,27 @@ def test_a_template_may_leave_out_thoughts_and_nothing_of_the_users() -> None:
         Encoder(tokenizer, "chat").encode_conversation(["Hello.", "Hi!", "Bye."])
 
 
-def test_the_oldest_turns_go_where_the_conversation_does_not_fit(
+def test_the_oldest_turns_are_dropped_if_the_conversation_does_not_fit(
     tiny: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = make_session(tiny, "chat", max_new_tokens=16)
     encoder = Encoder(tiny[1], "chat")
-    num_left_out = 0
+    num_dropped = 0
     for number in range(12):
         talk(session, f"Name city number {number}.")
-        num_left_out += len(re.findall("-- the conversation is too long for the model's", capsys.readouterr().err))
+        num_dropped += len(re.findall("-- the conversation is too long for the model's", capsys.readouterr().err))
         turns = session.conversation.turns
         texts = Conversation(turns[:-1]).list_texts(turns[-1].message)
         assert len(encoder.encode_conversation(texts)) <= 256 - 16
-    assert num_left_out
+    assert num_dropped
     assert turns[0].message != "Name city number 0."
     assert join_texts(texts) == session.conversation.make_record("No.").instruction, "what the model saw"
-    with pytest.raises(UserError, match=r"the message alone makes a prompt of \d+ tokens, and the model's context has"):
+    with pytest.raises(UserError, match=r"the message alone makes a prompt of \d+ tokens, but the model's context has"):
         talk(session, "word " * 300)
     assert session.conversation.turns == turns
 
 
-def test_the_pieces_of_an_answer_are_what_generate_answers(tiny: tuple[Any, Any]) -> None:
+def test_the_pieces_of_an_answer_equal_a_generated_response(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     for seed, temperature in ((1, 0.0), (2, 1.0)):
         sampling = Sampling(60, temperature, seed=seed)
@@ -381,7 +373,7 @@ def test_the_pieces_of_an_answer_are_what_generate_answers(tiny: tuple[Any, Any]
         assert not any(piece.endswith("\N{REPLACEMENT CHARACTER}") for piece in pieces[:-1] if len(piece) == 1)
 
 
-def test_ctrl_c_stops_at_the_next_token_and_keeps_what_is_there(
+def test_ctrl_c_stops_at_the_next_token_and_keeps_the_answer_so_far(
     tiny: tuple[Any, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = make_session(tiny, "chat", max_new_tokens=200)
@@ -398,12 +390,12 @@ def test_ctrl_c_stops_at_the_next_token_and_keeps_what_is_there(
 
     monkeypatch.setattr(Terminal, "print_piece", interrupt)
     session.run(make_reader(["Name a city.", "/judge It is wrong."]), is_interactive=True)
-    assert num_pieces in (3, 4), "the last may be half a character that was held back"
+    assert num_pieces in (3, 4), "the last piece may be an incomplete character that was held back"
     assert signal.getsignal(signal.SIGINT) is before
     (turn,) = session.conversation.turns
     assert not turn.is_ended
     printed = capsys.readouterr()
-    assert "-- stopped; what is there is kept as the answer\n" in printed.err
+    assert "-- stopped; kept the part that was generated\n" in printed.err
     (num_tokens,) = re.findall(r"of (\d+) tokens are more than", printed.out)
     assert int(num_tokens) == len(Encoder(tiny[1], "chat").encode_response(turn.answer)) - 1
     num_pieces = 0
@@ -411,7 +403,7 @@ def test_ctrl_c_stops_at_the_next_token_and_keeps_what_is_there(
         session.run(make_reader(["Name a city."]), is_interactive=False)
 
 
-def test_a_lack_of_memory_is_one_sentence(
+def test_out_of_memory_is_a_user_error(
     tiny: tuple[Any, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -421,8 +413,8 @@ def test_a_lack_of_memory_is_one_sentence(
     monkeypatch.setattr(tiny[0], "forward", fail)
     talk(session, "Name a city.")
     assert capsys.readouterr().err == (
-        "-- the device's memory does not hold so long a text; begin anew by /reset; there is no answer, and the message"
-        " is taken back\n"
+        "-- the device ran out of memory; use /reset to start a shorter conversation; no answer, so the message was"
+        " dropped\n"
     )
 
 
@@ -430,7 +422,7 @@ def test_a_lack_of_memory_is_one_sentence(
 
 
 class Console:
-    """A command in a terminal of its own."""
+    """A command running in its own pseudo-terminal."""
 
     def __init__(self, *arguments: str) -> None:
         self._ours, theirs = pty.openpty()
@@ -441,7 +433,7 @@ class Console:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches the command
             env=environment | {"TERM": "dumb", "COLUMNS": "200"},
         )
         os.close(theirs)
@@ -451,7 +443,7 @@ class Console:
         os.write(self._ours, text.encode())
 
     def wait_for(self, pattern: str) -> str:
-        """Reads until a pattern is there; what came up to its end is taken."""
+        """Reads until a pattern matches; returns and removes everything up to its end."""
         deadline = time.monotonic() + 60
         while not (match := re.search(pattern, self.text)):
             assert time.monotonic() < deadline, f"no {pattern!r} in {self.text!r}"
@@ -462,8 +454,8 @@ class Console:
     def _read(self) -> None:
         try:
             self.text += os.read(self._ours, 4096).decode("utf-8", "replace")
-        except OSError:  # the other end is closed
-            raise AssertionError(f"it has ended: {self.text!r}") from None
+        except OSError:  # the command closed its end
+            raise AssertionError(f"the command has ended: {self.text!r}") from None
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -474,7 +466,7 @@ class Console:
 
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Console]:
-    save_tiny_model(tmp_path / "model", chat=True, seed=3)  # one that does not come to an end by itself
+    save_tiny_model(tmp_path / "model", chat=True, seed=3)  # this seed does not end its answers by itself
     terminal = Console("chat", "--model", str(tmp_path / "model"), "--device", "cpu", "--max_new_tokens", "1900")
     yield terminal
     terminal.close()
@@ -484,15 +476,15 @@ def test_a_chat_in_a_terminal(terminal: Console, tmp_path: Path, capsys: pytest.
     terminal.wait_for(r"prompted by chat; /help lists the commands, Ctrl-D leaves\r\n> ")
     terminal.send("Name a city.\n")
     terminal.wait_for(r"Name a city\.\r\n")
-    terminal.wait_for(r".{40}")  # the first words are there long before the last ones
+    terminal.wait_for(r".{40}")  # the first words arrive long before the last ones
     terminal.send("\x03")
-    terminal.wait_for(r"-- stopped; what is there is kept as the answer\r\n> ")
+    terminal.wait_for(r"-- stopped; kept the part that was generated\r\n> ")
     terminal.send("/judge It is \\\n")
     terminal.wait_for(r"\.\.\. ")
     terminal.send("wrong.\n")
     judged = terminal.wait_for(r"tokens are more than 1\.1 times as likely with the judgment\r\n> ")
     assert "\033[1;4;31m" in judged
-    assert re.search(r"blamed token +without +with +ratio\r\n", judged)
+    assert re.search(r"flagged token +without +with +ratio\r\n", judged)
     terminal.send(f"/save {tmp_path / 'records.jsonl'}\n")
     terminal.wait_for(r"records\.jsonl: 1 record\r\n(.*\r\n)?> ")
     terminal.send("half a line\x03")
@@ -506,7 +498,7 @@ def test_a_chat_in_a_terminal(terminal: Console, tmp_path: Path, capsys: pytest.
     assert "1 unsatisfactory" in capsys.readouterr().out
 
 
-def test_lines_of_a_pipe_are_messages_and_only_answers_come_out(
+def test_piped_lines_are_messages_and_only_answers_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = f"{JAPAN}\n/judge {JUDGMENT}\ncaf\udce9\n/save {tmp_path}\n".encode("utf-8", "surrogateescape")
@@ -516,8 +508,8 @@ def test_lines_of_a_pipe_are_messages_and_only_answers_come_out(
     assert printed.out.startswith(f"{KYOTO}\nThe capital of Japan is [Kyoto].\n")
     assert "> " not in printed.out
     assert "Ctrl-D" not in printed.err
-    assert "-- expected UTF-8 text, got other bytes; nothing was sent\n" in printed.err
-    assert f"-- {tmp_path}: expected a file to append to, got something else; name another\n" in printed.err
+    assert "-- the input is not valid UTF-8; nothing was sent\n" in printed.err
+    assert f"-- {tmp_path}: not a regular file; name another\n" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -535,13 +527,13 @@ def test_lines_of_a_pipe_are_messages_and_only_answers_come_out(
         (["--max_new_tokens", "256"], "max_new_tokens: expected fewer than the model's context of 256, got 256"),
     ],
 )
-def test_options_that_cannot_be_are_refused(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_options_are_user_errors(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "--model", str(base_path()), *options]) == 2
     assert f"cutlm chat: {message}" in capsys.readouterr().err
 
 
-def test_a_tokenizer_without_a_template_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tokenizer_without_a_chat_template_needs_a_template_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["chat", "--model", str(save_tiny_model(tmp_path / "model"))]) == 2
     assert "its tokenizer has no chat template; say how to prompt it by --template alpaca" in capsys.readouterr().err

@@ -14,10 +14,9 @@ from tiny import make_tokenizer, save_tiny_model
 
 from cutlm.blame.detector import FlagSettings
 from cutlm.chat.conversation import Turn
-from cutlm.chat.lines import Message
 from cutlm.chat.local import LocalEngine
 from cutlm.chat.server import ServerEngine
-from cutlm.chat.session import Session
+from cutlm.chat.session import Message, Session
 from cutlm.errors import UserError
 from cutlm.generation.local import Sampling
 from cutlm.model.loading import load_trained
@@ -117,16 +116,16 @@ def test_nothing_that_a_server_sends_is_obeyed_by_the_terminal(
 def test_an_answer_that_is_cut_or_empty_is_told(server: ChatServer, capsys: pytest.CaptureFixture[str]) -> None:
     session = make_session(server.url)
     cases: list[tuple[tuple[Any, ...], str, int, bool]] = [
-        (WHOLE[:3], "the answer breaks off; send the message again; what is there is kept as the answer", 1, False),
+        (WHOLE[:3], "the answer breaks off; send the message again; kept the part that was generated", 1, False),
         (
             (*WHOLE[:3], {"error": {"message": f"out of memory {CANARY}\x1b[2J"}}),
-            "the server breaks off (out of memory [key]\ufffd[2J); what is there is kept as the answer",
+            "the server breaks off (out of memory [key]\ufffd[2J); kept the part that was generated",
             1,
             False,
         ),
         (
             (*WHOLE[:3], make_event("", "length"), "[DONE]"),
-            "-- stopped at 32 tokens (--max_new_tokens); what is there is kept as the answer",
+            "-- stopped at 32 tokens (--max_new_tokens); kept the part that was generated",
             1,
             False,
         ),
@@ -238,7 +237,7 @@ def test_prompts_made_here_go_as_token_ids(server: ChatServer, capsys: pytest.Ca
     session.handle(Message("And <|im_end|>?"))
     session.handle(Message("/template alpaca"))
     session.handle(Message("Name a city."))
-    assert capsys.readouterr() == ("It is.\n" * 3, "-- a new conversation\n")
+    assert capsys.readouterr() == ("It is.\n" * 3, "-- started a new conversation\n")
     assert server.paths == ["/v1/completions"] * 3
     assert [request["prompt"] for request in server.requests] == [
         Encoder(tokenizer, "chat").encode_prompt("Name a city."),

@@ -223,6 +223,7 @@ def test_texts_from_outside_are_never_markup(browser, tmp_path):
     names = ['</script><script>alert("1")</script>']
     write_page(path, records, title=NASTY[1], lead=NASTY, sections=sections, names=names)
     with visit(browser, path, viewport={"width": 1100, "height": 9000}) as page:
+        page.wait_for_function("document.querySelectorAll('.response').length === " + str(len(NASTY)))
         for selector in (".response", ".judgment", ".answer", "caption", "#lead p", "#sections td"):
             assert page.evaluate(TEXTS, selector) == list(NASTY), selector
         assert page.evaluate(TEXTS, ".instruction") == [f"{text}\n{text}" for text in NASTY]

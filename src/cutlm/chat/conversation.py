@@ -1,7 +1,4 @@
-"""A conversation: what was said, and the record that its last exchange becomes.
-
-How it is put before a model is left to the engines (`cutlm.chat.local`, `cutlm.chat.server`).
-"""
+"""The turns of a conversation, and the records made from them."""
 
 import json
 import os
@@ -19,13 +16,13 @@ _SPEAKERS = ("User", "Assistant")
 
 @dataclass
 class Turn:
-    """A message, and the answer to it.
+    """A message and the answer to it.
 
     Attributes:
-        message: What the user said.
-        answer: What the model said.
-        is_ended: Whether it came to an end by itself, and was not stopped.
-        judgment: What was said of the answer last; None where nothing was.
+        message: The user's message.
+        answer: The model's answer.
+        is_ended: Whether the model ended the answer, rather than a token limit or Ctrl-C.
+        judgment: The latest judgment of the answer; None before one is given.
     """
 
     message: str
@@ -36,29 +33,22 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """The turns that a model is shown.
-
-    Attributes:
-        turns: From the oldest to the last.
-    """
+    """The turns that the model sees, oldest first."""
 
     turns: list[Turn] = field(default_factory=list)
 
     def list_texts(self, message: str) -> list[str]:
-        """What was said, by the user and the model in turn, and a message that is said now."""
+        """All texts by the user and the model in turn, followed by a new message."""
         return [text for turn in self.turns for text in (turn.message, turn.answer)] + [message]
 
     def make_record(self, judgment: str) -> JudgedRecord:
-        """The last exchange as a record.
+        """Makes a record of the last exchange.
 
-        The instruction is the message or, where there are turns before it, all of the conversation up to the answer in
-        plain text (`join_texts`): what the answer has to be right for.
-
-        Args:
-            judgment: What is said of the answer; praise becomes null.
+        The instruction is the message or, after earlier turns, the whole conversation up to the answer as plain text
+        (see `join_texts`). A judgment that is praise becomes null.
 
         Raises:
-            DataError: No such record can be: the answer is empty, or a text is none.
+            DataError: The exchange is not a valid record; for example, the answer is empty.
         """
         last = self.turns[-1]
         row = {
@@ -68,12 +58,12 @@ class Conversation:
         }
         check = check_rows([SourceRow("the last exchange", row)])
         if check.problems:
-            raise DataError(check.problems, hint="this exchange makes no record")
+            raise DataError(check.problems, hint="this exchange is not a valid record")
         return check.records[0]
 
 
 def join_texts(texts: Sequence[str]) -> str:
-    """A conversation in plain text: a single message as it is, several with the name of who says each.
+    """Joins a conversation into plain text; a single message stays as it is.
 
     Example:
 
@@ -82,57 +72,59 @@ def join_texts(texts: Sequence[str]) -> str:
     """
     if len(texts) == 1:
         return texts[0]
-    return "\n\n".join(f"{_SPEAKERS[place % 2]}: {text}" for place, text in enumerate(texts))
+    return "\n\n".join(f"{_SPEAKERS[index % 2]}: {text}" for index, text in enumerate(texts))
 
 
 def append_record(path: str | Path, record: JudgedRecord) -> int:
-    """Appends a record to a JSON Lines file, which is made where there is none, and sees it to the disk.
+    """Appends a record to a JSON Lines file, creating it if necessary, and syncs it to disk.
 
     Returns:
-        The number of records that are in the file now.
+        The number of records in the file, including the new one.
 
     Raises:
-        DataError: The file is no JSON Lines of records, or has this record already; nothing was written.
+        DataError: The file cannot be written, is not a JSON Lines file of records, or already has this record.
     """
     path = Path(path)
     if path.suffix in (".gz", ".xz"):
-        raise DataError(f"{path}: expected a plain file to append to, got a compressed one; name another")
+        raise DataError(f"{path}: cannot append to a compressed file; name another file")
     num_records, gap = 0, b""
     is_new = not path.exists()
     if not is_new:
-        num_records = _check_file(path, record)
+        num_records = _count_records(path, record)
         gap = b"" if read_bytes(path).endswith(b"\n") or not num_records else b"\n"
     line = gap + json.dumps(record.model_dump(mode="json", exclude_unset=True), ensure_ascii=False).encode() + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab", buffering=0) as file:  # the line goes out in one piece
+        with open(path, "ab", buffering=0) as file:  # unbuffered, so that the line is written at once
             file.write(line)
             os.fsync(file.fileno())
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error}); name another file") from None
+        raise DataError(f"{path}: cannot write ({error.strerror or error}); name another file") from None
     if is_new:
         sync_directory(path.parent)
     return num_records + 1
 
 
-def _check_file(path: Path, record: JudgedRecord) -> int:
-    """Counts the records of a file that one more may be appended to."""
+def _count_records(path: Path, record: JudgedRecord) -> int:
+    """Counts the records of a file after checking that `record` can be appended to it."""
     if not path.is_file():
-        raise DataError(f"{path}: expected a file to append to, got something else; name another")
+        raise DataError(f"{path}: not a regular file; name another")
     data = read_bytes(path)
     if data != path.read_bytes():
-        raise DataError(f"{path}: expected a plain file to append to, got a compressed one; name another")
+        raise DataError(f"{path}: cannot append to a compressed file; name another file")
     text = data.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"["):
-        raise DataError(f"{path}: expected JSON Lines to append to, got a JSON array; name another file")
+        raise DataError(
+            f"{path}: expected JSON Lines, got a JSON array, which cannot be appended to; name another file"
+        )
     if not text:
         return 0
     check = check_records(path)
     if check.problems:
-        raise DataError(check.problems, hint=f"{path} is not a file of records; mend it or name another")
+        raise DataError(check.problems, hint=f"{path} is not a valid file of records; fix it or name another")
     if is_token_scores_row(check.records[0].model_dump()):
-        raise DataError(f"{path}: expected records to append to, got token scores; name another file")
+        raise DataError(f"{path}: expected records, got token scores; name another file")
     if record in check.records:
-        place = check.locations[check.records.index(record)]
-        raise DataError(f"{place}: this exchange with this judgment is there already; nothing was written")
+        location = check.locations[check.records.index(record)]
+        raise DataError(f"{location}: already has this exchange with this judgment")
     return len(check.records)

@@ -1,4 +1,4 @@
-"""A model at hand that answers in a chat, token by token."""
+"""Chat with a model in this process, token by token."""
 
 import signal
 import threading
@@ -24,22 +24,21 @@ from cutlm.model.loading import unwrap_peft
 from cutlm.prompting.encoding import Encoder
 from cutlm.prompting.templates import TemplateName
 
-# Where a model sets no limit to its context.
-_NO_LIMIT = 2**31
+_NO_LIMIT = 2**31  # for models without a context limit
 
 
 class LocalEngine:
-    """Answers by a model at hand.
+    """An `Engine` that runs a model in this process.
 
     Args:
-        model: A causal language model in evaluation mode, bare or with an adapter.
+        model: A causal language model in evaluation mode, with or without an adapter.
         tokenizer: Its tokenizer.
-        template: How it is prompted.
-        sampling: How to draw.
-        settings: What flags are made by; `max_length` gives way to the model's context.
+        template: The prompt template.
+        sampling: How to sample answers.
+        settings: How to flag tokens; `max_length` is replaced by the model's context length.
 
     Raises:
-        UserError: The tokenizer has no such template, or no room is left for a prompt.
+        UserError: The tokenizer lacks the template, or the context has no room for a prompt.
     """
 
     def __init__(
@@ -69,8 +68,8 @@ class LocalEngine:
             if self._room is None or len(ids) <= self._room:
                 return ids, num_dropped
         raise UserError(
-            f"the message alone makes a prompt of {len(ids)} tokens, and the model's context has room for"
-            f" {self._room} beside an answer; shorten it, or start with a smaller --max_new_tokens"
+            f"the message alone makes a prompt of {len(ids)} tokens, but the model's context has room for only"
+            f" {self._room} next to an answer; shorten it, or start with a smaller --max_new_tokens"
         )
 
     def answer(self, prompt: list[int], seed_offset: int, show: Callable[[str], None]) -> bool:
@@ -81,7 +80,7 @@ class LocalEngine:
         input_ids = torch.tensor([prompt], device=language_model.device)
         model: Any = self._model
         torch.manual_seed(self._sampling.seed + seed_offset)
-        with _catch_interrupt() as stop, _tell_lack_of_memory(), torch.inference_mode():
+        with _catch_interrupt() as stop, _explain_out_of_memory(), torch.inference_mode():
             model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -101,17 +100,17 @@ class LocalEngine:
             check_rows(self._model, rows, self._max_length)
             return score_rows(self._model, rows, done=done, show_progress=False)
 
-        with _tell_lack_of_memory():
-            return blame_record(record, self._encoder, score, self._settings, "the model of the chat")
+        with _explain_out_of_memory():
+            return blame_record(record, self._encoder, score, self._settings, "chat")
 
 
 def encode_texts(encoder: Encoder, texts: Sequence[str]) -> list[int]:
-    """Token ids of a conversation, or of the one message that an alpaca prompt has room for."""
+    """Encodes a conversation; for the alpaca template, which has no turns, only its last message."""
     return encoder.encode_prompt(texts[-1]) if encoder.template == "alpaca" else encoder.encode_conversation(texts)
 
 
 class _Streamer(BaseStreamer):
-    """Decodes tokens as they come; transformers' own waits for the end of each word."""
+    """Decodes each token at once; transformers' TextStreamer waits for the end of a word."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], show: Callable[[str], None]) -> None:
         self.is_ended = False
@@ -120,15 +119,15 @@ class _Streamer(BaseStreamer):
         self._num_shown = 0
 
     def put(self, value: torch.Tensor) -> None:
-        if self._ids is None:  # the prompt comes first
+        if self._ids is None:  # the first call has the prompt
             self._ids = []
             return
-        for index in value.tolist():
-            self.is_ended = self.is_ended or index in self._end_ids
+        for token_id in value.tolist():
+            self.is_ended = self.is_ended or token_id in self._end_ids
             if not self.is_ended:
-                self._ids.append(index)
+                self._ids.append(token_id)
         text = self._decode()
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else half a character
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # an incomplete character
             self._show_rest(text)
 
     def end(self) -> None:
@@ -144,16 +143,16 @@ class _Streamer(BaseStreamer):
 
 
 @contextmanager
-def _tell_lack_of_memory() -> Iterator[None]:
+def _explain_out_of_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError("the device's memory does not hold so long a text; begin anew by /reset") from None
+        raise UserError("the device ran out of memory; use /reset to start a shorter conversation") from None
 
 
 @contextmanager
 def _catch_interrupt() -> Iterator[threading.Event]:
-    """Has Ctrl-C set an event, which is heeded at the next token; a second one does not wait for that."""
+    """Makes the first Ctrl-C set an event that stops generation at the next token; a second one raises at once."""
     stop = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:

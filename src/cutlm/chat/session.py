@@ -1,7 +1,6 @@
-"""A chat: messages and commands in, answers and remarks out.
+"""A chat session: reads messages and commands, prints answers and remarks.
 
-Answers, and what was asked for by a command, go to standard output; remarks and problems to the other stream. What a
-model wrote is printed in characters that do nothing to a terminal.
+Answers and the output of commands go to standard output, remarks and errors to standard error.
 """
 
 import math
@@ -9,40 +8,138 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from cutlm.blame.token_scores import TokenScores
-from cutlm.chat import Engine
 from cutlm.chat.conversation import Conversation, Turn, append_record
-from cutlm.chat.lines import Message, read_message
-from cutlm.data.records import is_praise
-from cutlm.errors import UserError
+from cutlm.data.records import JudgedRecord, is_praise
+from cutlm.errors import DataError, UserError
 from cutlm.inspect.terminal import Terminal, make_printable
 from cutlm.inspect.tokens import compute_log_ratios
-from cutlm.prompting.templates import TEMPLATES
+from cutlm.prompting.templates import TEMPLATES, TemplateName
 
 MAX_TOKENS_LISTED = 20
+PROMPT, CONTINUATION = "> ", "... "
+_QUOTES = '"""'
 _HELP = (
-    ("/judge TEXT", "what this judgment would blame in the last answer; Perfect. where nothing is wrong"),
+    ("/judge TEXT", "show which tokens of the last answer this judgment flags; Perfect. if nothing is wrong"),
     ("/save FILE", "append the last exchange and its judgment to a file of records"),
-    ("/reset", "begin a new conversation"),
-    ("/template [NAME]", f"how the model is prompted, or prompt it by {' or '.join(TEMPLATES)}"),
-    ("/help", "this list"),
-    ("/quit", "leave; so does Ctrl-D"),
+    ("/reset", "start a new conversation"),
+    ("/template [NAME]", f"show the prompt template, or switch to {' or '.join(TEMPLATES)}"),
+    ("/help", "show this list"),
+    ("/quit", "leave (or press Ctrl-D)"),
 )
 _HELP_NOTES = (
-    "A line that ends in \\ goes on in the next one; a text of many lines can stand in triple quotes.",
+    'End a line with \\ to continue it on the next one, or put a text of several lines between """.',
     "Ctrl-C stops an answer.",
 )
+
+
+class Engine(Protocol):
+    """A model that answers.
+
+    Attributes:
+        template: The prompt template; None if a server applies its own.
+        max_new_tokens: The maximal length of an answer.
+    """
+
+    template: TemplateName | None
+    max_new_tokens: int
+
+    def set_template(self, name: TemplateName) -> None:
+        """Switches the prompt template.
+
+        Raises:
+            UserError: The model or server does not support it.
+        """
+
+    def prepare(self, texts: Sequence[str]) -> tuple[Any, int]:
+        """Makes a prompt from the texts of the user and the model in turn, the last of them the user's.
+
+        Returns:
+            The prompt, and the number of oldest turns dropped to make it fit.
+
+        Raises:
+            UserError: The last message alone does not fit, or the template cannot render it.
+        """
+
+    def answer(self, prompt: Any, seed_offset: int, show: Callable[[str], None]) -> bool:
+        """Generates an answer.
+
+        Args:
+            prompt: From `prepare`.
+            seed_offset: Added to the seed, so that a repeated question may get a different answer.
+            show: Called with each piece of the answer.
+
+        Returns:
+            Whether the model ended the answer within `max_new_tokens`.
+
+        Raises:
+            UserError: The answer failed or broke off.
+            KeyboardInterrupt: The user stopped it.
+        """
+
+    def blame(self, record: JudgedRecord) -> tuple[TokenScores, bool]:
+        """Scores a record as `cutlm blame` does.
+
+        Returns:
+            Its token scores, and whether a prompt was truncated from the left.
+
+        Raises:
+            UserError: The record cannot be scored.
+        """
+
+
+class Message(NamedTuple):
+    """User input.
+
+    Attributes:
+        text: The input, stripped.
+        is_quoted: Whether it was in triple quotes and therefore is never a command.
+    """
+
+    text: str
+    is_quoted: bool = False
+
+
+def read_message(read_line: Callable[[str], str]) -> Message:
+    """Reads one message: a line, lines continued by a backslash, or lines between triple quotes.
+
+    Args:
+        read_line: Shows a prompt and returns a line without its end; raises EOFError at the end of the input.
+
+    Raises:
+        EOFError: No input is left.
+        DataError: Triple quotes are not closed.
+    """
+    line = read_line(PROMPT)
+    lines = []
+    if line.lstrip().startswith(_QUOTES):
+        line = line.lstrip()[len(_QUOTES) :]
+        while not line.rstrip().endswith(_QUOTES):
+            lines.append(line)
+            try:
+                line = read_line(CONTINUATION)
+            except EOFError:
+                raise DataError(f"input ended within {_QUOTES}; the text was not sent") from None
+        return Message("\n".join([*lines, line.rstrip().removesuffix(_QUOTES)]).strip(), is_quoted=True)
+    while line.endswith("\\"):
+        lines.append(line[:-1])
+        try:
+            line = read_line(CONTINUATION)
+        except EOFError:
+            line = ""
+    return Message("\n".join([*lines, line]).strip())
 
 
 class Session:
     """A chat with one model.
 
     Args:
-        engine: Who answers.
+        engine: The model.
 
     Attributes:
-        conversation: What the model is shown.
+        conversation: The turns that the model sees.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -50,17 +147,17 @@ class Session:
         self._engine = engine
         self._terminal = Terminal()
         self._num_answers = 0
-        self._knows_of_turns = False
+        self._is_single_turn_noted = False
 
     def run(self, read_line: Callable[[str], str], *, is_interactive: bool) -> None:
-        """Reads messages and commands until none is left.
+        """Handles messages and commands until /quit or the end of the input.
 
         Args:
-            read_line: Shows a prompt and returns a line; raises EOFError at the end.
-            is_interactive: Whether a person types. Ctrl-C then stops what is under way, and the chat goes on.
+            read_line: See `read_message`.
+            is_interactive: Whether a person types. If so, Ctrl-C stops only the current answer.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C, where nobody types.
+            KeyboardInterrupt: Ctrl-C, if not interactive.
         """
         while True:
             is_reading = True
@@ -82,11 +179,14 @@ class Session:
                 remark(str(error))
 
     def handle(self, message: Message) -> bool:
-        """Does what was entered; False to leave.
+        """Handles a message or command.
+
+        Returns:
+            Whether the session goes on.
 
         Raises:
-            UserError: It cannot be done. The chat can go on.
-            KeyboardInterrupt: It was stopped.
+            UserError: The command or message failed; the session can go on.
+            KeyboardInterrupt: The user stopped it.
         """
         text = message.text
         if not text:
@@ -94,38 +194,37 @@ class Session:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UserError("expected UTF-8 text, got other bytes; nothing was sent") from None
+            raise UserError("the input is not valid UTF-8; nothing was sent") from None
         if message.is_quoted or not text.startswith("/"):
             self._say(text)
             return True
         name, *rest = text.split(maxsplit=1)
         argument = rest[0].strip() if rest else ""
-        commands = {"judge": self._judge, "save": self._save, "template": self._choose_template}
-        if name[1:] in commands:
-            commands[name[1:]](argument)
-        elif name in ("/reset", "/help", "/quit"):
-            if argument:
-                raise UserError(f"{name}: expected nothing after it, got {argument!r}")
-            if name == "/quit":
-                return False
-            self._reset() if name == "/reset" else print_help()
-        else:
+        commands = {"/judge": self._judge, "/save": self._save, "/template": self._choose_template}
+        if name in commands:
+            commands[name](argument)
+        elif name not in ("/reset", "/help", "/quit"):
             raise UserError(
-                f"{name}: no such command; /help lists them, and a message that begins with / can stand in triple"
-                " quotes"
+                f'{name}: unknown command; /help lists all; to send a message that begins with /, put it between """'
             )
-        return True
+        elif argument:
+            raise UserError(f"{name}: takes no argument, got {argument!r}")
+        elif name == "/reset":
+            self._reset()
+        elif name == "/help":
+            print_help()
+        return name != "/quit"
 
     def _say(self, text: str) -> None:
         if self._engine.template == "alpaca" and self.conversation.turns:
-            if not self._knows_of_turns:
-                remark("the alpaca prompt has no turns: each message stands alone, the model sees none before it")
-                self._knows_of_turns = True
+            if not self._is_single_turn_noted:
+                remark("the alpaca template has no turns; the model sees only the latest message")
+                self._is_single_turn_noted = True
             self.conversation = Conversation()
         prompt, num_dropped = self._engine.prepare(self.conversation.list_texts(text))
         if num_dropped:
-            turns = "1 turn" if num_dropped == 1 else f"{num_dropped} turns"
-            remark(f"the conversation is too long for the model's context: the oldest {turns} left out from now on")
+            turns = "turn was" if num_dropped == 1 else f"{num_dropped} turns were"
+            remark(f"the conversation is too long for the model's context; the oldest {turns} dropped")
             del self.conversation.turns[:num_dropped]
         pieces: list[str] = []
 
@@ -141,67 +240,66 @@ class Session:
         except UserError as error:
             problem = str(error)
         except KeyboardInterrupt:
-            self._keep(text, pieces, is_ended=False)
-            raise KeyboardInterrupt(f"stopped; {_tell_rest(pieces)}") from None
-        self._keep(text, pieces, is_ended)
+            self._add_turn(text, pieces, is_ended=False)
+            raise KeyboardInterrupt(f"stopped; {_describe_rest(pieces)}") from None
+        self._add_turn(text, pieces, is_ended)
         self._num_answers += 1
         if pieces:
             print(flush=True)
         if problem:
-            remark(f"{problem}; {_tell_rest(pieces)}")
+            remark(f"{problem}; {_describe_rest(pieces)}")
         elif not pieces:
             remark("the answer is empty")
 
-    def _keep(self, text: str, pieces: Sequence[str], is_ended: bool) -> None:
-        # Half characters are put together, where a server cut one in two.
+    def _add_turn(self, text: str, pieces: Sequence[str], is_ended: bool) -> None:
+        # A server may split a character's surrogate pair over two pieces.
         answer = "".join(pieces).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if answer or is_ended:
             self.conversation.turns.append(Turn(text, answer, is_ended))
 
     def _get_last(self, command: str) -> Turn:
         if not self.conversation.turns:
-            raise UserError(f"{command}: there is no answer yet; say something first")
+            raise UserError(f"{command}: there is no answer yet; send a message first")
         return self.conversation.turns[-1]
 
     def _judge(self, judgment: str) -> None:
         last = self._get_last("/judge")
         if not judgment:
-            raise UserError(
-                "/judge: expected what is wrong with the last answer, or Perfect. where nothing is, got nothing"
-            )
+            raise UserError("/judge: expected what is wrong with the last answer, or Perfect. if nothing is")
         record = self.conversation.make_record(judgment)
         last.judgment = judgment
         if is_praise(judgment):
-            remark('a judgment that begins with "Perfect" finds nothing wrong: no token is blamed')
+            remark('a judgment that begins with "Perfect" is praise; no token is flagged')
             return
         try:
             scores, is_truncated = self._engine.blame(record)
         except UserError as error:
-            raise UserError(f"{error}; what this judgment blames cannot be shown, but it is kept for /save") from None
+            raise UserError(f"{error}; cannot show the flags, but /save can save the judgment") from None
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("stopped; the judgment is kept for /save") from None
+            raise KeyboardInterrupt("stopped; /save can still save the judgment") from None
         if is_truncated:
-            remark("a prompt was cut from the left to fit the model's context")
-        self._print_blame(scores if last.is_ended else _drop_end(scores))
+            remark("the prompt was truncated from the left to fit the model's context")
+        self._print_flags(scores if last.is_ended else _drop_end(scores))
 
-    def _print_blame(self, scores: TokenScores) -> None:
+    def _print_flags(self, scores: TokenScores) -> None:
         self._terminal.print_marked(scores)
         print()
         ratios = compute_log_ratios(scores)
         assert ratios is not None
         assert scores.logps_without is not None
         assert scores.logps_with is not None
-        flagged = [place for place, is_flagged in enumerate(scores.is_flagged) if is_flagged]
-        listed = sorted(sorted(flagged, key=lambda place: -ratios[place])[:MAX_TOKENS_LISTED])
+        flagged = [index for index, is_flagged in enumerate(scores.is_flagged) if is_flagged]
+        listed = sorted(sorted(flagged, key=lambda index: -ratios[index])[:MAX_TOKENS_LISTED])
         if listed:
-            print(f"  {'blamed token':<24}{'without':>10}{'with':>10}{'ratio':>10}")
-        for place in listed:
-            is_end = scores.spans[place] == (len(scores.record.output),) * 2
-            token = "<end>" if is_end else scores.tokens[place].strip() or repr(scores.tokens[place])
-            values = (scores.logps_without[place], scores.logps_with[place], min(ratios[place], 700.0))  # a float's end
+            print(f"  {'flagged token':<24}{'without':>10}{'with':>10}{'ratio':>10}")
+        for index in listed:
+            is_end = scores.spans[index] == (len(scores.record.output),) * 2
+            token = "<end>" if is_end else scores.tokens[index].strip() or repr(scores.tokens[index])
+            # exp overflows above 709
+            values = (scores.logps_without[index], scores.logps_with[index], min(ratios[index], 700.0))
             self._terminal.print_line(f"  {token:<24}" + "".join(f"{math.exp(value):>10.3g}" for value in values))
         if len(listed) < len(flagged):
-            print(f"  and {len(flagged) - len(listed)} more, of smaller ratios")
+            print(f"  and {len(flagged) - len(listed)} more with smaller ratios")
         print(
             f"{len(flagged)} of {len(ratios)} tokens are more than {scores.threshold:g} times as likely with the"
             " judgment",
@@ -211,24 +309,24 @@ class Session:
     def _save(self, name: str) -> None:
         last = self._get_last("/save")
         if not name:
-            raise UserError("/save: expected the name of a file of records, got nothing")
+            raise UserError("/save: expected the name of a file of records")
         if last.judgment is None:
-            raise UserError("/save: the last answer has no judgment yet; give one by /judge TEXT, or /judge Perfect.")
+            raise UserError("/save: the last answer has no judgment yet; use /judge TEXT or /judge Perfect.")
         record = self.conversation.make_record(last.judgment)
         try:
             path = Path(name).expanduser()
             num_records = append_record(path, record)
         except UserError:
             raise
-        except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, nobody's home, a NUL
-            raise UserError(f"/save: no file can have this name ({error}); name another") from None
+        except (OSError, RuntimeError, ValueError) as error:  # too long a name, an unknown user's home, a NUL byte
+            raise UserError(f"/save: invalid file name ({error}); name another") from None
         remark(f"{path}: {num_records} record{'s' if num_records > 1 else ''}")
         if not last.is_ended:
-            remark("the answer was stopped before its end; training takes it for a whole one")
+            remark("the answer was stopped before its end, but training will treat it as complete")
 
     def _reset(self) -> None:
         self.conversation = Conversation()
-        remark("a new conversation")
+        remark("started a new conversation")
 
     def _choose_template(self, name: str) -> None:
         if not name:
@@ -237,16 +335,16 @@ class Session:
         if name not in TEMPLATES:
             raise UserError(f"/template: expected {' or '.join(TEMPLATES)}, got {name!r}")
         self._engine.set_template(name)
-        self._knows_of_turns = False
+        self._is_single_turn_noted = False
         self._reset()
 
 
-def _tell_rest(pieces: Sequence[str]) -> str:
-    return "what is there is kept as the answer" if pieces else "there is no answer, and the message is taken back"
+def _describe_rest(pieces: Sequence[str]) -> str:
+    return "kept the part that was generated" if pieces else "no answer, so the message was dropped"
 
 
 def _drop_end(scores: TokenScores) -> TokenScores:
-    """Without the end-of-sequence, which a response that was stopped has not."""
+    """Removes the end-of-sequence token, which a stopped response does not have."""
     names = ("token_ids", "tokens", "spans", "logps_without", "logps_with", "is_flagged", "weights")
     return replace(scores, **{name: getattr(scores, name)[:-1] for name in names})
 
@@ -261,6 +359,6 @@ def print_help() -> None:
 
 
 def remark(text: str) -> None:
-    """Says something beside the conversation."""
+    """Prints a remark on standard error."""
     for line in text.splitlines():
         print(f"-- {make_printable(line)}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from cutlm.cli.model_options import ModelOptions, add_sampling_options, make_sampling, make_server
 
 if TYPE_CHECKING:
-    from cutlm.chat import Engine
+    from cutlm.chat.session import Engine
 
 _OPTIONS = ModelOptions(("dtype", "device"), ("tokenizer", "timeout"))
 

@@ -72,10 +72,8 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.scores and len(args.scores) > 2:
         raise ConfigError(f"--scores: expected one file or two, got {len(args.scores)}")
     if bool(args.scores) == bool(args.model or args.data) or bool(args.model) != bool(args.data):
-        given = [name for name in ("--scores", "--model", "--data") if getattr(args, name[2:])]
-        raise ConfigError(
-            f"expected either --scores or both --model and --data, got {' and '.join(given) or 'neither'}"
-        )
+        got = " and ".join(name for name in ("--scores", "--model", "--data") if getattr(args, name[2:]))
+        raise ConfigError(f"expected either --scores or both --model and --data, got {got or 'none of them'}")
     given = list_given(args, add_scoring_arguments)
     if args.scores and given:
         raise ConfigError(f"{', '.join(given)}: used only with --model, because --scores are already computed; remove")
