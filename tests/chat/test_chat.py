@@ -244,9 +244,7 @@ def test_the_template_can_be_shown_and_changed(base: tuple[Any, Any], capsys: py
     assert capsys.readouterr().out == "alpaca\n", "unchanged"
 
 
-def test_the_note_that_alpaca_has_no_turns_is_printed_once(
-    base: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_alpaca_is_noted_once_to_have_no_turns(base: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
     session = make_session(base)
     talk(session, JAPAN, JAPAN, JAPAN)
     printed = capsys.readouterr()
@@ -532,7 +530,7 @@ def test_bad_options_are_user_errors(options: list[str], message: str, capsys: p
     assert f"cutlm chat: {message}" in capsys.readouterr().err
 
 
-def test_a_tokenizer_without_a_chat_template_needs_a_template_option(
+def test_a_tokenizer_without_a_chat_template_is_a_user_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["chat", "--model", str(save_tiny_model(tmp_path / "model"))]) == 2

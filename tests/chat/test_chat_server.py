@@ -129,7 +129,7 @@ def test_an_answer_that_is_cut_or_empty_is_told(server: ChatServer, capsys: pyte
             1,
             False,
         ),
-        ((), "the answer breaks off; send the message again; there is no answer, and the message is taken", 0, False),
+        ((), "the answer breaks off; send the message again; no answer, so the message was dropped", 0, False),
         ((make_event("", "stop"),), "-- the answer is empty", 1, True),
     ]
     for events, message, num_turns, is_ended in cases:
@@ -167,7 +167,7 @@ def test_faults_are_one_sentence_and_the_chat_goes_on(
     session.handle(Message("Name a city."))
     (told,) = capsys.readouterr().err.splitlines()
     assert re.search(f"^-- .*{message}", told)
-    assert told.endswith("; there is no answer, and the message is taken back")
+    assert told.endswith("; no answer, so the message was dropped")
     assert CANARY not in told
     assert len(server.requests) == 1, "a person is not kept waiting"
     answer_with(server, *WHOLE, "[DONE]")
@@ -179,8 +179,8 @@ def test_faults_are_one_sentence_and_the_chat_goes_on(
 def test_a_server_that_is_not_there_is_told(server: ChatServer, capsys: pytest.CaptureFixture[str]) -> None:
     make_session("http://127.0.0.1:1").handle(Message("Name a city."))
     assert re.search(
-        r"^-- http://127.0.0.1:1/v1/chat/completions: no answer \(.*\); send the message again; there is"
-        r" no answer, and the message is taken back\n$",
+        r"^-- http://127.0.0.1:1/v1/chat/completions: no answer \(.*\); send the message again;"
+        r" no answer, so the message was dropped\n$",
         capsys.readouterr().err,
     )
 
@@ -194,8 +194,8 @@ def test_a_judgment_is_kept_where_it_cannot_be_scored(
     with pytest.raises(UserError) as told:
         session.handle(Message("/judge It is no capital."))
     assert str(told.value) == (
-        "the model's tokenizer is needed to score its answers; start with --tokenizer MODEL; what this judgment blames"
-        " cannot be shown, but it is kept for /save"
+        "the model's tokenizer is needed to score its answers; start with --tokenizer MODEL; cannot show the flags,"
+        " but /save can save the judgment"
     )
     session.handle(Message(f"/save {tmp_path / 'records.jsonl'}"))
     assert json.loads((tmp_path / "records.jsonl").read_text())["judgment"] == "It is no capital."

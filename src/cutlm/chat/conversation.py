@@ -16,14 +16,7 @@ _SPEAKERS = ("User", "Assistant")
 
 @dataclass
 class Turn:
-    """A message and the answer to it.
-
-    Attributes:
-        message: The user's message.
-        answer: The model's answer.
-        is_ended: Whether the model ended the answer, rather than a token limit or Ctrl-C.
-        judgment: The latest judgment of the answer; None before one is given.
-    """
+    """A message, its answer, whether the model itself ended the answer, and the latest judgment of it, if any."""
 
     message: str
     answer: str
@@ -58,7 +51,7 @@ class Conversation:
         }
         check = check_rows([SourceRow("the last exchange", row)])
         if check.problems:
-            raise DataError(check.problems, hint="this exchange is not a valid record")
+            raise DataError(check.problems)
         return check.records[0]
 
 

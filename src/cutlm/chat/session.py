@@ -36,7 +36,7 @@ _HELP_NOTES = (
 
 
 class Engine(Protocol):
-    """A model that answers.
+    """A model that answers. All methods raise UserError for what the user can fix.
 
     Attributes:
         template: The prompt template; None if a server applies its own.
@@ -47,24 +47,20 @@ class Engine(Protocol):
     max_new_tokens: int
 
     def set_template(self, name: TemplateName) -> None:
-        """Switches the prompt template.
-
-        Raises:
-            UserError: The model or server does not support it.
-        """
+        """Switches the prompt template."""
 
     def prepare(self, texts: Sequence[str]) -> tuple[Any, int]:
-        """Makes a prompt from the texts of the user and the model in turn, the last of them the user's.
+        """Makes a prompt.
+
+        Args:
+            texts: Texts of the user and the model in turn, the last of them the user's.
 
         Returns:
             The prompt, and the number of oldest turns dropped to make it fit.
-
-        Raises:
-            UserError: The last message alone does not fit, or the template cannot render it.
         """
 
     def answer(self, prompt: Any, seed_offset: int, show: Callable[[str], None]) -> bool:
-        """Generates an answer.
+        """Generates an answer; raises KeyboardInterrupt if the user stops it.
 
         Args:
             prompt: From `prepare`.
@@ -73,30 +69,14 @@ class Engine(Protocol):
 
         Returns:
             Whether the model ended the answer within `max_new_tokens`.
-
-        Raises:
-            UserError: The answer failed or broke off.
-            KeyboardInterrupt: The user stopped it.
         """
 
     def blame(self, record: JudgedRecord) -> tuple[TokenScores, bool]:
-        """Scores a record as `cutlm blame` does.
-
-        Returns:
-            Its token scores, and whether a prompt was truncated from the left.
-
-        Raises:
-            UserError: The record cannot be scored.
-        """
+        """Scores a record as `cutlm blame` does; also returns whether a prompt was truncated from the left."""
 
 
 class Message(NamedTuple):
-    """User input.
-
-    Attributes:
-        text: The input, stripped.
-        is_quoted: Whether it was in triple quotes and therefore is never a command.
-    """
+    """User input, stripped, and whether it was in triple quotes and therefore is never a command."""
 
     text: str
     is_quoted: bool = False
@@ -133,14 +113,7 @@ def read_message(read_line: Callable[[str], str]) -> Message:
 
 
 class Session:
-    """A chat with one model.
-
-    Args:
-        engine: The model.
-
-    Attributes:
-        conversation: The turns that the model sees.
-    """
+    """A chat with one model, whose `conversation` holds the turns that the model sees."""
 
     def __init__(self, engine: Engine) -> None:
         self.conversation = Conversation()
@@ -179,15 +152,7 @@ class Session:
                 remark(str(error))
 
     def handle(self, message: Message) -> bool:
-        """Handles a message or command.
-
-        Returns:
-            Whether the session goes on.
-
-        Raises:
-            UserError: The command or message failed; the session can go on.
-            KeyboardInterrupt: The user stopped it.
-        """
+        """Handles a message or command and returns whether the session goes on, as it also may after a UserError."""
         text = message.text
         if not text:
             return True

@@ -132,7 +132,7 @@ def _describe_record(record: PageRecord, settings: dict[tuple[Any, ...], int]) -
     if len(sides) == 2 and has_same_tokens(*record.scores):
         for name in ("pieces", "sizes", "has_end"):
             sides[1].pop(name, None)  # the page takes the first side's
-    row = {
+    row: dict[str, Any] = {
         "instruction": judged.full_instruction,
         "judgment": judged.judgment,
         "is_satisfactory": judged.is_satisfactory,
