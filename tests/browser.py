@@ -22,26 +22,46 @@ def open_browser() -> Iterator[Any]:
 
 
 @contextmanager
-def visit(browser: Any, path: Path, **options: Any) -> Iterator[Any]:
+def visit(
+    browser: Any, path: Path, *, width: int = 1100, height: int = 800, color_scheme: str = "light"
+) -> Iterator[Any]:
     """Opens a page and asserts at the end that it requested nothing but itself and logged no errors.
+
+    All visits share one tab, because opening a tab takes longer than most tests.
 
     Args:
         browser: From `open_browser`.
         path: The HTML file.
-        options: For playwright's `new_page`.
+        width: Of the window.
+        height: Likewise.
+        color_scheme: "light" or "dark".
     """
+    page = browser.contexts[0].pages[0] if browser.contexts else browser.new_page()
+    page.set_default_timeout(10_000)
+    page.set_viewport_size({"width": width, "height": height})
+    page.emulate_media(color_scheme=color_scheme)
+    page.mouse.move(0, 0)
     errors: list[str] = []
     requests: list[str] = []
-    page = browser.new_page(**{"viewport": {"width": 1100, "height": 800}} | options)
-    page.set_default_timeout(10_000)
-    page.on("console", lambda message: errors.append(message.text))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("dialog", lambda dialog: errors.append(f"dialog: {dialog.message}"))
-    page.on("request", lambda request: requests.append(request.url))
+
+    def refuse(dialog: Any) -> None:
+        errors.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    listeners = {
+        "dialog": refuse,
+        "console": lambda message: errors.append(message.text),
+        "pageerror": lambda error: errors.append(str(error)),
+        "request": lambda request: requests.append(request.url),
+    }
+    for event, listener in listeners.items():
+        page.on(event, listener)
     try:
         page.goto(path.as_uri())
         yield page
         assert errors == []
         assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
     finally:
-        page.close()
+        for event, listener in listeners.items():
+            page.remove_listener(event, listener)
+        page.goto("about:blank")

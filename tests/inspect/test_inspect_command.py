@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from inspected_rows import OUTPUTS, make_rows
 from report_scores import NASTY, make_scores, read_page_data
@@ -113,6 +113,7 @@ def test_bad_options_and_files_are_user_errors(options, message, tmp_path, capsy
     assert not Path("report.html").exists()
 
 
+@settings(max_examples=40)
 @given(st.text(), st.text())
 def test_any_text_survives_in_the_data(text, name):
     page = render_page(
