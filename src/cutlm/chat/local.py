@@ -38,7 +38,7 @@ class LocalEngine:
         settings: How to flag tokens; `max_length` is replaced by the model's context length.
 
     Raises:
-        UserError: The tokenizer lacks the template, or the context has no room for a prompt.
+        UserError: The tokenizer lacks the template, or the context is too short for a prompt.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class LocalEngine:
             if self._room is None or len(ids) <= self._room:
                 return ids, num_dropped
         raise UserError(
-            f"the message alone makes a prompt of {len(ids)} tokens, but the model's context has room for only"
-            f" {self._room} next to an answer; shorten it, or start with a smaller --max_new_tokens"
+            f"the message alone makes a prompt of {len(ids)} tokens, but the model's context leaves only"
+            f" {self._room} for it; shorten it, or start with a smaller --max_new_tokens"
         )
 
     def answer(self, prompt: list[int], seed_offset: int, show: Callable[[str], None]) -> bool:

@@ -36,7 +36,7 @@ _HELP_NOTES = (
 
 
 class Engine(Protocol):
-    """A model that answers. All methods raise UserError for what the user can fix.
+    """A model that answers. All methods raise UserError for problems that the user can fix.
 
     Attributes:
         template: The prompt template; None if a server applies its own.
@@ -152,7 +152,7 @@ class Session:
                 remark(str(error))
 
     def handle(self, message: Message) -> bool:
-        """Handles a message or command and returns whether the session goes on, as it also may after a UserError."""
+        """Handles a message or command and returns whether the session continues."""
         text = message.text
         if not text:
             return True

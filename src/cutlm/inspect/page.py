@@ -31,8 +31,8 @@ class PageRecord:
     Attributes:
         scores: Its scores by each file: one, or two (before and after training).
         group: A name to filter by; "" for none.
-        answer: What a trained model answers to the same instruction; None to show no such answer.
-        answer_judgment: What is wrong with that answer; None if nothing is.
+        answer: A trained model's answer to the same instruction, if any.
+        answer_judgment: The judgment of that answer; None if it is satisfactory.
     """
 
     scores: tuple[TokenScores, ...]

@@ -1,7 +1,7 @@
 """Plots as PNG bytes: bars with confidence intervals, learning curves, or anything drawn on matplotlib's axes.
 
 The same input always gives the same bytes, no window opens, and text is drawn literally (no math mode). Colors are
-those of Okabe and Ito, which color-blind readers can tell apart.
+those of Okabe and Ito, which color-blind readers can distinguish.
 """
 
 import io
@@ -232,7 +232,7 @@ def spread_labels(heights: Sequence[float], gap: float, bounds: tuple[float, flo
     Args:
         heights: Preferred heights.
         gap: Minimal distance of two labels.
-        bounds: Lowest and highest allowed heights, if there is room.
+        bounds: Lowest and highest allowed heights, if the labels fit.
     """
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     # Labels that touch form a block: (how many, sum of the bottom heights that each of them would prefer).

@@ -1,7 +1,7 @@
 """Terminal output of the demo and the chat: stages with their time, responses with flagged tokens, tables.
 
 Flagged tokens are red and underlined on a terminal, and in brackets if output is redirected or NO_COLOR is set.
-Control characters in what a model wrote are printed as escapes, so they cannot affect the terminal.
+Control characters in model output are printed as escapes, so they cannot affect the terminal.
 """
 
 import os
@@ -72,8 +72,8 @@ class Terminal:
         stage, started = Stage(), time.perf_counter()
         yield stage
         stage.seconds = round(time.perf_counter() - started, 2)
-        room = WIDTH - _INDENT - _LABEL - 9
-        _print(f"  {self._paint(f'{name:<{_LABEL}}', _DIM)}{make_printable(stage.text):<{room}}{stage.seconds:6.1f} s")
+        width = WIDTH - _INDENT - _LABEL - 9
+        _print(f"  {self._paint(f'{name:<{_LABEL}}', _DIM)}{make_printable(stage.text):<{width}}{stage.seconds:6.1f} s")
 
     def print_pairs(self, pairs: Sequence[tuple[str, str | TokenScores]]) -> None:
         """Prints labelled texts; for token scores, the response with its flagged tokens marked."""
@@ -134,7 +134,7 @@ def _mark(scores: TokenScores) -> Iterator[tuple[str, str]]:
 
 
 def make_printable(text: str, keep: str = "") -> str:
-    """Escapes what a terminal might interpret or cannot show, except the characters of `keep`.
+    """Escapes characters that a terminal might interpret or cannot show, except those of `keep`.
 
     Spaces of all widths, joiners and tag letters stay, because emoji and several scripts need them.
     """

@@ -14,7 +14,7 @@ class Piece(NamedTuple):
     Attributes:
         text: Its characters; "" for the end-of-sequence token.
         indices: The tokens it covers: one, several that share a character (such as the bytes of an emoji), or none
-            for text that no token claims, as in a file edited by hand.
+            for text that no token claims, as in an edited file.
         is_flagged: Whether one of these tokens is flagged.
         is_end: Whether it is the end-of-sequence token.
     """
