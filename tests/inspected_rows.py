@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from report_scores import make_scores
 
-from cutlm.blame.token_scores import TokenScores, flag_spans
+from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
 from cutlm.inspect.page import PageRecord, write_page
 from cutlm.losses import flag_tokens
+from cutlm.prompting.spans import flag_spans
 
 OUTPUTS = (
     "The capital is Sydney, a large city.",

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 
-from cutlm.blame.token_scores import flag_spans
 from cutlm.cli import main
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import UserError
 from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.spans import flag_spans
 from cutlm.world.base import METRICS_FILE, NUM_STEPS, base_path, build_base, load_base
 from cutlm.world.corpus import make_corpus
 from cutlm.world.judge import judge_task

@@ -1,16 +1,25 @@
 """Log-probabilities of encoded responses by a frozen local model, in batches of a bounded number of tokens."""
 
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from cutlm.errors import ConfigError, UserError
 from cutlm.model.collator import CutCollator, find_non_finite
-from cutlm.model.forward import choose_layout, evaluation_mode, score_batch
-from cutlm.model.loading import list_rope_parameters, unwrap_peft
+from cutlm.model.forward import check_head, choose_layout, evaluation_mode, score_batch
+from cutlm.model.loading import (
+    find_base_model,
+    fingerprint_model,
+    is_adapter_folder,
+    list_rope_parameters,
+    load_trained,
+    unwrap_peft,
+)
 
 MAX_TOKENS_PER_BATCH = 8192
 
@@ -77,6 +86,52 @@ def score_rows(
             scored = [item for item in scored if item[0] not in done]
             progress.update(len(scored))
             yield scored
+
+
+def load_scorer(
+    path: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    is_bf16: bool = False,
+    max_length: int = 2048,
+    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    show_progress: bool = True,
+) -> tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]:
+    """Load a model or adapter to score with.
+
+    Returns:
+        The tokenizer, the scorer, a fingerprint of the model, and what else the numbers depend on, by name.
+
+    Raises:
+        UserError: The model cannot be loaded, or its log-probabilities cannot be computed from its head.
+    """
+    model, tokenizer = load_trained(path, dtype=dtype, base=base, device=device)
+    check_head(model)
+    fingerprint = fingerprint_model(path)
+    if is_adapter_folder(path):
+        fingerprint += f" on {fingerprint_model(find_base_model(path, base))}"
+    language_model = unwrap_peft(model)
+    backend = {
+        "dtype": f"{language_model.dtype}",
+        "bf16": is_bf16,
+        "device": language_model.device.type,
+        "max_tokens_per_batch": max_tokens_per_batch,
+    }
+
+    def score(rows: Sequence[Mapping[str, Any]], done: Collection[int]) -> Generator[list[Scored], None, None]:
+        check_rows(model, rows, max_length)
+        return score_rows(
+            model,
+            rows,
+            max_tokens_per_batch=max_tokens_per_batch,
+            done=done,
+            is_bf16=is_bf16,
+            show_progress=show_progress,
+        )
+
+    return tokenizer, score, fingerprint, backend
 
 
 def count_tokens(row: Mapping[str, Any]) -> int:

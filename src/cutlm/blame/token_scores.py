@@ -1,8 +1,7 @@
-"""Token scores: what a detector says about every token of a response, one self-contained JSON object a line.
+"""Token scores: what a detector says about every token of a response, one self-contained JSON object per line.
 
-Made by `cutlm.blame.detector`, looked at and edited by people, read by training: a file can be cut, put together from
-others and read by anything. A row is the record itself and, beside its own fields, those of `SCORE_FIELDS`. Where
-tokens stand in the text is `cutlm.prompting.spans`' affair.
+`cutlm blame` writes these files, people inspect and edit them, training reads them. Files can be split and
+concatenated. A row is the record itself plus the fields of `SCORE_FIELDS`.
 """
 
 import hashlib
@@ -18,7 +17,6 @@ from cutlm.data.files import SourceRow, read_rows, write_rows
 from cutlm.data.records import JudgedRecord, check_rows, describe_value
 from cutlm.errors import DataError
 from cutlm.prompting.spans import Span
-from cutlm.prompting.spans import flag_spans as flag_spans  # the third way to come by flags: a person's marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,21 +32,21 @@ LARGEST_TOKEN = 2**31 - 1
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One record, the log-probs of its response's T tokens in both contexts, and the tokens that are blamed.
+    """One record, the log-probabilities of its response's T tokens in both contexts, and the flagged tokens.
 
     Attributes:
         record: The record.
-        token_ids: [T], end-of-sequence included.
-        tokens: [T] the text of each, to be looked at.
+        token_ids: [T], with the end-of-sequence token.
+        tokens: [T] the text of each, for people.
         spans: [T] its [start, end) in characters of the response; see `cutlm.prompting.spans`.
-        logps_without: [T] log p(y_t | x, y_<t); None where not known, as for another tokenizer's tokens.
-        logps_with: [T] log p(y_t | x, j, y_<t); None where not asked for, as of satisfactory records.
-        is_flagged: [T] whether the token is inappropriate.
+        logps_without: [T] log p(y_t | x, y_<t); None if unknown, as for tokens of another tokenizer.
+        logps_with: [T] log p(y_t | x, j, y_<t); None if not scored, as for satisfactory records.
+        is_flagged: [T] whether the token is flagged.
         weights: [T] alpha * p(y_t | x, j)^gamma of a flagged token; 0 for any other.
         threshold: lambda of eq. 5.
         unlikelihood_weight: alpha of eq. 6.
         gamma: Exponent of the dynamic weight of eq. 6.
-        detector: Fingerprint of the model that was asked.
+        detector: Fingerprint of the model.
         tokenizer: Fingerprint of the tokenizer; see `fingerprint_tokenizer`.
         template: Name and fingerprint of the prompts; see `fingerprint_template`.
     """
@@ -69,7 +67,7 @@ class TokenScores:
     template: str
 
     def to_row(self) -> dict[str, Any]:
-        """The row of a file."""
+        """The record as a row of a file."""
         row = self.record.model_dump(mode="json", exclude_unset=True) | {"judgment": self.record.judgment}
         row |= {"schema_version": SCHEMA_VERSION, "is_satisfactory": self.record.is_satisfactory}
         for name in _COLUMNS:
@@ -100,7 +98,7 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_is_whole, value))
 
 
-# Of each column: what an element must be, in words too, and whether the column may be null.
+# For each column: a check of one element, its description, and whether the column may be null.
 _COLUMNS: dict[str, tuple[Callable[[Any], bool], str, bool]] = {
     "token_ids": (_is_token, f"whole numbers from 0 to {LARGEST_TOKEN}", False),
     "tokens": (lambda value: isinstance(value, str), "strings", False),
@@ -174,7 +172,7 @@ def _read_row(row: SourceRow, problems: list[str]) -> TokenScores | None:
         got = describe_value(values["schema_version"]) if "schema_version" in values else "no such field"
         problems.append(
             f"{row.location}: field 'schema_version': expected {SCHEMA_VERSION}, got {got}; make the file"
-            " by cutlm blame"
+            " with cutlm blame"
         )
         return None
     for name in _COLUMNS:
@@ -182,7 +180,7 @@ def _read_row(row: SourceRow, problems: list[str]) -> TokenScores | None:
     if check.records and values.get("is_satisfactory") is not check.records[0].is_satisfactory:
         problems.append(
             f"{row.location}: field 'is_satisfactory': expected {json.dumps(check.records[0].is_satisfactory)} by the"
-            f" row's judgment and score, got {json.dumps(values.get('is_satisfactory'))}; change the one or the other"
+            f" row's judgment and score, got {json.dumps(values.get('is_satisfactory'))}; change one of them"
         )
     if len(problems) > num_before:
         return None
@@ -197,7 +195,7 @@ def _read_row(row: SourceRow, problems: list[str]) -> TokenScores | None:
 def _check_field(where: str, values: dict[str, Any], name: str, problems: list[str]) -> None:
     is_valid, expected, is_optional = _COLUMNS[name]
     if name not in values:
-        problems.append(f"{where}: field {name!r} is missing; make the file by cutlm blame")
+        problems.append(f"{where}: field {name!r} is missing; make the file with cutlm blame")
         return
     value = values[name]
     if name not in _PER_TOKEN:
@@ -223,7 +221,7 @@ def _check_field(where: str, values: dict[str, Any], name: str, problems: list[s
 
 
 def _check_places(where: str, values: dict[str, Any], length: int, problems: list[str]) -> None:
-    """Checks what depends on more than one field."""
+    """Check what depends on more than one field."""
     for place, (start, end) in enumerate(values["spans"]):
         if not start <= end <= length:
             problems.append(
@@ -235,18 +233,18 @@ def _check_places(where: str, values: dict[str, Any], length: int, problems: lis
         if is_flagged and not weight:
             problems.append(
                 f"{where}: field 'weights[{place}]': expected a number above 0 for a flagged token, got"
-                f" {json.dumps(weight)}; give it a weight (unlikelihood_weight is {values['unlikelihood_weight']:g}),"
+                f" {json.dumps(weight)}; set a weight (unlikelihood_weight is {values['unlikelihood_weight']:g}),"
                 f" or set is_flagged[{place}] to false"
             )
 
 
 def write_token_scores(path: str | Path, scores: Iterable[TokenScores]) -> int:
-    """Writes token scores atomically and returns the number of rows."""
+    """Write token scores atomically and return the number of rows."""
     return write_rows(path, (score.to_row() for score in scores))
 
 
 def strip_scores(record: JudgedRecord) -> JudgedRecord:
-    """The record alone, of one that was read from a file of token scores as a plain record."""
+    """The plain record, if a row of token scores was read as a record."""
     further = record.model_extra or {}
     if not {"schema_version", "token_ids"} <= set(further):
         return record
@@ -255,24 +253,24 @@ def strip_scores(record: JudgedRecord) -> JudgedRecord:
 
 
 def map_to_tokenizer(scores: TokenScores, encoder: "Encoder") -> TokenScores:
-    """Carries flags and weights over to the tokens of another tokenizer, as when a larger model blames for a smaller.
+    """Map flags and weights to the tokens of another tokenizer, such as those of a larger model to a smaller one.
 
     A token is flagged if it shares a character with a flagged one, and gets the largest weight of those. A flag on
-    white space alone finds tokens of white space alone.
+    white space alone maps to tokens of white space alone.
 
     Args:
         scores: The scores of one response.
-        encoder: Of the other tokenizer, with the template that the model is trained with.
+        encoder: The other tokenizer, with the template of training.
 
     Returns:
-        Scores of the new tokens, without log-probs; the same scores where the tokens are the same.
+        Scores of the new tokens, without log-probabilities; the same scores if the tokens are the same.
     """
     output = scores.record.output
     token_ids = encoder.encode_response(output)
     fingerprint = fingerprint_tokenizer(encoder.tokenizer)
     if token_ids == scores.token_ids and fingerprint == scores.tokenizer:
         return scores
-    heaviest = [0.0] * (len(output) + 1)  # of each character, the last one the end-of-sequence
+    heaviest = [0.0] * (len(output) + 1)  # per character; the last one is the end-of-sequence token
     for (start, end), is_flagged, weight in zip(scores.spans, scores.is_flagged, scores.weights, strict=True):
         is_space = not output[start:end].strip()
         for place in range(start, max(end, start + 1)) if is_flagged else ():
@@ -298,19 +296,19 @@ def map_to_tokenizer(scores: TokenScores, encoder: "Encoder") -> TokenScores:
 
 
 def fingerprint_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Names a tokenizer by what it does, wherever it is kept: its vocabulary, and how it splits a probe."""
+    """Identify a tokenizer by its vocabulary and by how it splits a probe, wherever it is stored."""
     return _fingerprint(tokenizer, len(tokenizer), tokenizer.eos_token_id)
 
 
 @lru_cache(maxsize=4)
 def _fingerprint(tokenizer: "PreTrainedTokenizerBase", num_tokens: int, eos_id: int) -> str:
-    """Asked for every record, made once; `num_tokens` and `eos_id` change where a tokenizer is changed."""
+    """Cached, because it is needed for every record; the other arguments change when a tokenizer is changed."""
     probe = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     content = json.dumps([sorted(tokenizer.get_vocab().items()), probe, eos_id])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def fingerprint_template(encoder: "Encoder") -> str:
-    """Names the prompts by what they read: a changed chat template gives another fingerprint."""
+    """Identify the prompts by their text: a changed chat template gives another fingerprint."""
     texts = [encoder.render("[instruction]").text, encoder.render("[instruction]", "[judgment]").text]
     return f"{encoder.template} {hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}"

@@ -1,7 +1,7 @@
-"""The `cutlm` command: one short module per subcommand, heavy imports inside their `run`.
+"""The `cutlm` command: one module per subcommand; heavy imports happen inside its `run`.
 
-Exit codes: 0 done; 2 something the user can mend, said without a traceback; 130 stopped by Ctrl-C; 1 our fault, or of
-`judge`, that not every response could be judged.
+Exit codes: 0 success; 1 incomplete (such as responses without a judgment) or a bug of ours, with its traceback; 2 a
+user error, without a traceback; 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -11,52 +11,57 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from cutlm import __version__
 from cutlm.errors import UserError
 
 COMMANDS = {
     "demo": "see a tiny model answer, be judged and learn from it, on a CPU",
-    "convert": "turn published judgment data into records",
+    "convert": "convert published judgment data to records",
     "check": "report every bad row of a file of records, and counts",
     "train": "align a model with judged records",
-    "estimate": "say how much memory a training step takes, and which GPUs hold it",
-    "train-judge": "train a model to judge responses as records do, and measure how well it does",
-    "merge": "fold a trained adapter into its base model",
-    "generate": "answer a file of instructions",
-    "judge": "say what is wrong with responses: by a model, here or on a server, by rules, or by a person",
-    "refine": "rewrite unsatisfactory responses by what was said about them",
-    "align": "the online loop: generate, judge, blame, train, merge, and again",
-    "world": "the tiny world: build its base model, compare methods on it",
-    "eval": "measure a model: AlpacaEval, benchmarks, ROUGE, detection of wrong tokens",
-    "blame": "find the tokens that a judgment blames, by a frozen model",
-    "inspect": "make a page of token scores, to be looked at in a browser",
-    "chat": "talk to a model, see what a judgment blames in its answers, collect records",
+    "estimate": "estimate the memory of a training step, and which GPUs fit it",
+    "train-judge": "train a model to judge responses, and measure how well it does",
+    "merge": "merge a trained adapter into its base model",
+    "generate": "generate responses to a file of instructions",
+    "judge": "judge responses: by a model, here or on a server, by rules, or by a person",
+    "refine": "rewrite unsatisfactory responses according to their judgments",
+    "align": "run the online loop: generate, judge, blame, train, merge, repeat",
+    "world": "build the tiny world's base model",
+    "eval": "evaluate a model: AlpacaEval, benchmarks, ROUGE, detection of wrong tokens",
+    "blame": "flag the tokens that a judgment objects to, by a frozen model",
+    "inspect": "make a web page of token scores",
+    "chat": "chat with a model, see which tokens a judgment flags, collect records",
 }
-
-# What a user can mend about a path or a disk.
-_USERS_ERRORS = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-    errno.ENOENT,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
+# These read every field of their settings as an option; the others reject what they do not define.
+_COMMANDS_WITH_SETTINGS = ("train", "train-judge", "align")
+# Errors of a path or a disk, not of our code.
+_USER_ERRNOS = {
+    *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS),
 }
+# How safetensors, datasets and torch report a full disk, each by an exception of its own.
+_DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing file")
 
 
 def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Builds the parser of all commands; imports no command's heavy parts."""
-    parser = kind(prog="cutlm", description="Align language models with judgments: what is said about their answers.")
+    """Build the parser of all commands without importing their heavy parts."""
+    parser = kind(prog="cutlm", description="Align language models with written judgments of their responses.")
     parser.add_argument("--version", action="version", version=f"cutlm {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"cutlm.cli.{name.replace('-', '_')}")
+    add_commands(parser, COMMANDS, "command")
+    return parser
+
+
+def add_commands(
+    parser: argparse.ArgumentParser, summaries: Mapping[str, str], dest: str, prefix: str = ""
+) -> list[argparse.ArgumentParser]:
+    """Add a subcommand for each module `cutlm.cli.PREFIXNAME`, which defines `add_arguments` and `run`."""
+    added = []
+    commands = parser.add_subparsers(dest=dest, metavar=dest.upper(), required=True)
+    for name, summary in summaries.items():
+        module = importlib.import_module(f"cutlm.cli.{prefix}{name.replace('-', '_')}")
         command = commands.add_parser(
             name,
             help=summary,
@@ -65,47 +70,55 @@ def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) 
             allow_abbrev=False,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    return parser
+        if hasattr(module, "run"):  # not of a group such as `cutlm eval`
+            command.set_defaults(run=module.run)
+        added.append(command)
+    return added
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+    """Run one command and return its exit code."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    # These take every field of their config as an option; the others take what they name and nothing else.
-    if rest and args.command not in ("train", "train-judge", "align"):
+    if rest and args.command not in _COMMANDS_WITH_SETTINGS:
         parser.error(f"{args.command}: unknown arguments: {' '.join(rest)}")
     args.rest = rest
-    # It tells, wherever PEFT imports it, of an optional kernel for 4-bit weights on a CPU.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # What PEFT asks of transformers, and nobody who trains can change.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
-        return args.run(args)
+        with _quiet_libraries():
+            return args.run(args)
     except UserError as error:
         print(f"cutlm {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ncutlm {args.command}: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output has exited (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            # The reader of our output has gone (`| head`): nobody is left to tell.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        if error.errno not in _USERS_ERRORS:
+        if error.errno not in _USER_ERRNOS:
             raise
         print(f"cutlm {args.command}: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         return 2
     except Exception as error:
-        if not _is_of_a_full_disk(error):
+        if not any(text in str(error) for text in _DISK_FULL):
             raise
         text = " ".join(str(error).split())
-        print(f"cutlm {args.command}: cannot write ({text}); make room on the disk and start again", file=sys.stderr)
+        print(f"cutlm {args.command}: cannot write ({text}); free disk space and start again", file=sys.stderr)
         return 2
 
 
-def _is_of_a_full_disk(error: Exception) -> bool:
-    """Whether a library says so in an error of its own, as safetensors, datasets and torch do."""
-    return any(said in str(error) for said in ("No space left on device", "PytorchStreamWriter failed writing file"))
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Suppress two messages that a user can do nothing about, and restore the settings afterwards."""
+    # bitsandbytes mentions an optional CPU kernel whenever PEFT imports it.
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # PEFT reads a deprecated attribute of transformers.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,15 +1,15 @@
-"""Find the tokens that a judgment blames (eq. 5 of the paper), by a frozen model, and write them down to be looked at,
-edited and trained on.
+"""Flag the tokens that a judgment objects to (eq. 5 of the paper), by a frozen model, into a file to inspect, edit and
+train on.
 
-Each response is scored without and with its judgment; a token that the judgment makes likelier by the threshold is
-flagged. The output is JSON Lines: the records with their tokens, log-probs, flags and weights. A run that was stopped
-goes on where it was when started again with the same settings.
+Each response is scored without and with its judgment; a token that the judgment makes more likely by the threshold is
+flagged. The output is JSON Lines: the records with their tokens, log-probabilities, flags and weights. An interrupted
+run resumes when started again with the same settings.
 
   cutlm blame --model MODEL --data records.jsonl --out scores.jsonl
   cutlm blame --base_url http://localhost:8000 --model NAME --tokenizer MODEL --data records.jsonl --out scores.jsonl
 
-A server must return the log-probs of a prompt's own tokens (prompt_logprobs), as vLLM's does; a key to it is read from
-the environment variable OPENAI_API_KEY."""
+The server must return log-probabilities of the prompt's own tokens (prompt_logprobs), as vLLM does. Its key is read
+from the environment variable OPENAI_API_KEY."""
 
 import argparse
 import sys
@@ -29,17 +29,17 @@ _OPTIONS = ModelOptions(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help="a model or adapter folder, or a hub name")
-    parser.add_argument("--data", required=True, metavar="FILE", help="records: JSON array or JSON Lines")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="model or adapter folder, or hub name")
+    parser.add_argument("--data", required=True, metavar="FILE", help="file of records: JSON array or JSON Lines")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file to write")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the output file, and a partial one of other settings"
+        "--overwrite", action="store_true", help="replace the output file, and a partial file of other settings"
     )
     add_scoring_arguments(parser)
 
 
 def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of scoring, each with a default."""
+    """Add the options of scoring, each with a default."""
     parser.add_argument("--threshold", type=float, default=1.1, help="lambda of eq. 5 (default: 1.1)")
     parser.add_argument("--unlikelihood_weight", type=float, default=1.0, help="alpha of eq. 6 (default: 1)")
     parser.add_argument("--gamma", type=float, default=1.0, help="dynamic weight of eq. 6; 0: off (default: 1)")
@@ -50,19 +50,19 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--with_praise",
         action="store_true",
-        help="score satisfactory records with their praise too, as thresholds are calibrated on; they get no flags",
+        help="score satisfactory records with their praise too, to calibrate thresholds; they are never flagged",
     )
     _OPTIONS.add(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     score_file(args)
-    print(f"{args.out} holds the token scores; cutlm inspect shows them; next: {_suggest_training(args)}")
+    print(f"{args.out} has the token scores; cutlm inspect shows them. Next: {_suggest_training(args)}")
     return 0
 
 
 def score_file(args: argparse.Namespace) -> None:
-    """Scores the records of `args.data`, writes `args.out`, and prints what was counted."""
+    """Score the records of `args.data`, write `args.out` and print counts."""
     from cutlm.data.files import refuse_overwriting
     from cutlm.errors import UserError
 
@@ -80,7 +80,7 @@ def score_file(args: argparse.Namespace) -> None:
     raise_problems(check, args.data)
     tokenizer, score, detector, backend = _prepare_server(args) if args.base_url else _prepare_model(args)
     try:
-        counts = blame_file(
+        report = blame_file(
             check.records,
             check.locations,
             args.out,
@@ -93,45 +93,35 @@ def score_file(args: argparse.Namespace) -> None:
         )
     except KeyboardInterrupt:
         if Path(f"{args.out}.partial").exists():
-            print(f"\nwhat is finished is in {args.out}.partial; start again with the same options", file=sys.stderr)
+            print(f"\nprogress is saved in {args.out}.partial; run the same command to resume", file=sys.stderr)
         raise
-    for sentence in counts.left_out:
+    for sentence in report.left_out:
         print(sentence)
-    if counts.num_resumed:
-        print(f"{counts.num_resumed} records were there from a run that was stopped")
-    print(counts.describe())
+    if report.num_resumed:
+        print(f"{report.num_resumed} records were scored by an interrupted run")
+    print(report.describe())
 
 
 def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
-    from cutlm.blame.scoring import check_rows, score_rows
+    from cutlm.blame.scoring import load_scorer
     from cutlm.errors import ConfigError
-    from cutlm.model.forward import check_head
-    from cutlm.model.loading import find_base_model, fingerprint_model, is_adapter_folder, load_trained, unwrap_peft
+    from cutlm.model.loading import is_adapter_folder
 
     if args.max_tokens_per_batch < 1:
         raise ConfigError(
             f"max_tokens_per_batch: expected a whole number of at least 1, got {args.max_tokens_per_batch}"
         )
     if args.base is not None and not is_adapter_folder(args.model):
-        raise ConfigError(f"--base: of use with an adapter alone, and {args.model} is none; leave it out")
-    model, tokenizer = load_trained(args.model, dtype=args.dtype, base=args.base, device=args.device)
-    check_head(model)
-    detector = fingerprint_model(args.model)
-    if is_adapter_folder(args.model):
-        detector += f" on {fingerprint_model(find_base_model(args.model, args.base))}"
-    language_model = unwrap_peft(model)
-    backend = {
-        "dtype": f"{language_model.dtype}",
-        "bf16": args.bf16,
-        "device": language_model.device.type,
-        "max_tokens_per_batch": args.max_tokens_per_batch,
-    }
-
-    def score(rows: Any, done: Any) -> Any:
-        check_rows(model, rows, args.max_length)
-        return score_rows(model, rows, max_tokens_per_batch=args.max_tokens_per_batch, done=done, is_bf16=args.bf16)
-
-    return tokenizer, score, detector, backend
+        raise ConfigError(f"--base: only for an adapter, which {args.model} is not; remove it")
+    return load_scorer(
+        args.model,
+        base=args.base,
+        dtype=args.dtype,
+        device=args.device,
+        is_bf16=args.bf16,
+        max_length=args.max_length,
+        max_tokens_per_batch=args.max_tokens_per_batch,
+    )
 
 
 def _prepare_server(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
@@ -140,7 +130,7 @@ def _prepare_server(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase,
     from cutlm.servers.http import read_key
 
     server = make_server(args)
-    read_key()  # what is wrong with it is said before anything else is loaded
+    read_key()  # report a bad key before anything else is loaded
     tokenizer = load_tokenizer(args.tokenizer or args.model)
 
     def score(rows: Any, done: Any) -> Any:
@@ -154,7 +144,7 @@ def _suggest_training(args: argparse.Namespace) -> str:
 
     from cutlm.model.loading import is_adapter_folder
 
-    # The model's name on a server may be of no use elsewhere.
+    # The model's name on a server may mean nothing elsewhere.
     model, merging = args.tokenizer or args.model, ""
     if not args.base_url and is_adapter_folder(args.model):
         # Training starts from a whole model.

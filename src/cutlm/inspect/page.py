@@ -16,9 +16,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from cutlm.blame.token_scores import TokenScores, flag_spans
+from cutlm.blame.token_scores import TokenScores
 from cutlm.data.files import open_atomic
 from cutlm.inspect.tokens import has_same_tokens, split_pieces
+from cutlm.prompting.spans import flag_spans
 
 _SCRIPTS = ("scores.js", "drawing.js", "controls.js")
 _SETTINGS = ("threshold", "unlikelihood_weight", "gamma", "detector", "tokenizer", "template")

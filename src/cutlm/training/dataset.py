@@ -22,7 +22,6 @@ from cutlm.blame.token_scores import (
     TokenScores,
     fingerprint_template,
     fingerprint_tokenizer,
-    flag_spans,
     map_to_tokenizer,
     read_token_scores,
     write_token_scores,
@@ -33,6 +32,7 @@ from cutlm.data.records import JudgedRecord, as_records
 from cutlm.errors import ConfigError, DataError, UserError
 from cutlm.model.loading import fingerprint_model, unwrap_peft
 from cutlm.prompting.encoding import EncodedRecord, Encoder, encode_records, view_both_contexts
+from cutlm.prompting.spans import flag_spans
 from cutlm.prompting.templates import TEMPLATES
 from cutlm.training.config import CUTConfig
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cutlm.blame.token_scores import flag_spans
 from cutlm.data.records import PRAISE
 from cutlm.evaluation.detection import Detection, count_detected
 from cutlm.generation.local import Sampling, generate_responses
 from cutlm.model.collator import CutCollator
 from cutlm.model.forward import score_batch
 from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.spans import flag_spans
 from cutlm.world.families import FAMILIES
 from cutlm.world.judge import judge_task
 from cutlm.world.tasks import Task
