@@ -124,6 +124,7 @@ def test_a_satisfactory_record_with_praise_is_shaded_but_never_flagged(browser, 
         page.fill("#threshold", "1")
         assert list_flagged(page, 0) == []
         assert page.locator("article .p4, article .p3, article .p2").count() > 0
+        assert not page.is_visible("#wrong-legend"), "no record has wrong_spans"
 
 
 def test_a_threshold_below_1_in_the_file_is_valid(browser, tmp_path):

@@ -313,6 +313,7 @@ function start() {
     byId("order").append(new Option("most changed by training first", "training"));
     byId("training-legend").hidden = byId("thin").hidden = false;
   }
+  byId("wrong-legend").hidden = !records.some((record) => record.sides[0].wrong);
   byId("filter").append(...groups.map((group) => new Option(group, `group ${group}`)));
   if (innerWidth < 700) for (const part of document.querySelectorAll(".legend")) part.open = false;
   describeFiles();
