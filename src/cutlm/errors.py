@@ -1,7 +1,6 @@
-"""What a user can mend, said in one sentence each.
+"""Errors that a user can fix.
 
-The command line prints these without a traceback and exits with 2; anything else that is raised is a
-fault of ours and exits with 1.
+The command line prints them without a traceback and exits with 2; any other exception is a bug and exits with 1.
 """
 
 from collections.abc import Sequence
@@ -10,10 +9,10 @@ MAX_PROBLEMS_SHOWN = 50
 
 
 class UserError(ValueError):
-    """One or more problems in what the user gave us, reported all at once.
+    """One or more problems in the user's input, reported together.
 
     Args:
-        problems: A sentence, or several: what is wrong, where, what was expected, what was got, what to do.
+        problems: One or more sentences: where, what was expected, what was found, what to do.
         hint: What to do next, printed once after the problems.
     """
 
@@ -29,12 +28,12 @@ class UserError(ValueError):
 
 
 class DataError(UserError):
-    """A file of data that cannot be read, or rows in it that cannot be used."""
+    """A data file cannot be read, or rows in it are not valid."""
 
 
 class ConfigError(UserError):
-    """A setting that is unknown, out of range, or at odds with another."""
+    """A setting is unknown, out of range, or contradicts another."""
 
 
 class NonFiniteError(UserError):
-    """The loss or the gradient stopped being a number; raised before the optimizer step."""
+    """The loss or the gradient is not finite; raised before the optimizer step."""

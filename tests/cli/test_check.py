@@ -21,7 +21,7 @@ def test_a_good_file_is_counted_and_gives_exit_code_0(tmp_path, capsys):
     assert main(["check", file]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [
-        f"{file}: 3 rows, 0 bad, 0 duplicates",
+        f"{file}: 3 rows, 0 invalid, 0 duplicates",
         "3 records: 2 satisfactory, 1 unsatisfactory",
         "1 records have no field 'judgment' and count as satisfactory",
     ]
@@ -35,7 +35,7 @@ def test_every_invalid_row_is_named_on_stderr_and_gives_exit_code_2(tmp_path, ca
     out, err = capsys.readouterr()
     assert [line.partition(": ")[0] for line in err.splitlines()] == [f"{file}:{line}" for line in (2, 3, 4, 4)]
     assert out.splitlines() == [
-        f"{file}: 4 rows, 3 bad, 0 duplicates",
+        f"{file}: 4 rows, 3 invalid, 0 duplicates",
         "1 records: 0 satisfactory, 1 unsatisfactory",
     ]
 
@@ -106,7 +106,7 @@ def test_one_invalid_row_among_many_is_found(tmp_path, capsys):
     assert main(["check", file]) == 2
     out, err = capsys.readouterr()
     assert err.startswith(f"{file}:4322: field 'output'")
-    assert out.startswith(f"{file}: 5000 rows, 1 bad, 0 duplicates\n")
+    assert out.startswith(f"{file}: 5000 rows, 1 invalid, 0 duplicates\n")
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["check", "--help"], ["convert", "--help"], ["--version"]])

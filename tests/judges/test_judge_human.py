@@ -1,4 +1,4 @@
-"""A person as a judge: lists out, filled lists in, and nothing of either gets lost or run."""
+"""A person as a judge: lists are written, filled and read back; no text is lost or evaluated as a formula."""
 
 import csv
 import io
@@ -53,9 +53,7 @@ def check_records(out: Path) -> None:
     assert records[1]["input"] == "-x"
 
 
-def test_a_table_goes_out_and_comes_back(
-    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_survives_a_round_trip(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options) == 0
     printed = capsys.readouterr().out
     assert "1 responses are empty and are left out" in printed
@@ -64,9 +62,9 @@ def test_a_table_goes_out_and_comes_back(
     rows = read_table(table)
     assert [row["number"] for row in rows] == ["1", "2", "4"]
     for row in rows:
-        assert not any(cell.startswith(("=", "+", "-", "@", "\t")) for cell in row.values()), "no formula runs"
+        assert not any(cell.startswith(("=", "+", "-", "@", "\t")) for cell in row.values()), "no cell is a formula"
     for delimiter in ",;\t":
-        # Sorted by a person, and saved by a spreadsheet in its own way.
+        # Sorted by a person, and saved by a spreadsheet with another delimiter.
         write_table(table, fill(rows)[::-1], delimiter)
         assert main([*options, "--labels", str(table), "--overwrite"]) == 1, "one response is empty"
         check_records(tmp_path / "out.jsonl")
@@ -84,18 +82,18 @@ def test_a_spreadsheet_may_drop_the_guards_and_change_line_ends(options: list[st
     check_records(tmp_path / "out.jsonl")
 
 
-def test_json_lines_go_out_and_come_back(options: list[str], tmp_path: Path) -> None:
+def test_json_lines_survive_a_round_trip(options: list[str], tmp_path: Path) -> None:
     assert main(options) == 0
     path = tmp_path / "out.jsonl.todo.jsonl"
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    assert rows[0]["output"] == "=1+1", "nothing runs in a text editor"
+    assert rows[0]["output"] == "=1+1", "JSON Lines need no guard"
     path.write_text("".join(json.dumps(row) + "\n" for row in fill(rows)))
     assert main([*options, "--labels", str(path)]) == 1
     check_records(tmp_path / "out.jsonl")
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_all_that_is_wrong_with_a_list_is_said_at_once(
+def test_all_problems_of_a_list_are_reported_together(
     options: list[str], tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(options) == 0
@@ -113,35 +111,38 @@ def test_all_that_is_wrong_with_a_list_is_said_at_once(
     assert main([*options, "--labels", str(path)]) == 2
     printed = capsys.readouterr().err
     # In a table a row has as many lines as its cells.
-    lines = (2, 3, 7, 8) if kind == "csv" else (1, 2, 3, 4)
-    assert f"{path}:{lines[0]}: field 'judgment': expected what is wrong, or \"Perfect.\"" in printed
-    assert f"{path}:{lines[1]}: field 'output' is not that of {tmp_path / 'in.jsonl'}:2 any more" in printed
-    assert f"{path}:{lines[2]}: expected the number of a response in the field 'number', got '3'" in printed
-    assert f"{path}:{lines[3]}: number 2 again, after {path}:{lines[1]}" in printed
-    assert f"{path}: number 4 is missing ({tmp_path / 'in.jsonl'}:4)" in printed
+    first, second, third, fourth = (2, 3, 7, 8) if kind == "csv" else (1, 2, 3, 4)
+    for part in (
+        f"{path}:{first}: field 'judgment': ",
+        f"{path}:{second}: field 'output' differs from {tmp_path / 'in.jsonl'}:2",
+        f"{path}:{third}: field 'number': expected the number of a response, got '3'",
+        f"{path}:{fourth}: number 2 again, after {path}:{second}",
+        f"{path}: number 4 is missing ({tmp_path / 'in.jsonl'}:4)",
+    ):
+        assert part in printed
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_list_that_may_be_filled_is_not_overwritten(
+def test_an_existing_list_is_not_overwritten(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(options) == 0
     table = tmp_path / "out.jsonl.todo.csv"
     table.write_text("hours of work")
     assert main([*options, "--overwrite"]) == 2
-    assert "there already, and may be filled; give one by --labels FILE" in capsys.readouterr().err
+    assert "exists already and may be filled" in capsys.readouterr().err
     assert table.read_text() == "hours of work"
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"number,output\n1,x\n", ":1: expected the columns number, instruction, input, output, judgment, got none"),
+        (b"number,output\n1,x\n", ":1: expected the columns"),
         (b"", ":1: expected the columns"),
-        ("number,ü".encode("latin-1"), ": expected UTF-8 text, got other bytes; save it as CSV in UTF-8"),
+        ("number,ü".encode("latin-1"), ": expected UTF-8 text"),
     ],
 )
-def test_what_is_no_such_table_is_one_sentence(
+def test_a_file_that_is_not_such_a_table_is_refused(
     options: list[str], tmp_path: Path, content: bytes, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "filled.csv"
@@ -150,8 +151,21 @@ def test_what_is_no_such_table_is_one_sentence(
     assert f"{path}{expected}" in capsys.readouterr().err
 
 
+def test_cells_may_be_long_and_the_csv_limit_is_restored(options: list[str], tmp_path: Path) -> None:
+    assert main(options) == 0
+    table = tmp_path / "out.jsonl.todo.csv"
+    limit = csv.field_size_limit()
+    write_table(table, [row | {"judgment": "x" * (limit + 1)} for row in read_table(table)])
+    assert main([*options, "--labels", str(table)]) == 1
+    assert csv.field_size_limit() == limit
+    path = tmp_path / "in.jsonl"
+    path.write_text(path.read_text().replace('"Count."', '"Count it."'))
+    assert main([*options, "--labels", str(table), "--overwrite"]) == 2
+    assert csv.field_size_limit() == limit
+
+
 @given(st.text())
-def test_no_cell_begins_a_formula(text: str) -> None:
+def test_no_guarded_cell_is_a_formula(text: str) -> None:
     cell = guard_cell(text)
     assert not cell.startswith(("=", "+", "-", "@", "\t", "\r"))
     assert cell in (text, f"'{text}")

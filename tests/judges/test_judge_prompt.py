@@ -25,12 +25,12 @@ def read(text: str | None, output: str = LONG, finish_reason: str = "stop") -> s
 
 
 @given(instruction=st.text(), output=st.text())
-def test_texts_come_through_as_they_are_between_their_marks(instruction: str, output: str) -> None:
+def test_texts_are_unchanged_between_their_markers(instruction: str, output: str) -> None:
     response = make_response(output, instruction or "?")
     marker = choose_marker(response.full_instruction, output)
     question = fill_prompt(DEFAULT_PROMPT, response)
     assert marker not in output
-    assert question == fill_prompt(DEFAULT_PROMPT, response), "the same each time: judgments are cached by it"
+    assert question == fill_prompt(DEFAULT_PROMPT, response), "the question is the cache key"
     assert f"\n[response {marker}]\n{output}\n[end of response {marker}]\n" in question
     assert f"\n[instruction {marker}]\n{instruction or '?'}\n[end of instruction {marker}]\n" in question
     assert question.count(marker) == 5
@@ -46,19 +46,19 @@ def test_texts_come_through_as_they_are_between_their_marks(instruction: str, ou
         "{instruction} {response} {marker} {0} %s \\1",
     ],
 )
-def test_orders_control_tokens_and_html_in_a_response_are_plain_text(output: str) -> None:
+def test_instructions_control_tokens_and_html_in_a_response_are_plain_text(output: str) -> None:
     response = make_response(output)
     marker = choose_marker(response.full_instruction, output)
     question = fill_prompt(DEFAULT_PROMPT, response)
     assert question.split(f"[response {marker}]\n")[1].split(f"\n[end of response {marker}]")[0] == output
 
 
-def test_another_text_gets_another_mark() -> None:
+def test_another_text_gets_another_marker() -> None:
     assert choose_marker("a", "b") != choose_marker("a", "c") != choose_marker("b", "c")
     assert choose_marker("a", "bc") != choose_marker("ab", "c")
 
 
-def test_a_mark_that_occurs_after_all_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_marker_that_occurs_in_a_text_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def make_hash(data: bytes) -> SimpleNamespace:
         letter = {b"0": "a", b"1": "b"}.get(data[:1], "c")
         return SimpleNamespace(hexdigest=lambda: letter * 64)
@@ -85,7 +85,7 @@ def test_the_input_belongs_to_the_instruction() -> None:
         "<answer>Perfect.</answer>",
     ],
 )
-def test_perfect_and_no_more_means_that_nothing_is_wrong(text: str) -> None:
+def test_perfect_alone_means_that_nothing_is_wrong(text: str) -> None:
     assert read(text) is None
 
 
@@ -113,14 +113,14 @@ UNCLEAR = [
 
 
 @pytest.mark.parametrize("text", UNCLEAR)
-def test_praise_that_goes_on_or_is_worded_otherwise_is_neither_praise_nor_objection(text: str) -> None:
+def test_other_praise_is_neither_praise_nor_an_objection(text: str) -> None:
     with pytest.raises(BadAnswer) as error:
         read(text)
     assert error.value.kind == "unclear answer"
 
 
 @given(marks=st.text(" \n\"'*_>[{.-", max_size=4), tail=st.text(max_size=30))
-def test_no_objection_begins_as_praise_does_in_records(marks: str, tail: str) -> None:
+def test_no_objection_counts_as_praise_in_records(marks: str, tail: str) -> None:
     for text in (f"{marks}Perfect{tail}", f" \t\u2028PERFECT{tail}"):
         try:
             judgment = read(text)
@@ -150,18 +150,18 @@ def test_no_objection_begins_as_praise_does_in_records(marks: str, tail: str) ->
         f'"{LONG}" is wrong: the capital is Canberra, and Sydney is only the largest city.',
     ],
 )
-def test_what_is_wrong_is_taken_as_it_is(text: str) -> None:
+def test_an_objection_is_unchanged(text: str) -> None:
     assert read(f"  {text}\n") == text
 
 
-def test_thoughts_before_a_judgment_are_no_part_of_it() -> None:
+def test_thoughts_before_a_judgment_are_dropped() -> None:
     assert read("<think>Is it Sydney? Perfect?\nNo.</think>\n\nIt is Canberra.") == "It is Canberra."
     assert read("<think></think>Perfect.") is None
     assert read("<think>One.</think>\n<think>Two.</think>Perfect.") is None
 
 
 @pytest.mark.parametrize("thoughts", ["Sydney is wrong, I think.\n", "", "Perfect. Or is <b>it</b>?"])
-def test_thoughts_that_the_prompt_opened_end_where_the_answer_ends_them(thoughts: str) -> None:
+def test_thoughts_that_the_prompt_opened_are_dropped(thoughts: str) -> None:
     assert read(f"{thoughts}</think>\n\nPerfect.") is None
     assert read(f"{thoughts}</think>It is Canberra.") == "It is Canberra."
 
@@ -199,7 +199,7 @@ def test_thoughts_that_the_prompt_opened_end_where_the_answer_ends_them(thoughts
         ("x" * 20_001, "too long"),
     ],
 )
-def test_what_is_no_judgment_is_told_by_kind(text: str | None, kind: str) -> None:
+def test_an_answer_without_a_judgment_has_a_kind(text: str | None, kind: str) -> None:
     with pytest.raises(BadAnswer) as error:
         read(text)
     assert error.value.kind == kind
@@ -211,23 +211,22 @@ def test_a_short_response_may_be_quoted_but_not_repeated() -> None:
         read("sydney.", "Sydney.")
 
 
-def test_a_response_does_not_praise_itself_by_an_echo() -> None:
+def test_an_echo_of_praise_is_not_praise() -> None:
     with pytest.raises(BadAnswer, match="repeats the response"):
         read("Perfect answer: Sydney.", "Perfect answer: Sydney.")
     assert read("Perfect.", "Perfect.") is None
 
 
-def test_an_answer_that_was_cut_off_is_none_even_where_it_praises() -> None:
-    with pytest.raises(BadAnswer, match="cut off"):
+def test_a_truncated_answer_is_refused_even_if_it_praises() -> None:
+    with pytest.raises(BadAnswer) as error:
         read("Perfect.", finish_reason="length")
+    assert error.value.kind == "cut off"
 
 
 def test_a_prompt_file_must_have_both_texts(tmp_path: Path) -> None:
     path = tmp_path / "prompt.txt"
     path.write_text("Judge: {response}")
-    with pytest.raises(
-        UserError, match=r"prompt\.txt: expected a prompt with .+ got one without \{instruction\}; write"
-    ):
+    with pytest.raises(UserError, match=r"prompt\.txt: expected a prompt with .+ without \{instruction\};"):
         read_prompt_file(path)
     path.write_text("{instruction} {response} {other}")
     question = fill_prompt(read_prompt_file(path), make_response("yes"))

@@ -19,9 +19,9 @@ import sys
 def judge(instruction, response):
     return None if response == "right" else f"{instruction!r} is not {response!r}."
 
-def stumble(instruction, response):
+def misbehave(instruction, response):
     return {"boom": lambda: 1 / 0, "int": lambda: 3, "empty": lambda: " ", "praise": lambda: "perfect, yes",
-            "leave": lambda: sys.exit(0), "stop": stop}.get(response, lambda: None)()
+            "exit": lambda: sys.exit(0), "stop": stop, "null": lambda: "a\\0"}.get(response, lambda: None)()
 
 def stop():
     raise KeyboardInterrupt
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     (tmp_path / "my_rules_for_tests.py").write_text(RULES)
     (tmp_path / "broken_rules.py").write_text("import no_such_module_at_all")
-    (tmp_path / "leaving_rules.py").write_text("import sys\nsys.exit(0)")
+    (tmp_path / "exiting_rules.py").write_text("import sys\nsys.exit(0)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
@@ -68,7 +68,7 @@ def test_a_function_in_the_current_directory_judges(folder: Path, capsys: pytest
     assert "2 records in out.jsonl: 1 satisfactory, 1 unsatisfactory" in capsys.readouterr().out
 
 
-def test_the_tiny_worlds_judge_is_an_example(folder: Path) -> None:
+def test_the_judge_of_the_world_is_an_example(folder: Path) -> None:
     from cutlm.world.tasks import list_tasks
 
     task = list_tasks("train")[0]
@@ -81,29 +81,26 @@ def test_the_tiny_worlds_judge_is_an_example(folder: Path) -> None:
     assert second["judgment"]
 
 
-def test_what_rules_do_wrong_is_said_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["boom", "praise", "int", "empty", "fine"], "my_rules_for_tests:stumble") == 2
+def test_all_problems_of_rules_are_reported_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["boom", "praise", "int", "empty", "fine", "exit", "null"], "my_rules_for_tests:misbehave") == 2
     printed = capsys.readouterr().err
-    assert "in.jsonl:1: the rules raised ZeroDivisionError: division by zero; mend them" in printed
-    assert "in.jsonl:3: expected the rules to return what is wrong, or None, got a number (3)" in printed
-    assert "in.jsonl:4: expected the rules to return what is wrong, or None, got an empty string" in printed
-    assert "3 of 5 responses could not be judged; nothing written" in printed
+    for part in (
+        "in.jsonl:1: the rules raised ZeroDivisionError: division by zero",
+        "in.jsonl:3: returned by the rules: field 'judgment': expected a string or null, got a number (3)",
+        "in.jsonl:4: returned by the rules: field 'judgment': expected text, got an empty string",
+        "in.jsonl:6: the rules raised SystemExit: 0",
+        "in.jsonl:7: returned by the rules: field 'judgment': expected text without null bytes",
+        "5 of 7 responses could not be judged",
+    ):
+        assert part in printed
     assert "Traceback" not in printed
     assert not Path("out.jsonl").exists()
-    assert run(["praise", "fine"], "my_rules_for_tests:stumble") == 0
+    assert run(["praise", "fine"], "my_rules_for_tests:misbehave") == 0
     assert [row["judgment"] for row in read()] == [None, None]
 
 
-def test_rules_that_leave_are_named_as_those_that_raise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["fine", "leave", "leave"], "my_rules_for_tests:stumble") == 2
-    printed = capsys.readouterr().err
-    for line in (2, 3):
-        assert f"in.jsonl:{line}: the rules raised SystemExit: 0; mend them, or leave the row out" in printed
-    assert "2 of 3 responses could not be judged" in printed
-
-
 def test_ctrl_c_stops_rules(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["fine", "stop"], "my_rules_for_tests:stumble") == 130
+    assert run(["fine", "stop"], "my_rules_for_tests:misbehave") == 130
     assert "stopped" in capsys.readouterr().err
     assert not Path("out.jsonl").exists()
 
@@ -115,19 +112,19 @@ def test_ctrl_c_stops_rules(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         ("no_such_rules:judge", "no module 'no_such_rules' on Python's path or in "),
         ("cutlm.no_such_rules:judge", "no module 'cutlm.no_such_rules' on Python's path or in "),
         ("broken_rules:judge", "cannot be imported (ModuleNotFoundError: No module named 'no_such_module_at_all')"),
-        ("leaving_rules:judge", "--rules leaving_rules:judge: its module cannot be imported (SystemExit: 0); mend it"),
+        ("exiting_rules:judge", "--rules exiting_rules:judge: its module cannot be imported (SystemExit: 0); fix it"),
         ("my_rules_for_tests:nothing", "expected a function 'nothing' in my_rules_for_tests, got nothing of that name"),
         ("my_rules_for_tests:number", "expected a function 'number' in my_rules_for_tests, got int"),
     ],
 )
-def test_rules_that_cannot_be_had_are_one_sentence(
+def test_rules_that_cannot_be_loaded_are_refused(
     folder: Path, name: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["right"], name) == 2
     assert expected in capsys.readouterr().err
 
 
-def test_no_records_of_an_earlier_run_stay_beside_failures_alone(
+def test_if_every_judgment_fails_the_records_of_an_earlier_run_are_removed(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["right", "left"], "my_rules_for_tests:judge") == 0
@@ -137,22 +134,22 @@ def test_no_records_of_an_earlier_run_stay_beside_failures_alone(
     assert main(["judge", "--responses", "in.jsonl", *options]) == 1
     assert not Path("out.jsonl").exists()
     printed = capsys.readouterr().out
-    assert "out.jsonl of an earlier run is removed" in printed
+    assert "removed out.jsonl of an earlier run" in printed
     assert "2 responses have no judgment (2 empty response)" in printed
 
 
-# The outputs of an earlier run and of this one; the rules judge all but empty ones, and here to the opposite.
+# The responses of an earlier run and of this one. Only empty ones fail.
 TWO_RUNS: dict[str, tuple[list[str], list[str]]] = {
     "other failures": (["right", "", "left"], ["", "right", "left"]),
     "failures, then none": (["right", "", ""], ["right", "left", "left"]),
     "none, then failures": (["right", "left", "left"], ["left", "", "left"]),
-    "failures alone, before": (["", "", ""], ["right", "left", ""]),
-    "failures alone, after": (["right", "", "left"], ["", "", ""]),
+    "only failures, before": (["", "", ""], ["right", "left", ""]),
+    "only failures, after": (["right", "", "left"], ["", "", ""]),
 }
 
 
 @pytest.mark.parametrize("name", TWO_RUNS)
-def test_a_run_killed_between_its_files_leaves_none_that_are_taken_for_a_pair(
+def test_a_kill_leaves_no_files_of_two_runs_that_look_complete(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, after = TWO_RUNS[name]
@@ -170,14 +167,14 @@ def test_a_run_killed_between_its_files_leaves_none_that_are_taken_for_a_pair(
         return len(rows), {row.get("run", row.get("reason")) for row in rows}
 
     num_steps, num_killed = 0, 0
-    while num_steps == num_killed:  # kills at one step after another, until it gets through
+    while num_steps == num_killed:  # kill at one step after another, until the run completes
         write(before, "the first")
         left = iter([True] * num_killed)
 
         def kill(step: Any, left: Any = left) -> Any:
             def do(*arguments: Any, **named: Any) -> Any:
                 if not next(left, False):
-                    raise SystemExit  # nothing catches it, and nothing is written any more
+                    raise SystemExit  # not caught, so nothing is written after it
                 return step(*arguments, **named)
 
             return do
@@ -196,6 +193,6 @@ def test_a_run_killed_between_its_files_leaves_none_that_are_taken_for_a_pair(
     assert find_runs() == (3, {"the second"})
 
 
-def test_a_method_is_a_function_too(folder: Path) -> None:
+def test_rules_may_be_a_method(folder: Path) -> None:
     (folder / "method_rules.py").write_text("class Rules:\n    @staticmethod\n    def judge(a, b): return a + b\n")
     assert load_rules("method_rules:Rules.judge")("a", "b") == "ab"

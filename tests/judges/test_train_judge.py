@@ -1,4 +1,4 @@
-"""Training a judge: it learns its answer and nothing else, goes on after a stop, and is measured."""
+"""Training a judge: the loss, resuming after a stop, and evaluation."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from tiny import make_model, make_tokenizer, save_tiny_model
 from cutlm.cli import main
 from cutlm.data.records import JudgedRecord
 from cutlm.judges import Failure, Outcome
-from cutlm.judges.evaluation import compare, count, write_table
-from cutlm.judges.local import make_lessons
+from cutlm.judges.evaluation import compare_judgments, compute_metrics, format_metrics
+from cutlm.judges.local import make_training_records
 from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import JudgeConfig
 from cutlm.training.trainer import CUTTrainer
@@ -54,10 +54,10 @@ def make_options(folder: Path, base: Path, name: str, **settings: Any) -> list[s
     return [text for key, value in values.items() for text in (f"--{key}", str(value))]
 
 
-# ---- What is learned ----
+# ---- The loss ----
 
 
-def test_the_loss_is_that_of_the_answer_and_of_nothing_else(tmp_path: Path) -> None:
+def test_the_loss_is_that_of_the_answer_alone(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("bpe")
     model = make_model(len(tokenizer))
     records = [
@@ -69,11 +69,11 @@ def test_the_loss_is_that_of_the_answer_and_of_nothing_else(tmp_path: Path) -> N
     answers = [
         "It is in France.\nSatisfactory: No",
         "Perfect.\nSatisfactory: Yes",
-        "Perfect.\nSatisfactory: Yes",  # its score makes it satisfactory, so that nothing is objected to
+        "Perfect.\nSatisfactory: Yes",  # satisfactory by its score
         "Perfect: short.\nSatisfactory: Yes",
     ]
     config = JudgeConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
-    trainer = CUTTrainer(model, config, make_lessons(records), processing_class=tokenizer)
+    trainer = CUTTrainer(model, config, make_training_records(records), processing_class=tokenizer)
     rows = list(trainer.train_dataset)
     assert [tokenizer.decode(row["response_ids"]) for row in rows] == [f"{answer}<eos>" for answer in answers]
     question = tokenizer.decode(rows[0]["prompt_ids"])
@@ -87,8 +87,8 @@ def test_the_loss_is_that_of_the_answer_and_of_nothing_else(tmp_path: Path) -> N
     for row in rows:
         ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
         logps = model(ids).logits[0].log_softmax(-1)
-        for place in range(len(row["prompt_ids"]), ids.shape[1]):
-            total -= logps[place - 1, ids[0, place]].item()
+        for position in range(len(row["prompt_ids"]), ids.shape[1]):
+            total -= logps[position - 1, ids[0, position]].item()
             num += 1
     assert num == sum(len(row["response_ids"]) for row in rows)
     assert loss == pytest.approx(total / num, rel=1e-5)
@@ -97,7 +97,7 @@ def test_the_loss_is_that_of_the_answer_and_of_nothing_else(tmp_path: Path) -> N
 # ---- The command ----
 
 
-def test_a_run_counts_its_records_and_says_what_to_do_next(
+def test_a_run_prints_counts_and_the_next_command(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = make_options(tmp_path, base, "out", max_steps=1, downsample=0.4, eval_split=0.25)
@@ -110,10 +110,10 @@ def test_a_run_counts_its_records_and_says_what_to_do_next(
     saved = yaml.safe_load((tmp_path / "out" / "cutlm_train.yaml").read_text())
     assert not {"objective", "detector", "threshold", "gamma"} & set(saved)
     assert (tmp_path / "out" / "tokenizer_config.json").is_file()
-    assert (tmp_path / "out" / "chat_template.jinja").is_file(), "so that it is asked as it was trained, everywhere"
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
 
 
-def test_settings_that_a_judge_does_not_know_are_named_at_once(
+def test_settings_of_other_objectives_are_refused(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.yaml").write_text("objective: cut\ndetector: frozen\nlearning_rat: 1\nxyzzy: 1\n")
@@ -132,13 +132,11 @@ def test_settings_that_a_judge_does_not_know_are_named_at_once(
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_rows_are_named_and_nothing_is_skipped(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_rows_are_refused(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = make_options(tmp_path, base, "out")
     (tmp_path / "records.json").write_text(json.dumps([*ROWS, {"instruction": "x", "output": " "}]))
     assert main(["train-judge", *options]) == 2
-    assert "records.json[8]: field 'output': expected text, got an empty string" in capsys.readouterr().err
+    assert "records.json[8]: field 'output'" in capsys.readouterr().err
 
 
 def test_token_scores_are_refused(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +148,7 @@ def test_token_scores_are_refused(tmp_path: Path, base: Path, capsys: pytest.Cap
     assert "expected plain records to train a judge on, got token scores" in capsys.readouterr().err
 
 
-def test_a_stop_and_a_kill_cost_nothing(
+def test_a_stopped_and_a_killed_run_resume_bit_for_bit(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["train-judge", *make_options(tmp_path, base, "whole")]) == 0
@@ -184,22 +182,22 @@ def test_a_stop_and_a_kill_cost_nothing(
     monkeypatch.undo()
 
     expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
-    assert any(value.abs().sum() > 0 for name, value in expected.items() if "lora_B" in name), "nothing was trained"
+    assert any(value.abs().sum() > 0 for name, value in expected.items() if "lora_B" in name), "the adapter was trained"
     for name, options in (("stopped", stopped), ("killed", killed)):
         assert main(["train-judge", *options, "--resume_from_checkpoint", "last"]) == 0
         assert "going on from" in capsys.readouterr().out
         got = load_file(tmp_path / name / "adapter_model.safetensors")
-        assert all(expected[key].equal(got[key]) for key in expected), f"{name}: not bit for bit the same"
+        assert all(expected[key].equal(got[key]) for key in expected), f"{name}: differs from the uninterrupted run"
 
 
-# ---- Measuring ----
+# ---- Evaluation ----
 
 
 def make_rows() -> list[dict[str, Any]]:
     pytest.importorskip("rouge_score")
     from rouge_score.rouge_scorer import RougeScorer
 
-    # Truly: two satisfactory (one by its score), five not.
+    # Two satisfactory records (one by its score), five unsatisfactory.
     judgments = [None, "Too short.", "a b c d", "a b c d", "a b c d", "a b c d", "a b c d"]
     records = [
         JudgedRecord(
@@ -209,79 +207,72 @@ def make_rows() -> list[dict[str, Any]]:
     ]
     said = {0: None, 1: "Wrong.", 2: None, 3: "a b c d", 4: "a b", 5: "x y"}
     outcome = Outcome(judgments=said, failures={6: Failure("no decision", "...", "a b c d")})
-    return compare(records, outcome, RougeScorer(["rougeL"]))
+    return compare_judgments(records, outcome, RougeScorer(["rougeL"]))
 
 
-def test_figures_are_those_worked_out_by_hand() -> None:
-    figures = count(make_rows())
-    assert figures["cases"] == {
+def test_metrics_equal_those_computed_by_hand() -> None:
+    metrics = compute_metrics(make_rows())
+    assert metrics["cases"] == {
         "satisfactory_truly_satisfactory": 1,
         "satisfactory_truly_unsatisfactory": 1,
         "unsatisfactory_truly_satisfactory": 1,
         "unsatisfactory_truly_unsatisfactory": 3,
     }
-    assert (figures["num_records"], figures["num_satisfactory"], figures["num_unsatisfactory"]) == (7, 2, 5)
-    assert figures["accuracy"] == pytest.approx(4 / 7)  # 1 + 3 right; what is no judgment is wrong
-    assert figures["accuracy_where_decided"] == pytest.approx(4 / 6)
-    assert figures["majority_share"] == pytest.approx(5 / 7)
-    assert (figures["num_failures"], figures["failures"]) == (1, {"no decision": 1})
-    # Objected to, of five: "a b c d" gives 1, "a b" 2 * 1 * 0.5 / 1.5 = 2/3, "x y" 0.
-    assert figures["num_objected"] == 3
-    assert figures["rouge_l_where_objected"] == pytest.approx((1 + 2 / 3 + 0) / 3)
-    assert figures["rouge_l"] == pytest.approx((1 + 2 / 3 + 0) / 5)
+    assert (metrics["num_records"], metrics["num_satisfactory"], metrics["num_unsatisfactory"]) == (7, 2, 5)
+    assert metrics["accuracy"] == pytest.approx(4 / 7)  # 1 + 3 correct; a failure counts as wrong
+    assert metrics["accuracy_where_decided"] == pytest.approx(4 / 6)
+    assert metrics["majority_share"] == pytest.approx(5 / 7)
+    assert (metrics["num_failures"], metrics["failures"]) == (1, {"no decision": 1})
+    # Three of five are objected to: "a b c d" gives 1, "a b" 2 * 1 * 0.5 / 1.5 = 2/3, "x y" 0.
+    assert metrics["num_objected"] == 3
+    assert metrics["rouge_l_where_objected"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert metrics["rouge_l"] == pytest.approx((1 + 2 / 3 + 0) / 5)
 
 
-def test_the_table_shows_the_figures() -> None:
-    table = write_table(count(make_rows()))
-    for line in (
-        "7 records: 2 satisfactory, 5 unsatisfactory.",
-        "| satisfactory | 1 | 1 |",
-        "| unsatisfactory | 1 | 3 |",
-        "| right decisions, of all records | 0.571 |",
-        "| share of the larger class | 0.714 |",
-        "| answers that are no judgment | 1 (1 no decision) |",
-        "| ROUGE-L on unsatisfactory records, 0 without an objection | 0.333 |",
-    ):
-        assert line in table.splitlines()
+def test_the_table_shows_the_metrics() -> None:
+    table = format_metrics(compute_metrics(make_rows()))
+    assert "| satisfactory | 1 | 1 |\n| unsatisfactory | 1 | 3 |" in table
+    values = [line.split("|")[2].strip() for line in table.partition("| metric |")[2].splitlines()[2:]]
+    assert values == ["0.571", "0.667", "0.714", "1 (1 no decision)", "0.333", "0.556"]
 
 
-def test_figures_of_nothing_are_none() -> None:
+def test_undefined_metrics_are_none() -> None:
     records = [JudgedRecord(instruction="x", output="y", judgment=None)]
-    figures = count(compare(records, Outcome(failures={0: Failure("cut off", "...")}), None))
-    assert (figures["accuracy"], figures["majority_share"]) == (0, 1)
-    assert figures["accuracy_where_decided"] is figures["rouge_l"] is figures["rouge_l_where_objected"] is None
-    assert "| right decisions, of answers with one | – |" in write_table(figures)
+    metrics = compute_metrics(compare_judgments(records, Outcome(failures={0: Failure("cut off", "...")}), None))
+    assert (metrics["accuracy"], metrics["majority_share"]) == (0, 1)
+    assert metrics["accuracy_where_decided"] is metrics["rouge_l"] is metrics["rouge_l_where_objected"] is None
+    assert "| – |" in format_metrics(metrics)
 
 
-def test_a_judge_is_measured_on_held_out_records(
+def test_a_judge_is_evaluated_on_held_out_records(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("rouge_score")
     assert main(["train-judge", *make_options(tmp_path, base, "judge", max_steps=1)]) == 0
-    out = tmp_path / "measured"
+    out = tmp_path / "evaluated"
     command = ["train-judge", "--evaluate", str(tmp_path / "judge"), "--data", str(tmp_path / "records.json")]
     command += ["--out", str(out), "--max_new_tokens", "4", "--device", "cpu"]
     capsys.readouterr()
     assert main(command) == 0, capsys.readouterr().err
-    # One step teaches nothing: every answer is cut off, and that is said.
-    figures = json.loads((out / "evaluation.json").read_text())
-    assert (figures["num_records"], figures["failures"], figures["accuracy"]) == (8, {"cut off": 8}, 0)
-    assert figures["majority_share"] == 5 / 8
+    # After one step, every answer is truncated.
+    metrics = json.loads((out / "evaluation.json").read_text())
+    assert (metrics["num_records"], metrics["failures"], metrics["accuracy"]) == (8, {"cut off": 8}, 0)
+    assert metrics["majority_share"] == 5 / 8
     assert capsys.readouterr().out == (out / "evaluation.md").read_text()
     rows = [json.loads(line) for line in (out / "judged.jsonl").read_text().splitlines()]
     assert [row["judgment"] for row in rows] == [row["judgment"] for row in ROWS]
     assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "evaluation.md", "judged.jsonl"]
     assert main(command) == 2
-    assert "holds an evaluation; name another folder, or replace it with --overwrite" in capsys.readouterr().err
+    assert "contains an evaluation" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
 
 
-def test_measuring_asks_for_what_it_needs_before_the_model_is_loaded(
+def test_evaluation_checks_its_requirements_before_loading_the_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["train-judge", "--evaluate", "nowhere", "--data", "nowhere.jsonl", "--out", str(tmp_path / "out")]
     assert main([*command, "--dry_run"]) == 2
-    assert "--config, --dry_run: of use for training alone" in capsys.readouterr().err
+    assert "--config, --dry_run: not used with --evaluate" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     assert main(command) == 2
-    assert "rouge-score is missing; pip install 'cutlm[eval]' to have it" in capsys.readouterr().err
+    assert "rouge-score is not installed" in capsys.readouterr().err

@@ -1,5 +1,7 @@
-"""Report every bad row of a file of records (line or array index, field, expected, got), rows that repeat
-earlier ones, and the counts. Exits with 2 when a row is bad or none is there."""
+"""Check a file of records: report every invalid row (location, field, expected, got), duplicates, and the counts.
+
+Exits with 2 if a row is invalid or there are none.
+"""
 
 import argparse
 import sys
@@ -17,15 +19,14 @@ def run(args: argparse.Namespace) -> int:
         print(problem, file=sys.stderr)
     for duplicate in check.duplicates:
         print(duplicate)
-    num_bad = check.num_rows - len(check.records)
-    num_without = sum("judgment" not in record.model_fields_set for record in check.records)
-    print(f"{args.file}: {check.num_rows} rows, {num_bad} bad, {len(check.duplicates)} duplicates")
+    num_invalid = check.num_rows - len(check.records)
+    print(f"{args.file}: {check.num_rows} rows, {num_invalid} invalid, {len(check.duplicates)} duplicates")
     print(
         f"{len(check.records)} records: {check.num_satisfactory} satisfactory,"
         f" {check.num_unsatisfactory} unsatisfactory"
     )
-    if num_without:
+    if num_without := sum("judgment" not in record.model_fields_set for record in check.records):
         print(f"{num_without} records have no field 'judgment' and count as satisfactory")
     if not check.num_rows:
         print(f"{args.file}: no records; expected at least one", file=sys.stderr)
-    return 2 if num_bad or not check.num_rows else 0
+    return 2 if num_invalid or not check.num_rows else 0

@@ -1,11 +1,13 @@
-"""Turn published judgment data into a file of records.
+"""Convert published judgment data to a file of records.
 
-  shepherd       Shepherd's human_data_for_model.jsonl and human_data_raw.jsonl, or the folder that holds both
+  shepherd       human_data_for_model.jsonl and human_data_raw.jsonl, or the folder that contains both
   critiques      OpenAI's critiques of summaries, one or more files
   ultrafeedback  UltraFeedback with instruction and completions, one or more files; with --pairs, preference pairs
-  alpaca         rows that have instruction, input, output and judgment already, one or more files
+  alpaca         rows that already have instruction, input, output and judgment, one or more files
 
-Prints how many were read, kept and left out, and why. Exits with 2 when a row is bad; then nothing is written."""
+Prints how many rows were read, kept and left out, and why. If a row is invalid, nothing is written and the exit code
+is 2.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", choices=SOURCES, help=" | ".join(SOURCES))
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="JSON Lines or a JSON array, plain, .gz or .xz")
     parser.add_argument(
-        "--out", metavar="FILE", required=True, help="an array where it ends in .json, else JSON Lines; also .gz, .xz"
+        "--out", metavar="FILE", required=True, help="one array if it ends in .json, else JSON Lines; also .gz, .xz"
     )
     parser.add_argument(
         "--pairs", action="store_true", help="ultrafeedback: write prompt, chosen and rejected, as TRL's trainers read"
@@ -36,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.data.records import check_rows, raise_problems
 
     if args.pairs and args.source != "ultrafeedback":
-        raise UserError(f"--pairs: expected the source 'ultrafeedback', got {args.source!r}; leave --pairs away")
+        raise UserError(f"--pairs: expected the source 'ultrafeedback', got {args.source!r}; remove --pairs")
     paths = _find_files(args.source, args.inputs)
     refuse_overwriting(paths, args.out)
     conversion = _convert(args.source, paths, args.pairs)
@@ -44,9 +46,8 @@ def run(args: argparse.Namespace) -> int:
     reasons = [f"{count} left out: {reason}" for reason, count in conversion.left_out.most_common()]
     num_read, num_kept = conversion.num_read, len(conversion.rows)
     if not num_kept:
-        raise DataError(
-            [f"{' '.join(args.inputs)}: nothing to write, {num_read} {conversion.unit} read and none kept", *reasons]
-        )
+        problem = f"{' '.join(args.inputs)}: nothing to write; {num_read} {conversion.unit} were read, none was kept"
+        raise DataError([problem, *reasons])
     rows = [row.value for row in conversion.rows]
     summary = ""
     if not args.pairs:
@@ -54,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise_problems(check, " ".join(args.inputs))
         rows = [row | {"judgment": row.get("judgment")} for row in rows]
         summary = f", {check.num_satisfactory} satisfactory, {check.num_unsatisfactory} unsatisfactory"
-        num_without = sum("judgment" not in record.model_fields_set for record in check.records)
-        if num_without:
+        if num_without := sum("judgment" not in record.model_fields_set for record in check.records):
             reasons.append(f"{num_without} records have no field 'judgment' and count as satisfactory")
     write_rows(args.out, rows)
     print(f"{num_read} {conversion.unit} read, {num_kept} kept, {conversion.left_out.total()} left out")
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _find_files(source: str, inputs: Sequence[str]) -> list[Path]:
-    """Returns the files to read; for Shepherd a folder stands for its two files."""
+    """Returns the files to read; Shepherd's two files may be given as their folder."""
     from cutlm.data.convert import shepherd
 
     paths = [Path(name) for name in inputs]
@@ -76,32 +76,27 @@ def _find_files(source: str, inputs: Sequence[str]) -> list[Path]:
         return [paths[0] / name for name in shepherd.FILE_NAMES]
     if len(paths) != 2:
         raise UserError(
-            f"shepherd: expected two files, {' and '.join(shepherd.FILE_NAMES)}, or the folder that holds both,"
+            f"shepherd: expected two files, {' and '.join(shepherd.FILE_NAMES)}, or the folder that contains both,"
             f" got {len(paths)} inputs"
         )
     return paths
 
 
 def _convert(source: str, paths: Sequence[Path], pairs: bool) -> "Conversion":
-    """Reads the files and converts them.
-
-    Raises:
-        DataError: A file cannot be read, or lines of it are bad; all of them are named.
-    """
     from cutlm.data.convert import alpaca, critiques, shepherd, ultrafeedback
     from cutlm.data.files import read_rows
 
     files, problems = [], []
     for path in paths:
-        rows, bad_lines = read_rows(path)
+        rows, invalid = read_rows(path)
         files.append(rows)
-        problems.extend(bad_lines)
-    # Before the rows are looked at: with a line missing, Shepherd's two files would not match from there on.
+        problems.extend(invalid)
+    # Before converting: if a line is missing, Shepherd's two files do not match from there on.
     if problems:
         raise DataError(problems)
     if source == "shepherd":
         return shepherd.convert(*files)
-    everything = [row for rows in files for row in rows]
+    rows = [row for rows in files for row in rows]
     if source == "ultrafeedback":
-        return ultrafeedback.convert_to_pairs(everything) if pairs else ultrafeedback.convert(everything)
-    return critiques.convert(everything) if source == "critiques" else alpaca.convert(everything)
+        return ultrafeedback.convert_to_pairs(rows) if pairs else ultrafeedback.convert(rows)
+    return critiques.convert(rows) if source == "critiques" else alpaca.convert(rows)

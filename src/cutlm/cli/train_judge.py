@@ -1,25 +1,25 @@
-"""Train a model to judge: on records, to write the judgment of a response and then whether it is satisfactory.
+"""Train a model to judge: to write the judgment of a response, and whether the response is satisfactory.
 
-Any causal language model learns, by likelihood, to answer a fixed question about an instruction and a response with the
-judgment ("Perfect." where nothing is wrong) and, on a last line, "Satisfactory: Yes" or "Satisfactory: No".
+The model learns, by likelihood, to answer a fixed question about an instruction and a response with the judgment
+("Perfect." if nothing is wrong) and, on a last line, "Satisfactory: Yes" or "Satisfactory: No".
 
   cutlm train-judge --config recipes/judge.yaml --data records.jsonl --output_dir runs/judge
   cutlm train-judge --config my.yaml --resume_from_checkpoint last
   cutlm judge --judge local --judge_model runs/judge --responses FILE --out FILE
 
-Settings are those of cutlm train, whose --help lists them, but for what other objectives know: objective, detector and
-the parts of CUT's loss, threshold, unlikelihood_weight, gamma, praise_weight, dpo_beta, map_spans, satisfactory_only.
+The settings are those of cutlm train (see its --help), except those of its objectives: objective, detector, the terms
+of CUT's loss, threshold, unlikelihood_weight, gamma, praise_weight, dpo_beta, map_spans, satisfactory_only.
 
-To measure a judge, trained or not, on held-out records that have their judgments:
+To evaluate a judge, trained or not, on held-out records with judgments:
 
   cutlm train-judge --evaluate MODEL --data heldout.jsonl --out DIR
 
-  --max_new_tokens, --batch_size, --dtype, --device  as of cutlm judge --judge local
-  --overwrite                                        replace what is in DIR
+  --max_new_tokens, --batch_size, --dtype, --device  the same as for cutlm judge --judge local
+  --overwrite                                        replace the contents of DIR
 
-How often its decision is right, beside the share of the larger class; the four cases; answers that are no judgment, by
-kind; ROUGE-L of its judgments of unsatisfactory responses (pip install 'cutlm[eval]'). In DIR: evaluation.json,
-evaluation.md, and judged.jsonl with what was said about each response.
+Reports the accuracy of its decisions next to the share of the larger class, the confusion matrix, answers without a
+judgment by kind, and ROUGE-L of its judgments of unsatisfactory responses (needs: pip install 'cutlm[eval]'). Writes
+evaluation.json, evaluation.md, and judged.jsonl with its judgment of each response.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from cutlm.cli.judge import add_local_arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved settings and stop")
-    parser.add_argument("--evaluate", metavar="MODEL", help="train nothing, measure this judge: a folder or adapter")
+    parser.add_argument("--evaluate", metavar="MODEL", help="evaluate this judge instead: a folder or adapter")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.evaluate is not None:
         return _evaluate(args)
 
-    from cutlm.judges.local import make_lessons
+    from cutlm.judges.local import make_training_records
     from cutlm.training.config import DataArguments, JudgeConfig, ModelArguments, read_settings
     from cutlm.training.run import train
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         print(settings.to_yaml(), end="")
         return 0
     options = ["--config", args.config, *args.rest] if args.config else args.rest
-    return train(settings, options, args.command, make_lessons)
+    return train(settings, options, args.command, make_training_records)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -56,14 +56,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser(prog="cutlm train-judge --evaluate MODEL", allow_abbrev=False)
     parser.add_argument("--data", required=True, metavar="FILE", help="held-out records")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in it")
+    parser.add_argument("--overwrite", action="store_true", help="replace its contents")
     add_local_arguments(parser)
     options = parser.parse_args(args.rest)
     if args.config is not None or args.dry_run:
-        raise ConfigError("--config, --dry_run: of use for training alone; leave these out, or --evaluate")
+        raise ConfigError("--config, --dry_run: not used with --evaluate; remove these, or --evaluate")
     folder = Path(options.out)
     if (folder / "evaluation.json").exists() and not options.overwrite:
-        raise UserError(f"{folder}: holds an evaluation; name another folder, or replace it with --overwrite")
+        raise UserError(f"{folder}: contains an evaluation; choose another folder, or replace it with --overwrite")
 
     from cutlm.judges.evaluation import evaluate_judge
 

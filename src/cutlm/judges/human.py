@@ -1,7 +1,7 @@
-"""The judge is a person: two lists to fill, one for a spreadsheet and one for a text editor, and reading one back.
+"""A person as a judge: write lists to be filled in a spreadsheet or a text editor, and read one back.
 
-Each row has a `number`, so that rows may be sorted. Texts that a spreadsheet would take for a formula get a ' before
-them, which a spreadsheet may keep or drop; records get the responses' own texts.
+Each row has a `number`, so that rows may be sorted. In the CSV list, texts that a spreadsheet would take for a formula
+get a leading apostrophe, which a spreadsheet may keep or drop; records get the original texts.
 """
 
 import csv
@@ -11,129 +11,111 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cutlm.data.files import open_atomic, read_bytes, read_rows, write_rows
-from cutlm.data.records import is_praise
+from cutlm.data.files import SourceRow, open_atomic, read_bytes, read_rows, write_rows
+from cutlm.data.records import PRAISE, JudgedRecord, is_praise, validate_row
 from cutlm.errors import DataError, UserError
-from cutlm.judges import PRAISE, Outcome, Response
-from cutlm.judges.responses import set_aside_empty
+from cutlm.judges.responses import Outcome, Response, set_aside_empty
 
 COLUMNS = ("number", "instruction", "input", "output", "judgment")
-_TEXTS = ("instruction", "input", "output")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-# The largest that the csv module takes everywhere; its own limit is shorter than some responses.
-_LARGEST_CELL = 2**31 - 1
+# The largest value that the csv module accepts on every platform; its default is smaller than some responses.
+_MAX_CELL = 2**31 - 1
 
 
 class _Filled(NamedTuple):
-    """A row that a person has filled, every cell as text; None where the row has no such cell."""
+    """A row filled in by a person, with every cell as text; None if the row has no such cell."""
 
     location: str
     cells: dict[str, str | None]
 
 
 def name_todo_files(out: str | Path) -> tuple[Path, Path]:
-    """Where the lists to fill stand: JSON Lines, and CSV."""
+    """Returns the paths of the lists to be filled: JSON Lines, and CSV."""
     return Path(f"{out}.todo.jsonl"), Path(f"{out}.todo.csv")
 
 
 def write_todo(responses: Sequence[Response], out: str | Path) -> int:
-    """Writes the two lists to fill.
+    """Writes the two lists to be filled.
 
     Returns:
         The number of responses in them; empty ones are left out.
 
     Raises:
-        UserError: Such a list is there already, and a person's work may be in it.
+        UserError: A list exists already, and may contain a person's work.
     """
     lines, table = name_todo_files(out)
-    there = [str(path) for path in (lines, table) if path.exists()]
-    if there:
+    existing = [str(path) for path in (lines, table) if path.exists()]
+    if existing:
         raise UserError(
-            f"{' and '.join(there)}: there already, and may be filled; give one by --labels FILE, or remove"
-            f" {'them' if len(there) > 1 else 'it'} to begin anew"
+            f"{' and '.join(existing)}: exists already and may be filled; pass one with --labels FILE, or remove it to"
+            " start over"
         )
     kept, _ = set_aside_empty(responses)
-    rows = [
-        {
-            "number": index + 1,
-            "instruction": responses[index].instruction,
-            "input": responses[index].input,
-            "output": responses[index].output,
-            "judgment": "",
-        }
-        for index in kept
-    ]
+    rows: list[dict[str, Any]] = [{"number": index + 1, **responses[index].fields, "judgment": ""} for index in kept]
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
-    writer.writerows([row["number"], *(guard_cell(str(row[name])) for name in _TEXTS), ""] for row in rows)
+    writer.writerows([guard_cell(str(row[name])) for name in COLUMNS] for row in rows)
     with open_atomic(table) as file:
-        file.write(text.getvalue().encode("utf-8-sig"))  # the mark by which spreadsheets know UTF-8
+        file.write(text.getvalue().encode("utf-8-sig"))  # spreadsheets recognize UTF-8 by its byte order mark
     return write_rows(lines, rows)
 
 
 def guard_cell(text: str) -> str:
-    """Keeps a spreadsheet from running a text as a formula."""
+    """Keeps a spreadsheet from evaluating a text as a formula."""
     return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
 
 
 def read_todo(responses: Sequence[Response], path: str | Path) -> Outcome:
-    """Reads a list back that a person has filled.
+    """Reads a list that a person has filled.
 
     Args:
-        responses: What the list was made from.
-        path: CSV where it ends in `.csv`, else JSON Lines or a JSON array.
+        responses: The responses that the list was made from.
+        path: CSV if it ends in `.csv`, otherwise JSON Lines or a JSON array.
 
     Raises:
-        DataError: Judgments or rows are missing, or texts are not those of the responses; all of it is named.
+        DataError: Judgments or rows are missing, or texts differ from those of the responses; all of them are named.
     """
     kept, outcome = set_aside_empty(responses)
-    numbers = {str(index + 1): index for index in kept}
+    indices = {str(index + 1): index for index in kept}
     problems: list[str] = []
     locations: dict[int, str] = {}
-    for filled in _read_csv(Path(path)) if Path(path).suffix.lower() == ".csv" else _read_json(path, problems):
-        number = (filled.cells.get("number") or "").strip()
-        index = numbers.get(number)
+    for location, cells in _read_csv(Path(path)) if Path(path).suffix.lower() == ".csv" else _read_json(path, problems):
+        number = (cells.get("number") or "").strip()
+        index = indices.get(number)
         if index is None:
             problems.append(
-                f"{filled.location}: field 'number': expected the number of a response, got {number!r}; restore it"
+                f"{location}: field 'number': expected the number of a response, got {number!r}; restore it"
             )
-        elif index in locations:
-            problems.append(f"{filled.location}: number {number} again, after {locations[index]}; keep one of the two")
-        else:
-            locations[index] = filled.location
-            problems += _compare(filled, responses[index])
-            # As it was written: a ' at its start may well open a quotation.
-            judgment = (filled.cells.get("judgment") or "").strip()
-            if not judgment:
-                problems.append(
-                    f"{filled.location}: field 'judgment': expected a judgment, or \"{PRAISE}\", got nothing"
-                )
-            elif "\0" in judgment:
-                problems.append(f"{filled.location}: field 'judgment': expected text without null bytes; write it anew")
-            outcome.judgments[index] = None if is_praise(judgment) else judgment
+            continue
+        if index in locations:
+            problems.append(f"{location}: number {number} again, after {locations[index]}; keep one of the two")
+            continue
+        locations[index] = location
+        response = responses[index]
+        problems += [
+            f"{location}: field {name!r} differs from {response.location}; restore the original text"
+            for name, text in response.fields.items()
+            if not _is_same(cells.get(name) or "", text)
+        ]
+        # An apostrophe at the start of a judgment stays: it may open a quotation.
+        judgment = (cells.get("judgment") or "").strip()
+        if not judgment:
+            problems.append(f"{location}: field 'judgment': expected a judgment, or \"{PRAISE}\", got nothing")
+        validate_row(SourceRow(location, response.fields | {"judgment": judgment or None}), JudgedRecord, problems)
+        outcome.judgments[index] = None if is_praise(judgment) else judgment
     problems += [
-        f"{path}: number {index + 1} is missing ({responses[index].location}); put its row back"
+        f"{path}: number {index + 1} is missing ({responses[index].location}); restore its row"
         for index in kept
         if index not in locations
     ]
     if problems:
-        raise DataError(problems, hint=f"{len(problems)} problems in {path}; mend them, nothing was written")
+        raise DataError(problems, hint=f"{len(problems)} problems in {path}; fix them and try again")
     return outcome
 
 
-def _compare(filled: _Filled, response: Response) -> list[str]:
-    """A sentence for each text that is not the response's."""
-    expected = {"instruction": response.instruction, "input": response.input, "output": response.output}
-    return [
-        f"{filled.location}: field {name!r} differs from {response.location}; restore the original text"
-        for name, text in expected.items()
-        if not _is_same(filled.cells.get(name) or "", text)
-    ]
-
-
 def _is_same(cell: str, text: str) -> bool:
-    # Spreadsheets write line ends in their own way.
+    """Whether a cell holds a text, with or without the guard and whatever its line breaks."""
     return any(_join_lines(cell) == _join_lines(form) for form in (text, guard_cell(text)))
 
 
@@ -141,45 +123,45 @@ def _join_lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _read_csv(path: Path) -> Iterator[_Filled]:
+def _read_csv(path: Path) -> list[_Filled]:
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{path}: expected UTF-8 text, got other bytes; save it as CSV in UTF-8") from None
-    # Where a comma is the decimal mark, spreadsheets separate cells by something else.
+    # Spreadsheets use another delimiter in countries with a decimal comma.
     header = text.partition("\n")[0]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
-    limit = csv.field_size_limit(_LARGEST_CELL)
+    limit = csv.field_size_limit(_MAX_CELL)  # there is only a global one
     try:
         names = [name.strip() for name in next(reader, [])]
-        missing = [name for name in COLUMNS if name not in names]
-        if missing:
-            raise DataError(
-                f"{path}:1: expected the columns {', '.join(COLUMNS)}, got none named {', '.join(missing)}; put them"
-                " back"
-            )
+        rows = []
         start = reader.line_num + 1
         for row in reader:
             if any(row):
-                yield _Filled(f"{path}:{start}", dict(zip(names, row, strict=False)))
+                rows.append(_Filled(f"{path}:{start}", dict(zip(names, row, strict=False))))
             start = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: no CSV ({error}); save it as CSV again") from None
+        raise DataError(f"{path}:{reader.line_num}: not CSV ({error}); save it as CSV again") from None
     finally:
         csv.field_size_limit(limit)
+    missing = [name for name in COLUMNS if name not in names]
+    if missing:
+        raise DataError(
+            f"{path}:1: expected the columns {', '.join(COLUMNS)}, got none named {', '.join(missing)}; restore them"
+        )
+    return rows
 
 
 def _read_json(path: str | Path, problems: list[str]) -> Iterator[_Filled]:
-    rows, broken = read_rows(path)
-    problems += broken
+    rows, invalid = read_rows(path)
+    problems += invalid
     for row in rows:
         if not isinstance(row.value, dict):
             problems.append(f"{row.location}: expected an object with the fields {', '.join(COLUMNS)}")
             continue
-        yield _Filled(row.location, {name: _as_text(row.value.get(name)) for name in COLUMNS})
-
-
-def _as_text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return json.dumps(value)
+        values = {name: row.value.get(name) for name in COLUMNS}
+        texts = {
+            name: value if value is None or isinstance(value, str) else json.dumps(value)
+            for name, value in values.items()
+        }
+        yield _Filled(row.location, texts)

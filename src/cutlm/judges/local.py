@@ -1,9 +1,4 @@
-"""The judge at hand: a model that `cutlm train-judge` trained on judged records, and what it learns from.
-
-Responses are judged greedily, batch by batch, and written down as they come; a run that is stopped goes on with the
-batches it has not finished. The question and how its answer is read are left to `cutlm.judges.prompt`, training to
-`cutlm.cli.train`, generation to `cutlm.generation.local`.
-"""
+"""A local model as a judge: one that `cutlm train-judge` trained, and the records that it is trained on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +7,6 @@ from cutlm.data.journal import Journal
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import DataError, UserError
 from cutlm.generation.local import Sampling, describe_run, find_room, generate_with_journal
-from cutlm.judges import Failure, Outcome, Response
 from cutlm.judges.prompt import (
     TRAINED_PROMPT,
     BadAnswer,
@@ -21,25 +15,23 @@ from cutlm.judges.prompt import (
     write_answer,
     write_question,
 )
-from cutlm.judges.responses import set_aside_empty
+from cutlm.judges.responses import Failure, Outcome, Response, set_aside_empty
 from cutlm.model.loading import fingerprint_model, load_trained, unwrap_peft
 from cutlm.prompting.encoding import Encoder, choose_template
 
 _MAX_NEW_TOKENS = 1024
 
 
-def make_lessons(records: Sequence[Any]) -> list[JudgedRecord]:
+def make_training_records(records: Sequence[Any]) -> list[JudgedRecord]:
     """Turns judged records into what a judge learns from: the question as instruction, its answer as output.
 
-    Judgment and score stay, so that satisfactory records can be counted and downsampled.
+    Judgment and score are kept, so that satisfactory records can be counted and downsampled.
 
     Raises:
         DataError: They are token scores.
     """
     if not all(isinstance(record, JudgedRecord) for record in records):
-        raise DataError(
-            "data: expected plain records to train a judge on, got token scores; give those they are made of"
-        )
+        raise DataError("data: expected plain records to train a judge on, got token scores; pass their records")
     return [
         JudgedRecord(
             instruction=write_question(record),
@@ -61,22 +53,22 @@ def judge_locally(
     dtype: str = "auto",
     device: str | None = None,
 ) -> tuple[Outcome, Journal]:
-    """Judges responses by a trained model.
+    """Judges responses with a trained model, by greedy decoding.
 
     Args:
-        responses: What is to be judged.
-        path: The model's folder, an adapter or whole.
-        out: The file that the outcome will be written to; finished batches go to `OUT.partial` at once.
-        max_new_tokens: Of an answer; None: 1024, or a quarter of the model's context where that is less.
-        batch_size: Responses at a time.
-        dtype: Of the weights.
-        device: None takes a GPU where there is one.
+        responses: The responses.
+        path: The model's folder: an adapter or a whole model.
+        out: The output file; finished batches are kept in `OUT.partial`, from which a stopped run resumes.
+        max_new_tokens: The maximum length of an answer; None: 1024, but at most a quarter of the model's context.
+        batch_size: The number of responses per batch.
+        dtype: The data type of the weights.
+        device: None uses a GPU if there is one.
 
     Returns:
-        A judgment for each response, or why there is none; and the journal, to be removed once that is written.
+        A judgment or a failure for each response, and the journal, to be removed once the outcome is written.
 
     Raises:
-        UserError: The model cannot be loaded, or a partial file of another run is in the way.
+        UserError: The model cannot be loaded, or there is a partial file of a different run.
     """
     model, tokenizer = load_trained(path, dtype=dtype, device=device)
     if not tokenizer.chat_template:
@@ -94,7 +86,7 @@ def judge_locally(
     room = find_room(model, max_new_tokens)
     for index, ids in encoded.items():
         if room is not None and len(ids) > room:
-            reason = f"the question has {len(ids)} tokens; the model's context leaves {room} beside an answer"
+            reason = f"the question has {len(ids)} tokens; the model's context leaves {room} next to an answer"
             outcome.failures[index] = Failure("long question", reason)
     asked = [index for index in kept if index not in outcome.failures]
     header = describe_run(
@@ -103,11 +95,11 @@ def judge_locally(
     journal = Journal(out, header)
     counts = generate_with_journal(model, tokenizer, encoder, [encoded[index] for index in asked], sampling, journal)
     if counts.num_resumed:
-        outcome.notes.append(f"{counts.num_resumed} answers were there from a run that was stopped")
-    for place, index in enumerate(asked):
-        answer = counts.responses[place]
-        if place in counts.unfinished:
-            reason = f"the answer was cut off at {max_new_tokens} tokens; give more --max_new_tokens"
+        outcome.notes.append(f"{counts.num_resumed} answers are from a run that was stopped")
+    for number, index in enumerate(asked):
+        answer = counts.responses[number]
+        if number in counts.unfinished:
+            reason = f"the answer was truncated at {max_new_tokens} tokens; set a larger --max_new_tokens"
             outcome.failures[index] = Failure("cut off", reason, answer)
             continue
         try:

@@ -1,46 +1,104 @@
-"""Responses in, judged records out: what all judges share of files.
+"""Responses in, judged records out: the data types and files that all judges share.
 
-Responses come in AlpacaEval's format, as `cutlm generate` writes it. Which judgment a response gets is left to the
-judges; a response without one is no record, is not written among them, and is listed with the reason instead.
+Responses are in AlpacaEval's format, as `cutlm generate` writes it. A response without a judgment is not written among
+the records; it is listed with the reason in `OUT.failures.jsonl`.
 """
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cutlm.data.files import SourceRow, read_rows, sync_directory, write_rows
 from cutlm.data.records import check_rows
 from cutlm.errors import DataError
-from cutlm.judges import Failure, Outcome, Response
 
-# What is said about a response already: it would count beside the new judgment, or against it.
-_SAID_BEFORE = ("judgment", "score", "wrong_spans")
-_FIRST_FIELDS = ("instruction", "input", "output", "judgment")
+# Fields of an earlier judgment, which would contradict the new one.
+_JUDGMENT_FIELDS = ("judgment", "score", "wrong_spans")
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response to be judged.
+
+    Attributes:
+        location: Where it is from: `responses.jsonl:17`.
+        instruction: What was asked.
+        input: Further material for the instruction.
+        output: The response.
+        row: All fields of the original row.
+    """
+
+    location: str
+    instruction: str
+    input: str
+    output: str
+    row: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def full_instruction(self) -> str:
+        """The instruction and, if there is an input, a newline and the input."""
+        return f"{self.instruction}\n{self.input}" if self.input else self.instruction
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The fields that are judged, as they are written to files."""
+        return {"instruction": self.instruction, "input": self.input, "output": self.output}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a response has no judgment.
+
+    Attributes:
+        kind: One or two words, by which failures are counted.
+        reason: A sentence.
+        answer: The judge's answer, if there was one.
+    """
+
+    kind: str
+    reason: str
+    answer: str = ""
+
+
+@dataclass
+class Outcome:
+    """The judgments of responses, by the index of the response.
+
+    Attributes:
+        judgments: What is wrong; None if nothing is.
+        failures: Why there is no judgment.
+        notes: Sentences for the user.
+    """
+
+    judgments: dict[int, str | None] = field(default_factory=dict)
+    failures: dict[int, Failure] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
 EMPTY_RESPONSE = Failure("empty response", "there is no response to judge")
 
 
 def read_responses(path: str | Path) -> list[Response]:
     """Reads responses: a JSON array or JSON Lines with `instruction`, optional `input`, and `output`.
 
-    An empty `output`, which models do give, is no error: see `set_aside_empty`.
+    An empty `output` is accepted, because models do produce it; see `set_aside_empty`.
 
     Raises:
-        DataError: The file cannot be read, or rows cannot be used; all of them are named.
+        DataError: The file cannot be read, or rows are not valid; all of them are named.
     """
     rows, problems = read_rows(path)
-    checked = [row if not _is_empty(row) else SourceRow(row.location, row.value | {"output": "-"}) for row in rows]
-    problems += check_rows(checked).problems
+    problems += check_rows(SourceRow(row.location, _fill_empty(row.value)) for row in rows).problems
     for row in rows:
-        said = [name for name in _SAID_BEFORE if isinstance(row.value, dict) and row.value.get(name) is not None]
-        if said:
-            names = ", ".join(map(repr, said))
+        names = [name for name in _JUDGMENT_FIELDS if isinstance(row.value, dict) and row.value.get(name) is not None]
+        if names:
             problems.append(
-                f"{row.location}: field {names}: expected a response that is not judged yet, got one that is; remove"
-                " what was said about it"
+                f"{row.location}: field {', '.join(map(repr, names))}: expected a response that is not judged yet;"
+                " remove the field"
             )
     if problems:
-        raise DataError(problems, hint=f"{len(problems)} problems in {path}; mend them, nothing was skipped")
+        raise DataError(problems, hint=f"{len(problems)} problems in {path}; fix them and try again")
     if not rows:
         raise DataError(f"{path}: no responses; expected a JSON array or JSON Lines with at least one")
     return [
@@ -49,15 +107,14 @@ def read_responses(path: str | Path) -> list[Response]:
     ]
 
 
-def _is_empty(row: SourceRow) -> bool:
-    output = row.value.get("output") if isinstance(row.value, dict) else None
-    return isinstance(output, str) and not output.strip()
+def _fill_empty(value: Any) -> Any:
+    output = value.get("output") if isinstance(value, dict) else None
+    return value | {"output": "-"} if isinstance(output, str) and not output.strip() else value
 
 
 def set_aside_empty(responses: Sequence[Response]) -> tuple[list[int], Outcome]:
-    """The indices of responses that hold text, and an outcome in which the others have failed."""
-    outcome = Outcome()
-    kept = []
+    """Returns the indices of the responses that are not empty, and an outcome in which the others have failed."""
+    kept, outcome = [], Outcome()
     for index, response in enumerate(responses):
         if response.output.strip():
             kept.append(index)
@@ -67,36 +124,39 @@ def set_aside_empty(responses: Sequence[Response]) -> tuple[list[int], Outcome]:
 
 
 def name_failures_file(out: str | Path) -> Path:
-    """Where the failures of a run are listed."""
+    """Returns the path of the list of failures of a run."""
     return Path(f"{out}.failures.jsonl")
 
 
 def write_outcome(responses: Sequence[Response], outcome: Outcome, out: str | Path) -> None:
-    """Writes the records, in the order of the responses, and a list of failures where there are any.
+    """Writes the records, in the order of the responses, and a list of failures if there are any.
 
-    Killed on the way, it leaves files whose rows are fewer than the responses, or the whole earlier pair: a list of
-    failures never stands beside records of another run.
+    If it is killed, the files have fewer rows than there are responses, or are both from the earlier run: a list of
+    failures never accompanies records of another run.
 
     Args:
-        responses: What was to be judged.
-        outcome: A judgment or a failure for each; gets a note where records of an earlier run are removed.
-        out: The file of records. Where not one judgment was had, there is none: no trainer takes an empty one.
+        responses: The responses.
+        outcome: A judgment or a failure for each; gets a note if records of an earlier run are removed.
+        out: The file of records. If every judgment fails, it is not written: no trainer accepts an empty one.
     """
     assert len(outcome.judgments) + len(outcome.failures) == len(responses)
     failures_file = name_failures_file(out)
-    judged, failed = sorted(outcome.judgments), sorted(outcome.failures)
-    # First of all: an earlier list does not hold any more, and its number of rows may make up for what is missing.
+    # First, because the rows of an earlier list could make up for missing records.
     _remove(failures_file)
-    if judged:
-        write_rows(out, [_make_record_row(responses[index], outcome.judgments[index]) for index in judged])
+    if outcome.judgments:
+        write_rows(
+            out, [_make_record(responses[index], outcome.judgments[index]) for index in sorted(outcome.judgments)]
+        )
     elif _remove(Path(out)):
-        outcome.notes.append(f"{out} of an earlier run is removed")
-    if failed:
-        write_rows(failures_file, [_make_failure_row(responses[index], outcome.failures[index]) for index in failed])
+        outcome.notes.append(f"removed {out} of an earlier run")
+    if outcome.failures:
+        write_rows(
+            failures_file, [_make_row(responses[index], outcome.failures[index]) for index in sorted(outcome.failures)]
+        )
 
 
 def _remove(path: Path) -> bool:
-    """Removes a file, on the disk too; says whether it was there."""
+    """Removes a file durably; returns whether it existed."""
     if not path.exists():
         return False
     path.unlink()
@@ -104,30 +164,18 @@ def _remove(path: Path) -> bool:
     return True
 
 
-def _make_record_row(response: Response, judgment: str | None) -> dict[str, Any]:
-    own = {
-        "instruction": response.instruction,
-        "input": response.input,
-        "output": response.output,
-        "judgment": judgment,
-    }
-    return own | {name: value for name, value in response.row.items() if name not in _FIRST_FIELDS}
+def _make_record(response: Response, judgment: str | None) -> dict[str, Any]:
+    own = response.fields | {"judgment": judgment}
+    return own | {name: value for name, value in response.row.items() if name not in own}
 
 
-def _make_failure_row(response: Response, failure: Failure) -> dict[str, Any]:
-    return {
-        "location": response.location,
-        "kind": failure.kind,
-        "reason": failure.reason,
-        "instruction": response.instruction,
-        "input": response.input,
-        "output": response.output,
-        "answer": failure.answer,
-    }
+def _make_row(response: Response, failure: Failure) -> dict[str, Any]:
+    start = {"location": response.location, "kind": failure.kind, "reason": failure.reason}
+    return start | response.fields | {"answer": failure.answer}
 
 
 def describe_outcome(outcome: Outcome, out: str | Path) -> str:
-    """Counts of judgments and of failures by kind, fit to be printed."""
+    """Returns the notes and the counts of judgments and of failures by kind, one per line."""
     num_judged = len(outcome.judgments)
     num_satisfactory = sum(judgment is None for judgment in outcome.judgments.values())
     lines = list(outcome.notes)
@@ -137,12 +185,11 @@ def describe_outcome(outcome: Outcome, out: str | Path) -> str:
             f" {num_judged - num_satisfactory} unsatisfactory"
         )
     else:
-        lines.append(f"no judgment was had; {out} is not written")
+        lines.append(f"every judgment failed; {out} was not written")
     if outcome.failures:
         kinds = Counter(failure.kind for failure in outcome.failures.values()).most_common()
-        named = ", ".join(f"{count} {kind}" for kind, count in kinds)
         lines.append(
-            f"{len(outcome.failures)} responses have no judgment ({named}) and are not among the records; they are"
-            f" listed in {name_failures_file(out)}"
+            f"{len(outcome.failures)} responses have no judgment ({', '.join(f'{num} {kind}' for kind, num in kinds)});"
+            f" they are listed in {name_failures_file(out)}, not among the records"
         )
     return "\n".join(lines)

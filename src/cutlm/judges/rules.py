@@ -1,8 +1,8 @@
-"""The judge by rules: a Python function of instruction and response that says what is wrong, or None.
+"""Rules as a judge: a Python function of instruction and response that returns what is wrong, or None.
 
     def judge(instruction: str, response: str) -> str | None: ...
 
-Finding the function and calling it is all there is here; `cutlm.world.judge:judge` is an example of one.
+`cutlm.world.judge:judge` is an example.
 """
 
 import importlib
@@ -13,39 +13,39 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cutlm.data.records import describe_value, is_praise
+from cutlm.data.files import SourceRow
+from cutlm.data.records import JudgedRecord, is_praise, validate_row
 from cutlm.errors import DataError, UserError
-from cutlm.judges import Outcome, Response
-from cutlm.judges.responses import set_aside_empty
+from cutlm.judges.responses import Outcome, Response, set_aside_empty
 
 Rules = Callable[[str, str], str | None]
 
 
 def load_rules(name: str) -> Rules:
-    """Imports a function.
+    """Imports a rules function.
 
     Args:
         name: `package.module:function`, on Python's path or in the current directory.
 
     Raises:
-        UserError: There is none of this name, or its module cannot be imported.
+        UserError: There is no such function, or its module cannot be imported.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise UserError(f"--rules: expected package.module:function, got {name!r}")
-    # As `python -m` does, and the installed command does not.
+    # `python -m cutlm` has the current directory on its path; the installed command does not.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a script's last line may well be sys.exit
-        # Not what the module itself fails to import.
+    except (Exception, SystemExit) as error:  # the user's code, which may raise anything; a script may end in sys.exit
+        # Unless the missing module is one that the rules import.
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise UserError(
                 f"--rules {name}: no module {error.name!r} on Python's path or in {os.getcwd()}; check the name, or set"
                 " PYTHONPATH"
             ) from None
-        raise UserError(f"--rules {name}: its module cannot be imported ({_describe(error)}); mend it") from None
+        raise UserError(f"--rules {name}: its module cannot be imported ({_describe(error)}); fix it") from None
     function: Any = module
     for part in function_name.split("."):
         function = getattr(function, part, None)
@@ -55,55 +55,36 @@ def load_rules(name: str) -> Rules:
     return function
 
 
-def judge_by_rules(responses: Sequence[Response], rules: Rules, *, show_progress: bool = True) -> Outcome:
-    """Judges responses by a function.
+def judge_by_rules(responses: Sequence[Response], rules: Rules) -> Outcome:
+    """Judges responses by a rules function.
 
     Args:
-        responses: What is to be judged.
-        rules: Gets the instruction (and after a newline, its input) and the response; returns what is wrong, or None.
-        show_progress: Whether to show a progress bar.
+        responses: The responses.
+        rules: Called with the instruction (including the input) and the response; returns what is wrong, or None.
 
     Raises:
-        DataError: The function raised, or returned something else, for some responses; all of them are named.
+        DataError: The function raised, or did not return text or None; all such responses are named.
     """
     kept, outcome = set_aside_empty(responses)
-    problems = []
-    for index in tqdm(kept, desc="judging", unit="response", disable=not show_progress):
+    problems: list[str] = []
+    for index in tqdm(kept, desc="judging", unit="response"):
         response = responses[index]
         try:
             judgment = rules(response.full_instruction, response.output)
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # the user's code, which may raise anything
             problems.append(f"{response.location}: the rules raised {_describe(error)}; fix them or remove the row")
             continue
-        problem = _describe_wrong_return(judgment)
-        if problem is not None:
-            problems.append(
-                f"{response.location}: expected the rules to return what is wrong, or None, got {problem}; mend them"
-            )
-            continue
-        outcome.judgments[index] = None if judgment is None or is_praise(judgment) else judgment.strip()
+        row = SourceRow(
+            f"{response.location}: returned by the rules", {"instruction": "-", "output": "-", "judgment": judgment}
+        )
+        if validate_row(row, JudgedRecord, problems):
+            outcome.judgments[index] = None if judgment is None or is_praise(judgment) else judgment.strip()
     if problems:
-        raise DataError(problems, hint=f"{len(problems)} of {len(kept)} responses could not be judged; nothing written")
+        raise DataError(problems, hint=f"{len(problems)} of {len(kept)} responses could not be judged")
     return outcome
 
 
-def _describe_wrong_return(judgment: Any) -> str | None:
-    if judgment is None:
-        return None
-    if not isinstance(judgment, str):
-        return describe_value(judgment)
-    if not judgment.strip():
-        return "an empty string"
-    if "\0" in judgment:
-        return "a string with a null byte"
-    try:
-        judgment.encode()
-    except UnicodeEncodeError:
-        return "a string with half of a surrogate pair"
-    return None
-
-
 def _describe(error: BaseException) -> str:
-    """An exception's type and text, in one line."""
+    """Returns an exception's type and text in one line."""
     text = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
