@@ -121,9 +121,9 @@ def test_settings_of_other_objectives_are_refused(
     assert main(["train-judge", "--config", str(tmp_path / "config.yaml"), *options]) == 2
     message = capsys.readouterr().err
     for part in (
-        "key 'objective' is no setting of cutlm train-judge; leave it out",
-        "key 'detector' is no setting of cutlm train-judge; leave it out",
-        "option --threshold is no setting of cutlm train-judge; leave it out",
+        "key 'objective' is not a setting of cutlm train-judge",
+        "key 'detector' is not a setting of cutlm train-judge",
+        "option --threshold is not a setting of cutlm train-judge",
         "key 'learning_rat' is unknown; did you mean 'learning_rate'?",
         "key 'xyzzy' is unknown; see cutlm train-judge --help",
     ):
@@ -185,7 +185,7 @@ def test_a_stopped_and_a_killed_run_resume_bit_for_bit(
     assert any(value.abs().sum() > 0 for name, value in expected.items() if "lora_B" in name), "the adapter was trained"
     for name, options in (("stopped", stopped), ("killed", killed)):
         assert main(["train-judge", *options, "--resume_from_checkpoint", "last"]) == 0
-        assert "going on from" in capsys.readouterr().out
+        assert "resuming from" in capsys.readouterr().out
         got = load_file(tmp_path / name / "adapter_model.safetensors")
         assert all(expected[key].equal(got[key]) for key in expected), f"{name}: differs from the uninterrupted run"
 
