@@ -38,6 +38,7 @@ format: setup ## check the formatting
 
 lint: setup ## check for lint
 	$(BIN)/ruff check
+	$(BIN)/lint-imports
 
 types: setup ## check the types
 	$(BIN)/mypy
