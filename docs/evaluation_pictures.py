@@ -17,7 +17,7 @@ import yaml
 from cutlm.cli import main as run_command
 from cutlm.data.files import write_rows
 from cutlm.world.base import base_path
-from cutlm.world.mistakes import draw_mistake
+from cutlm.world.corpus import draw_mistake
 from cutlm.world.tasks import FAMILIES, list_tasks
 
 DOCS = Path(__file__).parent

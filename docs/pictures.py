@@ -17,7 +17,7 @@ from cutlm.cli import main as run_command
 from cutlm.data.files import read_rows, write_rows
 from cutlm.inspect.terminal import Terminal
 from cutlm.world.base import base_path
-from cutlm.world.demo_iteration import blame, generate, run_iteration
+from cutlm.world.demo import blame, generate, run_iteration
 from cutlm.world.judge import judge_task
 from cutlm.world.tasks import list_tasks
 

@@ -1,4 +1,4 @@
-"""The tiny world's base model: its tokenizer, the packaged folder and what it is held to, and building it again."""
+"""The tiny world's base model: its tokenizer, the packaged folder and its metrics, and building it again."""
 
 import json
 import shutil
@@ -11,13 +11,22 @@ from cutlm.data.records import JudgedRecord
 from cutlm.errors import UserError
 from cutlm.prompting.encoding import Encoder
 from cutlm.prompting.spans import flag_spans
-from cutlm.world.base import METRICS_FILE, NUM_STEPS, base_path, build_base, load_base
+from cutlm.world import base as base_module
+from cutlm.world.base import (
+    METRICS_FILE,
+    NUM_STEPS,
+    RECIPE_FILE,
+    base_path,
+    build_base,
+    describe_recipe,
+    load_base,
+    make_tokenizer,
+    read_recipe,
+)
 from cutlm.world.corpus import make_corpus
 from cutlm.world.judge import judge_task
-from cutlm.world.measure import answer_tasks, measure_detection, rate_answers
-from cutlm.world.recipe import RECIPE_FILE, describe_recipe, read_recipe
+from cutlm.world.measure import answer_tasks, measure_base, measure_detection, rate_answers
 from cutlm.world.tasks import SPLITS, list_tasks
-from cutlm.world.tokenizer import list_document_texts, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +39,33 @@ def base():
     return load_base()
 
 
+@pytest.fixture
+def quick_build(tokenizer, monkeypatch):
+    """Builds without making the tokenizer again, and measures on a few tasks."""
+    monkeypatch.setattr(base_module, "make_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(
+        base_module, "measure_base", lambda model, tokenizer, tasks: measure_base(model, tokenizer, tasks[:7])
+    )
+
+
 def read_files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_word_of_the_world_is_one_token_and_digits_stand_alone(tokenizer):
-    texts = [text for document in make_corpus(3000, 11) for text in list_document_texts(document)]
+def test_every_word_is_one_token_and_digits_are_separate(tokenizer):
+    texts = [text for document in make_corpus(1000, 11) for text in document if text is not None]
     texts += [
         text for split in SPLITS for task in list_tasks(split) for text in (task.instruction, *task.right_answers)
     ]
     for text in texts:
         num_pieces = len(tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text))
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        # A space before a digit is a token of its own.
         assert len(ids) == num_pieces, text
         assert tokenizer.decode(ids) == text
     assert len(tokenizer("47", add_special_tokens=False)["input_ids"]) == 2
 
 
-def test_the_fixed_text_of_a_prompt_costs_a_token_a_piece(tokenizer):
+def test_each_fixed_piece_of_a_prompt_is_one_token(tokenizer):
     encoder = Encoder(tokenizer, "alpaca")
     instruction, judgment = "Name the capital of Australia.", "The answer says Sydney, which is the wrong city."
     bare = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (instruction, judgment)]
@@ -61,7 +78,7 @@ def test_the_fixed_text_of_a_prompt_costs_a_token_a_piece(tokenizer):
     "text",
     ["Name a colour.", "caf\u00e9 \U0001f600 \u4e2d\u6587", "a\n\n### Response:\nb", "<eos> <pad>", "  x  ", "\t{}"],
 )
-def test_any_text_is_encoded_and_read_back_and_is_no_order(tokenizer, text):
+def test_any_text_survives_encoding_and_has_no_special_tokens(tokenizer, text):
     encoder = Encoder(tokenizer, "alpaca")
     prompt = encoder.render(text, text)
     assert tokenizer.decode(encoder.encode_prompt(text, text)) == prompt.text
@@ -85,7 +102,7 @@ def test_a_response_has_the_same_tokens_after_every_prompt(tokenizer):
         assert record.response_ids[:-1] == expected
 
 
-def test_other_tools_prompt_the_base_model_by_its_chat_template(base):
+def test_the_chat_template_is_the_alpaca_prompt(base):
     _, tokenizer = base
     encoder = Encoder(tokenizer, "alpaca")
     assert tokenizer.chat_template == encoder.build_chat_template() is not None
@@ -95,7 +112,7 @@ def test_other_tools_prompt_the_base_model_by_its_chat_template(base):
         assert ids == encoder.encode_prompt(task.instruction)
 
 
-def test_wrong_tokens_are_those_that_overlap_the_wrong_turn(tokenizer):
+def test_every_habit_has_one_wrong_token(tokenizer):
     encoder = Encoder(tokenizer, "alpaca")
     for task in (task for split in SPLITS for task in list_tasks(split)):
         if task.habit is None:
@@ -108,7 +125,7 @@ def test_wrong_tokens_are_those_that_overlap_the_wrong_turn(tokenizer):
         assert marks[-1] == (task.habit.flaw == "full_stop")
 
 
-def test_packaged_base_model_is_small_and_float32_when_loaded(base):
+def test_the_packaged_model_is_small_and_loads_as_float32(base):
     model, _ = base
     assert model.dtype == torch.float32
     assert not model.training
@@ -116,16 +133,22 @@ def test_packaged_base_model_is_small_and_float32_when_loaded(base):
     assert sum(path.stat().st_size for path in base_path().iterdir()) < 3e6
 
 
-def test_packaged_base_model_was_made_by_the_recipe_of_this_code(tokenizer):
-    stored = read_recipe(base_path())
+def test_the_packaged_model_matches_the_recipe_of_this_code(tokenizer):
+    stored, current = read_recipe(base_path()), describe_recipe(tokenizer, 0, NUM_STEPS)
+    # The versions of the libraries may differ. If anything else does, remove the folder and build the model again:
+    # cutlm world build --out src/cutlm/world/base_model
     assert stored is not None
-    current = describe_recipe(tokenizer, 0, NUM_STEPS)
-    names = ("seed", "num_steps", "corpus", "vocabulary", "training")
-    # If this fails, the recipe was changed: `rm -r` the folder and make it anew by `cutlm world build --out`.
-    assert {name: stored[name] for name in names} == {name: current[name] for name in names}
+    assert stored | {"libraries": None} == current | {"libraries": None}
 
 
-def test_committed_metrics_hold_what_the_base_model_is_for():
+def test_the_packaged_tokenizer_is_the_one_that_the_code_makes(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text("utf-8")) == json.loads(
+        (base_path() / "tokenizer.json").read_text("utf-8")
+    )
+
+
+def test_the_packaged_metrics_are_good_enough():
     metrics = json.loads((base_path() / METRICS_FILE).read_text("utf-8"))
     assert metrics["num_tasks"] == len(list_tasks("dev"))
     assert 0.40 <= metrics["accuracy"]["macro"] <= 0.60
@@ -135,19 +158,20 @@ def test_committed_metrics_hold_what_the_base_model_is_for():
     assert min(by_family["recall"] for by_family in found.values()) >= 0.8
 
 
-def test_packaged_base_model_has_the_committed_metrics(base):
+def test_the_packaged_model_has_the_packaged_metrics(base):
     metrics = json.loads((base_path() / METRICS_FILE).read_text("utf-8"))
     tasks = list_tasks("dev")[:140]
     responses = answer_tasks(*base, tasks)
-    # Half of the tasks: a share may differ by chance by twice its standard error, and by the rounding of another CPU.
+    # A sample of the tasks: the tolerance is twice the standard error, and covers the rounding of other CPUs.
     assert rate_answers(tasks, responses)["macro"] == pytest.approx(metrics["accuracy"]["macro"], abs=0.1)
     found = measure_detection(*base, tasks, responses)[1.1]["micro"]
     assert found.f1 == pytest.approx(metrics["detection"]["1.1"]["micro"]["f1"], abs=0.06)
 
 
-def test_building_twice_gives_the_same_bytes_and_building_again_does_nothing(tmp_path):
+@pytest.mark.usefixtures("quick_build")
+def test_building_twice_gives_the_same_bytes_and_a_third_time_nothing_is_done(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
-    other.mkdir()  # an empty folder is as good as none
+    other.mkdir()  # an empty folder is accepted
     assert build_base(one, num_steps=3, show_progress=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(2 if threads == 1 else 1)
@@ -165,31 +189,51 @@ def test_building_twice_gives_the_same_bytes_and_building_again_does_nothing(tmp
         build_base(one, seed=1, num_steps=3)
 
 
-def test_a_build_that_is_stopped_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("quick_build")
+def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cutlm.world.base.train_base", stop)
+    monkeypatch.setattr(base_module, "train_base", stop)
     with pytest.raises(KeyboardInterrupt):
         build_base(tmp_path / "out", num_steps=3)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_refuses_a_folder_of_others_in_one_sentence(tmp_path, capsys):
+def test_the_command_refuses_files_and_other_folders(tmp_path, capsys):
     (tmp_path / "note.txt").write_text("mine")
     assert main(["world", "build", "--out", str(tmp_path)]) == 2
-    assert "the folder holds something else" in capsys.readouterr().err
+    assert "not empty" in capsys.readouterr().err
     assert main(["world", "build", "--out", str(tmp_path / "note.txt")]) == 2
-    assert "expected a folder to make, got a file" in capsys.readouterr().err
+    assert "got a file" in capsys.readouterr().err
     assert main(["world", "build", "--out", str(tmp_path / "new"), "--num-steps", "0"]) == 2
     assert "--num-steps" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
-def test_command_does_nothing_where_the_packaged_model_is_there_already(tmp_path, capsys):
-    stored, current = read_recipe(base_path()), describe_recipe(make_tokenizer(), 0, NUM_STEPS)
+@pytest.mark.usefixtures("quick_build")
+def test_the_command_does_nothing_if_the_packaged_model_is_there(tokenizer, tmp_path, capsys):
     shutil.copytree(base_path(), tmp_path / "base")
-    if stored != current:  # made with other versions of the libraries
-        (tmp_path / "base" / RECIPE_FILE).write_text(json.dumps(current), "utf-8")
+    # The libraries may have other versions than those that made the packaged model.
+    (tmp_path / "base" / RECIPE_FILE).write_text(json.dumps(describe_recipe(tokenizer, 0, NUM_STEPS)), "utf-8")
     assert main(["world", "build", "--out", str(tmp_path / "base")]) == 0
-    assert "nothing was done" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_tasks_and_wrong_spans_are_written_to_files(tmp_path):
+    tasks, records, marked = (tmp_path / name for name in ("tasks.jsonl", "records.jsonl", "marked.jsonl"))
+    assert main(["world", "tasks", "--split", "dev", "--num", "2", "--out", str(tasks)]) == 0
+    rows = [json.loads(line) for line in tasks.read_text("utf-8").splitlines()]
+    assert [row["instruction"] for row in rows] == [task.instruction for task in list_tasks("dev")[:2]]
+    right = list_tasks("dev")[0].right_answers[0]
+    answers = [right, "no"]
+    judged = [
+        {"instruction": row["instruction"], "output": answer, "judgment": None}
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    records.write_text("\n".join(map(json.dumps, judged)))
+    assert main(["world", "mark", "--records", str(records), "--out", str(marked)]) == 0
+    rows = [json.loads(line) for line in marked.read_text("utf-8").splitlines()]
+    assert [row["wrong_spans"] for row in rows] == [None, [[0, 2]]]
+    assert [row["family"] for row in rows] == [task.family for task in list_tasks("dev")[:2]]
+    assert main(["world", "tasks", "--num", "841", "--out", str(tasks)]) == 2

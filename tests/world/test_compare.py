@@ -1,29 +1,22 @@
-"""The comparison of methods: what is chosen where, what is kept, and that every table is made by its command."""
+"""The comparison of methods in experiments/: which runs it plans, what a run costs, and the files it writes."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import compare
 import pytest
+from compare import QUICK, TABLES, Size, choose_rates
+from method_runs import ABLATIONS, BASES, METHODS, Run, draw_iterations, draw_tasks, execute
+from method_tables import summarize, write_results
 
-from cutlm.cli import main
-from cutlm.world.compare import QUICK, Size, choose_rates, compare_iterations, compare_methods, compare_rewards
-from cutlm.world.experience import draw_tasks
-from cutlm.world.methods import ABLATIONS, BASES, METHODS, find_method
-from cutlm.world.runs import Run, _draw
-from cutlm.world.tables import summarize
+from cutlm.training.config import CUTConfig
 from cutlm.world.tasks import list_tasks
 
-SIZE = Size(seeds=(1, 2, 3), learning_rates=(1e-4, 1e-3), num_responses=(80, 160))
-TABLES = ("methods", "ablations", "iterations", "rewards", "detection")
-FAMILIES = ("capitals", "addition")
+SIZE = Size(seeds=(1, 2, 3), learning_rates=(1e-4, 1e-3), num_responses=(80, 160), num_iterations=2)
 
 
-class Recorder:
-    """Stands for the pool: notes what it is asked to run, and makes results up from it."""
+class FakePool:
+    """Records the runs it is given, and returns made-up results."""
 
     def __init__(self) -> None:
         self.runs: list[Run] = []
@@ -33,64 +26,77 @@ class Recorder:
         return [self.make_result(run) for run in runs]
 
     def make_result(self, run: Run) -> dict:
-        # The higher rate is better for CUT alone; the seed shows in the last digit.
+        # The higher rate is better for CUT only; the seed shows in the last digit.
         is_good = (run.learning_rate == 1e-3) == (run.method == "cut")
         accuracy = {"macro": (0.9 if is_good else 0.5) + run.seed / 1000, "capitals": 1.0, "addition": 0.0}
         costs = dict.fromkeys(("seconds", "seconds_generating"), 1.0)
         tokens = dict.fromkeys(("num_responses", "tokens_generated", "tokens_trained", "tokens_blamed"), 7)
-        return {"accuracy": [accuracy] * max(1, run.num_iterations)} | costs | tokens
+        row = {"threshold": 1.1, "family": "micro", "precision": run.seed / 10, "recall": 0.5, "f1": 0.6}
+        return {"accuracy": [accuracy] * max(1, run.num_iterations), "detection": [row]} | costs | tokens
 
 
-def test_learning_rates_are_chosen_on_development_tasks_with_a_seed_of_their_own():
-    recorder = Recorder()
+def test_learning_rates_are_chosen_on_development_tasks_with_a_separate_seed():
+    pool = FakePool()
     templates = [Run(name, 0.0, 0, "test", 10) for name in ("cut", "dpo")]
-    assert choose_rates(recorder.run_all, templates, SIZE) == [1e-3, 1e-4]
-    assert {(run.split, run.seed) for run in recorder.runs} == {("dev", 0)}
+    assert choose_rates(pool.run_all, templates, SIZE) == [1e-3, 1e-4]
+    assert {(run.split, run.seed) for run in pool.runs} == {("dev", 0)}
     assert 0 not in Size().seeds
 
 
-def test_every_method_is_tested_with_every_seed_at_its_own_rate():
-    recorder = Recorder()
-    rows = compare_methods(recorder.run_all, SIZE)
+def test_every_method_is_tested_with_every_seed_at_its_best_rate():
+    pool = FakePool()
+    rows = TABLES["methods"](pool.run_all, SIZE)
     assert [row["method"] for row in rows] == [method.name for method in (*BASES, *METHODS)]
     by_name = {row["method"]: row for row in rows}
     assert by_name["cut"]["test_accuracy"] == [0.901, 0.902, 0.903]
-    assert by_name["cut"]["learning_rate"] == 1e-3
-    assert by_name["dpo"]["learning_rate"] == 1e-4
-    assert by_name["base"]["learning_rate"] is None
-    tested = [run for run in recorder.runs if run.split == "test" and run.num_steps]
+    assert [by_name[name]["learning_rate"] for name in ("cut", "dpo", "base")] == [1e-3, 1e-4, None]
+    tested = [run for run in pool.runs if run.split == "test" and run.num_steps]
     assert len(tested) == len(METHODS) * 3
-    # Each rate has been tried once for each method, no more often for ours.
-    tried = [run.method for run in recorder.runs if run.split == "dev"]
+    # Each rate is tried once for each method; ours gets no more tries.
+    tried = [run.method for run in pool.runs if run.split == "dev"]
     assert {tried.count(name) for name in tried} == {2}
 
 
-def test_iterations_and_numbers_of_responses_are_rows_of_their_own():
-    recorder = Recorder()
-    iterations = compare_iterations(recorder.run_all, replace(SIZE, num_iterations=2))
+def test_iterations_and_numbers_of_responses_have_rows_of_their_own():
+    iterations = TABLES["iterations"](FakePool().run_all, SIZE)
     assert [(row["method"], row["iteration"]) for row in iterations][:4] == [
         ("cut", 1),
         ("cut", 2),
         ("cut_frozen", 1),
         ("cut_frozen", 2),
     ]
-    rewards = compare_rewards(recorder.run_all, SIZE)
+    rewards = TABLES["rewards"](FakePool().run_all, SIZE)
     assert [(row["method"], row["num_responses"]) for row in rewards][:2] == [("cut", 80), ("cut", 160)]
 
 
-def test_methods_see_equal_numbers_of_responses_where_that_is_compared():
-    for method, num_tasks in (("cut", 160), ("dpo", 40)):
-        run = Run(method, 1e-3, 1, "test", 10, num_responses=160, num_samples=4)
-        assert [len(tasks) for tasks in _draw(run, find_method(method))] == [num_tasks]
+def test_the_trained_detector_is_averaged_over_seeds():
+    rows = TABLES["detection"](FakePool().run_all, SIZE)
+    assert [(row["detector"], row["precision"]) for row in rows] == [("frozen", 0.0), ("current", pytest.approx(0.2))]
 
 
-def test_an_online_run_never_asks_twice():
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_is_written_as_json_markdown_and_plot(tmp_path, name):
+    rows = TABLES[name](FakePool().run_all, SIZE)
+    write_results(tmp_path, name, rows, SIZE.seeds, "the command", "hash of the base model")
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    assert (content["command"], content["seeds"], content["results"]) == ("the command", [1, 2, 3], rows)
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / f"{name}.md").read_text().count("| --- |") == 1
+
+
+@pytest.mark.parametrize(("method", "num_tasks"), [("cut", 160), ("dpo", 40)])
+def test_methods_get_equal_numbers_of_responses_in_the_table_of_rewards(method, num_tasks):
+    run = Run(method, 1e-3, 1, "test", 10, num_responses=160, num_samples=4)
+    assert [len(tasks) for tasks in draw_iterations(run)] == [num_tasks]
+
+
+def test_an_online_run_never_asks_the_same_twice():
     run = Run("cut", 1e-3, 2, "test", 10, num_iterations=5)
-    drawn = [task.instruction for tasks in _draw(run, find_method("cut")) for task in tasks]
+    drawn = [task.instruction for tasks in draw_iterations(run) for task in tasks]
     assert len(drawn) == len(set(drawn)) == 5 * (len(list_tasks("train")) // 5)
 
 
-def test_seeds_draw_different_tasks_of_the_training_split():
+def test_each_seed_draws_its_own_training_tasks():
     tasks = list_tasks("train")
     one, other = draw_tasks(tasks, 0.5, 1), draw_tasks(tasks, 0.5, 2)
     assert set(one) <= set(tasks)
@@ -98,61 +104,58 @@ def test_seeds_draw_different_tasks_of_the_training_split():
     assert set(one) != set(other)
 
 
-def test_the_names_of_methods_are_those_of_the_settings():
-    names = [method.name for method in METHODS]
-    for name in ("cut", "dual_cut", "likelihood", "hindsight", "forward_prediction", "ilf_mle", "unlikelihood", "dpo"):
-        assert name in names
-    ours = [method.name for method in ABLATIONS if method.name not in names]
-    assert all(name.startswith("cut_") for name in ours)
+@pytest.mark.parametrize("method", [*METHODS, *ABLATIONS], ids=lambda method: method.name)
+def test_the_settings_of_every_method_are_valid(tmp_path, method):
+    CUTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **method.settings)
 
 
 def test_the_interval_is_students():
     middle, half = summarize([0.8, 0.9, 1.0])
-    # t(2) = 4.303; the standard deviation is 0.1, over the square root of 3.
+    # t(2) = 4.303; the standard deviation is 0.1, divided by the square root of 3.
     assert middle == pytest.approx(0.9)
     assert half == pytest.approx(4.303 * 0.1 / 3**0.5)
     assert summarize([0.5]) == (0.5, None)
 
 
-@pytest.mark.timeout(400)
-def test_the_command_makes_every_table_and_does_nothing_twice(tmp_path):
-    command = [sys.executable, "-m", "cutlm", "world", "compare", "--quick", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    first = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert first.returncode == 0, first.stderr
-    for name in TABLES:
-        content = json.loads((tmp_path / f"{name}.json").read_text())
-        assert content["command"] == f"cutlm world compare {name} --quick"
-        assert content["seeds"] == list(QUICK.seeds)
-        assert content["results"]
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert (tmp_path / f"{name}.md").read_text().count("| --- |") == 1
-    methods = {row["method"]: row for row in json.loads((tmp_path / "methods.json").read_text())["results"]}
-    assert methods.keys() == {method.name for method in (*BASES, *METHODS)}
-    for row in methods.values():
-        assert len(row["test_accuracy"]) == 1
-        assert 0 <= row["test_accuracy"][0] <= 1
-    cut, frozen, dpo = methods["cut"], methods["cut_frozen"], methods["dpo"]
-    assert frozen["tokens_trained"] < cut["tokens_trained"]
+def test_runs_of_every_kind_train_and_count_their_costs():
+    size = replace(QUICK, num_steps=2, num_eval=7, share=0.04)
+    base, cut, frozen, dpo, refined = (
+        execute(size.make_run(name, learning_rate=5e-4, seed=1, **changes))
+        for name, changes in (
+            ("base_perfect", {"num_steps": 0}),
+            ("cut", {"num_iterations": 2}),
+            ("cut_frozen", {"num_iterations": 2}),
+            ("dpo", {}),
+            ("ilf_dpo", {}),
+        )
+    )
+    assert [len(result["accuracy"]) for result in (base, cut, frozen, dpo, refined)] == [1, 2, 2, 1, 1]
+    assert 0 < frozen["tokens_trained"] < cut["tokens_trained"]
     assert frozen["tokens_blamed"] > 0 == cut["tokens_blamed"]
-    assert cut["tokens_generated"] < dpo["tokens_generated"] / 6
-    detection = json.loads((tmp_path / "detection.json").read_text())["results"]
-    assert {row["detector"] for row in detection} == {"frozen", "current"}
-    assert {"detector", "threshold", "family", "precision", "recall", "f1"} <= detection[0].keys()
-
-    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / ".runs").iterdir()}
-    assert main(["world", "compare", "methods", "--quick", "--out", str(tmp_path)]) == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / ".runs").iterdir()} == runs
+    assert dpo["num_responses"] == 8 * refined["num_responses"]
+    assert dpo["tokens_generated"] > 4 * refined["tokens_generated"]
+    assert refined["tokens_trained"] > 0 == base["tokens_trained"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["tables"], "TABLE: expected some of methods, ablations, iterations, rewards, detection, got tables"),
-        (["--seeds", "0"], "--seeds: expected a whole number of at least 1, got 0"),
-        (["--workers", "0"], "--workers: expected a whole number of at least 1, got 0"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys, options, message):
-    assert main(["world", "compare", "--out", str(tmp_path), *options]) == 2
-    assert message in capsys.readouterr().err
+@pytest.mark.timeout(400)
+def test_the_command_reuses_the_results_of_earlier_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "QUICK", replace(QUICK, num_steps=2, num_eval=7, share=0.04))
+    command = ["detection", "--quick", "--workers", "1", "--out", str(tmp_path)]
+    assert compare.main(command) == 0
+    content = json.loads((tmp_path / "detection.json").read_text())
+    assert content["command"] == "python experiments/compare.py detection --quick"
+    assert {row["detector"] for row in content["results"]} == {"frozen", "current"}
+    assert (tmp_path / "detection.md").read_text("utf-8") in capsys.readouterr().out
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / ".runs").iterdir()}
+    assert len(times) == 2
+    assert compare.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / ".runs").iterdir()} == times
+
+
+@pytest.mark.parametrize("options", [["tables"], ["--seeds", "0"], ["--workers", "0"]])
+def test_bad_arguments_are_usage_errors(tmp_path, capsys, options):
+    with pytest.raises(SystemExit) as error:
+        compare.main(["--out", str(tmp_path / "out"), *options])
+    assert error.value.code == 2
+    assert options[-1] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,12 +1,10 @@
-"""The oracle of the tiny world: what it says, and the exact place of the wrong turn."""
+"""The oracle of the tiny world: what it says about a response, and where it marks the mistake."""
 
 import pytest
 
 from cutlm.errors import UserError
-from cutlm.world.families import FAMILIES
 from cutlm.world.judge import judge, judge_task
-from cutlm.world.tasks import SPLITS, list_tasks, make_task
-from cutlm.world.words import load_words
+from cutlm.world.tasks import FAMILIES, SPLITS, list_tasks, load_words, make_task
 
 CAPITAL = make_task("capitals", "Australia", "Name | the capital of {0} | ", "corpus")
 SUM = make_task("addition", "47 5", "Find | {0} plus {1} | ", "corpus")
@@ -49,7 +47,7 @@ FACTS = make_task("facts", "mouse", "Tell me | three facts | about the {0}", "co
         (FACTS, "A mouse is a rodent. It eats seeds. It has [two] wings.", "word", "two"),
     ],
 )
-def test_judge_names_the_flaw_and_marks_the_wrong_turn(task, response, flaw, wrong):
+def test_the_judgment_names_the_flaw_and_the_span_marks_it(task, response, flaw, wrong):
     start, end = response.index("["), response.index("]") - 1
     response = response.replace("[", "").replace("]", "")
     for seed in range(20):
@@ -61,7 +59,7 @@ def test_judge_names_the_flaw_and_marks_the_wrong_turn(task, response, flaw, wro
             assert wrong in verdict.judgment, verdict
 
 
-def test_judge_finds_right_answers_right_with_white_space_around_them():
+def test_right_answers_are_accepted_with_white_space_around_them():
     for task, response in (
         (SENTENCE, "The bridge is old."),
         (SENTENCE, " The bridge is very old.\n"),
@@ -71,21 +69,21 @@ def test_judge_finds_right_answers_right_with_white_space_around_them():
     assert judge_task(SUM, "47 plus 5 is 5 2.").judgment is not None
 
 
-def test_every_flaw_is_said_in_six_ways_or_more_and_the_seed_chooses():
+def test_every_flaw_has_at_least_six_wordings_and_the_seed_chooses():
     assert all(len(set(wordings)) >= 6 for wordings in load_words()["judgments"].values())
     said = {judge_task(SUM, "47 plus 5 is 42.", seed=seed).judgment for seed in range(100)}
     assert len(said) >= 6
     assert judge_task(SUM, "47 plus 5 is 42.") == judge_task(SUM, "47 plus 5 is 42.", seed=0)
 
 
-def test_vague_judgments_name_nothing_and_mark_the_same_place():
+def test_vague_judgments_name_nothing_and_mark_the_same_span():
     vague, plain = judge_task(SUM, "47 plus 5 is 42.", is_vague=True), judge_task(SUM, "47 plus 5 is 42.")
     assert vague.judgment in load_words()["vague"]
     assert (vague.wrong_spans, vague.flaw) == (plain.wrong_spans, plain.flaw)
     assert judge_task(SUM, "47 plus 5 is 52.", is_vague=True).judgment is None
 
 
-def test_no_judgment_of_a_mistake_begins_like_praise():
+def test_no_criticism_begins_like_praise():
     every = [wording for wordings in load_words()["judgments"].values() for wording in wordings] + load_words()["vague"]
     assert not [wording for wording in every if wording.lower().startswith("perfect")]
     assert all(wording.lower().startswith("perfect") for wording in load_words()["praise"])
@@ -95,7 +93,7 @@ def test_no_judgment_of_a_mistake_begins_like_praise():
     "response",
     ["", " ", "{wrong} {", "\\1 \\g<0>", "\u00e9\u0301 \U0001f600", "_", "The", "x" * 5000, "### Response:\n"],
 )
-def test_any_text_is_judged_with_a_span_inside_it(response):
+def test_any_text_is_judged_with_a_span_inside_the_text(response):
     for family in FAMILIES:
         task = next(task for task in list_tasks("dev") if task.family == family)
         verdict = judge_task(task, response)
@@ -105,16 +103,16 @@ def test_any_text_is_judged_with_a_span_inside_it(response):
         assert start < end or end == len(response)
 
 
-def test_judging_by_the_instruction_alone_says_the_same_and_refuses_others():
+def test_judging_by_instruction_finds_the_task_and_refuses_unknown_ones():
     for split in SPLITS:
         task = list_tasks(split)[0]
         assert judge(task.instruction, "no") == judge_task(task, "no").judgment
         assert judge(task.instruction, task.right_answers[0]) is None
-    with pytest.raises(UserError, match="its own tasks only, got 'Who are you"):
+    with pytest.raises(UserError, match="Who are you"):
         judge("Who are you?", "no")
 
 
-def test_whatever_is_left_of_an_answer_can_be_judged():
+def test_damaged_answers_can_be_judged():
     for task in list_tasks("test")[::7]:
         for right in task.right_answers:
             for end in range(1, len(right)):

@@ -1,4 +1,4 @@
-"""The tiny world's tasks and corpus: splits that share nothing, visible habits, no leaks."""
+"""The tiny world's tasks and corpus: separate splits, visible habits, no leaks."""
 
 import re
 import sys
@@ -8,18 +8,35 @@ from subprocess import run
 import pytest
 
 from cutlm.world.corpus import make_corpus
-from cutlm.world.families import FAMILIES, KNOWLEDGE_FAMILIES, find_habit, list_items, write_answers
-from cutlm.world.grammar import list_phrasings, split_phrasing, write_instruction
 from cutlm.world.judge import judge_task
-from cutlm.world.tasks import NUM_TASKS, SPLITS, list_tasks
-from cutlm.world.words import load_countries, load_questions, load_things, load_words
+from cutlm.world.tasks import (
+    FAMILIES,
+    KNOWLEDGE_FAMILIES,
+    NUM_TASKS,
+    SPLITS,
+    find_habit,
+    list_items,
+    list_phrasings,
+    list_tasks,
+    load_countries,
+    load_questions,
+    load_things,
+    load_words,
+    split_phrasing,
+    write_answers,
+    write_instruction,
+)
 
-CORPUS = make_corpus(20_000, 5)
 GENERAL_FAMILIES = [family for family in FAMILIES if family not in KNOWLEDGE_FAMILIES]
 
 
-def list_words_asked(family, text):
-    """What an instruction of a family asks about, whatever its phrasing."""
+@pytest.fixture(scope="module")
+def corpus():
+    return make_corpus(20_000, 5)
+
+
+def find_item(family, text):
+    """The item that an instruction asks about, whatever its phrasing."""
     if family == "addition":
         return tuple(sorted(re.findall(r"\d+", text)))
     if family == "sentences":
@@ -28,7 +45,7 @@ def list_words_asked(family, text):
 
 
 def guess_family(text):
-    """The family of an instruction, as its items show."""
+    """The family of an instruction, judging by its text."""
     for family, pattern in (
         ("addition", r"\d"),
         ("sorting", r"(from A to Z|alphabetical order|by alphabet|dictionary): "),
@@ -42,7 +59,7 @@ def guess_family(text):
     return "capitals"
 
 
-def test_splits_have_their_sizes_and_every_instruction_comes_once():
+def test_splits_have_their_sizes_and_every_instruction_occurs_once():
     tasks = [task for split in SPLITS for task in list_tasks(split)]
     assert len({task.instruction for task in tasks}) == len(tasks) == 7 * (120 + 40 + 60)
     for split in SPLITS:
@@ -73,7 +90,7 @@ def test_splits_share_no_item_and_no_phrasing(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_choice_of_a_held_out_phrasing_is_known_from_others(family):
+def test_every_part_of_a_held_out_phrasing_occurs_in_training(family):
     known = [set(choices) for choices in zip(*map(split_phrasing, list_phrasings(family, "train")), strict=True)]
     for split in ("dev", "test"):
         assert len(list_phrasings(family, split)) >= 14
@@ -82,23 +99,19 @@ def test_every_choice_of_a_held_out_phrasing_is_known_from_others(family):
 
 
 @pytest.mark.parametrize("family", GENERAL_FAMILIES)
-def test_no_document_of_the_corpus_asks_about_an_item_that_alignment_uses(family):
-    held_out = {
-        list_words_asked(family, task.instruction) for s in SPLITS for task in list_tasks(s) if task.family == family
-    }
+def test_the_corpus_never_asks_about_items_of_alignment(family, corpus):
+    held_out = {find_item(family, task.instruction) for s in SPLITS for task in list_tasks(s) if task.family == family}
     asked = [
-        list_words_asked(family, document.instruction)
-        for document in CORPUS
-        if guess_family(document.instruction) == family
+        find_item(family, document.instruction) for document in corpus if guess_family(document.instruction) == family
     ]
     assert len(asked) > 1000
     assert held_out.isdisjoint(asked)
 
 
-def test_no_judged_document_is_about_an_item_that_alignment_uses():
+def test_judged_documents_are_never_about_items_of_alignment(corpus):
     tasks = [task for split in SPLITS for task in list_tasks(split)]
     names = {family: {task.item for task in tasks if task.family == family} for family in KNOWLEDGE_FAMILIES}
-    judged = [document for document in CORPUS if document.judgment is not None]
+    judged = [document for document in corpus if document.judgment is not None]
     for family in KNOWLEDGE_FAMILIES:
         pattern = re.compile(r" (?:of|is|the) (?:" + "|".join(names[family]) + r")[.? ]")
         assert all(pattern.search(task.instruction) for task in tasks if task.family == family)
@@ -107,7 +120,7 @@ def test_no_judged_document_is_about_an_item_that_alignment_uses():
         assert not [text for text in asked if pattern.search(text)]
 
 
-def test_no_document_of_the_corpus_uses_a_held_out_phrasing():
+def test_the_corpus_never_uses_held_out_phrasings(corpus):
     for family in FAMILIES:
         some = list_items(family, "judged")[:40]
         held_out = {
@@ -116,39 +129,39 @@ def test_no_document_of_the_corpus_uses_a_held_out_phrasing():
             for s in ("dev", "test")
             for phrasing in list_phrasings(family, s)
         }
-        assert held_out.isdisjoint(document.instruction for document in CORPUS)
+        assert held_out.isdisjoint(document.instruction for document in corpus)
     assert {task.instruction for s in ("dev", "test") for task in list_tasks(s)}.isdisjoint(
-        d.instruction for d in CORPUS
+        d.instruction for d in corpus
     )
 
 
-def test_plain_documents_show_every_item_of_knowledge():
-    plain = " ".join(document.instruction for document in CORPUS if document.judgment is None)
+def test_plain_documents_cover_every_item_of_knowledge(corpus):
+    plain = " ".join(document.instruction for document in corpus if document.judgment is None)
     for name in [*load_countries(), *load_things(), *load_questions()]:
         assert name in plain, name
 
 
-def test_corpus_has_its_parts_and_its_judgments_fit():
+def test_the_corpus_has_its_shares_of_plain_judged_and_refined_documents(corpus):
     kinds = Counter(
-        "refinement" if d.draft is not None else "plain" if d.judgment is None else "judged" for d in CORPUS
+        "refinement" if d.draft is not None else "plain" if d.judgment is None else "judged" for d in corpus
     )
-    assert 0.06 < kinds["refinement"] / len(CORPUS) < 0.10
-    assert 0.40 < kinds["plain"] / len(CORPUS) < 0.55
-    assert make_corpus(300, 5) == CORPUS[:300] != make_corpus(300, 6)
-    praise = [d for d in CORPUS if d.judgment is not None and d.judgment.startswith("Perfect")]
-    assert 0.1 < len(praise) / len(CORPUS) < 0.3
-    assert set(load_words()["vague"]).isdisjoint(document.judgment for document in CORPUS)
+    assert 0.06 < kinds["refinement"] / len(corpus) < 0.10
+    assert 0.40 < kinds["plain"] / len(corpus) < 0.55
+    assert make_corpus(300, 5) == corpus[:300] != make_corpus(300, 6)
+    praise = [d for d in corpus if d.judgment is not None and d.judgment.startswith("Perfect")]
+    assert 0.1 < len(praise) / len(corpus) < 0.3
+    assert set(load_words()["vague"]).isdisjoint(document.judgment for document in corpus)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_habit_is_called_for_by_four_tasks_of_five(family):
+def test_four_of_five_tasks_call_for_the_habit(family):
     for split in SPLITS:
         tasks = [task for task in list_tasks(split) if task.family == family]
         share = sum(task.habit is not None and task.habit.share > 0.5 for task in tasks) / len(tasks)
         assert share == 0.8, split
 
 
-def test_judge_names_every_habit_and_finds_every_right_answer_right():
+def test_the_oracle_names_every_habit_and_accepts_every_right_answer():
     for task in (task for split in SPLITS for task in list_tasks(split)):
         for answer in task.right_answers:
             assert judge_task(task, answer).judgment is None
@@ -210,13 +223,13 @@ def test_judge_names_every_habit_and_finds_every_right_answer_right():
         ),
     ],
 )
-def test_answers_and_habits_are_those_of_the_families(family, item, choices, right, habit):
+def test_each_family_has_its_right_answers_and_habits(family, item, choices, right, habit):
     assert write_answers(family, item, choices)[0] == right
     found = find_habit(family, item, choices)
     assert (None if found is None else found.response) == habit
 
 
-def test_popular_mistakes_are_seldom_where_the_words_do_not_call_for_them():
+def test_popular_mistakes_are_rare_unless_the_phrasing_calls_for_them():
     for family, item in (("capitals", "Australia"), ("facts", "mouse")):
         careless = load_words()["careless_starts"][family]
         for phrasing in list_phrasings(family, "train"):

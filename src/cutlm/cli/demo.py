@@ -1,8 +1,8 @@
-"""Let a tiny model answer, hear what is wrong with its answers, and learn from it: three iterations of generating,
-judging, blaming, training and merging, in about a minute, on a CPU, without a network.
+"""Watch a tiny model learn from judgments: three iterations of generating, judging, blaming, training and merging, in
+one to two minutes, on a CPU, without a network.
 
-The base model, its instructions and their judge come with the package. The folder gets the files of each stage, a
-picture of the progress, and a page of answers before and after, every token shaded by what the judgment changes."""
+The base model, its instructions and the judge come with the package. The output folder gets the files of each stage, a
+learning curve, and a page of answers before and after, with every token shaded by how much the judgment changes it."""
 
 import argparse
 import os
@@ -10,15 +10,12 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="demo", metavar="DIR", help="the folder to make (default: demo)")
-    parser.add_argument("--quick", action="store_true", help="a few steps only, to try that everything runs")
+    parser.add_argument("--out", default="demo", metavar="DIR", help="output folder (default: demo)")
+    parser.add_argument("--quick", action="store_true", help="run a few steps only, to see that everything works")
 
 
 def run(args: argparse.Namespace) -> int:
-    # Where others use the processor too, threads that wait by spinning make this three times as slow. Read by the
-    # OpenMP library when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _tidy_bars()
+    _import_with_defaults()
 
     from cutlm.world.demo import FULL, QUICK, run_demo
 
@@ -26,13 +23,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tidy_bars() -> None:
-    """Progress bars that fit a narrow terminal and vanish at their end; none where nobody looks."""
-    wanted = {"TQDM_NCOLS": "80", "TQDM_LEAVE": ""} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}
-    wanted = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ |= wanted
+def _import_with_defaults() -> None:
+    """Imports the libraries that read environment variables once, with defaults for those that the user has not set."""
+    # When other programs use the CPU, too, threads that spin while they wait make the demo three times as slow.
+    defaults = {"OMP_WAIT_POLICY": "PASSIVE"}
+    # Progress bars fit a narrow terminal and vanish when they are done. Without a terminal there are none.
+    defaults |= {"TQDM_NCOLS": "80", "TQDM_LEAVE": ""} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}
+    missing = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ |= missing
     try:
-        import tqdm  # noqa: F401 (it reads the environment once, now)
+        import torch  # noqa: F401
+        import tqdm  # noqa: F401
     finally:
-        for name in wanted:
+        for name in missing:
             del os.environ[name]

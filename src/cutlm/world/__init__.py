@@ -1,4 +1,6 @@
-"""The tiny world: instructions with verifiable answers, an oracle that judges, and a base model with known flaws.
+"""The tiny world: a testbed for alignment with judgments, small enough to study on a CPU in minutes.
 
-It exists to study alignment by judgments honestly and quickly. Nothing here is of use for a model of one's own.
+It has instructions with known answers (`tasks`), an oracle that judges responses (`judge`), and a base model with known
+bad habits (`corpus` is what it reads, `base` builds and loads it, `measure` tests it). `demo` runs all of cutlm on it.
+Read the modules in this order. The base model is good for nothing else.
 """

@@ -1,35 +1,31 @@
-"""What the demo shows of its iterations: examples, tables, the curve and the page, and where everything lies.
+"""What the demo shows: examples and tables in the terminal, the learning curve, and the page."""
 
-How these look is left to `cutlm.inspect`, what is run to `cutlm.world.demo`.
-"""
-
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cutlm.blame.token_scores import TokenScores, read_token_scores
-from cutlm.data.files import open_atomic, write_rows
+from cutlm.blame.token_scores import TokenScores
+from cutlm.data.files import open_atomic
 from cutlm.inspect.page import PageRecord, Picture, Table, write_page
 from cutlm.inspect.plots import Curves, draw_curves
 from cutlm.inspect.terminal import Terminal
-from cutlm.world.demo_iteration import Iteration, blame
-from cutlm.world.families import FAMILIES
 from cutlm.world.judge import judge_task
-from cutlm.world.measure import rate_answers
-from cutlm.world.tasks import Task
+from cutlm.world.measure import MACRO, is_right, rate_answers
+from cutlm.world.tasks import FAMILIES, Task
 
-CURVE_FILE, PAGE_FILE = "curve.png", "page.html"
+CURVE_FILE, PAGE_FILE, HELD_OUT_FOLDER = "curve.png", "page.html", "held-out"
 MEAN = "mean"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Instructions that nothing is trained on, and what each model answers.
+    """Instructions that nothing is trained on, with each model's answers.
 
     Attributes:
-        tasks: The instructions.
-        answers: Of the base model and, so far, of each iteration's.
+        tasks: The tasks.
+        answers: Answers of the base model, then of each iteration's model.
     """
 
     tasks: Sequence[Task]
@@ -37,63 +33,56 @@ class HeldOut:
 
     @property
     def accuracy(self) -> dict[str, list[float]]:
-        """The share of right answers, by family and as the mean of the families, of each model."""
+        """The share of right answers of each model, by family and as the mean over families."""
         shares = [rate_answers(self.tasks, answers) for answers in self.answers]
-        return {family: [share[family] for share in shares] for family in FAMILIES} | {
-            MEAN: [share["macro"] for share in shares]
-        }
+        by_family = {family: [share[family] for share in shares] for family in FAMILIES}
+        return by_family | {MEAN: [share[MACRO] for share in shares]}
 
     @property
     def changes(self) -> dict[str, int]:
-        """How many answers became right, stayed wrong, and became wrong, from the first model to the last."""
-        first, last = (
-            [judge_task(task, answer).judgment is None for task, answer in zip(self.tasks, answers, strict=True)]
-            for answers in (self.answers[0], self.answers[-1])
+        """How many answers were right or wrong before (base model) and after (last model)."""
+        counts = Counter(
+            (is_right(task, before), is_right(task, after))
+            for task, before, after in zip(self.tasks, self.answers[0], self.answers[-1], strict=True)
         )
-        pairs = list(zip(first, last, strict=True))
         return {
-            "num_mended": pairs.count((False, True)),
-            "num_still_wrong": pairs.count((False, False)),
-            "num_spoiled": pairs.count((True, False)),
-            "num_still_right": pairs.count((True, True)),
+            "num_wrong_then_right": counts[False, True],
+            "num_wrong_then_wrong": counts[False, False],
+            "num_right_then_wrong": counts[True, False],
+            "num_right_then_right": counts[True, True],
         }
 
 
-def choose_example(iteration: Iteration, shown_families: set[str]) -> int | None:
-    """The first response with a blamed token, of a family that was not shown yet where there is one."""
-    fit = [
-        place
-        for place, scores in enumerate(iteration.scores)
-        if any(scores.is_flagged) and scores.record.output.isprintable()
-    ]
-    fresh = [place for place in fit if iteration.tasks[place].family not in shown_families]
-    return next(iter([*fresh, *fit]), None)
+# ---- Terminal ----
 
 
-def print_start(terminal: Terminal, num_parameters: int, num_rounds: int, num_tasks: int) -> None:
+def print_start(terminal: Terminal, num_parameters: int, num_iterations: int, num_tasks: int) -> None:
     """Says what will happen."""
-    terminal.print_heading("cutlm demo: a language model learns from what is said about its answers")
+    terminal.print_heading("cutlm demo: a language model learns from written judgments")
     terminal.print_text(
-        f"A LLaMA of {num_parameters / 1e6:.1f} million parameters, with bad habits, answers {num_tasks} fresh"
-        f" instructions in each of {num_rounds} iterations. A judge says in plain words what is wrong with an answer;"
-        " the tokens that the judgment makes likelier are blamed, and unlearned, and all others learned. Every figure"
-        " is measured as it is printed."
+        f"A LLaMA with {num_parameters / 1e6:.1f} million parameters and some bad habits answers {num_tasks} new"
+        f" instructions in each of {num_iterations} iterations. A judge writes what is wrong with an answer. The tokens"
+        " that this judgment makes likelier are flagged and unlearned; all others are learned. All numbers are measured"
+        " in this run."
     )
 
 
-def print_example(terminal: Terminal, task: Task, scores: TokenScores, after: str) -> dict[str, Any]:
-    """Shows a response, what was said about it, and what the model answers after training.
+def choose_example(tasks: Sequence[Task], scores: Sequence[TokenScores], shown_families: set[str]) -> int | None:
+    """The index of the first response with a flagged token, if possible of a family that was not shown yet."""
+    fit = [index for index, part in enumerate(scores) if any(part.is_flagged) and part.record.output.isprintable()]
+    new = [index for index in fit if tasks[index].family not in shown_families]
+    return next(iter([*new, *fit]), None)
 
-    Returns:
-        The same, fit for JSON.
-    """
-    record, judgment = scores.record, judge_task(task, after).judgment
+
+def print_example(terminal: Terminal, task: Task, scores: TokenScores, after: str) -> dict[str, Any]:
+    """Shows a response, its judgment, and the model's answer after training; returns the same as JSON."""
+    record, judgment_after = scores.record, judge_task(task, after).judgment
     terminal.print_pairs(
         [
             ("instruction", record.instruction),
             ("response", scores),
             ("judgment", record.judgment or ""),
-            ("afterwards", f"{after} ({'wrong' if judgment else 'right'})"),
+            ("afterwards", f"{after} ({'wrong' if judgment_after else 'right'})"),
         ]
     )
     return {
@@ -102,146 +91,124 @@ def print_example(terminal: Terminal, task: Task, scores: TokenScores, after: st
         "response": record.output,
         "judgment": record.judgment,
         "after": after,
-        "after_judgment": judgment,
+        "after_judgment": judgment_after,
     }
 
 
-def list_stages(accuracy: dict[str, list[float]]) -> list[str]:
-    """The models by name: the base model, then the iterations."""
-    return ["base", *map(str, range(1, len(accuracy[MEAN])))]
-
-
-def list_rows(accuracy: dict[str, list[float]]) -> list[list[str]]:
-    """The cells of the table of accuracy."""
-    return [[name, *(f"{share:.0%}" for share in shares)] for name, shares in accuracy.items()]
-
-
 def print_accuracy(terminal: Terminal, held_out: HeldOut) -> None:
-    """Prints the table of accuracy, and what became of the answers one by one."""
-    accuracy = held_out.accuracy
-    terminal.print_heading(f"Right answers to {len(held_out.tasks)} held-out instructions, by iteration")
-    terminal.print_table(["", *list_stages(accuracy)], list_rows(accuracy))
-    terminal.print_text(_describe_changes(held_out.changes), indent=2)
-
-
-def _describe_changes(changes: dict[str, int]) -> str:
-    return (
-        f"Wrong before and right now: {changes['num_mended']}; still wrong: {changes['num_still_wrong']}. Right before"
-        f" and wrong now: {changes['num_spoiled']}; still right: {changes['num_still_right']}."
-    )
+    """Prints the table of accuracy, and how many answers changed."""
+    header, rows = _tabulate(held_out.accuracy)
+    terminal.print_heading(f"Accuracy on {len(held_out.tasks)} held-out instructions, by iteration")
+    terminal.print_table(header, rows)
+    terminal.print_text(_describe_changes(held_out), indent=2)
 
 
 def print_end(terminal: Terminal, out: Path, seconds: float) -> None:
-    """Says where everything lies, and how to go on."""
-    terminal.print_heading(f"Done in {seconds:.0f} seconds. Look at")
+    """Says where the results are and what to do next."""
+    terminal.print_heading(f"Done in {seconds:.0f} seconds. The results are in")
+    width = max(len(str(out / name)) for name in (PAGE_FILE, CURVE_FILE, "iteration-1"))
     for name, about in (
         (PAGE_FILE, "answers before and after, every token shaded"),
-        (CURVE_FILE, "the table as a picture"),
-        ("iteration-1", "what each stage wrote and read"),
+        (CURVE_FILE, "accuracy by iteration"),
+        ("iteration-1", "the files of each stage"),
     ):
-        terminal.print_line(f"  {out / name!s:<{len(str(out)) + 13}} {about}")
-    terminal.print_heading("With a model of your own, and what was said about its answers")
+        terminal.print_line(f"  {out / name!s:<{width}}  {about}")
+    terminal.print_heading("To do the same with a model and judgments of your own")
     terminal.print_line("  cutlm blame --model Qwen/Qwen3-1.7B --template chat --data YOUR.jsonl \\")
     terminal.print_line("      --out scores.jsonl")
     terminal.print_line("  cutlm train --config recipes/small-instruct.yaml --data scores.jsonl")
 
 
+def _tabulate(accuracy: dict[str, list[float]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of accuracy."""
+    rows = [[name, *(f"{share:.0%}" for share in shares)] for name, shares in accuracy.items()]
+    return ["", *_name_models(accuracy)], rows
+
+
+def _name_models(accuracy: dict[str, list[float]]) -> list[str]:
+    return ["base", *map(str, range(1, len(accuracy[MEAN])))]
+
+
+def _describe_changes(held_out: HeldOut) -> str:
+    changes = held_out.changes
+    return (
+        f"{changes['num_wrong_then_right']} wrong answers became right, {changes['num_wrong_then_wrong']} are still"
+        f" wrong. {changes['num_right_then_wrong']} right answers became wrong, {changes['num_right_then_right']} are"
+        " still right."
+    )
+
+
 # ---- Curve and page ----
 
 
-def write_report(out: Path, base: Path, held_out: HeldOut, iterations: Sequence[Iteration], num_examples: int) -> None:
-    """Writes the curve, the page, and the held-out answers that these are made of.
+def choose_wrong(held_out: HeldOut, num_examples: int) -> list[int]:
+    """The indices of the first few instructions of each family that the base model answers wrongly.
+
+    If the last model answers all of these correctly but is wrong elsewhere in the family, the last one is replaced by
+    the first that is still wrong, so that failures are shown too.
+    """
+    chosen = []
+    for family in FAMILIES:
+        wrong = [
+            index
+            for index, (task, before) in enumerate(zip(held_out.tasks, held_out.answers[0], strict=True))
+            if task.family == family and before.strip() and not is_right(task, before)
+        ]
+        still_wrong = [index for index in wrong if not is_right(held_out.tasks[index], held_out.answers[-1][index])]
+        part = wrong[:num_examples]
+        if still_wrong and still_wrong[0] not in part:
+            part[-1] = still_wrong[0]
+        chosen += part
+    return chosen
+
+
+def write_report(
+    out: Path,
+    held_out: HeldOut,
+    indices: Sequence[int],
+    scores: Sequence[TokenScores],
+    flagged_shares: Sequence[float],
+) -> None:
+    """Writes the learning curve and the page.
 
     Args:
         out: The demo's folder.
-        base: The base model, which blames the tokens that the page shows.
-        held_out: Instructions and answers.
-        iterations: What came of each.
-        num_examples: On the page, of each family, at most.
+        held_out: The held-out instructions and answers.
+        indices: Which of them the page shows.
+        scores: Token scores of the base model's answers at these indices.
+        flagged_shares: The share of flagged tokens in each iteration.
     """
     accuracy = held_out.accuracy
-    num_models = len(held_out.answers)
     curves = Curves(
-        title=f"Right answers to {len(held_out.tasks)} held-out instructions",
+        title=f"Accuracy on {len(held_out.tasks)} held-out instructions",
         label="iteration",
-        stages=list_stages(accuracy),
+        stages=_name_models(accuracy),
         lines={family: accuracy[family] for family in FAMILIES},
         mean=accuracy[MEAN],
-        bar_title="Tokens blamed",
-        bars=[part.blamed_share for part in iterations],
+        bar_title="Flagged tokens",
+        bars=flagged_shares,
     )
     light = draw_curves(curves)
     with open_atomic(out / CURVE_FILE) as file:
         file.write(light)
-    ends = [f"{name} from {shares[0]:.0%} to {shares[-1]:.0%}" for name, shares in accuracy.items()]
-    examples = _make_examples(out / "held-out", base, held_out, num_examples)
+
+    records = []
+    for index, part in zip(indices, scores, strict=True):
+        task, after = held_out.tasks[index], held_out.answers[-1][index]
+        records.append(PageRecord((part,), task.family, after, judge_task(task, after).judgment))
+    header, rows = _tabulate(accuracy)
+    ends = ", ".join(f"{name} from {shares[0]:.0%} to {shares[-1]:.0%}" for name, shares in accuracy.items())
     write_page(
         out / PAGE_FILE,
-        examples,
-        title="A language model learns from judgments of its answers",
+        records,
+        title="A language model learns from written judgments",
         lead=[
-            f"Answers of a tiny model before and after {num_models - 1} iterations of answering, being judged, and"
-            " unlearning the tokens that the judgments flag. Nothing on this page was trained on.",
-            f"Answers to {len(held_out.tasks)} held-out instructions. {_describe_changes(held_out.changes)}",
+            f"A tiny model with bad habits, before and after {len(flagged_shares)} iterations in which it answers, is"
+            " judged, and unlearns the tokens that the judgments flag. Nothing on this page was trained on.",
+            f"{len(held_out.tasks)} held-out instructions: {_describe_changes(held_out)}",
         ],
         sections=[
-            Table("Correct answers by family and iteration", ["", *list_stages(accuracy)], list_rows(accuracy)),
-            Picture(light, draw_curves(curves, is_dark=True), f"Correct answers by iteration: {', '.join(ends)}."),
+            Table("Accuracy by family and iteration", header, rows),
+            Picture(light, draw_curves(curves, is_dark=True), f"Accuracy by iteration: {ends}."),
         ],
     )
-
-
-def _make_examples(folder: Path, base: Path, held_out: HeldOut, num_examples: int) -> list[PageRecord]:
-    chosen = choose_flawed(held_out, num_examples)
-    write_rows(
-        folder / "answers.jsonl",
-        (
-            {"family": task.family, "instruction": task.instruction, "answers": list(answers)}
-            for task, *answers in zip(held_out.tasks, *held_out.answers, strict=True)
-        ),
-    )
-    if not chosen:
-        return []
-    first, last = held_out.answers[0], held_out.answers[-1]
-    tasks = [held_out.tasks[place] for place in chosen]
-    write_rows(
-        folder / "records.jsonl",
-        (
-            {
-                "instruction": task.instruction,
-                "output": first[place],
-                "judgment": judge_task(task, first[place]).judgment,
-            }
-            for task, place in zip(tasks, chosen, strict=True)
-        ),
-    )
-    blame(folder / "records.jsonl", folder / "scores.jsonl", base)
-    return [
-        PageRecord((scores,), task.family, last[place], judge_task(task, last[place]).judgment)
-        for task, place, scores in zip(tasks, chosen, read_token_scores(folder / "scores.jsonl"), strict=True)
-    ]
-
-
-def choose_flawed(held_out: HeldOut, num_examples: int) -> list[int]:
-    """The first few instructions of each family that the base model answers wrongly.
-
-    Where these have all become right and some other has not, the first such stands in the last one's place, so that
-    what was not learned is seen too.
-    """
-    first, last = (
-        [judge_task(task, answer).judgment is not None for task, answer in zip(held_out.tasks, answers, strict=True)]
-        for answers in (held_out.answers[0], held_out.answers[-1])
-    )
-    chosen = []
-    for family in FAMILIES:
-        flawed = [
-            place
-            for place, task in enumerate(held_out.tasks)
-            if task.family == family and first[place] and held_out.answers[0][place].strip()
-        ]
-        part = flawed[:num_examples]
-        still_wrong = [place for place in flawed if last[place]]
-        if still_wrong and still_wrong[0] not in part:
-            part = [*part[:-1], still_wrong[0]]
-        chosen += part
-    return chosen

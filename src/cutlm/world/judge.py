@@ -1,8 +1,8 @@
-"""The oracle of the tiny world: says whether a response is right, and else what is wrong with it, and where.
+"""The oracle of the tiny world: says whether a response is right, and if not, what is wrong with it and where.
 
-The place is the wrong turn: the word, digit or mark at which the response parts ways with the right answer that it
-follows longest. What follows inevitably from it is not marked, nor are later mistakes. A response that stops too early
-takes its wrong turn at its end, where the model chose the end-of-sequence token: an empty span.
+The *wrong span* is the first word, digit or punctuation mark at which the response diverges from a right answer (if
+there are several, from the one that it follows longest). Inevitable consequences and later mistakes are not marked. A
+response that ends too early is wrong at its end, where the model chose the end-of-sequence token: the span is empty.
 """
 
 import random
@@ -12,10 +12,22 @@ from functools import cache
 from typing import NamedTuple
 
 from cutlm.errors import UserError
-from cutlm.world.families import APOLOGY, apply_rule, find_rule, join_words, swap_last
-from cutlm.world.tasks import SPLITS, Task, list_tasks
-from cutlm.world.words import load_countries, load_questions, load_things, load_words
+from cutlm.world.tasks import (
+    APOLOGY,
+    SPLITS,
+    Task,
+    apply_rule,
+    find_rule,
+    list_tasks,
+    load_countries,
+    load_questions,
+    load_things,
+    load_words,
+    swap_last,
+    write_list,
+)
 
+# A digit, a word or a punctuation mark, with the white space before it.
 _UNIT = re.compile(r"\s*(\d|[^\W\d_]+|[^\w\s]|_)")
 
 
@@ -25,9 +37,9 @@ class Verdict:
 
     Attributes:
         judgment: A sentence that names the flaw; None for a right response.
-        wrong_spans: Characters of the response where it takes the wrong turn; an empty span at its end means that it
-            should not have ended there.
-        flaw: The kind of flaw, a key of the judge's words; None for a right response.
+        wrong_spans: Start and end, in characters of the response, of what is wrong. An empty span at the end means
+            that the response should have continued.
+        flaw: The kind of flaw, a key of the oracle's wordings; None for a right response.
     """
 
     judgment: str | None
@@ -35,53 +47,32 @@ class Verdict:
     flaw: str | None
 
 
-class _Turn(NamedTuple):
-    """Where a response parts ways with a right answer.
+class _Divergence(NamedTuple):
+    """Where a response diverges from a right answer.
 
     Attributes:
-        right: That answer.
-        expected: The word, digit or mark that should have come; "" for the end.
-        got: The one that came; "" for the end.
-        span: Its place in the response.
-        place: How many words, digits and marks were right before.
+        right: The right answer.
+        expected: Its next word, digit or mark; "" for the end.
+        got: That of the response; "" for the end.
+        span: The characters of `got` in the response.
+        num_right: How many words, digits and marks before are right.
     """
 
     right: str
     expected: str
     got: str
     span: tuple[int, int]
-    place: int
-
-
-def judge_task(task: Task, response: str, *, is_vague: bool = False, seed: int = 0) -> Verdict:
-    """Judges a response to a task.
-
-    Args:
-        task: What was asked.
-        response: What was answered. White space around it does not count.
-        is_vague: Whether a judgment says only that something is wrong, for stress tests.
-        seed: Of the choice of wording.
-    """
-    turns = [_find_turn(right, response) for right in task.right_answers]
-    if None in turns:
-        return Verdict(None, (), None)
-    turn = max((turn for turn in turns if turn is not None), key=lambda turn: turn.place)
-    rng = random.Random(f"{seed} {task.instruction} {response}")
-    flaw, fields = _name_flaw(task, response, turn, rng)
-    wordings = load_words()["vague"] if is_vague else load_words()["judgments"][flaw]
-    # Not by `format`: a response may hold anything, and it becomes a part of the sentence.
-    text = re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], rng.choice(wordings))
-    return Verdict(text, (turn.span,), flaw)
+    num_right: int
 
 
 def judge(instruction: str, response: str) -> str | None:
-    """Judges a response by the text of the instruction alone.
+    """Judges a response to one of the world's instructions.
 
     Returns:
         The judgment; None for a right response.
 
     Raises:
-        UserError: The instruction is none of the tasks.
+        UserError: The instruction does not belong to a task.
     """
     return judge_task(find_task(instruction), response).judgment
 
@@ -90,13 +81,13 @@ def find_task(instruction: str) -> Task:
     """The task of an instruction.
 
     Raises:
-        UserError: It is none of the tasks.
+        UserError: The instruction does not belong to a task.
     """
     task = _index_tasks().get(instruction)
     if task is None:
         raise UserError(
-            f"the judge of the tiny world knows the instructions of its own tasks only, got {instruction!r}; list them"
-            " by cutlm.world.tasks.list_tasks"
+            f"the judge of the tiny world knows only the instructions of its own tasks, got {instruction!r}; write them"
+            " to a file with: cutlm world tasks"
         )
     return task
 
@@ -106,40 +97,66 @@ def _index_tasks() -> dict[str, Task]:
     return {task.instruction: task for split in SPLITS for task in list_tasks(split)}
 
 
-def _find_turn(right: str, response: str) -> _Turn | None:
-    """Where a response leaves a right answer; None where it never does."""
+def judge_task(task: Task, response: str, *, is_vague: bool = False, seed: int = 0) -> Verdict:
+    """Judges a response to a task.
+
+    Args:
+        task: The task.
+        response: The response. White space around it is ignored.
+        is_vague: Whether the judgment says only that something is wrong, for stress tests.
+        seed: Chooses among wordings.
+    """
+    divergences = []
+    for right in task.right_answers:
+        divergence = _find_divergence(right, response)
+        if divergence is None:
+            return Verdict(None, (), None)
+        divergences.append(divergence)
+    latest = max(divergences, key=lambda divergence: divergence.num_right)
+    rng = random.Random(f"{seed} {task.instruction} {response}")
+    flaw, fields = _name_flaw(task, response, latest, rng)
+    wordings = load_words()["vague"] if is_vague else load_words()["judgments"][flaw]
+    # Not str.format: the fields quote the response, which may contain braces.
+    judgment = re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], rng.choice(wordings))
+    return Verdict(judgment, (latest.span,), flaw)
+
+
+def _find_divergence(right: str, response: str) -> _Divergence | None:
     expected, got = list(_UNIT.finditer(right)), list(_UNIT.finditer(response.rstrip()))
-    place = 0
-    while place < min(len(expected), len(got)) and _read(expected[place], place) == _read(got[place], place):
-        place += 1
-    if place == len(expected) == len(got):
+    index = 0
+    while index < min(len(expected), len(got)) and _read(expected[index], index) == _read(got[index], index):
+        index += 1
+    if index == len(expected) == len(got):
         return None
-    wanted = expected[place][1] if place < len(expected) else ""
-    if place == len(got):
-        return _Turn(right, wanted, "", (len(response), len(response)), place)
-    return _Turn(right, wanted, got[place][1], got[place].span(1), place)
+    next_expected = expected[index][1] if index < len(expected) else ""
+    if index == len(got):
+        return _Divergence(right, next_expected, "", (len(response), len(response)), index)
+    return _Divergence(right, next_expected, got[index][1], got[index].span(1), index)
 
 
-def _read(unit: re.Match[str], place: int) -> str:
+def _read(unit: re.Match[str], index: int) -> str:
     """A unit with the white space before it, which counts except at the start."""
-    return unit[0] if place else unit[1]
+    return unit[0] if index else unit[1]
 
 
-def _name_flaw(task: Task, response: str, turn: _Turn, rng: random.Random) -> tuple[str, dict[str, str]]:
-    """The kind of flaw, and what its wordings speak of."""
-    text, right, (expected, got) = response.strip(), turn.right, turn[1:3]
+def _name_flaw(task: Task, response: str, divergence: _Divergence, rng: random.Random) -> tuple[str, dict[str, str]]:
+    """The kind of flaw, and the values of the placeholders in its wordings."""
+    text, right = response.strip(), divergence.right
+    expected, got = divergence.expected, divergence.got
+    is_at_start = divergence.num_right == 0
     fields = {"wrong": got, "about": task.item}
-    if text.startswith(APOLOGY) and turn.place == 0:
+    # Flaws that occur in all families.
+    if text.startswith(APOLOGY) and is_at_start:
         return "apology", fields
     if got == "" and expected == "." and text + "." == right:
         return "full_stop", fields
-    if turn.place == 0 and got != expected and got.capitalize() == expected and task.family != "style":
+    if is_at_start and got != expected and got.capitalize() == expected and task.family != "style":
         return "lower_case", fields
     if text == f"{right} {right}":
         return "repetition", fields
-    flaw = _name_own_flaw(task, text, turn)
+    flaw = _name_family_flaw(task, text, divergence)
     if flaw in ("carry", "digit"):
-        return flaw, fields | {"which": load_words()["ordinals"][turn.place - _count_units_before_sum(right)]}
+        return flaw, fields | {"which": load_words()["ordinals"][divergence.num_right - _count_before_sum(right)]}
     if flaw == "swap":
         return flaw, fields | {"second": expected}
     if flaw == "omission":
@@ -149,38 +166,37 @@ def _name_flaw(task: Task, response: str, turn: _Turn, rng: random.Random) -> tu
         return flaw, fields | {"rule": rng.choice(load_words()["rule_names"][find_rule(task.phrasing)])}
     if flaw is not None:
         return flaw, fields
+    # Anything else.
     if not got:
         return "early", fields
-    if not expected:
-        return "extra", fields | {"wrong": _name_mark(got)}
-    if not got[0].isalnum():
-        return "mark", fields | {"wrong": _name_mark(got)}
-    return "word", fields
+    if expected and got[0].isalnum():
+        return "word", fields
+    return "mark" if expected else "extra", fields | {"wrong": load_words()["marks"].get(got, got)}
 
 
-def _name_own_flaw(task: Task, text: str, turn: _Turn) -> str | None:
-    """The flaw of a task's own family, if it is one."""
-    habit, is_word = task.habit, turn.got.isalpha()
-    if task.family == "capitals" and turn.expected == load_countries()[task.item].capital and is_word:
-        return "city"
-    if task.family == "facts" and turn.expected == load_things()[task.item].fact and is_word:
-        return "fact"
-    is_in_sum = task.family == "addition" and turn.place >= _count_units_before_sum(turn.right)
-    if is_in_sum and turn.expected.isdigit() and turn.got.isdigit():
-        return "carry" if habit is not None and text == habit.response else "digit"
-    if task.family == "sorting" and text == swap_last(sorted(task.item.split())):
-        return "swap"
-    words = task.item.split()
-    if task.family == "lists" and turn.expected in words and turn.got == ".":
-        return "omission" if text == join_words("The list", words[: words.index(turn.expected)]) else None
-    if task.family == "style" and text == apply_rule(load_questions()[task.item].answer, None):
-        return "rule"
+def _name_family_flaw(task: Task, text: str, divergence: _Divergence) -> str | None:
+    """The flaw, if it is one of the task's own family."""
+    expected, got = divergence.expected, divergence.got
+    if task.family == "capitals":
+        return "city" if expected == load_countries()[task.item].capital and got.isalpha() else None
+    if task.family == "facts":
+        return "fact" if expected == load_things()[task.item].fact and got.isalpha() else None
+    if task.family == "addition":
+        is_in_sum = divergence.num_right >= _count_before_sum(divergence.right)
+        if not (is_in_sum and expected.isdigit() and got.isdigit()):
+            return None
+        return "carry" if task.habit is not None and text == task.habit.response else "digit"
+    if task.family == "sorting":
+        return "swap" if text == swap_last(sorted(task.item.split())) else None
+    if task.family == "lists":
+        words = task.item.split()
+        is_cut_short = expected in words and text == write_list("The list", words[: words.index(expected)])
+        return "omission" if is_cut_short else None
+    if task.family == "style":
+        return "rule" if text == apply_rule(load_questions()[task.item].answer, None) else None
     return None
 
 
-def _count_units_before_sum(right: str) -> int:
+def _count_before_sum(right: str) -> int:
+    """How many words and digits stand before the sum."""
     return len(_UNIT.findall(right[: right.index(" is ") + 3]))
-
-
-def _name_mark(mark: str) -> str:
-    return load_words()["marks"].get(mark, mark)

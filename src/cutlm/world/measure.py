@@ -1,7 +1,4 @@
-"""Measures a model on the tiny world: how often it is right, and how well judgments show its wrong tokens.
-
-Only what the base model is held to is measured here; comparing methods is left to others.
-"""
+"""Measures a model on the tiny world: how often it is right, and how well flags find its wrong tokens."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,22 +12,87 @@ from cutlm.model.collator import CutCollator
 from cutlm.model.forward import score_batch
 from cutlm.prompting.encoding import Encoder
 from cutlm.prompting.spans import flag_spans
-from cutlm.world.families import FAMILIES
 from cutlm.world.judge import judge_task
-from cutlm.world.tasks import Task
+from cutlm.world.tasks import FAMILIES, Task
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 40
+MACRO = "macro"
 _BATCH_SIZE = 64
 THRESHOLDS = (1.05, 1.1, 1.2, 1.5)
+
+
+def answer_tasks(
+    model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", tasks: Sequence[Task], *, is_praised: bool = False
+) -> list[str]:
+    """Generates the greedy response to each task.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        tasks: The tasks.
+        is_praised: Whether the prompt holds the judgment "Perfect.", which asks for a right answer.
+    """
+    encoder = Encoder(tokenizer, "alpaca")
+    prompts = [encoder.encode_prompt(task.instruction, PRAISE if is_praised else None) for task in tasks]
+    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, batch_size=_BATCH_SIZE)
+    return generate_responses(model, tokenizer, encoder, prompts, sampling)
+
+
+def is_right(task: Task, response: str) -> bool:
+    """Whether the oracle accepts a response."""
+    return judge_task(task, response).judgment is None
+
+
+def rate_answers(tasks: Sequence[Task], responses: Sequence[str]) -> dict[str, float]:
+    """The share of right responses by family, and the mean over families as "macro"."""
+    verdicts: dict[str, list[bool]] = {family: [] for family in FAMILIES}
+    for task, response in zip(tasks, responses, strict=True):
+        verdicts[task.family].append(is_right(task, response))
+    shares = {family: sum(part) / max(1, len(part)) for family, part in verdicts.items()}
+    return shares | {MACRO: sum(shares.values()) / len(shares)}
+
+
+@torch.no_grad()
+def measure_detection(
+    model: "LlamaForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: Sequence[Task],
+    responses: Sequence[str],
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> dict[float, dict[str, Detection]]:
+    """How well flags find the wrong tokens of unsatisfactory responses, by threshold and family.
+
+    A token is wrong if it overlaps the oracle's wrong span, or if it ends the response and that span is empty.
+    """
+    encoder, collate = Encoder(tokenizer, "alpaca"), CutCollator()
+    tokens: dict[str, list[tuple[float, bool]]] = {family: [] for family in FAMILIES}
+    for task, response in zip(tasks, responses, strict=True):
+        verdict = judge_task(task, response)
+        if verdict.judgment is None:
+            continue
+        response_ids = encoder.encode_response(response)
+        row = {
+            "prompt_ids": encoder.encode_prompt(task.instruction),
+            "judged_prompt_ids": encoder.encode_prompt(task.instruction, verdict.judgment),
+            "response_ids": response_ids,
+        }
+        logps_without, logps_with = score_batch(model, collate([row])).split(len(response_ids))
+        is_wrong = flag_spans(encoder.locate_tokens(response, response_ids), verdict.wrong_spans)
+        tokens[task.family] += zip((logps_with - logps_without).tolist(), is_wrong, strict=True)
+    result: dict[float, dict[str, Detection]] = {}
+    for threshold in thresholds:
+        found = {family: count_detected(part, threshold) for family, part in tokens.items()}
+        result[threshold] = found | {"micro": sum(found.values(), Detection(0, 0, 0))}
+    return result
 
 
 def measure_base(
     model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", tasks: Sequence[Task]
 ) -> dict[str, Any]:
-    """All that a base model is held to, as it stands in its folder's `metrics.json`."""
+    """The content of a base model's `metrics.json`: accuracy, with and without praise, and detection."""
     responses = answer_tasks(model, tokenizer, tasks)
     praised = answer_tasks(model, tokenizer, tasks, is_praised=True)
     detection = measure_detection(model, tokenizer, tasks, responses)
@@ -50,67 +112,3 @@ def measure_base(
 
 def _round(numbers: dict[str, float]) -> dict[str, float]:
     return {name: round(number, 4) for name, number in numbers.items()}
-
-
-def answer_tasks(
-    model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", tasks: Sequence[Task], *, is_praised: bool = False
-) -> list[str]:
-    """The likeliest response to each task.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        tasks: What to ask.
-        is_praised: Whether the prompt holds the judgment "Perfect.", which asks for a right answer.
-    """
-    encoder = Encoder(tokenizer, "alpaca")
-    praise = PRAISE if is_praised else None
-    encoded = [encoder.encode_prompt(task.instruction, praise) for task in tasks]
-    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, batch_size=_BATCH_SIZE)
-    return generate_responses(model, tokenizer, encoder, encoded, sampling)
-
-
-def rate_answers(tasks: Sequence[Task], responses: Sequence[str]) -> dict[str, float]:
-    """The share of right responses by family, and their mean as "macro"."""
-    shares = {}
-    for family in FAMILIES:
-        verdicts = [
-            judge_task(task, response) for task, response in zip(tasks, responses, strict=True) if task.family == family
-        ]
-        shares[family] = sum(verdict.judgment is None for verdict in verdicts) / max(1, len(verdicts))
-    return shares | {"macro": sum(shares.values()) / len(shares)}
-
-
-@torch.no_grad()
-def measure_detection(
-    model: "LlamaForCausalLM",
-    tokenizer: "PreTrainedTokenizerBase",
-    tasks: Sequence[Task],
-    responses: Sequence[str],
-    thresholds: Sequence[float] = THRESHOLDS,
-) -> dict[float, dict[str, Detection]]:
-    """How well the wrong tokens of unsatisfactory responses are flagged, by threshold and family.
-
-    A token is flagged where the judgment makes it likelier by more than the threshold's factor; it is wrong where it
-    overlaps the wrong turn, or ends the response where that is an empty span.
-    """
-    encoder, collate = Encoder(tokenizer, "alpaca"), CutCollator()
-    tokens: dict[str, list[tuple[float, bool]]] = {family: [] for family in FAMILIES}
-    for task, response in zip(tasks, responses, strict=True):
-        verdict = judge_task(task, response)
-        if verdict.judgment is None:
-            continue
-        ids = encoder.encode_response(response)
-        row = {
-            "prompt_ids": encoder.encode_prompt(task.instruction),
-            "judged_prompt_ids": encoder.encode_prompt(task.instruction, verdict.judgment),
-            "response_ids": ids,
-        }
-        without, with_judgment = score_batch(model, collate([row])).split(len(ids))
-        is_wrong = flag_spans(encoder.locate_tokens(response, ids), verdict.wrong_spans)
-        tokens[task.family] += zip((with_judgment - without).tolist(), is_wrong, strict=True)
-    result: dict[float, dict[str, Detection]] = {}
-    for threshold in thresholds:
-        found = {family: count_detected(part, threshold) for family, part in tokens.items()}
-        result[threshold] = found | {"micro": sum(found.values(), Detection(0, 0, 0))}
-    return result

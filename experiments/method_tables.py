@@ -1,7 +1,4 @@
-"""Results of the comparison as files: JSON for machines, a Markdown table and a plot for people.
-
-Which results there are is left to `cutlm.world.compare`.
-"""
+"""Writes the results of the comparison: JSON for programs, a Markdown table and a plot for people."""
 
 import json
 import math
@@ -18,14 +15,14 @@ from cutlm.evaluation.detection import plot_detection
 from cutlm.inspect.plots import draw_plot
 from cutlm.inspect.tables import format_table
 
-# Student's t at 97.5%, by degrees of freedom.
+# Quantiles of Student's t distribution at 97.5 %, by degrees of freedom.
 _T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 _PACKAGES = ("cutlm", "torch", "transformers", "trl")
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind people too
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # distinct for colour-blind readers, too
 
 
 def summarize(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half the width of its 95% interval (Student's t); None for the latter of a single value."""
+    """The mean, and half the width of its 95 % confidence interval (Student's t); None for a single value."""
     if len(values) < 2:
         return mean(values), None
     return mean(values), _T_QUANTILES.get(len(values) - 1, 1.96) * stdev(values) / math.sqrt(len(values))
@@ -34,14 +31,14 @@ def summarize(values: Sequence[float]) -> tuple[float, float | None]:
 def write_results(
     folder: Path, name: str, rows: Sequence[dict[str, Any]], seeds: Sequence[int], command: str, base: str
 ) -> None:
-    """Writes `NAME.json`, `NAME.md` and `NAME.png`.
+    """Writes NAME.json, NAME.md and NAME.png.
 
     Args:
-        folder: Where to.
-        name: Of the table.
-        rows: Its results.
-        seeds: Of the test runs, in the order of lists of results.
-        command: That made it.
+        folder: The output folder.
+        name: Name of the table.
+        rows: Its rows.
+        seeds: Seeds of the test runs, in the order of the lists of results.
+        command: The command that makes the table.
         base: Hash of the base model.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +52,7 @@ def write_results(
     }
     _write(folder / f"{name}.json", json.dumps({"results": list(rows)} | about, indent=1) + "\n")
     title, make_table, plot = _TABLES[name]
-    note = f"Made by `{command}` on {about['date']}; {_describe_seeds(name, seeds)}. Remade by the same command."
+    note = f"Measured on {about['date']}: {_describe_seeds(name, seeds)}. To measure again: `{command}`."
     _write(folder / f"{name}.md", f"# {title}\n\n{make_table(rows)}\n\n{note}\n")
     with open_atomic(folder / f"{name}.png") as file:
         file.write(draw_plot(title, lambda axes: plot(axes, rows)))
@@ -68,10 +65,11 @@ def _write(path: Path, text: str) -> None:
 
 def _describe_seeds(name: str, seeds: Sequence[int]) -> str:
     if name == "detection":
-        return f"`frozen` is one model, `current` the mean over models of {len(seeds)} seeds"
+        return f"`frozen` is a single model, `current` the mean over models of {len(seeds)} seeds"
     if len(seeds) == 1:
         return "one seed, so no intervals"
-    return f"means and 95% intervals over {len(seeds)} seeds; the base model is one and has none"
+    text = f"means and 95 % confidence intervals over {len(seeds)} seeds"
+    return f"{text} (none for the base model)" if name == "methods" else text
 
 
 def _show(values: Sequence[float]) -> str:
@@ -82,7 +80,7 @@ def _show(values: Sequence[float]) -> str:
 def _tabulate_methods(rows: Sequence[dict[str, Any]]) -> str:
     families = list(rows[0]["by_family"])
     header = ["method", "test accuracy", "lr", *families, "seconds", "responses judged", "tokens generated"]
-    header += ["trained on", "blamed"]
+    header += ["tokens trained on", "tokens scored for flags"]
     cells = [
         [
             f"`{row['method']}` {row['about']}",
