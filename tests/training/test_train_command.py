@@ -235,7 +235,7 @@ def test_a_data_set_where_nothing_is_left_says_why(
         tmp_path,
         settings | {"max_length": 2},
         capsys,
-        "nothing is left to train on",
+        "nothing remains to train on",
         r"records\.json\[0\]: the response",
     )
 

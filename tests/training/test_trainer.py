@@ -104,12 +104,12 @@ def test_what_is_left_out_and_cut_is_counted_and_named(tmp_path: Path) -> None:
 
 def test_a_data_set_where_nothing_is_left_is_an_error(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("bpe")
-    with pytest.raises(DataError, match="nothing is left to train on") as error:
+    with pytest.raises(DataError, match="nothing remains to train on") as error:
         CUTTrainer(
             make_model(len(tokenizer)), _config(tmp_path, max_length=3), _records(2, 0), processing_class=tokenizer
         )
     assert "train_dataset[0]: the response alone fills max_length 3" in str(error.value), "it says why"
-    with pytest.raises(DataError, match="nothing is left to train on"):
+    with pytest.raises(DataError, match="nothing remains to train on"):
         _trainer(tmp_path, [SATISFACTORY] * 3, downsample=0.5)
 
 

@@ -182,7 +182,7 @@ def blame_file(
     _refuse_clashes(records, locations)
     encoded = encode_for_scoring(records, locations, encoder, settings)
     if not encoded.rows:
-        raise DataError(encoded.left_out, hint="no record is left to score; set a larger max_length")
+        raise DataError(encoded.left_out, hint="no record remains to score; set a larger max_length")
     kept = [records[index] for index in encoded.indices]
     header = describe_run(records, encoder, settings, detector, backend)
     journal = Journal(out, header, overwrite=overwrite)
@@ -230,12 +230,12 @@ def blame_record(
         Its token scores, and whether a prompt was truncated.
 
     Raises:
-        DataError: The response leaves no room for a prompt.
+        DataError: The response alone exceeds max_length.
         UserError: The scorer failed.
     """
     encoded = encode_for_scoring([record], ["the response"], encoder, settings)
     if not encoded.rows:
-        raise DataError(encoded.left_out, hint="no record is left to score; set a larger max_length")
+        raise DataError(encoded.left_out, hint="no record remains to score; set a larger max_length")
     (row,) = encoded.rows
     with closing(score([row], ())) as batches:
         ((_, without, judged),) = (scored for batch in batches for scored in batch)

@@ -102,7 +102,7 @@ def load_scorer(
     """Load a model or adapter to score with.
 
     Returns:
-        The tokenizer, the scorer, a fingerprint of the model, and what else the numbers depend on, by name.
+        The tokenizer, the scorer, a fingerprint of the model, and further settings that the numbers depend on, by name.
 
     Raises:
         UserError: The model cannot be loaded, or its log-probabilities cannot be computed from its head.

@@ -1,4 +1,4 @@
-"""Token scores: what a detector says about every token of a response, one self-contained JSON object per line.
+"""Token scores: the findings of a detector for every token of a response, one self-contained JSON object per line.
 
 `cutlm blame` writes these files, people inspect and edit them, training reads them. Files can be split and
 concatenated. A row is the record itself plus the fields of `SCORE_FIELDS`.
@@ -78,7 +78,7 @@ class TokenScores:
 def _is_number(value: Any) -> bool:
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond what a float holds
+    except OverflowError:  # a whole number too large for a float
         return False
 
 

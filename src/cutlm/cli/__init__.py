@@ -42,7 +42,7 @@ _USER_ERRNOS = {
     *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
     *(errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS),
 }
-# How safetensors, datasets and torch report a full disk, each by an exception of its own.
+# How safetensors, datasets and torch report a full disk, each with a different exception.
 _DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing file")
 
 

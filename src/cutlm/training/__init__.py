@@ -5,6 +5,6 @@
 - `dataset`: records, token scores or encoded rows become rows of token ids; views of the objectives; frozen flags.
 - `trainer`: `CUTTrainer`, whose loss is taken over the whole optimizer step.
 - `checkpoints`: stopping, saving and resuming, shared by both trainers.
-- `metrics`, `sampling`: what is logged; the order of records on several processes.
+- `metrics`, `sampling`: logged metrics; the order of records on several processes.
 - `pairs`: DPO through TRL.
 """

@@ -36,7 +36,7 @@ SETTINGS_FILE = "cutlm_train.yaml"
 RUN_FILE = "cutlm_run.json"
 _STAGING = ".saving"
 _REPLACED = ".replaced"
-# The files of a complete checkpoint; DeepSpeed keeps most of them in a folder of its own.
+# The files of a complete checkpoint; DeepSpeed keeps most of them in a separate folder.
 _PARTS = {
     "weights": ("*.safetensors", "pytorch_model*", "global_step*"),
     "optimizer state": ("optimizer*", "global_step*"),
@@ -325,7 +325,7 @@ def compare_settings(settings: Settings, run_facts: Mapping[str, Any], folder: P
         folder: The output folder of the earlier run.
 
     Raises:
-        ConfigError: A setting differs that decides which records come when, or what is trained.
+        ConfigError: A setting differs that decides the order of the records, or which weights are trained.
         UserError: The files of the earlier run are damaged.
     """
     path, run_path = folder / SETTINGS_FILE, folder / RUN_FILE

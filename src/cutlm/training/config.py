@@ -34,7 +34,7 @@ OBJECTIVES = (
     *PAIR_OBJECTIVES,
 )
 DETECTORS = ("current", "frozen", "spans", "off")
-# What an evaluation reports; the best checkpoint may be chosen by any of these.
+# Metrics of an evaluation; the best checkpoint may be chosen by any of these.
 METRICS = (
     *("loss", "loss_likelihood", "loss_contrast", "mean_log_ratio"),
     *("flagged_share", "flagged_share_q10", "flagged_share_q50", "flagged_share_q90"),
@@ -309,7 +309,7 @@ class CUTConfig(TrainingArguments):
         return problems
 
     def _check_device(self) -> list[str]:
-        """What is only known once `TrainingArguments` has set up devices and processes."""
+        """Problems that only show once `TrainingArguments` has set up devices and processes."""
         problems = []
         if self.fp16 and self.device.type == "cpu":
             problems.append("fp16: expected false on a CPU, where it would have no effect, got true; bf16 works there")

@@ -1,7 +1,8 @@
 """Training data: records, token scores or encoded rows become rows of token ids.
 
-`prepare_data` is the whole path: encode what the objective sees of each record, downsample, check the ids against the
-model, and add the flags of the frozen detector. Every record that is lost on the way is counted and reported.
+`prepare_data` is the whole path: encode the parts of each record that the objective uses, downsample, check the ids
+against the model, and add the flags of the frozen detector. Every record that is lost on the way is counted and
+reported.
 """
 
 import hashlib
@@ -39,7 +40,7 @@ from cutlm.training.config import CUTConfig
 _ID_COLUMNS = ("prompt_ids", "judged_prompt_ids", "response_ids")
 _FORWARD_MARK = "\n\n### Judgment:\n"
 
-# Encodes what an objective sees of a record; a text instead is the reason why the record is left out.
+# Encodes the parts of a record that an objective uses; a string is the reason why the record is left out.
 View = Callable[[JudgedRecord, Encoder], EncodedRecord | str]
 
 
@@ -50,7 +51,7 @@ class PreparedData:
     Attributes:
         rows: Rows with `prompt_ids`, `judged_prompt_ids`, `response_ids`, `location`, `is_satisfactory` and, if the
             tokens to unlearn are known, `is_flagged` and `weights`.
-        notices: What was truncated, left out or downsampled, one sentence each.
+        notices: One sentence for each kind of record that was truncated, left out or downsampled.
         num_left_out: Number of records left out for any reason.
         chat_template: The chat template with which other tools make the prompts of these rows, if it is known.
     """
@@ -117,7 +118,7 @@ def prepare_data(
         records = [records[index] for index in kept] if records else records
     if not len(data.rows):
         use = "train" if name == "train_dataset" else "evaluate"
-        raise DataError(f"{name}: nothing is left to {use} on", hint="\n".join(data.notices))
+        raise DataError(f"{name}: nothing remains to {use} on", hint="\n".join(data.notices))
     check_rows(model, data.rows, args.max_length)
     if args.has_known_flags:
         if "is_flagged" not in data.rows.column_names:
@@ -196,7 +197,7 @@ def _view_hindsight(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
 def _view_forward(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
     """The response, then its judgment (forward prediction: Weston 2016, arXiv 1604.06045).
 
-    The response has an end-of-sequence token of its own, so that the model still learns to end its answer there.
+    An end-of-sequence token also follows the response, so that the model still learns to end its answer there.
     """
     ids = encoder.encode_response(record.output)
     ids += encoder.encode_response(_FORWARD_MARK + record.stated_judgment)
@@ -444,7 +445,7 @@ def _compare_scores(path: Path, header_path: Path, header: Mapping[str, Any]) ->
         return "no such file"
     try:
         found = json.loads(read_bytes(header_path))
-    except (ValueError, RecursionError):  # a DataError too, if there is none
+    except (ValueError, RecursionError):  # including DataError, if the file is missing
         found = None
     if not isinstance(found, dict):
         return f"without a readable {header_path.name} next to it, it is not known how it was made"
@@ -480,7 +481,7 @@ def _finish_flags(data: PreparedData, name: str, args: CUTConfig) -> None:
         data.notices.append(f"{name}: {num_dropped} records of an excluded part of the loss are left out")
         data.rows = data.rows.select(kept)
     if not kept:
-        raise DataError(f"{name}: nothing is left to learn from", hint="\n".join(data.notices))
+        raise DataError(f"{name}: nothing remains to learn from", hint="\n".join(data.notices))
     features = Features({**data.rows.features, "judged_prompt_ids": List(Value("int64"))})
     columns = {key: data.rows[key] for key in data.rows.column_names} | {"judged_prompt_ids": [None] * len(kept)}
     data.rows = Dataset.from_dict(columns, features=features)
@@ -592,6 +593,6 @@ def describe_replaced_template(tokenizer: PreTrainedTokenizerBase, template: str
     if template is None or tokenizer.chat_template in (None, template):
         return []
     return [
-        f"the saved tokenizer gets the chat template of training (template: {name}) in place of its own; to keep its"
-        " own, set template: chat"
+        f"the saved tokenizer gets the chat template of training (template: {name}), which replaces its previous"
+        " one; to keep that, set template: chat"
     ]

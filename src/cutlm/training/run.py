@@ -1,4 +1,4 @@
-"""One run of `cutlm train`: load the data and the model, build the trainer, train, save, and say what comes next."""
+"""One run of `cutlm train`: load the data and the model, build the trainer, train, save, and print the next command."""
 
 import hashlib
 import logging
@@ -59,7 +59,7 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
         settings: Data, model and training settings.
         options: The command line options, for the message after an interruption.
         command: The command, for messages.
-        prepare: Turns the rows of a data file into what is trained on; the rows themselves by default.
+        prepare: Turns the rows of a data file into training rows; by default they are used unchanged.
 
     Returns:
         The exit code: 0, or 128 plus the signal that stopped the run.

@@ -70,7 +70,7 @@ class CUTTrainer(CheckpointingTrainer):
         scores_file: Where `detector: frozen` stores its token scores; None keeps the flags in memory.
         **kwargs: Passed to `transformers.Trainer`.
 
-    What was truncated, left out or downsampled is logged and kept in `notices`.
+    Records that were truncated, left out or downsampled are counted in the log and in `notices`.
 
     Raises:
         DataError: Bad records, or nothing is left to train on.
@@ -392,7 +392,7 @@ def _repeat(values: Sequence[float], lengths: Sequence[int], device: torch.devic
 
 
 def count_batch(batch: Mapping[str, Any], normalization: str, parts: Parts) -> tuple[float, float]:
-    """What a batch adds to the denominators of L1 and L2: tokens, or records under `normalization: record`."""
+    """A batch's share of the denominators of L1 and L2: tokens, or records under `normalization: record`."""
     num_unsatisfactory, num_satisfactory = split_lengths(batch)
     if normalization == "record":
         num_unsatisfactory = batch["num_unsatisfactory"]
