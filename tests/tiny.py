@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers, made in memory: what the tests run on. Nothing is downloaded."""
+"""Tiny models and tokenizers for the tests, made in memory without any download."""
 
 import json
 from collections.abc import Sequence
@@ -34,14 +34,14 @@ def make_tokenizer(kind: str = "bpe", corpus: Sequence[str] | None = None, *, ch
 
     Args:
         kind: How it splits text:
-            "bpe": bytes, words apart, no beginning-of-sequence (GPT-2, Qwen);
-            "bpe_bos": the same with one (Llama 3);
-            "bpe_unsplit": bytes, no words apart, so that merges cross spaces and line breaks;
-            "llama": SentencePiece's BPE with byte fallback and a beginning-of-sequence, a space before the first word;
-            "llama_legacy": the same in the older conversion, a space before the text behind each special token too;
-            "unigram": SentencePiece's unigram model without beginning-of-sequence (T5), which normalizes text.
+            "bpe": byte-level BPE that separates words, without a beginning-of-sequence token (GPT-2, Qwen);
+            "bpe_bos": the same with a beginning-of-sequence token (Llama 3);
+            "bpe_unsplit": byte-level BPE whose merges cross spaces and line breaks;
+            "llama": SentencePiece's BPE with byte fallback, a beginning-of-sequence token, and a space before the text;
+            "llama_legacy": the older conversion, which also adds a space after each special token;
+            "unigram": SentencePiece's unigram model, which normalizes text, without a beginning-of-sequence token (T5).
         corpus: Texts to train on.
-        chat: Whether it gets a ChatML template and its two special tokens, the second as its end-of-sequence.
+        chat: Whether to add a ChatML template and its two special tokens, the second as end-of-sequence token.
     """
     texts = list(corpus or CORPUS) * 4
     if kind.startswith("bpe"):
@@ -65,7 +65,7 @@ def make_tokenizer(kind: str = "bpe", corpus: Sequence[str] | None = None, *, ch
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
         names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-        # Words are kept apart while it learns, and line breaks are left to the byte pieces, as SentencePiece does.
+        # Like SentencePiece, train on single words, and leave line breaks to the byte tokens.
         texts = [word for text in texts for word in text.replace(" ", "\n ").split("\n") if word]
         trainer = trainers.BpeTrainer(
             vocab_size=640, special_tokens=[*names.values(), *_BYTES], limit_alphabet=120, show_progress=False
@@ -88,7 +88,7 @@ def make_tokenizer(kind: str = "bpe", corpus: Sequence[str] | None = None, *, ch
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
-    if kind.startswith("llama"):  # the byte pieces are text; they were special for the trainer only
+    if kind.startswith("llama"):  # the byte tokens were special only for the trainer
         tokenizer = _make_plain(tokenizer, _BYTES)
     if chat:
         tokenizer.add_special_tokens([AddedToken(IM_START, special=True), AddedToken(IM_END, special=True)])
@@ -107,7 +107,7 @@ def _make_plain(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
 
 
 def make_model(vocab_size: int, seed: int = 0, **config: Any) -> LlamaForCausalLM:
-    """A LLaMA of two small layers in float32, with weights large enough for its probabilities to differ."""
+    """Makes a two-layer LLaMA in float32, with weights large enough for its probabilities to differ."""
     settings = {
         "vocab_size": vocab_size,
         "hidden_size": 32,
@@ -128,7 +128,7 @@ def make_model(vocab_size: int, seed: int = 0, **config: Any) -> LlamaForCausalL
 
 
 def save_tiny_model(folder: str | Path, chat: bool = False, seed: int = 0) -> Path:
-    """Saves a tiny model and its byte-level tokenizer, which can spell any text, to a folder."""
+    """Saves a tiny model and its byte-level tokenizer, which can encode any text, to a folder."""
     tokenizer = make_tokenizer("bpe", chat=chat)
     model = make_model(
         len(tokenizer),

@@ -27,7 +27,7 @@ def _import_with_defaults() -> None:
     """Imports the libraries that read environment variables once, with defaults for those that the user has not set."""
     # When other programs use the CPU, too, threads that spin while they wait make the demo three times as slow.
     defaults = {"OMP_WAIT_POLICY": "PASSIVE"}
-    # Progress bars fit a narrow terminal and vanish when they are done. Without a terminal there are none.
+    # Progress bars fit a narrow terminal and vanish when they are done. They are off unless stderr is a terminal.
     defaults |= {"TQDM_NCOLS": "80", "TQDM_LEAVE": ""} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}
     missing = {name: value for name, value in defaults.items() if name not in os.environ}
     os.environ |= missing

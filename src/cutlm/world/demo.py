@@ -272,7 +272,7 @@ def run_iteration(
 
     with terminal.stage("merge") as stage:
         result.merge_difference = merge_adapter(folder / "adapter", folder / "model").difference
-        stage.text = f"adapter folded into the weights, logits agree within {result.merge_difference:.1%}"
+        stage.text = f"adapter folded in, logits agree within {result.merge_difference:.1%}"
     result.seconds["merge"] = stage.seconds
     return result
 

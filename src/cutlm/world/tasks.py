@@ -167,7 +167,8 @@ def _draw_groups(family: str, rng: random.Random) -> list[list[str]]:
     if family == "sentences":
         items = [f"{adjective} {noun}" for adjective in load_words()["adjectives"] for noun in words]
     else:
-        items = list({"capitals": load_countries, "facts": load_things, "style": load_questions}[family]())
+        names = {"capitals": [*load_countries()], "facts": [*load_things()], "style": [*load_questions()]}
+        items = names[family]
     rng.shuffle(items)
     return [items]
 
