@@ -1,31 +1,53 @@
 """Published judgment data turned into records: one module per source, each with functions from rows to rows."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from cutlm.data.files import SourceRow
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """The result of converting a source.
-
-    Attributes:
-        rows: The converted rows, each with its location in the source.
-        num_read: The number of `unit` that were read: those in `rows` and those left out.
-        left_out: The number of `unit` that were left out, by reason.
-        unit: What is counted.
-    """
-
-    rows: list[SourceRow]
-    num_read: int
-    left_out: Counter[str]
-    unit: str = "rows"
+from cutlm.data.records import ModelT, validate_row
+from cutlm.errors import DataError
 
 
 class Source(BaseModel):
     """Base of the schemas of sources: values are not coerced, and unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True)
+
+
+@dataclass
+class Conversion:
+    """The result of converting a source.
+
+    Attributes:
+        unit: What is counted.
+        rows: The converted rows, each with its location in the source.
+        left_out: The number of `unit` that were left out, by reason.
+    """
+
+    unit: str = "rows"
+    rows: list[SourceRow] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_read(self) -> int:
+        return len(self.rows) + self.left_out.total()
+
+    def add(self, location: str, result: dict[str, Any] | str) -> None:
+        """Adds a converted row, or the reason for which it is left out."""
+        if isinstance(result, str):
+            self.left_out[result] += 1
+        else:
+            self.rows.append(SourceRow(location, result))
+
+
+def validate_rows(rows: Iterable[SourceRow], model: type[ModelT]) -> list[tuple[str, ModelT]]:
+    """Validates the rows of a source; raises a DataError that names all problems."""
+    problems: list[str] = []
+    validated = [(row.location, validate_row(row, model, problems)) for row in rows]
+    if problems:
+        raise DataError(problems)
+    return [(location, value) for location, value in validated if value is not None]

@@ -1,6 +1,5 @@
 """Rows that are records already, such as the published judgments of CUT's online iterations."""
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ def convert(rows: list[SourceRow]) -> Conversion:
 
     No row is left out, and none is validated.
     """
-    return Conversion([SourceRow(row.location, _convert_row(row.value)) for row in rows], len(rows), Counter())
+    return Conversion(rows=[SourceRow(row.location, _convert_row(row.value)) for row in rows])
 
 
 def _convert_row(row: Any) -> Any:

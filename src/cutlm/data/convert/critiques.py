@@ -4,13 +4,11 @@ A line is a passage with questions. A question has several answers, their rankin
 answer people's critiques, each with an answer refined accordingly.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from cutlm.data.convert import Conversion, Source
+from cutlm.data.convert import Conversion, Source, validate_rows
 from cutlm.data.files import SourceRow
-from cutlm.data.records import validate_row
 from cutlm.errors import DataError
 
 BEST_RATING = 7
@@ -69,25 +67,20 @@ def convert(rows: Iterable[SourceRow]) -> Conversion:
     Raises:
         DataError: Lines are not valid; all of them are named.
     """
+    conversion = Conversion("questions")
     problems: list[str] = []
-    kept: list[SourceRow] = []
-    left_out: Counter[str] = Counter()
-    num_read = 0
-    for row in rows:
-        line = validate_row(row, Line, problems)
-        for index, question in enumerate(line.data.questions if line else ()):
-            num_read += 1
+    for location, line in validate_rows(rows, Line):
+        for index, question in enumerate(line.data.questions):
             answer = question.find_best_answer() if question.answers else None
-            reason = _find_fault(answer) if answer else "no answer"
             if question.answers and answer is None:
-                problems.append(_describe_rankings(row, index, question))
-            elif reason:
-                left_out[reason] += 1
-            elif line and answer:
-                kept.append(SourceRow(row.location, _make_record(line, question, answer)))
+                problems.append(f"{location}: field 'data.questions[{index}].rankings': {_describe_rankings(question)}")
+            elif answer is None:
+                conversion.add(location, "no answer")
+            else:
+                conversion.add(location, _find_fault(answer) or _make_record(line, question, answer))
     if problems:
         raise DataError(problems)
-    return Conversion(kept, num_read, left_out, unit="questions")
+    return conversion
 
 
 def _find_fault(answer: Answer) -> str | None:
@@ -120,7 +113,7 @@ def _make_record(line: Line, question: Question, answer: Answer) -> dict[str, An
     return record if line.id is None else record | {"id": line.id}
 
 
-def _describe_rankings(row: SourceRow, index: int, question: Question) -> str:
+def _describe_rankings(question: Question) -> str:
     if question.rankings is None:
         got = "none"
     elif None in question.rankings:
@@ -128,6 +121,6 @@ def _describe_rankings(row: SourceRow, index: int, question: Question) -> str:
     else:
         got = f"{len(question.rankings)} of them"
     return (
-        f"{row.location}: field 'data.questions[{index}].rankings': expected a number for each of the"
-        f" {len(question.answers)} answers, got {got}; without them the best answer is unknown"
+        f"expected a number for each of the {len(question.answers)} answers, got {got}; without them the best answer is"
+        " unknown"
     )

@@ -4,7 +4,6 @@ It consists of two files with the same answers line by line: `human_data_for_mod
 and the feedback; `human_data_raw.jsonl` also has the correct answer, under `metadata`.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,8 +62,7 @@ def convert(one: Sequence[SourceRow], other: Sequence[SourceRow]) -> Conversion:
             f" {_describe_file(model_rows)} and {_describe_file(raw_rows)}; download them again"
         )
     problems: list[str] = []
-    kept: list[SourceRow] = []
-    left_out: Counter[str] = Counter()
+    conversion = Conversion()
     for model_row, raw_row in zip(model_rows, raw_rows, strict=True):
         judged = validate_row(model_row, ModelRow, problems)
         raw = validate_row(raw_row, RawRow, problems)
@@ -80,18 +78,17 @@ def convert(one: Sequence[SourceRow], other: Sequence[SourceRow]) -> Conversion:
             for (name, raw_name), (text, raw_text) in pairs.items()
             if text != raw_text
         )
-        if not judged.answer.strip():
-            left_out["empty answer"] += 1
-        elif not judged.feedback.strip():
-            left_out["empty feedback"] += 1
-        else:
-            kept.append(SourceRow(model_row.location, _make_record(judged, raw.metadata)))
+        conversion.add(model_row.location, _make_record(judged, raw.metadata))
     if problems:
         raise DataError(problems)
-    return Conversion(kept, len(model_rows), left_out)
+    return conversion
 
 
-def _make_record(judged: ModelRow, metadata: Metadata) -> dict[str, Any]:
+def _make_record(judged: ModelRow, metadata: Metadata) -> dict[str, Any] | str:
+    if not judged.answer.strip():
+        return "empty answer"
+    if not judged.feedback.strip():
+        return "empty feedback"
     record = {"instruction": judged.question, "output": judged.answer, "judgment": judged.feedback}
     i_ans = metadata.output_correct if (metadata.output_correct or "").strip() else None
     further = {"i_ans": i_ans, "id": judged.id, "dataset": judged.dataset}

@@ -4,7 +4,6 @@ The rows are those that its authors published (`instruction` and `completions`),
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from itertools import combinations
 from typing import Annotated, Any
@@ -12,10 +11,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
-from cutlm.data.convert import Conversion, Source
+from cutlm.data.convert import Conversion, Source, validate_rows
 from cutlm.data.files import SourceRow
-from cutlm.data.records import SATISFACTORY_SCORE, validate_row
-from cutlm.errors import DataError
+from cutlm.data.records import SATISFACTORY_SCORE
 
 MIN_SCORE, MAX_SCORE = 1.0, 10.0
 MIN_RATING, MAX_RATING = 1.0, 5.0
@@ -78,18 +76,12 @@ def convert(rows: Iterable[SourceRow]) -> Conversion:
     Raises:
         DataError: Rows are not valid; all of them are named.
     """
-    kept: list[SourceRow] = []
-    left_out: Counter[str] = Counter()
-    num_read = 0
-    for location, row in _validate(rows):
+    conversion = Conversion("completions")
+    for location, row in validate_rows(rows, Row):
         for completion in row.completions:
-            num_read += 1
-            reason = _find_fault(completion) or _find_missing_judgment(completion)
-            if reason:
-                left_out[reason] += 1
-            else:
-                kept.append(SourceRow(location, _make_record(row, completion)))
-    return Conversion(kept, num_read, left_out, unit="completions")
+            fault = _find_fault(completion) or _find_missing_judgment(completion)
+            conversion.add(location, fault or _make_record(row, completion))
+    return conversion
 
 
 def convert_to_pairs(rows: Iterable[SourceRow]) -> Conversion:
@@ -102,38 +94,26 @@ def convert_to_pairs(rows: Iterable[SourceRow]) -> Conversion:
     Raises:
         DataError: Rows are not valid; all of them are named.
     """
-    kept: list[SourceRow] = []
-    left_out: Counter[str] = Counter()
-    num_read = 0
-    for location, row in _validate(rows):
+    conversion = Conversion("pairs")
+    for location, row in validate_rows(rows, Row):
         for one, other in combinations(row.completions, 2):
-            num_read += 1
-            reason = _find_fault(one) or _find_fault(other)
-            if reason is None and (one.score is None or other.score is None):
-                reason = "no score"
-            if reason is None and one.score == other.score:
-                reason = "the same score"
-            if reason:
-                left_out[reason] += 1
-                continue
-            chosen, rejected = sorted((one, other), key=lambda completion: completion.score or 0.0, reverse=True)
-            pair = {
-                "prompt": row.instruction,
-                "chosen": chosen.response,
-                "rejected": rejected.response,
-                "chosen_score": chosen.score,
-                "rejected_score": rejected.score,
-            }
-            kept.append(SourceRow(location, pair))
-    return Conversion(kept, num_read, left_out, unit="pairs")
+            conversion.add(location, _find_fault(one) or _find_fault(other) or _make_pair(row, one, other))
+    return conversion
 
 
-def _validate(rows: Iterable[SourceRow]) -> list[tuple[str, Row]]:
-    problems: list[str] = []
-    validated = [(row.location, validate_row(row, Row, problems)) for row in rows]
-    if problems:
-        raise DataError(problems)
-    return [(location, row) for location, row in validated if row is not None]
+def _make_pair(row: Row, one: Completion, other: Completion) -> dict[str, Any] | str:
+    if one.score is None or other.score is None:
+        return "no score"
+    if one.score == other.score:
+        return "the same score"
+    chosen, rejected = (one, other) if one.score > other.score else (other, one)
+    return {
+        "prompt": row.instruction,
+        "chosen": chosen.response,
+        "rejected": rejected.response,
+        "chosen_score": chosen.score,
+        "rejected_score": rejected.score,
+    }
 
 
 def _find_fault(completion: Completion) -> str | None:
