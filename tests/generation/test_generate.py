@@ -153,7 +153,7 @@ def test_a_device_that_is_not_there_is_one_sentence(
     model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(_options(model, prompts, tmp_path / "out.json", "--device", "bogus")) == 2
-    assert "--device bogus: not to be had here" in capsys.readouterr().err
+    assert "--device bogus: not available" in capsys.readouterr().err
 
 
 def test_sampling_is_decided_by_the_seed(model: Path, prompts: Path, tmp_path: Path) -> None:

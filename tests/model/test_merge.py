@@ -1,4 +1,4 @@
-"""Merging: the same model in one piece, prompted as it was trained."""
+"""Merging keeps the logits, the dtype and the prompt of training, and refuses what cannot be merged."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def _merge(adapter: Path, out: Path, *options: str) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_merged_model_gives_the_adapters_logits_in_the_base_models_dtype(
+def test_merged_model_has_adapter_logits_and_base_dtype(
     tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = make_tokenizer("bpe")
@@ -53,7 +53,7 @@ def test_the_merged_model_gives_the_adapters_logits_in_the_base_models_dtype(
     tokenizer.save_pretrained(tmp_path / "base")
     adapter = _save_adapter(tmp_path / "adapter", tmp_path / "base", dtype)
     assert _merge(adapter, tmp_path / "merged") == 0
-    assert "largest change of a logit by merging" in capsys.readouterr().out
+    assert f"({str(dtype).removeprefix('torch.')})" in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == dtype
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -63,13 +63,13 @@ def test_the_merged_model_gives_the_adapters_logits_in_the_base_models_dtype(
         expected, got, before = (model(ids).logits.float() for model in (adapted, merged, plain))
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     assert (got - expected).abs().max() < tolerance * expected.abs().max()
-    assert (before - expected).abs().max() > 0.2 * expected.abs().max(), "the adapter changes something"
+    assert (before - expected).abs().max() > 0.2 * expected.abs().max(), "the adapter must change the logits"
     weights = load_file(tmp_path / "merged" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {dtype}
     assert not any("lora" in name for name in weights)
 
 
-def test_the_merged_tokenizer_prompts_as_in_training(tmp_path: Path, adapter: Path) -> None:
+def test_merged_tokenizer_has_training_template(tmp_path: Path, adapter: Path) -> None:
     assert _merge(adapter, tmp_path / "merged") == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     instruction = "Name the capital of {Australia}.\n\nOnly one word."
@@ -83,101 +83,97 @@ def test_the_merged_tokenizer_prompts_as_in_training(tmp_path: Path, adapter: Pa
     )
 
 
-def test_an_adapter_without_its_base_model_is_one_sentence(
+def test_missing_base_model_is_refused(
     tmp_path: Path, adapter: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base.rename(tmp_path / "moved")
     assert _merge(adapter, tmp_path / "merged") == 2
-    message = capsys.readouterr().err
-    assert f"its base model {base} does not exist; give it by --base" in message
+    assert str(base) in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
     assert _merge(adapter, tmp_path / "merged", "--base", str(tmp_path / "moved")) == 0
 
 
-def test_what_is_no_adapter_is_one_sentence(
-    tmp_path: Path, base: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("content", ['{"base_model_name_or_path": null}', "{half", "[]", None])
+def test_folder_without_usable_adapter_config_is_refused(
+    tmp_path: Path, adapter: Path, content: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = adapter / "adapter_config.json"
+    config.unlink()
+    if content is not None:
+        config.write_text(content)
+    assert _merge(adapter, tmp_path / "merged") == 2
+    assert str(adapter if content is None else config) in capsys.readouterr().err
+
+
+def test_full_model_and_missing_folder_are_no_adapters(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _merge(base, tmp_path / "merged") == 2
-    assert "this one holds a whole model: nothing to merge" in capsys.readouterr().err
+    assert "got a full model" in capsys.readouterr().err
     assert _merge(tmp_path / "nowhere", tmp_path / "merged") == 2
-    assert "no such folder; give the output_dir of a training" in capsys.readouterr().err
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    assert _merge(adapter, tmp_path / "merged") == 2
-    assert "names no base model; give it by --base" in capsys.readouterr().err
-    (adapter / "adapter_config.json").write_text("{half")
-    assert _merge(adapter, tmp_path / "merged") == 2
-    assert "not a JSON object" in capsys.readouterr().err
+    assert "no such folder" in capsys.readouterr().err
 
 
-def test_an_adapter_of_another_base_is_refused(
-    tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapter_of_another_base_is_refused(tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_model(64, hidden_size=16).save_pretrained(tmp_path / "other")
     assert _merge(adapter, tmp_path / "merged", "--base", str(tmp_path / "other")) == 2
-    assert "the adapter does not fit its base model" in capsys.readouterr().err
+    assert "does not fit its base model" in capsys.readouterr().err
 
 
-def test_a_base_model_is_never_replaced_by_its_merge(
-    tmp_path: Path, adapter: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_base_model_is_never_replaced_by_its_merge(tmp_path: Path, adapter: Path, base: Path) -> None:
     before = (base / "model.safetensors").read_bytes()
     assert _merge(adapter, base, "--overwrite") == 2
-    assert f"is the base model of {adapter}; name another folder" in capsys.readouterr().err
     assert (base / "model.safetensors").read_bytes() == before
 
 
-def test_an_adapter_that_lacks_weights_is_refused(
+def test_adapter_file_that_lacks_weights_is_refused(
     tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = adapter / "adapter_model.safetensors"
     weights = load_file(file)
     save_file({name: value for name, value in weights.items() if "layers.1" not in name}, file)
     assert _merge(adapter, tmp_path / "merged") == 2
-    assert "4 weights are missing or unknown" in capsys.readouterr().err
+    assert f"{file}: 4 LoRA weights are missing" in capsys.readouterr().err
     file.write_bytes(b"half")
     assert _merge(adapter, tmp_path / "merged") == 2
     file.unlink()
     assert _merge(adapter, tmp_path / "merged") == 2
-    assert "expected adapter_model.safetensors beside its adapter_config.json" in capsys.readouterr().err
+    assert f"{file}: no such file" in capsys.readouterr().err
 
 
-def test_an_adapter_with_values_that_are_no_numbers_is_refused(
-    tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapter_with_non_finite_values_is_refused(tmp_path: Path, adapter: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     next(iter(weights.values()))[0, 0] = float("nan")
     save_file(weights, adapter / "adapter_model.safetensors")
     assert _merge(adapter, tmp_path / "merged") == 2
-    assert "not merged" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_filled_folder_is_replaced_only_when_asked_for_and_a_model(
+def test_only_a_model_folder_is_replaced_and_only_with_overwrite(
     tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "merged"
     assert _merge(adapter, out) == 0
     assert _merge(adapter, out) == 2
-    assert "is not empty; name another folder, or replace it with --overwrite" in capsys.readouterr().err
+    assert "--overwrite" in capsys.readouterr().err
     assert _merge(adapter, out, "--overwrite") == 0
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to_mother.txt").write_text("Dear mother")
     assert _merge(adapter, tmp_path / "letters", "--overwrite") == 2
-    assert "is no model folder, so it is not replaced" in capsys.readouterr().err
+    assert str(tmp_path / "letters") in capsys.readouterr().err
     assert (tmp_path / "letters" / "to_mother.txt").read_text() == "Dear mother"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "letters", "merged"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="makes a small disk, as root on Linux may")
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a tmpfs, which needs root on Linux")
 @pytest.mark.parametrize("command", ["merge", "train"])
-def test_a_full_disk_is_one_sentence_and_leaves_no_half_model(
+def test_full_disk_is_one_error_line_and_leaves_no_partial_model(
     adapter: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], check=False).returncode:
-        pytest.skip("no file system may be mounted here")
+        pytest.skip("mounting is not permitted")
     try:
         if command == "merge":
             options = ["--adapter", str(adapter), "--out", str(disk / "model")]
@@ -188,8 +184,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_model(
             options = ["--model_name_or_path", base, "--data", str(data), "--output_dir", str(disk / "run")]
             options += ["--use_peft=false", "--max_steps=1", "--use_cpu", "--report_to=none", "--max_length=256"]
         assert main([command, *options]) == 2
-        (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"cutlm {command}: ")]
-        assert "No space left on device" in said
+        (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"cutlm {command}: ")]
+        assert "No space left on device" in message
         assert not (disk / "model").exists()
         assert not list(disk.glob(".*"))
     finally:

@@ -247,7 +247,7 @@ def test_a_folder_that_is_no_model_is_one_sentence(
     empty.mkdir()
     _expect_problem(tmp_path, settings | {"model_name_or_path": str(empty)}, capsys, "expected a model folder")
     missing = str(tmp_path / "missing")
-    _expect_problem(tmp_path, settings | {"model_name_or_path": missing}, capsys, "no such folder; give a model folder")
+    _expect_problem(tmp_path, settings | {"model_name_or_path": missing}, capsys, "no such folder; pass a model folder")
     file = str(tmp_path / "records.json")
     _expect_problem(tmp_path, settings | {"model_name_or_path": file}, capsys, "expected a model folder, got a file")
 
@@ -286,7 +286,7 @@ def test_an_adapter_is_no_model_to_start_from(
 ) -> None:
     assert _train(tmp_path, settings) == 0
     again = settings | {"model_name_or_path": str(tmp_path / "out"), "output_dir": str(tmp_path / "second")}
-    _expect_problem(tmp_path, again, capsys, "an adapter, not a whole model; fold it in first: cutlm merge --adapter")
+    _expect_problem(tmp_path, again, capsys, "expected a model, got an adapter; first run: cutlm merge --adapter")
 
 
 def test_a_run_of_no_step_is_no_success(

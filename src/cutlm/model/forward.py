@@ -16,6 +16,7 @@ of a record usually share a prefix. This module, from top to bottom:
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -510,6 +511,12 @@ def _attends_to_all(language_model: Any) -> bool:
     return getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
 
 
+_DESCRIPTIONS: dict[RunLayout, str] = {
+    run_packed_row: "several sequences in one row",
+    run_with_shared_kv: "sharing the KV cache of a common prefix",
+}
+
+
 def _matches_separate_runs(language_model: Any, run: RunLayout, trees: list[PrefixTree]) -> bool:
     """Whether sequences that run together get the hidden states that they get alone.
 
@@ -520,25 +527,44 @@ def _matches_separate_runs(language_model: Any, run: RunLayout, trees: list[Pref
     ids = [(number * 7 + 3) % vocab_size for number in range(20)]
     parts = (ids[:9], [*ids[:3], *ids[12:]], ids[5:12], [*ids[5:7], *ids[:7]])
     sequences = [torch.tensor(part, device=device) for part in parts]
-    try:
-        with evaluation_mode(language_model), torch.no_grad():
+    singles = [PrefixTree((index,), 0, len(parts[index])) for tree in trees for index in tree.indices]
+    with evaluation_mode(language_model), torch.no_grad():
+        # An error here is one of the model, not of the layout.
+        alone = dict(pair for single in singles for pair in run_padded(language_model, [single], sequences))
+        try:
             together = dict(run(language_model, trees, sequences))
-            alone = {
-                index: states
-                for tree in trees
-                for number in tree.indices
-                for index, states in run_padded(
-                    language_model, [PrefixTree((number,), 0, len(parts[number]))], sequences
-                )
-            }
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, LookupError) as error:
-        logger.debug("sequences are run apart from each other: %s", error)
-        return False
-    tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.05
-    return all(
-        (states - alone[index][-len(states) :]).float().norm() <= tolerance * alone[index].float().norm()
-        for index, states in together.items()
-    )
+        except (ValueError, AssertionError, RuntimeError) as error:
+            if not _is_layout_error(error):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.05
+            differing = [
+                index
+                for index, states in together.items()
+                if not (states - alone[index][-len(states) :]).float().norm() <= tolerance * alone[index].float().norm()
+            ]
+            if not differing:
+                return True
+            reason = "hidden states differ from those of separate runs"
+    name = type(language_model).__name__
+    logger.warning("%s does not support %s and will run without it: %s", name, _DESCRIPTIONS[run], reason)
+    return False
+
+
+def _is_layout_error(error: Exception) -> bool:
+    """Whether an error is one that models raise for a mask, position ids or a KV cache that they do not support.
+
+    - ValueError: Bloom unpacks the two dimensions of a padding mask; xLSTM checks the shape of its state.
+    - AssertionError: XLM asserts the shape of the padding mask.
+    - NotImplementedError: an attention kernel without support for masks.
+    - RuntimeError for sizes that do not match: OpenAI GPT ignores the KV cache, and reshapes the mask.
+
+    A CUDA or out-of-memory error, a TypeError and the like are not errors of the layout.
+    """
+    if isinstance(error, NotImplementedError) or not isinstance(error, RuntimeError):
+        return True
+    return type(error) is RuntimeError and re.search(r"size of tensor|dimensions|shape", str(error)) is not None
 
 
 def check_head(model: nn.Module) -> None:

@@ -1,18 +1,19 @@
-"""Models: load, quantize, adapt with LoRA, compile.
-
-Running them over a micro-batch is left to `cutlm.model.forward`, training to `cutlm.training.trainer`, generating to
-`cutlm.generation.local`.
-"""
+"""Load models, tokenizers and adapters, check LoRA targets, and compile layers."""
 
 import hashlib
 import importlib.util
+import inspect
 import json
+import pickle
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,23 +25,48 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import BitsAndBytesConfig
 
-ADAPTER_CONFIG = "adapter_config.json"
-# A compiled layer is made anew for one row or several, with a mask or none, gradients or none, dropout or none, and for
-# an input that needs a gradient or not; torch gives up compiling after 8.
-_MOST_COMPILED = 32
+_ADAPTER_CONFIG = "adapter_config.json"
+# A layer is compiled again for one row or several, with or without mask, gradients and dropout, and for inputs with or
+# without gradient. After 8 versions, torch's default, it would run uncompiled.
+_MAX_COMPILED_VERSIONS = 32
+# What the libraries raise for files that are missing, damaged or of an unknown kind.
+_FILE_ERRORS = (
+    OSError,  # transformers and huggingface_hub: a missing file, a config that is not JSON, no network
+    ValueError,  # transformers: an unknown architecture; json: a damaged tokenizer_config.json
+    ImportError,  # a model or tokenizer that needs a package which is not installed
+    StrictDataclassError,  # a value of the wrong type in config.json
+    SafetensorError,  # a truncated or damaged file of weights
+    LookupError,  # transformers: an unknown activation in config.json, an entry missing from tokenizer.json
+    ArithmeticError,  # transformers: a size of 0 in config.json
+    RuntimeError,  # torch: sizes in config.json that do not fit each other; a damaged .bin file
+    EOFError,  # torch: an empty .bin file
+    pickle.UnpicklingError,  # torch: a .bin file with other content
+)
+
+
+@contextmanager
+def _reading_files(path: str | Path, kind: str) -> Iterator[None]:
+    """Turns what a library raises about the files of a model into a `UserError`; wraps library calls only."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # The tokenizers library raises plain `Exception` for a damaged tokenizer.json.
+        if isinstance(error, UserError) or not (isinstance(error, _FILE_ERRORS) or type(error) is Exception):
+            raise
+        raise UserError(f"{path}: cannot load a {kind} from it ({_first_line(error)})") from error
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder or a hub.
+    """Loads a tokenizer from a folder or the hub.
 
     Raises:
-        UserError: There is none.
+        UserError: It does not exist, or its files are damaged.
     """
-    _check_folder(path)
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
-    except Exception as error:  # a damaged file may break a library anywhere
-        raise UserError(f"{path}: no tokenizer can be loaded from it ({_first_line(error)})") from error
+    _check_path(path)
+    with _reading_files(path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
 
 
 def load_model(
@@ -52,85 +78,77 @@ def load_model(
     quantization: "BitsAndBytesConfig | None" = None,
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
-    """Loads a causal language model from a folder or a hub. Code from a hub is never run.
+    """Loads a causal language model from a folder or the hub. Code from the hub is never run.
 
     Args:
-        path: A folder or a hub name.
-        revision: Branch, tag or commit on the hub.
-        dtype: "auto" for that of the checkpoint, or one by name.
-        attn_implementation: As of `transformers`; None lets it choose.
-        quantization: 8-bit or 4-bit loading by bitsandbytes.
-        device: Where a quantized model goes; None for this process's own.
+        path: A folder or a name on the hub.
+        revision: A branch, tag or commit on the hub.
+        dtype: A dtype or its name; "auto" for the checkpoint's.
+        attn_implementation: See `transformers`; None lets it choose.
+        quantization: Loads 8-bit or 4-bit weights with bitsandbytes.
+        device: Device of a quantized model; None for the CPU.
 
     Raises:
-        UserError: There is none, weights of it are missing, it has an encoder, or bitsandbytes is missing.
+        UserError: The model does not exist, is damaged, lacks weights or has an encoder, or bitsandbytes is missing.
+
+    Example:
+
+        >>> model = load_model("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32")
     """
-    _check_folder(path)
+    _check_path(path)
+    if is_adapter_folder(path):
+        raise UserError(f"{path}: expected a model, got an adapter; first run: cutlm merge --adapter {path} --out DIR")
     if Path(path).is_dir():
-        path = str(Path(path).resolve())  # an adapter names its base model, and may be merged from elsewhere
-    kwargs: dict[str, Any] = {
-        "dtype": dtype,
-        "attn_implementation": attn_implementation,
-        "revision": revision or "main",
-    }
+        path = str(Path(path).resolve())  # adapters record this path of their base model
+    source = {"revision": revision or "main", "trust_remote_code": False}
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization is not None:
         check_bitsandbytes()
         kwargs |= {"quantization_config": quantization, "device_map": {"": device if device is not None else "cpu"}}
-    try:
-        if _has_encoder(path, revision or "main"):
+    with _reading_files(path, "causal language model"):
+        if AutoConfig.from_pretrained(path, **source).is_encoder_decoder:
             raise UserError(f"{path}: expected a causal language model, got one with an encoder, which would be lost")
-        # Of another shape is told of below, with what is missing.
-        asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **asked, **kwargs)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file may break a library anywhere
-        raise UserError(f"{path}: no causal language model can be loaded from it ({_first_line(error)})") from error
-    model, info = loaded
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UserError(
-            f"{path}: an adapter, not a whole model; fold it in first: cutlm merge --adapter {path} --out DIR"
+        # Weights of another shape are reported below, together with the missing ones.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **source, **kwargs
         )
-    absent = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
-    if absent:
-        # They would be drawn at random.
+    model, info = loaded
+    missing = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if missing:
+        # transformers would initialize them at random.
         raise UserError(
-            f"{path}: expected every weight of {type(model).__name__}; {len(absent)} are missing or of another shape,"
-            f" the first {absent[0]}: this is another kind of model, or damaged"
+            f"{path}: expected every weight of {type(model).__name__}, but {len(missing)} are missing or have another"
+            f" shape, the first {missing[0]}; the model is of another kind or damaged"
         )
     for module in model.modules():
-        # On some CPUs bitsandbytes repacks 4-bit weights for good at the first evaluation, into a form through which
-        # no gradient flows, and training goes on without a word.
+        # On CPUs with AVX-512, bitsandbytes repacks 4-bit weights at the first evaluation into a form that passes no
+        # gradients, and later training would silently learn nothing. This switches the repacking off.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
 
 
-def _has_encoder(path: str | Path, revision: str) -> bool:
-    try:
-        return bool(AutoConfig.from_pretrained(path, revision=revision).is_encoder_decoder)
-    except Exception:  # an adapter has no config; what else is wrong is said where the model is loaded
-        return False
-
-
 def check_bitsandbytes() -> None:
     """Raises:
-    UserError: 8-bit or 4-bit loading was asked for and bitsandbytes is missing.
+    UserError: bitsandbytes, which 8-bit and 4-bit loading needs, is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("load_in_8bit and load_in_4bit need bitsandbytes; run: pip install 'cutlm[quantization]'")
 
 
-def _check_folder(path: str | Path) -> None:
-    """Says what a local path lacks before `transformers` takes it for the name of a repository on a hub."""
+def _check_path(path: str | Path) -> None:
+    """Checks a local path, because `transformers` takes a missing folder for a name on the hub."""
     folder = Path(path)
     if folder.is_file():
         raise UserError(f"{path}: expected a model folder, got a file")
     if folder.is_dir() and not any(folder.glob("*.json")):
-        raise UserError(f"{path}: expected a model folder with a config.json, found none in it")
-    is_name = not folder.is_absolute() and str(path).count("/") <= 1 and not str(path).startswith(".")
-    if not folder.exists() and not is_name:
-        raise UserError(f"{path}: no such folder; give a model folder, or a name on the hub such as owner/name")
+        raise UserError(f"{path}: expected a model folder, found no config.json in it")
+    is_hub_name = not folder.is_absolute() and str(path).count("/") <= 1 and not str(path).startswith(".")
+    if not folder.exists() and not is_hub_name:
+        raise UserError(f"{path}: no such folder; pass a model folder or a name on the hub such as owner/name")
+    for file in (folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
+        if file.is_file() and not file.read_bytes().lstrip().startswith(b"{"):
+            raise UserError(f"{file}: expected a JSON object; restore the file")
 
 
 def _first_line(error: Exception) -> str:
@@ -138,147 +156,160 @@ def _first_line(error: Exception) -> str:
 
 
 def check_lora_targets(model: nn.Module, config: "PeftConfig") -> None:
-    """Refuses LoRA targets that match nothing, and names the modules that exist; and an embedding that is the head too.
+    """Checks that each LoRA target matches a module and that no target is an embedding tied to the head.
 
     Raises:
-        ConfigError: As said.
+        ConfigError: A target matches nothing, or matches a tied embedding.
     """
     targets = getattr(config, "target_modules", None)
-    if not targets or targets == "all-linear":  # PEFT's own choice
+    if not targets or targets == "all-linear":  # PEFT chooses
         return
     modules = {name: module for name, module in model.named_modules() if module is not model}
-    found: dict[str, list[str]] = {}  # by target, the modules that it matches
-    for target in [targets] if isinstance(targets, str) else sorted(targets):
-        if isinstance(targets, str):
-            found[target] = [name for name in modules if re.fullmatch(target, name)]
-        else:
-            found[target] = [name for name in modules if name == target or name.endswith(f".{target}")]
+    if isinstance(targets, str):
+        matches = {targets: [name for name in modules if re.fullmatch(targets, name)]}
+    else:
+        matches = {
+            target: [name for name in modules if name == target or name.endswith(f".{target}")]
+            for target in sorted(targets)
+        }
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    missing = [target for target, names in found.items() if not names]
-    if missing:
+    unmatched = [target for target, names in matches.items() if not names]
+    if unmatched:
         linear = {
             name.rpartition(".")[2]
             for name, module in modules.items()
             if isinstance(module, nn.Linear | Conv1D) and module is not head
         }
         raise ConfigError(
-            f"lora_target_modules: no module is named {', '.join(missing)}; this model's linear layers are"
+            f"lora_target_modules: no module is named {', '.join(unmatched)}; this model's linear layers are"
             f" {', '.join(sorted(linear)) or 'none'}"
         )
-    for target, names in found.items():
+    for target, names in matches.items():
         if any(modules[name] is embedding for name in names) and head is not None and head.weight is embedding.weight:
             raise ConfigError(
-                f"lora_target_modules: {target} is the model's head too, with which LoRA on it could not be merged;"
-                " leave it out, or train it whole by lora_modules_to_save"
+                f"lora_target_modules: {target} is tied to the model's head, so a LoRA on it cannot be merged; remove"
+                " it, or train it in full with lora_modules_to_save"
             )
 
 
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:
-    """The `transformers` model inside a PEFT model, adapter layers in place; any other model as it is."""
+    """The `transformers` model inside a PEFT model, with its adapter layers; any other model unchanged."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
 def compile_layers(model: nn.Module, backend: str | None = None, mode: str | None = None) -> None:
-    """Compiles each decoder layer in place, for sequences of any length.
+    """Compiles every decoder layer in place, for sequences of any length.
 
-    Layers run from whichever forward pass they are called; the model's own, which the Trainer would compile, is not
-    run by `cutlm.model.forward`. They are compiled when they first run, once for all of them.
+    `score_batch` calls the layers without the model's own forward pass, which the Trainer would compile. Layers are
+    compiled when they first run; all layers of a class share one compilation.
 
     Args:
-        model: A causal language model, bare or with an adapter.
-        backend: As of `torch.compile`; None for its default.
-        mode: Likewise.
+        model: A causal language model, with or without an adapter.
+        backend: See `torch.compile`; None for its default.
+        mode: See `torch.compile`.
 
     Raises:
-        ConfigError: The model does not say which of its modules are layers.
+        ConfigError: The model does not declare which of its modules are layers.
     """
     language_model = unwrap_peft(model)
     names = set(language_model._no_split_modules or ())
     layers = [module for module in language_model.modules() if type(module).__name__ in names]
     if not layers:
         raise ConfigError(
-            f"torch_compile: {type(language_model).__name__} does not say which of its modules are layers"
-            " (_no_split_modules); train it without"
+            f"torch_compile: {type(language_model).__name__} does not declare its layers (_no_split_modules); set"
+            " torch_compile: false"
         )
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_COMPILED)
+    limit: dict[str, Any] = {"recompile_limit": _MAX_COMPILED_VERSIONS}
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        limit = {}  # an older torch: further versions of a layer run uncompiled
     for layer in layers:
-        layer.compile(dynamic=True, backend=backend or "inductor", mode=mode)
+        layer.compile(dynamic=True, backend=backend or "inductor", mode=mode, **limit)
 
 
 def is_adapter_folder(path: str | Path) -> bool:
     """Whether a folder holds a PEFT adapter."""
-    return (Path(path) / ADAPTER_CONFIG).is_file()
+    return (Path(path) / _ADAPTER_CONFIG).is_file()
 
 
 def find_base_model(adapter: str | Path, base: str | None = None) -> str:
-    """The base model of an adapter folder: the one given, or else the one that the folder names.
+    """Returns `base`, or by default the base model that the config of an adapter folder names.
 
     Raises:
-        UserError: The folder is missing, is no adapter, or names no base model or one that is gone.
+        UserError: The folder does not exist, holds no adapter, or names no base model or one that does not exist.
     """
     folder = Path(adapter)
     if not folder.is_dir():
-        raise UserError(f"{adapter}: no such folder; give the output_dir of a training with use_peft")
-    if not is_adapter_folder(folder):
-        what = "a whole model: nothing to merge" if (folder / "config.json").is_file() else "no adapter"
-        raise UserError(f"{adapter}: expected an adapter folder with {ADAPTER_CONFIG}, this one holds {what}")
+        raise UserError(f"{adapter}: no such folder; pass the output_dir of a training run with use_peft: true")
+    config = folder / _ADAPTER_CONFIG
+    if not config.is_file():
+        got = "a full model, which needs no merging" if (folder / "config.json").is_file() else "no adapter"
+        raise UserError(f"{adapter}: expected an adapter with {_ADAPTER_CONFIG}, got {got}")
     if base is not None:
         return base
     try:
-        base = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+        base = json.loads(config.read_text("utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError):
-        raise UserError(f"{folder / ADAPTER_CONFIG}: not a JSON object; train again or restore the file") from None
+        raise UserError(f"{config}: expected a JSON object; restore the file or train again") from None
     if not base or not isinstance(base, str):
-        raise UserError(f"{folder / ADAPTER_CONFIG}: names no base model; give it by --base")
+        raise UserError(f"{config}: expected base_model_name_or_path, found none; pass --base")
     if Path(base).is_absolute() and not Path(base).is_dir():
-        raise UserError(f"{folder / ADAPTER_CONFIG}: its base model {base} does not exist; give it by --base")
+        raise UserError(f"{config}: its base model {base} does not exist; pass --base")
     return base
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path) -> nn.Module:
-    """Puts an adapter on its base model.
+    """Loads an adapter onto its base model.
 
     Raises:
-        UserError: It does not fit, or its file is damaged or lacks weights.
+        UserError: The adapter does not fit the model, or its file is damaged or lacks weights.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
     file = Path(path) / "adapter_model.safetensors"
     if not file.is_file():
-        raise UserError(
-            f"{path}: expected {file.name} beside its {ADAPTER_CONFIG}, found none; train again or restore it"
-        )
+        raise UserError(f"{file}: no such file next to {_ADAPTER_CONFIG}; restore it or train again")
     try:
         with safe_open(file, "pt") as weights:
             stored = set(weights.keys())
         adapted = PeftModel.from_pretrained(model, str(path))
-    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    # PEFT: a KeyError or TypeError for unknown entries of the config, a ValueError for target modules that the model
+    # lacks; torch: a RuntimeError for weights of another shape.
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: the adapter does not fit its base model {model.name_or_path} ({error})") from error
-    # Of LoRA alone: other kinds save what they can make again.
+    # LoRA only: other kinds of adapters do not save weights that they can recompute.
     differing = sorted(name for name in stored ^ set(get_peft_model_state_dict(adapted)) if "lora_" in name)
     if differing:
         raise UserError(
-            f"{file}: {len(differing)} weights are missing or unknown, the first is {differing[0]}; train again or"
-            " restore the file"
+            f"{file}: {len(differing)} LoRA weights are missing or unknown, the first {differing[0]}; restore the file"
+            " or train again"
         )
     return adapted
 
 
 def load_own_tokenizer(path: str | Path, base: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside a model or adapter, or else its base model's."""
-    if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
-        return load_tokenizer(base)
-    return load_tokenizer(path)
+    """Loads the tokenizer saved with a model or adapter, or else its base model's."""
+    has_own = base is None or (Path(path) / "tokenizer_config.json").is_file()
+    return load_tokenizer(path if has_own or base is None else base)
 
 
 def load_trained(
     path: str | Path, *, dtype: str | torch.dtype = "auto", base: str | None = None, device: str | None = None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Loads a model to be used: a whole one, or an adapter on its base.
+    """Loads a model for inference: a full model, or an adapter on its base model.
+
+    Args:
+        path: A model folder, an adapter folder or a name on the hub.
+        dtype: A dtype or its name; "auto" for the checkpoint's.
+        base: The base model of an adapter; None for the one that it names.
+        device: The device; None for a GPU if there is one.
 
     Returns:
         The model in evaluation mode, and the tokenizer it was trained with.
+
+    Raises:
+        UserError: The model cannot be loaded, or the device is not available.
     """
     model: nn.Module
     if is_adapter_folder(path):
@@ -288,17 +319,19 @@ def load_trained(
         model = load_model(path, dtype=dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        nn.Module.to(model, device)  # a PEFT model and a whole one alike
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: not to be had here ({_first_line(error)})") from error
+        nn.Module.to(model, device)  # the same for a PEFT model and others
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # torch: an unknown device, or one it is not built for
+        raise UserError(f"--device {device}: not available ({_first_line(error)})") from error
     return model.eval(), load_own_tokenizer(path, base)
 
 
 def list_rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """How a text model turns its positions by angles, for all its layers or for each kind of them."""
-    known = getattr(config, "rope_parameters", None) or {}
-    by_kind = [value for value in known.values() if isinstance(value, dict) and "rope_type" in value]
-    return by_kind or [known]
+    """The RoPE parameters of a text config: one dict for all layers, or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [value for value in parameters.values() if isinstance(value, dict) and "rope_type" in value]
+    return by_layer_type or [parameters]
 
 
 def count_parameters(model: nn.Module) -> Counter[str]:
@@ -311,7 +344,7 @@ def count_parameters(model: nn.Module) -> Counter[str]:
 
 
 def fingerprint_model(path: str | Path) -> str:
-    """Names the state of a model: its place and, for a folder, the sizes and times of its weight files."""
+    """Identifies the state of a model: its path, and for a folder a hash of the sizes and times of its weight files."""
     folder = Path(path)
     if not folder.is_dir():
         return str(path)
