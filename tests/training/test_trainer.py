@@ -325,7 +325,7 @@ def test_an_adapters_card_is_no_form_to_be_filled(tmp_path: Path) -> None:
 def test_a_model_that_does_not_name_its_layers_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(32)
     monkeypatch.setattr(model, "_no_split_modules", None)
-    with pytest.raises(ConfigError, match=r"^torch_compile: LlamaForCausalLM does not say which of its modules are"):
+    with pytest.raises(ConfigError, match=r"^torch_compile: LlamaForCausalLM does not declare its layers"):
         CUTTrainer(model, _config(tmp_path, torch_compile=True), [JUDGED])
 
 
