@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from cutlm.losses import combine_parts
+from cutlm.losses import ALL_PARTS, combine_parts
 from cutlm.model.collator import CutCollator
 from cutlm.model.forward import ForwardLayout, run_inside, score_batch
 from cutlm.model.loading import compile_layers, unwrap_peft
@@ -99,7 +99,7 @@ def find_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def compare(kind: str, sharding: str, layout: ForwardLayout) -> None:
     every_row = list(itertools.chain(*RECORDS_OF_RANKS))
-    counts = count_batch(collate(every_row), "token")
+    counts = count_batch(collate(every_row), "token", ALL_PARTS)
     whole = make(kind)
     inner = copy.deepcopy(whole)
     if kind == "compiled":

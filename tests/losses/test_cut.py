@@ -23,7 +23,7 @@ def log_of(*probabilities: float) -> Tensor:
 # ---- By hand ----
 
 
-def test_loss_of_a_record_of_each_kind_is_that_of_the_equations():
+def test_loss_follows_the_equations():
     without = log_of(0.5, 0.2, 0.4).requires_grad_()
     with_judgment = log_of(0.5, 0.5, 0.1).requires_grad_()
     satisfactory = log_of(0.8, 0.25).requires_grad_()
@@ -50,19 +50,19 @@ def test_loss_of_a_record_of_each_kind_is_that_of_the_equations():
     assert satisfactory.grad.tolist() == pytest.approx([-1 / 10] * 2, rel=1e-14)
 
 
-def test_gamma_zero_leaves_the_constant_weight_of_the_released_code():
+def test_gamma_zero_is_the_constant_weight_of_the_released_code():
     got = cut_loss(log_of(0.01), log_of(0.02), log_of(), threshold=1.1, unlikelihood_weight=0.25, gamma=0.0)
     assert got.contrast.item() == pytest.approx(-0.25 * math.log(0.99), rel=1e-14)
 
 
-def test_a_token_that_is_exactly_as_likely_is_not_flagged_by_a_threshold_of_one():
+def test_equally_likely_token_is_not_flagged_at_threshold_one():
     got = cut_loss(
         log_of(0.3, 0.3), log_of(0.3, 0.3000001), log_of(), threshold=1.0, unlikelihood_weight=1.0, gamma=1.0
     )
     assert got.is_flagged.tolist() == [False, True]
 
 
-def test_weights_are_factors_on_both_parts():
+def test_weights_multiply_both_parts():
     got = cut_loss(
         log_of(0.5, 0.1),
         log_of(0.4, 0.3),
@@ -79,26 +79,26 @@ def test_weights_are_factors_on_both_parts():
     )
 
 
-def test_a_batch_without_tokens_of_one_kind_has_a_zero_there():
-    nothing = log_of()
-    got = cut_loss(nothing, nothing, log_of(0.5), threshold=1.1, unlikelihood_weight=1.0, gamma=1.0)
+def test_batch_with_one_kind_of_record_has_zero_for_the_other():
+    empty = log_of()
+    got = cut_loss(empty, empty, log_of(0.5), threshold=1.1, unlikelihood_weight=1.0, gamma=1.0)
     assert (got.contrast.item(), got.likelihood.item()) == (0.0, pytest.approx(math.log(2)))
-    got = cut_loss(log_of(0.5), log_of(0.5), nothing, threshold=1.1, unlikelihood_weight=1.0, gamma=1.0)
+    got = cut_loss(log_of(0.5), log_of(0.5), empty, threshold=1.1, unlikelihood_weight=1.0, gamma=1.0)
     assert (got.contrast.item(), got.likelihood.item()) == (pytest.approx(math.log(2)), pytest.approx(math.log(2)))
 
 
-def test_parts_are_combined_as_the_mean_of_their_means():
+def test_combined_loss_is_the_mean_of_both_means():
     # (6 / 3 + 20 / 5) / 2 = (2 + 4) / 2
     assert combine_parts(6.0, 20.0, 3, 5) == 3.0
     assert combine_parts(torch.tensor(6.0), torch.tensor(20.0), 3, 5).item() == 3.0
 
 
-def test_likelihood_stands_alone_where_there_is_nothing_to_contrast():
+def test_combined_loss_without_contrast_is_the_likelihood():
     assert combine_parts(0.0, 20.0, 0, 5) == 4.0
     assert combine_parts(torch.tensor(0.0), torch.tensor(20.0), 0.0, 5).item() == 4.0
 
 
-# ---- Against a naive twin ----
+# ---- Against a naive implementation ----
 
 
 def naive_cut_loss(
@@ -111,7 +111,7 @@ def naive_cut_loss(
     weights: list[float],
     weights_satisfactory: list[float],
 ) -> tuple[float, float, list[bool], list[float]]:
-    """Eq. 5 to 7 over plain probabilities, and the derivative of L1's sum by each log p(y_t | x)."""
+    """Eq. 5 to 7 over plain probabilities, and the derivative of L1's sum with respect to each log p(y_t | x)."""
     contrast, likelihood, flags, slopes = 0.0, 0.0, [], []
     for p, p_judged, weight in zip(without, with_judgment, weights, strict=True):
         is_flagged = p_judged > threshold * p
@@ -141,10 +141,10 @@ token_weights = st.floats(0, 3)
     gamma=st.sampled_from(GAMMAS),
     is_weighted=st.booleans(),
 )
-def test_loss_flags_and_gradient_are_those_of_plain_probabilities(judged, plain, threshold, alpha, gamma, is_weighted):
+def test_loss_flags_and_gradient_match_a_naive_implementation(judged, plain, threshold, alpha, gamma, is_weighted):
     without, with_judgment, weights = ([row[i] for row in judged] for i in range(3))
     satisfactory, weights_satisfactory = ([row[i] for row in plain] for i in range(2))
-    # Where a flag turns on the last digit, probabilities and log-probs may disagree.
+    # Right at the threshold, probabilities and log-probabilities may round differently.
     assume(all(abs(b / a / threshold - 1) > 1e-9 for a, b in zip(without, with_judgment, strict=True)))
     if not is_weighted:
         weights, weights_satisfactory = [1.0] * len(judged), [1.0] * len(plain)
@@ -174,15 +174,15 @@ def test_loss_flags_and_gradient_are_those_of_plain_probabilities(judged, plain,
 @settings(max_examples=50, deadline=None)
 @given(
     judged=st.lists(st.tuples(probabilities, probabilities), min_size=2, max_size=8),
-    cut=st.integers(0, 8),
+    size=st.integers(0, 8),
     gamma=st.sampled_from(GAMMAS),
 )
-def test_sums_over_a_batch_are_those_of_its_pieces(judged, cut, gamma):
+def test_sums_of_a_batch_add_up_from_its_parts(judged, size, gamma):
     def run(rows):
         without, with_judgment = (log_of(*(row[i] for row in rows)) for i in range(2))
         return cut_loss(without, with_judgment, without, threshold=1.1, unlikelihood_weight=0.5, gamma=gamma)
 
-    whole, left, right = run(judged), run(judged[:cut]), run(judged[cut:])
+    whole, left, right = run(judged), run(judged[:size]), run(judged[size:])
     assert whole.is_flagged.tolist() == left.is_flagged.tolist() + right.is_flagged.tolist()
     assert whole.contrast.item() == pytest.approx(left.contrast.item() + right.contrast.item(), rel=1e-12)
     assert whole.likelihood.item() == pytest.approx(left.likelihood.item() + right.likelihood.item(), rel=1e-12)
@@ -213,7 +213,7 @@ def test_no_gradient_flows_through_detection_or_the_dynamic_weight():
     gamma=st.sampled_from(GAMMAS),
 )
 def test_slope_of_a_flagged_token_stays_below_alpha_over_threshold_minus_one(p_judged, share, threshold, alpha, gamma):
-    # p(y|x) is a share of the most that a flagged token may have; the bound is met for p_judged = share = 1.
+    # A flagged token has p(y|x) < p_judged / threshold; the slope reaches the bound at p_judged = share = 1.
     without = log_of(share * p_judged / threshold).requires_grad_()
     got = cut_loss(without, log_of(p_judged), log_of(), threshold=threshold, unlikelihood_weight=alpha, gamma=gamma)
     assume(got.is_flagged.item())
@@ -223,8 +223,8 @@ def test_slope_of_a_flagged_token_stays_below_alpha_over_threshold_minus_one(p_j
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_certain_and_hopeless_tokens_have_finite_loss_and_gradient(dtype, gamma):
-    # p = 1 exactly, all but 1, nearly 1, and as good as impossible, in either context.
+def test_extreme_probabilities_have_finite_loss_and_gradient(dtype, gamma):
+    # From p = 1 to p = exp(-1e4), in either context.
     values = [0.0, -1e-12, -1e-6, -100.0, -1e4]
     without = torch.tensor([a for a in values for _ in values], dtype=dtype, requires_grad=True)
     with_judgment = torch.tensor(values * len(values), dtype=dtype, requires_grad=True)
@@ -243,12 +243,12 @@ def test_certain_and_hopeless_tokens_have_finite_loss_and_gradient(dtype, gamma)
 # ---- log(1 - p) ----
 
 HALF = -math.log(2.0)
-# Both ends, and the seam between the two formulas.
+# Both ends, and the boundary between the two formulas.
 LOGPS = [-1e-12, -1e-7, -1e-3, -0.1, -0.5, HALF + 1e-9, HALF, HALF - 1e-9, -0.8, -1.0, -5.0, -20.0, -40.0, -100.0]
 
 
 def exact_log1mexp(logp: float) -> tuple[float, float]:
-    """log(1 - p) and its derivative -p / (1 - p) by log p, to 80 digits."""
+    """log(1 - p) and its derivative -p / (1 - p) in log p, to 80 digits."""
     with localcontext() as context:
         context.prec = 80
         p = Decimal(logp).exp()
@@ -262,7 +262,7 @@ def test_log1mexp_is_exact_at_both_ends(logp, dtype, epsilon):
     value, slope = exact_log1mexp(x.item())
     got = log1mexp(x)
     got.backward()
-    # Beyond the smallest normal number, digits are fewer.
+    # Subnormal numbers have fewer digits.
     smallest = torch.finfo(dtype).tiny
     assert got.item() == pytest.approx(value, rel=4 * epsilon, abs=smallest)
     assert x.grad.item() == pytest.approx(slope, rel=8 * epsilon, abs=smallest)
@@ -271,7 +271,7 @@ def test_log1mexp_is_exact_at_both_ends(logp, dtype, epsilon):
 
 @settings(max_examples=200, deadline=None)
 @given(st.floats(-100, -1e-12))
-def test_log1mexp_is_exact_everywhere_between(logp):
+def test_log1mexp_is_exact_in_between(logp):
     x = torch.tensor(logp, dtype=torch.float64, requires_grad=True)
     value, slope = exact_log1mexp(logp)
     got = log1mexp(x)

@@ -1,4 +1,4 @@
-"""Unlikelihood of given flags, DualCUT and the switches of CUT's parts, by hand and against plain probabilities."""
+"""Unlikelihood of given flags, CUT with parts switched off, and DualCUT, by hand and against plain probabilities."""
 
 import math
 
@@ -19,22 +19,22 @@ def log_of(*probabilities: float) -> Tensor:
     return torch.tensor(probabilities, dtype=torch.float64).log()
 
 
-def given_blame(*weights: float | None) -> TokenFlags:
+def make_flags(*weights: float | None) -> TokenFlags:
     is_flagged = torch.tensor([weight is not None for weight in weights])
     return TokenFlags(is_flagged, torch.tensor([weight or 0.0 for weight in weights], dtype=torch.float64))
 
 
-def test_a_flagged_token_is_unlearned_by_its_weight_and_the_others_are_learned():
+def test_flagged_tokens_get_weighted_unlikelihood_and_others_likelihood():
     logps = log_of(0.5, 0.8, 0.25).requires_grad_()
-    losses = unlikelihood_loss(logps, given_blame(None, 0.5, None))
+    losses = unlikelihood_loss(logps, make_flags(None, 0.5, None))
     # -log 0.5; -0.5 * log(1 - 0.8); -log 0.25
     assert losses.tolist() == pytest.approx([math.log(2), -0.5 * math.log(0.2), math.log(4)], rel=1e-14)
     losses.sum().backward()
-    # The flagged one's slope for log p: 0.5 * 0.8 / (1 - 0.8) = 2.
+    # Slope of the flagged token in log p: 0.5 * 0.8 / (1 - 0.8) = 2.
     assert logps.grad.tolist() == pytest.approx([-1, 2, -1], rel=1e-13)
 
 
-def test_a_flagged_token_of_weight_zero_is_neither_learned_nor_unlearned():
+def test_flagged_token_of_weight_zero_has_no_loss_and_no_gradient():
     logps = log_of(0.5).requires_grad_()
     loss = unlikelihood_loss(logps, TokenFlags(torch.tensor([True]), torch.zeros(1, dtype=torch.float64))).sum()
     loss.backward()
@@ -42,7 +42,7 @@ def test_a_flagged_token_of_weight_zero_is_neither_learned_nor_unlearned():
 
 
 @pytest.mark.parametrize("logp", [0.0, -1e-9, -1e-5, -9e-5])
-def test_the_slope_of_a_flag_on_a_token_that_the_model_is_sure_of_is_bounded(logp):
+def test_slope_of_a_flagged_token_near_probability_one_is_bounded(logp):
     logps = torch.tensor([logp], dtype=torch.float32, requires_grad=True)
     loss = unlikelihood_loss(logps, TokenFlags(torch.tensor([True]), torch.ones(1))).sum()
     loss.backward()
@@ -50,35 +50,35 @@ def test_the_slope_of_a_flag_on_a_token_that_the_model_is_sure_of_is_bounded(log
     assert logps.grad.item() == pytest.approx(MAX_SLOPE, rel=1e-3)
 
 
-def test_the_slope_is_the_plain_one_up_to_the_bound():
+def test_slope_below_the_bound_is_exact():
     p = 0.9998
     logps = log_of(p).requires_grad_()
-    unlikelihood_loss(logps, given_blame(1.0)).sum().backward()
+    unlikelihood_loss(logps, make_flags(1.0)).sum().backward()
     assert logps.grad.item() == pytest.approx(p / (1 - p), rel=1e-9)
 
 
-def test_blame_is_the_flags_and_weights_of_equations_5_and_6():
-    blame = flag_tokens(log_of(0.5, 0.2, 0.4), log_of(0.54, 0.5, 0.1), **SETTINGS)
+def test_flags_and_weights_follow_equations_5_and_6():
+    flags = flag_tokens(log_of(0.5, 0.2, 0.4), log_of(0.54, 0.5, 0.1), **SETTINGS)
     # 0.54 > 1.1 * 0.5 = 0.55? no. 0.5 > 0.22? yes, weight 0.5 * 0.5^1. 0.1 > 0.44? no.
-    assert blame.is_flagged.tolist() == [False, True, False]
-    assert blame.weights.tolist() == pytest.approx([0, 0.25, 0])
+    assert flags.is_flagged.tolist() == [False, True, False]
+    assert flags.weights.tolist() == pytest.approx([0, 0.25, 0])
 
 
-def test_without_detection_every_token_is_flagged():
-    blame = flag_tokens(log_of(0.5, 0.9), log_of(0.5, 0.1), threshold=0, unlikelihood_weight=1.0, gamma=1.0)
-    assert blame.is_flagged.tolist() == [True, True]
-    assert blame.weights.tolist() == pytest.approx([0.5, 0.1])
+def test_threshold_zero_flags_every_token():
+    flags = flag_tokens(log_of(0.5, 0.9), log_of(0.5, 0.1), threshold=0, unlikelihood_weight=1.0, gamma=1.0)
+    assert flags.is_flagged.tolist() == [True, True]
+    assert flags.weights.tolist() == pytest.approx([0.5, 0.1])
 
 
-def test_blame_found_before_takes_the_place_of_detection():
+def test_given_flags_replace_detection():
     without, with_judgment = log_of(0.5, 0.2), log_of(0.5, 0.9)
-    got = cut_loss(without, with_judgment, EMPTY, blame=given_blame(0.3, None), **SETTINGS)
+    got = cut_loss(without, with_judgment, EMPTY, flags=make_flags(0.3, None), **SETTINGS)
     assert got.is_flagged.tolist() == [True, False]
     assert got.contrast.item() == pytest.approx(-0.3 * math.log(0.5) - math.log(0.2), rel=1e-13)
 
 
-def test_responses_of_one_context_may_be_blamed_as_well():
-    got = cut_loss(EMPTY, EMPTY, log_of(0.5, 0.25), blame_satisfactory=given_blame(None, 0.4), **SETTINGS)
+def test_responses_with_one_context_can_have_flags():
+    got = cut_loss(EMPTY, EMPTY, log_of(0.5, 0.25), flags_satisfactory=make_flags(None, 0.4), **SETTINGS)
     assert got.likelihood.item() == pytest.approx(-math.log(0.5) - 0.4 * math.log(0.75), rel=1e-13)
 
 
@@ -92,28 +92,28 @@ def test_responses_of_one_context_may_be_blamed_as_well():
         (Parts(satisfactory=False, unsatisfactory=False), math.log(2)),
     ],
 )
-def test_a_part_that_is_off_is_in_neither_the_sum_nor_the_count(parts, expected):
+def test_disabled_parts_count_in_neither_sum_nor_denominator(parts, expected):
     # p = 1/2 without and 1/4 with the judgment, so not flagged; 1/5 of a satisfactory response.
     got = cut_loss(log_of(1 / 2), log_of(1 / 4), log_of(1 / 5), parts=parts, **SETTINGS)
     counts = (1 * parts.contrast, 1 * parts.unsatisfactory + 1 * parts.satisfactory)
     assert combine_parts(got.contrast, got.likelihood, *counts).item() == pytest.approx(expected, rel=1e-14)
 
 
-def test_a_step_with_nothing_to_learn_costs_nothing():
+def test_step_without_tokens_has_zero_loss():
     assert combine_parts(0.0, 0.0, 0, 0) == 0
 
 
-def test_dual_cut_weighs_what_praise_makes_likelier():
+def test_dual_cut_gives_more_weight_to_tokens_that_praise_makes_likelier():
     without = log_of(0.5, 0.2, 0.5, 0.4).requires_grad_()
     with_judgment = log_of(0.8, 0.1, 0.8, 0.4).requires_grad_()
     is_praised = torch.tensor([False, False, True, True])
     got = dual_cut_loss(without, with_judgment, log_of(0.3), is_praised, praise_weight=2.0, **SETTINGS)
 
     assert got.is_flagged.tolist() == [True, False, False, False]
-    objected = -0.5 * 0.8 * math.log(0.5) - math.log(0.2)
+    criticized = -0.5 * 0.8 * math.log(0.5) - math.log(0.2)
     # 0.8 > 1.1 * 0.5, so weight 1 + 2 * 0.8 = 2.6; 0.4 > 1.1 * 0.4 does not hold, so weight 1.
     praised = -2.6 * math.log(0.5) - math.log(0.4)
-    assert got.contrast.item() == pytest.approx(objected + praised, rel=1e-13)
+    assert got.contrast.item() == pytest.approx(criticized + praised, rel=1e-13)
     likelihood = -sum(map(math.log, (0.8, 0.1, 0.8, 0.4, 0.3)))
     assert got.likelihood.item() == pytest.approx(likelihood, rel=1e-13)
     got.contrast.backward()
@@ -139,7 +139,7 @@ def test_dual_cut_without_praise_is_cut():
     ),
     st.sampled_from([0.0, 0.5, 2.0]),
 )
-def test_dual_cut_is_its_naive_twin(tokens, gamma):
+def test_dual_cut_matches_a_naive_implementation(tokens, gamma):
     contrast = likelihood = 0.0
     for p, q, is_praised, weight in tokens:
         is_likelier = math.log(q) - math.log(p) > math.log(1.2)

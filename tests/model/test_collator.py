@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny import make_model
 from torch import Tensor, nn
 
+from cutlm.losses import ALL_PARTS
 from cutlm.model.collator import CutCollator, find_non_finite, split_batch, split_lengths
 from cutlm.model.forward import PrefixTree, _group_by_length, run_inside, score_batch
 from cutlm.training.trainer import count_batch
@@ -111,10 +112,10 @@ def test_lengths_are_split_by_kind_and_count_one_context_only():
 def test_counts_are_tokens_or_records():
     batch = collate([UNSATISFACTORY, SATISFACTORY, make_row([1], [2], [5]), SATISFACTORY])
     # L1 is over the 3 + 1 tokens of 2 unsatisfactory records, L2 over theirs and 2 + 2 of 2 satisfactory ones.
-    assert count_batch(batch, "token") == (4, 8)
-    assert count_batch(batch, "record") == (2, 4)
-    assert count_batch(collate([SATISFACTORY]), "token") == (0, 2)
-    assert count_batch(collate([SATISFACTORY]), "record") == (0, 1)
+    assert count_batch(batch, "token", ALL_PARTS) == (4, 8)
+    assert count_batch(batch, "record", ALL_PARTS) == (2, 4)
+    assert count_batch(collate([SATISFACTORY]), "token", ALL_PARTS) == (0, 2)
+    assert count_batch(collate([SATISFACTORY]), "record", ALL_PARTS) == (0, 1)
 
 
 # ---- Records that are no numbers ----

@@ -1,7 +1,7 @@
 """Contrastive Unlikelihood Training (Xu et al. 2023, arXiv 2312.14591v4, eq. 5 to 7).
 
-Sums over tokens only: what they are divided by is the caller's affair, since only the trainer knows how many
-tokens the other micro-batches and ranks of an optimizer step hold.
+The functions return sums over tokens. The trainer divides them by the counts of the whole optimizer step, so that the
+loss does not depend on micro-batches and ranks.
 """
 
 import math
@@ -18,11 +18,11 @@ Number = TypeVar("Number", float, Tensor)
 
 @dataclass(frozen=True)
 class CutLoss:
-    """The two parts of the loss, summed over (weighted) tokens, and what was found on the way.
+    """The two parts of the loss, summed over (weighted) tokens, and the detector's results.
 
     Attributes:
-        contrast: [] sum of eq. 6 (L1) over the tokens of unsatisfactory responses.
-        likelihood: [] sum of eq. 7 (L2) over satisfactory responses and, with the judgment, unsatisfactory ones.
+        contrast: [] L1 (eq. 6), summed over the tokens of unsatisfactory responses.
+        likelihood: [] L2 (eq. 7), summed over satisfactory responses and, with the judgment, unsatisfactory ones.
         is_flagged: [U] bool, the inappropriate tokens (eq. 5).
         log_ratios: [U] log p(y_t | x, j, y_<t) - log p(y_t | x, y_<t), without gradient.
     """
@@ -35,7 +35,7 @@ class CutLoss:
 
 @dataclass(frozen=True)
 class Parts:
-    """Which parts of the loss are in: all of them, but for the paper's ablations (Table 4) and frozen detection.
+    """Which parts of the loss are used; some are off in the paper's ablations (Table 4) and with frozen detection.
 
     Attributes:
         contrast: L1 (eq. 6).
@@ -54,10 +54,10 @@ ALL_PARTS = Parts()
 def flag_tokens(
     logps_without: Tensor, logps_with: Tensor, *, threshold: float, unlikelihood_weight: float, gamma: float
 ) -> TokenFlags:
-    """Finds the inappropriate tokens (eq. 5) and the weights of their unlikelihood terms (eq. 6).
+    """Flags inappropriate tokens (eq. 5) and computes the weights of their unlikelihood terms (eq. 6).
 
     Args:
-        logps_without: [U] log p(y_t | x, y_<t).
+        logps_without: [U] log p(y_t | x, y_<t), in nats.
         logps_with: [U] log p(y_t | x, j, y_<t) of the same tokens.
         threshold: lambda of eq. 5, at least 1; 0 flags every token.
         unlikelihood_weight: alpha of eq. 6.
@@ -65,6 +65,12 @@ def flag_tokens(
 
     Returns:
         Flags and weights, without gradient.
+
+    Example:
+
+        >>> without, with_judgment = torch.tensor([0.5, 0.2]).log(), torch.tensor([0.5, 0.4]).log()
+        >>> flag_tokens(without, with_judgment, threshold=1.1, unlikelihood_weight=0.5, gamma=1.0)
+        TokenFlags(is_flagged=tensor([False,  True]), weights=tensor([0.0000, 0.2000]))
     """
     logps_with = logps_with.detach()
     is_flagged = logps_with - logps_without.detach() > (math.log(threshold) if threshold else -math.inf)
@@ -82,41 +88,49 @@ def cut_loss(
     gamma: float,
     weights: Tensor | None = None,
     weights_satisfactory: Tensor | None = None,
-    blame: TokenFlags | None = None,
-    blame_satisfactory: TokenFlags | None = None,
+    flags: TokenFlags | None = None,
+    flags_satisfactory: TokenFlags | None = None,
     parts: Parts = ALL_PARTS,
 ) -> CutLoss:
-    """CUT's loss over the response tokens of a batch (eq. 5, 6 and 7).
+    """CUT's loss over the response tokens of a batch (eq. 5 to 7).
 
-    A flagged token has p(y_t | x) < 1 / threshold, so the slope of its unlikelihood term,
-    alpha p_with^gamma p / (1 - p) for log p, stays below alpha / (threshold - 1).
+    A flagged token has p(y_t | x) < 1 / threshold, so the slope of its unlikelihood term in log p,
+    alpha p_with^gamma p / (1 - p), is below alpha / (threshold - 1).
 
     Args:
-        logps_without: [U] log p(y_t | x, y_<t) of unsatisfactory responses.
+        logps_without: [U] log p(y_t | x, y_<t) of unsatisfactory responses, in nats.
         logps_with: [U] log p(y_t | x, j, y_<t) of the same tokens.
-        logps_satisfactory: [S] log p(y_t | x, y_<t) of satisfactory responses, and of whatever else is learned from
-            one context alone.
+        logps_satisfactory: [S] log p(y_t | x, y_<t) of satisfactory responses and of others that have one context.
         threshold: lambda of eq. 5, at least 1; 0 flags every token.
         unlikelihood_weight: alpha of eq. 6.
         gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6; 0 switches it off.
-        weights: [U] a factor on each token of an unsatisfactory response, in both parts; None for ones.
-        weights_satisfactory: [S] likewise for satisfactory responses.
-        blame: Flags and weights [U] found before, by a frozen detector; None finds them now.
-        blame_satisfactory: Flags and weights [S]; None for none.
-        parts: Which parts are in.
+        weights: [U] factors on the tokens of unsatisfactory responses, in both parts; None for ones.
+        weights_satisfactory: [S] factors on the other tokens; None for ones.
+        flags: [U] flags computed before, by a frozen detector; None computes them here.
+        flags_satisfactory: [S] flags of the other tokens; None for none.
+        parts: Which parts of the loss are used.
 
     Returns:
-        Sums, flags and log ratios. Detection and the dynamic weight carry no gradient.
+        Sums, flags and log ratios. No gradient flows through flags and dynamic weights.
+
+    Example:
+
+        >>> logps = [torch.tensor(p).log() for p in ([0.5, 0.2], [0.5, 0.5], [0.8])]
+        >>> loss = cut_loss(*logps, threshold=1.2, unlikelihood_weight=0.5, gamma=2.0)
+        >>> loss.is_flagged
+        tensor([False,  True])
+        >>> combine_parts(loss.contrast, loss.likelihood, 2, 3)
+        tensor(0.4485)
     """
-    if blame is None:
-        blame = flag_tokens(
+    if flags is None:
+        flags = flag_tokens(
             logps_without, logps_with, threshold=threshold, unlikelihood_weight=unlikelihood_weight, gamma=gamma
         )
     log_ratios = (logps_with - logps_without).detach()
-    contrast = unlikelihood_loss(logps_without, blame)
+    contrast = unlikelihood_loss(logps_without, flags)
     satisfactory = -logps_satisfactory
-    if blame_satisfactory is not None:
-        satisfactory = unlikelihood_loss(logps_satisfactory, blame_satisfactory)
+    if flags_satisfactory is not None:
+        satisfactory = unlikelihood_loss(logps_satisfactory, flags_satisfactory)
     if weights is not None:
         contrast = contrast * weights
         logps_with = logps_with * weights
@@ -125,23 +139,25 @@ def cut_loss(
     likelihood = satisfactory.sum() * parts.satisfactory
     if parts.unsatisfactory:
         likelihood = likelihood - logps_with.sum()
-    return CutLoss(contrast.sum() * parts.contrast, likelihood, blame.is_flagged, log_ratios)
+    return CutLoss(contrast.sum() * parts.contrast, likelihood, flags.is_flagged, log_ratios)
 
 
 def combine_parts(contrast: Number, likelihood: Number, num_contrast: float, num_likelihood: float) -> Number:
-    """One loss from the two sums: the mean of their means, or the one part alone where the other has no tokens.
-
-    The released code's formula, over whatever the counts are of; with those of a whole optimizer step the result does
-    not depend on how the step is cut into micro-batches and ranks.
+    """Combines both sums as the released code does: the mean of their means, or one mean if the other has no tokens.
 
     Args:
-        contrast: L1, summed.
-        likelihood: L2, summed.
-        num_contrast: What L1 is divided by: tokens, or records where each token weighs 1/N.
-        num_likelihood: Likewise for L2.
+        contrast: L1 (eq. 6), summed.
+        likelihood: L2 (eq. 7), summed.
+        num_contrast: Denominator of L1: tokens, or records if each token weighs 1/N.
+        num_likelihood: Denominator of L2.
+
+    Example:
+
+        >>> combine_parts(6.0, 20.0, 3, 5)  # (6 / 3 + 20 / 5) / 2
+        3.0
     """
     if not num_contrast and not num_likelihood:
-        return contrast + likelihood  # nothing to learn from here: both are 0
+        return contrast + likelihood  # both are 0
     if not num_contrast:
         return likelihood / num_likelihood
     if not num_likelihood:

@@ -1,7 +1,7 @@
-"""DualCUT: praise is learned from as well (arXiv 2412.20297, eq. 5 to 9).
+"""DualCUT, which also learns from praise (arXiv 2412.20297, eq. 5 to 9).
 
-Contrastive Unlikelihood Training for what a judgment objects to, and its mirror image for what one praises: tokens of
-a satisfactory response that the praise makes likelier get a larger likelihood weight.
+Unsatisfactory responses get CUT's loss. The mirror image for praise: tokens of a satisfactory response that the praise
+makes more likely get a larger likelihood weight.
 """
 
 import math
@@ -25,30 +25,40 @@ def dual_cut_loss(
     weights: Tensor | None = None,
     weights_satisfactory: Tensor | None = None,
 ) -> CutLoss:
-    """The loss over responses that are run with and without a judgment, be it an objection or praise.
+    """DualCUT's loss over the response tokens of a batch (arXiv 2412.20297, eq. 5 to 9).
 
-    Unsatisfactory responses: as CUT. Praised ones: likelihood in both contexts; without the judgment a token with
-    p(y_t | x, j, y_<t) > threshold * p(y_t | x, y_<t) weighs 1 + praise_weight * p(y_t | x, j, y_<t)^gamma.
+    Praised responses are learned from in both contexts. Without the judgment, a token with p(y_t | x, j, y_<t) >
+    threshold * p(y_t | x, y_<t) weighs 1 + praise_weight * p(y_t | x, j, y_<t)^gamma.
 
     Args:
-        logps_without: [U] log p(y_t | x, y_<t) of responses with a judgment of either kind.
+        logps_without: [U] log p(y_t | x, y_<t) of responses with criticism or praise, in nats.
         logps_with: [U] log p(y_t | x, j, y_<t) of the same tokens.
-        logps_satisfactory: [S] log p(y_t | x, y_<t) of whatever is learned from one context alone.
-        is_praised: [U] bool, the tokens of satisfactory responses.
-        threshold: Of either kind of token.
-        unlikelihood_weight: Of inappropriate tokens.
-        gamma: Exponent of the dynamic weight of either kind.
-        praise_weight: What a praised token weighs more than others, before the dynamic weight.
-        weights: [U] a factor on each token; None for ones.
-        weights_satisfactory: [S] likewise.
+        logps_satisfactory: [S] log p(y_t | x, y_<t) of responses that have one context.
+        is_praised: [U] bool, the tokens of praised responses.
+        threshold: lambda, for criticism and praise.
+        unlikelihood_weight: alpha, the weight of flagged tokens.
+        gamma: Exponent of the dynamic weights.
+        praise_weight: The additional weight of praised tokens, before the dynamic weight.
+        weights: [U] factors on tokens; None for ones.
+        weights_satisfactory: [S] factors on tokens; None for ones.
 
     Returns:
-        Sums, flags (of inappropriate tokens; praised ones are not among them) and log ratios.
+        Sums, flags (of criticized tokens only) and log ratios.
+
+    Example:
+
+        >>> logps = [torch.tensor(p).log() for p in ([0.5, 0.5], [0.8, 0.8], [0.3])]
+        >>> settings = {"threshold": 1.1, "unlikelihood_weight": 0.5, "gamma": 1.0, "praise_weight": 2.0}
+        >>> dual_cut_loss(*logps, torch.tensor([False, True]), **settings).is_flagged
+        tensor([ True, False])
     """
-    bonus = torch.zeros_like(logps_without)
-    is_likelier = (logps_with - logps_without).detach() > math.log(threshold)
-    bonus = torch.where(is_praised & is_likelier, praise_weight * torch.exp(gamma * logps_with.detach()), bonus)
-    objected = cut_loss(
+    log_ratios = (logps_with - logps_without).detach()
+    bonus = torch.where(
+        is_praised & (log_ratios > math.log(threshold)),
+        praise_weight * torch.exp(gamma * logps_with.detach()),
+        torch.zeros_like(logps_without),
+    )
+    criticized = cut_loss(
         logps_without[~is_praised],
         logps_with[~is_praised],
         logps_satisfactory,
@@ -58,15 +68,14 @@ def dual_cut_loss(
         weights=None if weights is None else weights[~is_praised],
         weights_satisfactory=weights_satisfactory,
     )
-    praised = -logps_without * (1 + bonus)
-    likelihood = -logps_with
+    contrast, likelihood = -logps_without * (1 + bonus), -logps_with
     if weights is not None:
-        praised, likelihood = praised * weights, likelihood * weights
+        contrast, likelihood = contrast * weights, likelihood * weights
     is_flagged = torch.zeros_like(is_praised)
-    is_flagged[~is_praised] = objected.is_flagged
+    is_flagged[~is_praised] = criticized.is_flagged
     return CutLoss(
-        contrast=objected.contrast + praised[is_praised].sum(),
-        likelihood=objected.likelihood + likelihood[is_praised].sum(),
+        contrast=criticized.contrast + contrast[is_praised].sum(),
+        likelihood=criticized.likelihood + likelihood[is_praised].sum(),
         is_flagged=is_flagged,
-        log_ratios=(logps_with - logps_without).detach(),
+        log_ratios=log_ratios,
     )

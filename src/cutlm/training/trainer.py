@@ -380,8 +380,8 @@ def compute_batch_loss(logps: Tensor, batch: Mapping[str, Any], args: CUTConfig)
         gamma=args.gamma,
         weights=weights,
         weights_satisfactory=weights_satisfactory,
-        blame=flags,
-        blame_satisfactory=flags_satisfactory,
+        flags=flags,
+        flags_satisfactory=flags_satisfactory,
         parts=args.parts,
     )
 

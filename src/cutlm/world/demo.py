@@ -39,7 +39,7 @@ from cutlm.errors import UserError
 from cutlm.generation.local import Sampling, generate_file
 from cutlm.inspect.terminal import Terminal
 from cutlm.model.loading import count_parameters, fingerprint_model, load_model, load_tokenizer, load_trained
-from cutlm.model.merging import merge_adapter
+from cutlm.model.merge import merge_adapter
 from cutlm.prompting.encoding import Encoder
 from cutlm.training.config import CUTConfig
 from cutlm.training.trainer import CUTTrainer
