@@ -150,7 +150,7 @@ def test_the_loop_has_a_real_server_answer_and_each_iteration_has_its_own(
         "generate": f"--base_url http://127.0.0.1:{port} --max_new_tokens 8 --num_samples 2 --temperature 1",
         # A reading of {model} by the shell alone: which model it is, the request says.
         "server_command": f"echo {{model}} >> {tmp_path}/served.txt; exec {command}",
-        "server_wait": 120,
+        "server_timeout": 120,
         "judge": "rules --rules letters:judge",
         "eval_instructions": held_out,
         "template": "chat",

@@ -1,52 +1,63 @@
-"""The online loop: a model answers fresh instructions, a judge says what is wrong, the model learns from it; and again.
+"""The online loop: a model answers new instructions, a judge judges the answers, the model learns from it; repeat.
 
-Settings come from a flat YAML file (--config) and from options, which take precedence: those of cutlm train, without
+Settings come from a flat YAML file (--config) and from options, which take precedence: those of cutlm train except
 data, and
 
-  instructions      a file of instructions to draw from      num_iterations    rounds (default 5)
-  num_instructions  fresh ones a round (default 1000)        output_dir        a folder for everything
-  generate          options of cutlm generate, such as "--temperature 1 --num_samples 4 --base_url URL"
-  judge             a kind of judge and options of cutlm judge, such as "rules --rules package.module:function"
-  max_failure_rate  largest share of responses without a judgment, and of instructions without an answer from a
-                    server, with which a round goes on (default 0.02)
+  instructions      a file of instructions to sample from    num_iterations    iterations (default 5)
+  num_instructions  new ones per iteration (default 1000)    output_dir        a folder for everything
+  generate          options for cutlm generate, such as "--temperature 1 --num_samples 4 --base_url URL"
+  judge             a kind of judge and options for cutlm judge, such as "rules --rules package.module:function"
+  max_failure_rate  largest tolerated share of responses without a judgment, and of instructions that a server does not
+                    answer (default 0.02)
   eval_instructions held-out instructions; every model's answers to them are judged by eval_judge (default: judge)
-  eval_command      a shell command; {model} is the model, {out} a JSON file of figures that it writes
+  eval_command      a shell command; {model} is the model, {out} a JSON file of metrics that it writes
   server_command    a shell command that serves {model} while responses are generated (generate has --base_url)
-  launcher          what training is started by, such as "torchrun --nproc_per_node 8"
+  server_timeout    seconds to wait for the server's first answer (default 1800)
+  launcher          what starts training, such as "torchrun --nproc_per_node 8"
 
-  cutlm align --config my.yaml                     start, or go on after whatever stopped it
-  cutlm align --config my.yaml --until 1.judge     stop after a stage, to look at what it made
-  cutlm align --config my.yaml --from 1.blame      have a stage and all after it made anew
-  cutlm align --config my.yaml --status            what is done
+  cutlm align --config my.yaml                     start, or resume after whatever stopped it
+  cutlm align --config my.yaml --until 1.judge     stop after a stage, to look at its files
+  cutlm align --config my.yaml --from 1.blame      run a stage and all later ones again
+  cutlm align --config my.yaml --status            show what is done
 
-Each stage is one of the other commands and leaves its file in output_dir/iteration-N; manifest.json there says which
-stages are complete. Killed at any time and started again, finished work is neither repeated nor lost."""
+Each stage is another cutlm command and leaves its file in output_dir/iteration-N, where manifest.json lists the
+complete stages. The loop can be killed at any time: started again, it neither repeats nor loses complete work."""
 
 import argparse
 import shlex
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cutlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from cutlm.loop.settings import Plan
+
+# Options that the loop itself sets.
+_LOOP_OPTIONS = {
+    "generate": (
+        *("--model", "--prompts", "--out", "--seed", "--overwrite", "--template", "--tokenizer", "--max_failure_rate"),
+    ),
+    "judge": ("--responses", "--judge", "--out", "--overwrite", "--labels"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage: judge, 2.judge, or 2")
-    parser.add_argument("--from", dest="start", metavar="STAGE", help="have this stage and all after it made anew")
-    parser.add_argument("--status", action="store_true", help="print what is done, and stop")
-    parser.add_argument("--dry_run", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all later ones again")
+    parser.add_argument("--status", action="store_true", help="print what is done and exit")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved settings and exit")
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.loop.judging import WaitingForPerson
-    from cutlm.loop.loop import read_mark, run_loop
+    from cutlm.loop.loop import collect_metrics, list_iterations, read_stage_ref, run_loop
     from cutlm.loop.processes import Interrupted
-    from cutlm.loop.runner import StageFailed
+    from cutlm.loop.report import make_table, summarize
     from cutlm.loop.settings import read_plan
+    from cutlm.loop.stages import StageFailed, WaitingForPerson
 
-    plan = read_plan(args.config, args.rest)
+    plan = read_plan(args.config, args.rest, parse_stage_options)
     if args.dry_run:
         import yaml
 
@@ -55,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if args.status:
         _print_status(plan)
         return 0
-    until = read_mark(plan, "--until", args.until) if args.until else None
-    start = read_mark(plan, "--from", args.start) if args.start else None
+    until = read_stage_ref(plan, "--until", args.until) if args.until else None
+    start = read_stage_ref(plan, "--from", args.start) if args.start else None
     again = shlex.join(["cutlm", "align", *(["--config", args.config] if args.config else []), *args.rest])
     try:
         is_complete = run_loop(plan, until=until, start=start)
@@ -64,36 +75,74 @@ def run(args: argparse.Namespace) -> int:
         print(f"cutlm align: {error}", file=sys.stderr)
         return error.status
     except WaitingForPerson as waiting:
-        print(f"{waiting.todo} (or the .jsonl beside it) waits to be filled; then go on with:\n  {again}")
+        print(f"Fill in {waiting.labels} (or the .jsonl file next to it), then resume with:\n  {again}")
         return 0
     except Interrupted as stopped:
-        print(f"\nStopped; go on with:\n  {again}", flush=True)
+        print(f"\nStopped; resume with:\n  {again}", flush=True)
         return 128 + stopped.number
     if not is_complete:
-        print(f"Stopped after {args.until}, as asked; go on with:\n  {again}")
+        print(f"Stopped after {args.until}; resume with:\n  {again}")
         return 0
-    _print_end(plan)
+    print(make_table([summarize(iteration) for iteration in collect_metrics(plan)]))
+    model = shlex.quote(list_iterations(plan)[-1].new_model)
+    print(
+        f"{plan.arguments.num_iterations} iterations are complete, see {plan.folder}/report.md and report.png. Next:\n"
+        f"  cutlm generate --model {model} --prompts FILE --out FILE"
+    )
     return 0
 
 
 def _print_status(plan: "Plan") -> None:
-    from cutlm.loop.loop import collect_figures
+    from cutlm.loop.loop import collect_metrics
     from cutlm.loop.report import make_status, make_table, summarize
 
-    iterations = collect_figures(plan)
+    iterations = collect_metrics(plan)
     if not iterations:
         print(f"nothing is done yet in {plan.folder}")
         return
     print(f"{make_status(iterations)}\n\n{make_table([summarize(iteration) for iteration in iterations])}")
 
 
-def _print_end(plan: "Plan") -> None:
-    from cutlm.loop.loop import collect_figures, list_places
-    from cutlm.loop.report import make_table, summarize
+class _OptionParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
 
-    print(make_table([summarize(iteration) for iteration in collect_figures(plan)]))
-    model = shlex.quote(list_places(plan)[-1].new_model)
-    print(
-        f"{plan.arguments.num_iterations} iterations are complete: {plan.folder}/report.md, report.png. Next:\n"
-        f"  cutlm generate --model {model} --prompts FILE --out FILE"
-    )
+
+def parse_stage_options(command: str, text: str) -> dict[str, Any]:
+    """Parses the options that a setting passes on to a stage's command.
+
+    Args:
+        command: "generate", or "judge", whose text starts with the kind of judge.
+        text: The options as on a command line.
+
+    Returns:
+        All options of the command by name.
+
+    Raises:
+        ConfigError: An option is unknown or invalid, or the loop sets it itself.
+    """
+    from cutlm.cli import generate, judge
+
+    try:
+        options = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"expected options as on a command line, got {text!r} ({error})") from None
+    own = [option for option in options if option.partition("=")[0] in _LOOP_OPTIONS[command]]
+    if own:
+        raise ConfigError(f"{', '.join(own)}: set by the loop itself; remove it")
+    parser = _OptionParser(prog=f"cutlm {command}", allow_abbrev=False)
+    if command == "generate":
+        generate.add_arguments(parser)
+        fixed = ["--model=-", "--prompts=-", "--out=-", "--template=alpaca"]
+    else:
+        judge.add_arguments(parser)
+        fixed = ["--responses=-", "--out=-", "--judge", *options[:1]]
+        options = options[1:]
+    parsed, rest = parser.parse_known_args([*fixed, *options])
+    if rest:
+        raise ConfigError(f"unknown arguments of cutlm {command}: {' '.join(rest)}")
+    if command == "generate":
+        generate.check_options(parsed)
+    else:
+        judge.fill_options(parsed)
+    return vars(parsed)

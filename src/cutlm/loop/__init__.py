@@ -1,6 +1,11 @@
-"""The online loop: sample instructions, generate, judge, blame, train, merge, evaluate, and again (paper, section 5.2).
+"""The online loop (section 5.2 of the paper): sample, generate, judge, blame, train, merge, evaluate, and repeat.
 
-Each stage is a command that a user could run, in a process of its own, and leaves files; `manifest` says which of them
-are whole. `settings` reads what is asked for, `stages` makes commands of it, `processes` runs them, `loop` decides what
-comes next, `report` shows what came of it.
+Every stage runs as a process of its own (most are other `cutlm` commands) and leaves files, so a run that was killed
+resumes with the first stage that is not complete. Reading order:
+
+- `settings`: the user's settings, all checked before anything runs
+- `stages`: what each stage runs, the files it leaves and the metrics read from them
+- `loop`: which stage is next, and the manifest of complete stages with checksums of their files
+- `processes`: commands, servers and signals
+- `report`: metrics of all iterations as a table and curves
 """

@@ -1,15 +1,19 @@
-"""The loop itself: which stage comes next, what of an earlier start holds, and where it stops.
+"""Decides which stage is next, notes which are complete, and checks that nothing has changed in between.
 
-Stages are `cutlm.loop.stages`, their processes `cutlm.loop.processes`. Killed at any point and started again, the
-loop goes on with the stage that was not complete, and that stage with what it had finished.
+`manifest.json` in the folder of an iteration lists its complete stages with checksums of their files. A loop that was
+killed at any point resumes with the first stage that is not listed.
 """
 
-import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,284 +21,343 @@ import yaml
 
 from cutlm.data.files import open_atomic, sync_directory
 from cutlm.errors import ConfigError, DataError, UserError
-from cutlm.loop.manifest import Manifest, hash_file, read_versions
-from cutlm.loop.pool import make_pool
-from cutlm.loop.processes import lock_folder, run_command, run_shell, serve
-from cutlm.loop.report import describe_seconds, write_report
-from cutlm.loop.runner import Runner, StageFailed
+from cutlm.loop.processes import lock_folder, run_command
+from cutlm.loop.report import format_seconds, write_report
 from cutlm.loop.settings import Plan, find_differences
 from cutlm.loop.stages import (
     STAGES,
-    Place,
-    count_again,
+    Iteration,
+    Runner,
+    StageFailed,
+    list_leftovers,
     list_outputs,
-    list_remains,
     list_stages,
     make_seed,
+    order_instructions,
+    recount_metrics,
     run_stage,
 )
 
 SETTINGS_FILE = "align.yaml"
-# Runs `cutlm` with arguments: a log, the folder's lock, and maybe a launcher go with them.
-Run = Callable[..., int]
+_PACKAGES = ("cutlm", "torch", "transformers", "peft", "trl", "accelerate")
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A stage of an iteration.
+class StageRef:
+    """A stage of an iteration, such as `2.judge`.
 
     Attributes:
-        number: Of the iteration.
+        number: The iteration's number.
         stage: One of `STAGES`.
     """
 
     number: int
     stage: str
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """By which marks are in order."""
-        return self.number, STAGES.index(self.stage)
+    def is_before(self, other: "StageRef") -> bool:
+        """Whether this stage runs before another one."""
+        return (self.number, STAGES.index(self.stage)) < (other.number, STAGES.index(other.stage))
 
 
-def name_iteration(folder: Path, number: int) -> Path:
-    """The folder of an iteration."""
-    return folder / f"iteration-{number}"
+def list_iterations(plan: Plan) -> list[Iteration]:
+    """Lists all iterations; number 0 stands for the initial model."""
+    model = str(Path(plan.model).resolve()) if Path(plan.model).is_dir() else plan.model
+    iterations = []
+    for number in range(plan.arguments.num_iterations + 1):
+        iterations.append(Iteration(number, plan.folder / f"iteration-{number}", model))
+        model = iterations[-1].new_model
+    return iterations
 
 
-def list_places(plan: Plan) -> list[Place]:
-    """All iterations, the model before the first one included."""
-    locations = [Place(0, name_iteration(plan.folder, 0), _absolute(plan.model))]
-    for number in range(1, plan.arguments.num_iterations + 1):
-        locations.append(Place(number, name_iteration(plan.folder, number), locations[-1].new_model))
-    return locations
-
-
-def _absolute(model: str) -> str:
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
-
-
-def read_mark(plan: Plan, option: str, text: str) -> Mark:
-    """Reads `2.judge`; `judge`, of the iteration at hand; or `2`, its last stage for --until, its first for --from.
+def read_stage_ref(plan: Plan, option: str, text: str) -> StageRef:
+    """Reads `2.judge`, `judge` (of the current iteration) or `2` (its last stage for --until, its first for --from).
 
     Raises:
         ConfigError: There is no such stage.
     """
-    number_text, _, stage = text.rpartition(".") if not text.isdecimal() else (text, "", "")
+    number_text, _, stage = (text, "", "") if text.isdecimal() else text.rpartition(".")
     number = int(number_text) if number_text.isdecimal() else None if number_text else _find_current(plan)
     known = list_stages(plan, number) if number is not None and number <= plan.arguments.num_iterations else []
     if known and not stage:
         stage = known[-1 if option == "--until" else 0]
     if number is None or stage not in known:
         raise ConfigError(
-            f"{option}: expected a stage, such as judge, or one of an iteration, such as 2.judge; stages are"
-            f" {', '.join(list_stages(plan, 1))}, iterations 1 to {plan.arguments.num_iterations}; got {text!r}"
+            f"{option}: expected a stage, such as judge, or a stage of an iteration, such as 2.judge, got {text!r};"
+            f" stages are {', '.join(list_stages(plan, 1))}, iterations 1 to {plan.arguments.num_iterations}"
         )
-    return Mark(number, stage)
+    return StageRef(number, stage)
 
 
 def _find_current(plan: Plan) -> int:
-    """The first iteration that is not complete, or else the last."""
-    for place in list_places(plan)[1:]:
-        if set(list_stages(plan, place.number)) - set(Manifest(place.folder).stages):
-            return place.number
+    """Returns the number of the first iteration that is not complete, or else of the last."""
+    for iteration in list_iterations(plan)[1:]:
+        if set(list_stages(plan, iteration.number)) - Manifest(iteration.folder).stages.keys():
+            return iteration.number
     return plan.arguments.num_iterations
 
 
-def run_loop(plan: Plan, *, until: Mark | None = None, start: Mark | None = None, run: Run = run_command) -> bool:
-    """Runs what is not complete.
+# ---- Manifest ----
+
+
+class Manifest:
+    """The complete stages of one iteration.
 
     Args:
-        plan: What is to be done.
-        until: The stage to stop after.
-        start: The stage to begin anew with; what it and all later ones made is removed.
-        run: Runs `cutlm` with arguments.
+        folder: The iteration's folder.
 
-    Returns:
-        Whether all of it is complete.
+    Attributes:
+        stages: What is known of each complete stage, by name.
 
     Raises:
-        UserError: The folder is of other settings, its files were changed, or another loop is at work there.
+        DataError: The file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "manifest.json"
+        self.stages: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            try:
+                self.stages = json.loads(self.path.read_text("utf-8"))["stages"]
+                is_valid = all(
+                    isinstance(stage["versions"], dict)
+                    and isinstance(stage["metrics"], dict)
+                    and all({"size", "mtime_ns", "sha256"} <= file.keys() for file in stage["outputs"].values())
+                    for stage in self.stages.values()
+                )
+            except (ValueError, KeyError, TypeError, AttributeError):
+                is_valid = False
+            if not is_valid:
+                raise DataError(f"{self.path}: not a manifest; restore it, or set another output_dir to start over")
+
+    def record(self, stage: str, outputs: Iterable[Path], **known: Any) -> None:
+        """Marks a stage as complete, with checksums of its files and anything else to remember."""
+        files: list[Path] = []
+        for path in outputs:
+            files += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        self.stages[stage] = {
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": read_versions(),
+            **known,
+            "outputs": {str(path.relative_to(self.folder)): _describe_file(path) for path in files},
+        }
+        self._save()
+
+    def forget(self, stage: str) -> None:
+        """Marks a stage as not complete."""
+        if self.stages.pop(stage, None) is not None:
+            self._save()
+
+    def find_changes(self, stage: str) -> tuple[list[str], list[str]]:
+        """Returns a sentence for each file of a complete stage that was edited, and for each that is missing.
+
+        Only files of another size or modification time are read.
+        """
+        edited, missing = [], []
+        for name, known in self.stages[stage]["outputs"].items():
+            path = self.folder / name
+            if not path.is_file():
+                missing.append(f"{path}: missing, although this run has written it")
+                continue
+            stat = path.stat()
+            is_same = (stat.st_size, stat.st_mtime_ns) == (known["size"], known["mtime_ns"])
+            if not is_same and (stat.st_size != known["size"] or _hash_file(path) != known["sha256"]):
+                edited.append(f"{path}: changed since this run has written it")
+        return edited, missing
+
+    def accept_edits(self, stage: str, metrics: dict[str, Any]) -> None:
+        """Takes the files of a stage as they are now, with the metrics that have changed."""
+        known = self.stages[stage]
+        outputs = {name: _describe_file(self.folder / name) for name in known["outputs"]}
+        self.stages[stage] = known | {"is_edited": True, "metrics": known["metrics"] | metrics, "outputs": outputs}
+        self._save()
+
+    def _save(self) -> None:
+        with open_atomic(self.path) as file:
+            file.write((json.dumps({"stages": self.stages}, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": _hash_file(path)}
+
+
+def _hash_file(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def read_versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that the results depend on."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+# ---- The loop ----
+
+
+def run_loop(
+    plan: Plan,
+    *,
+    until: StageRef | None = None,
+    start: StageRef | None = None,
+    run: Callable[..., int] = run_command,
+) -> bool:
+    """Runs everything that is not complete.
+
+    Args:
+        plan: What to run.
+        until: The stage to stop after.
+        start: A stage to run again with all later ones; their files are removed.
+        run: Runs `cutlm` with arguments; for tests.
+
+    Returns:
+        Whether the whole plan is complete.
+
+    Raises:
+        UserError: The folder belongs to other settings or another running loop, or its files were changed.
         StageFailed: A stage's command failed.
-        WaitingForPerson: Responses wait to be judged.
-        Interrupted: The loop was asked to stop.
+        WaitingForPerson: A person has to judge responses first.
+        Interrupted: The loop got SIGINT or SIGTERM.
     """
     with lock_folder(plan.folder) as lock:
-        make_pool(plan)
+        order_instructions(plan)  # fails if there are too few
         _check_settings(plan)
-        locations = list_places(plan)
+        iterations = list_iterations(plan)
         if start is not None:
-            _begin_anew(plan, locations, start)
-        _check_outputs(plan, locations)
-        for place in locations:
-            for stage in list_stages(plan, place.number):
-                _run_once(plan, place, stage, run, lock)
-                if until == Mark(place.number, stage):
+            _discard_from(plan, iterations, start)
+        _check_outputs(iterations)
+        for iteration in iterations:
+            for stage in list_stages(plan, iteration.number):
+                _run_if_incomplete(plan, iteration, stage, run, lock)
+                if until == StageRef(iteration.number, stage):
                     return False
-        write_report(plan.folder, collect_figures(plan), is_drawing=True)
+        write_report(plan.folder, collect_metrics(plan), draws_plots=True)
         return True
 
 
-def _run_once(plan: Plan, place: Place, stage: str, run: Run, lock: int) -> None:
-    """Runs a stage unless it is complete, and notes that it is."""
-    manifest = Manifest(place.folder)
+def _run_if_incomplete(plan: Plan, iteration: Iteration, stage: str, run: Callable[..., int], lock: int) -> None:
+    manifest = Manifest(iteration.folder)
     if stage in manifest.stages:
         return
-    place.folder.mkdir(parents=True, exist_ok=True)
-    print(f"iteration {place.number}, {stage}", flush=True)
-    began = time.monotonic()
-    commands: list[list[str]] = []
-    log = place.folder / f"{stage}.log"
-
-    def run_and_note(arguments: list[str], launcher: str | None = None) -> int:
-        commands.append(arguments)
-        return run(arguments, log=log, lock=lock, launcher=launcher)
-
-    def serve_model(model: str) -> AbstractContextManager[None]:
-        command = plan.arguments.server_command
-        if not command:
-            return nullcontext()
-        assert plan.server is not None
-        return serve(command, model, plan.server, plan.arguments.server_wait, place.folder / "server.log", lock)
-
-    runner = Runner(run_and_note, functools.partial(run_shell, log=log, lock=lock), serve_model)
+    iteration.folder.mkdir(parents=True, exist_ok=True)
+    print(f"iteration {iteration.number}, {stage}", flush=True)
+    started = time.monotonic()
+    runner = Runner(plan, iteration.folder / f"{stage}.log", lock, run)
     try:
-        figures = run_stage(plan, place, stage, runner)
+        metrics = run_stage(plan, iteration, stage, runner)
     except StageFailed as error:
-        raise StageFailed(f"iteration {place.number}, {stage}: {error}", error.status) from None
-    seconds = time.monotonic() - began
-    with open_atomic(place.folder / "config.yaml") as file:
-        file.write(_to_yaml(plan.resolved))
-    # A file that is not made where there is nothing to write, such as that of failures, is none of the outputs.
-    outputs = [path for path in list_outputs(plan, place, stage) if path.exists()]
-    seed = make_seed(plan, place.number, stage)
-    manifest.record(stage, outputs, seconds=round(seconds, 3), seed=seed, commands=commands, figures=figures)
-    write_report(plan.folder, collect_figures(plan), is_drawing=False)
-    print(f"  done in {describe_seconds(seconds)}{_describe(figures)}", flush=True)
+        raise StageFailed(f"iteration {iteration.number}, {stage}: {error}", error.status) from None
+    seconds = time.monotonic() - started
+    _write_yaml(iteration.folder / "config.yaml", plan.resolved)
+    outputs = [path for path in list_outputs(plan, iteration, stage) if path.exists()]
+    seed = make_seed(plan, iteration.number, stage)
+    manifest.record(stage, outputs, seconds=round(seconds, 3), seed=seed, commands=runner.commands, metrics=metrics)
+    write_report(plan.folder, collect_metrics(plan), draws_plots=False)
+    shown = {name.removeprefix("num_").replace("_", " "): value for name, value in metrics.items()}
+    text = "".join(f"; {name} {value:.4g}" for name, value in shown.items() if value is not None)
+    print(f"  done in {format_seconds(seconds)}{text}", flush=True)
 
 
-def _describe(figures: dict[str, Any]) -> str:
-    named = {name.removeprefix("num_").replace("_", " "): value for name, value in figures.items() if value is not None}
-    return "".join(f"; {name} {value:.4g}" for name, value in named.items())
-
-
-def _to_yaml(values: dict[str, Any]) -> bytes:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
+def _write_yaml(path: Path, values: dict[str, Any]) -> None:
+    with open_atomic(path) as file:
+        file.write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
 
 def _check_settings(plan: Plan) -> None:
-    """Refuses a folder of other settings; saves these.
-
-    Raises:
-        ConfigError: As said; all differences are named.
-    """
+    """Saves the settings, unless the folder belongs to other ones; raises ConfigError with all differences."""
     path = plan.folder / SETTINGS_FILE
     files = {name: getattr(plan.arguments, name) for name in ("instructions", "eval_instructions")}
     files |= {f"prompt_file of {name}": path for name, path in plan.prompt_files.items()}
-    contents = {f"sha256_of_{name}": hash_file(path) for name, path in files.items() if path}
+    hashes = {f"sha256_of_{name}": _hash_file(path) for name, path in files.items() if path}
     if path.exists():
         before = _read_settings(path)
-        hashes = {name: before.pop(name) for name in list(before) if name.startswith("sha256_of_")}
+        hashes_before = {name: before.pop(name) for name in list(before) if name.startswith("sha256_of_")}
         problems = [
-            f"{name.removeprefix('sha256_of_')}: this folder was begun with a file that held something else"
-            for name in sorted(set(hashes) | set(contents))
-            if hashes.get(name) != contents.get(name)
+            f"{name.removeprefix('sha256_of_')}: this run was started with a file of other content"
+            for name in sorted(hashes_before.keys() | hashes.keys())
+            if hashes_before.get(name) != hashes.get(name)
         ]
-        problems += find_differences(before, plan.resolved)
+        problems += find_differences(before, plan.resolved, plan.parse_options)
         if problems:
             raise ConfigError(
-                problems, hint=f"give what {path} holds to go on, or name another output_dir to begin anew"
+                problems, hint=f"use the settings in {path} to resume, or set another output_dir to start over"
             )
     elif any(child.name != ".lock" for child in plan.folder.iterdir()):
-        raise UserError(f"output_dir: {plan.folder} is not empty and holds no {SETTINGS_FILE}; name another folder")
-    with open_atomic(path) as file:
-        file.write(_to_yaml(plan.resolved | contents))
+        raise UserError(f"output_dir: {plan.folder} is not empty and has no {SETTINGS_FILE}; set another output_dir")
+    _write_yaml(path, plan.resolved | hashes)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """The settings that a folder was begun with.
-
-    Raises:
-        DataError: The file holds none.
-    """
     try:
         settings = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         settings = None
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
-        raise DataError(f"{path}: not the settings of a run; restore it, or name another output_dir to begin anew")
+        raise DataError(f"{path}: not the settings of a run; restore it, or set another output_dir to start over")
     return settings
 
 
-def _check_outputs(plan: Plan, locations: list[Place]) -> None:
-    """Refuses to go on from files that are not what was made.
-
-    Raises:
-        UserError: As said; all of them are named.
-    """
+def _check_outputs(iterations: list[Iteration]) -> None:
+    """Raises UserError if files of complete stages were changed."""
     changes: list[str] = []
-    others: set[str] = set()
-    for place in locations:
-        manifest = Manifest(place.folder)
+    versions: set[tuple[str, str]] = set()
+    for iteration in iterations:
+        manifest = Manifest(iteration.folder)
         for stage, known in manifest.stages.items():
-            changes += manifest.find_changes(stage)
-            others |= {f"{name} {version}" for name, version in known["versions"].items()}
-    others -= {f"{name} {version}" for name, version in read_versions().items()}
-    if others:
-        print(f"some stages were made with other versions than now: {', '.join(sorted(others))}")
+            edited, missing = manifest.find_changes(stage)
+            changes += [*edited, *missing]
+            versions |= known["versions"].items()
+    if others := versions - read_versions().items():
+        print(f"some stages ran with other versions: {', '.join(sorted(map(' '.join, others)))}")
     if changes:
         raise UserError(
-            changes,
-            hint="put them back; or keep an edit, and have all after it made anew: --from the stage that comes next",
+            changes, hint="restore them; or keep an edit and redo everything after it with --from the next stage"
         )
 
 
-def _begin_anew(plan: Plan, locations: list[Place], start: Mark) -> None:
-    """Removes what a stage and all later ones made; what was edited before it is taken as it is."""
-    for place in reversed(locations):
-        manifest = Manifest(place.folder)
-        for stage in reversed(list_stages(plan, place.number)):
-            if Mark(place.number, stage).rank >= start.rank:
-                # The files first: a kill in between leaves a stage that says it is complete and is found out.
-                for path in list_remains(plan, place, stage):
+def _discard_from(plan: Plan, iterations: list[Iteration], start: StageRef) -> None:
+    """Removes the files of a stage and all later ones; accepts edits of files before it."""
+    for iteration in reversed(iterations):
+        manifest = Manifest(iteration.folder)
+        for stage in reversed(list_stages(plan, iteration.number)):
+            if not StageRef(iteration.number, stage).is_before(start):
+                # Files before manifest: after a kill in between, the missing files of a complete stage are noticed.
+                for path in list_leftovers(plan, iteration, stage):
                     if path.exists():
                         print(f"removing {path}")
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                         sync_directory(path.parent)
                 manifest.forget(stage)
-            elif stage in manifest.stages and (changes := manifest.find_changes(stage)):
-                gone = [change for change in changes if change.endswith("any more")]
-                if gone:
-                    raise UserError(gone, hint=f"put them back, or begin with {place.number}.{stage}")
-                print("".join(f"{change}; taken as it is now\n" for change in changes), end="")
-                manifest.accept(stage, count_again(place, stage))
+            elif stage in manifest.stages:
+                edited, missing = manifest.find_changes(stage)
+                if missing:
+                    raise UserError(missing, hint=f"restore them, or use --from {iteration.number}.{stage}")
+                if edited:
+                    print("".join(f"{change}; the edit is kept\n" for change in edited), end="")
+                    manifest.accept_edits(stage, recount_metrics(iteration, stage))
 
 
-def collect_figures(plan: Plan) -> list[dict[str, Any]]:
-    """What is known of each iteration that was begun: its number, its complete stages, their seconds and figures."""
-    return list(_collect(plan))
-
-
-def _collect(plan: Plan) -> Iterator[dict[str, Any]]:
-    for place in list_places(plan):
-        stages = Manifest(place.folder).stages
-        named = list_stages(plan, place.number)
-        if not named or (not stages and not place.folder.exists()):
-            continue
-        yield {
-            "iteration": place.number,
-            "stages": {
-                stage: {
-                    "state": _name_state(plan, place, stage, stages),
-                    "seconds": stages.get(stage, {}).get("seconds"),
-                    "figures": stages.get(stage, {}).get("figures", {}),
-                }
-                for stage in named
-            },
-        }
-
-
-def _name_state(plan: Plan, place: Place, stage: str, stages: dict[str, Any]) -> str:
-    if stage in stages:
-        return "edited" if stages[stage].get("is_edited") else "done"
-    return "begun" if any(path.exists() for path in list_remains(plan, place, stage)) else "-"
+def collect_metrics(plan: Plan) -> list[dict[str, Any]]:
+    """Collects the number, and each stage's state, seconds and metrics, of all iterations that have started."""
+    collected = []
+    for iteration in list_iterations(plan):
+        complete = Manifest(iteration.folder).stages
+        stages = {}
+        for stage in list_stages(plan, iteration.number) if iteration.folder.exists() else []:
+            known = complete.get(stage, {})
+            if known:
+                state = "edited" if known.get("is_edited") else "done"
+            else:
+                has_begun = any(path.exists() for path in list_leftovers(plan, iteration, stage))
+                state = "started" if has_begun else "-"
+            stages[stage] = {"state": state, "seconds": known.get("seconds"), "metrics": known.get("metrics", {})}
+        if stages:
+            collected.append({"iteration": iteration.number, "stages": stages})
+    return collected

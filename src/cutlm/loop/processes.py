@@ -1,10 +1,12 @@
-"""Processes of the online loop: a stage's command, and a server that stands beside it.
+"""Processes of the loop: `cutlm` commands, and the user's shell commands and server.
 
-What they are for is left to `cutlm.loop.stages`. None of them outlives the loop for long: each is asked to stop when
-the loop is stopped, and, on Linux, when it is killed. A shell command of the user's is asked with all that it has
-started, see `cutlm.loop.guard`.
+None of them outlives the loop for long. Each is terminated when the loop is and, on Linux, also when the loop is
+killed. A shell command runs under a guard, `python -m cutlm.loop.processes COMMAND`, because a signal reaches a single
+process and a shell does not pass it on: the guard signals everything that the command has started, waits for all of it
+to end, and kills what does not.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -15,25 +17,26 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from cutlm.errors import UserError
-from cutlm.loop.guard import SECONDS_TO_STOP
-from cutlm.servers.http import NoRedirect, read_key
 
+# Constants of Linux's prctl.
 _PR_SET_PDEATHSIG = 1
-_SECONDS_TO_STOP = 60.0
-_SECONDS_BETWEEN_LOOKS = 0.1
+_PR_SET_CHILD_SUBREAPER = 36
+_LOCK_TIMEOUT = 60.0
+_GUARD_TIMEOUT = 30.0
+_POLL_INTERVAL = 0.1
 
 
 class Interrupted(Exception):
-    """The loop was asked to stop, and the stage has stopped.
+    """The loop got a signal and the stage has stopped.
 
     Args:
-        number: The signal that asked.
+        number: The signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -43,21 +46,21 @@ class Interrupted(Exception):
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[int]:
-    """Keeps a folder to one loop and its stages.
+    """Locks a folder for one loop and its stages.
 
-    A stage inherits the lock. So after a kill of the loop alone, the next one waits until its stage has stopped too.
+    A stage inherits the lock, so if only the loop is killed, the next loop waits until the stage has stopped too.
 
     Yields:
         The lock's file descriptor, to be inherited.
 
     Raises:
-        UserError: Another loop is at work there.
+        UserError: Another loop runs there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     with open(path, "a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + _SECONDS_TO_STOP
-        is_said = False
+        deadline = time.monotonic() + _LOCK_TIMEOUT
+        is_waiting = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,22 +70,22 @@ def lock_folder(folder: Path) -> Iterator[int]:
                 owner = file.read().strip()
                 if _is_alive(owner):
                     raise UserError(
-                        f"{folder}: another cutlm align is at work here (process {owner}); wait for it, or stop it"
+                        f"{folder}: another cutlm align (process {owner}) is running here; wait for it, or stop it"
                     ) from None
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"{folder}: a process that an earlier cutlm align started here is still at work; wait for it,"
+                        f"{folder}: a process that an earlier cutlm align started is still running here; wait for it,"
                         " or stop it"
                     ) from None
             except OSError as error:
                 raise UserError(
-                    f"{path}: cannot be locked ({error.strerror}), so that two loops could be at work here; name an"
-                    " output_dir on another file system"
+                    f"{path}: cannot be locked ({error.strerror}), so two loops could run here; set an output_dir on"
+                    " another file system"
                 ) from None
-            if not is_said:
-                print("waiting for a stage to stop, whose loop was killed", flush=True)
-                is_said = True
-            time.sleep(0.2)
+            if not is_waiting:
+                print("waiting for a stage of a killed loop to stop", flush=True)
+                is_waiting = True
+            time.sleep(2 * _POLL_INTERVAL)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -99,35 +102,38 @@ def _is_alive(process: str) -> bool:
     return True
 
 
+# ---- Commands ----
+
+
 def run_command(arguments: Sequence[str], log: Path, lock: int, launcher: str | None = None) -> int:
-    """Runs `cutlm` with arguments; its output goes to a log, and from there to the terminal.
+    """Runs `cutlm` with arguments; its output goes to a log and to the terminal.
 
     Args:
-        arguments: Of `cutlm`.
-        log: A file to append to.
-        lock: The folder's lock, for the process to hold too.
+        arguments: Arguments of `cutlm`.
+        log: The file to append to.
+        lock: The folder's lock, inherited by the process.
         launcher: A command that starts Python modules on several devices, with its options.
 
     Returns:
-        The exit status; that of a process killed by signal n is -n.
+        The exit status; -n for a process killed by signal n.
 
     Raises:
-        Interrupted: The loop was asked to stop.
+        Interrupted: The loop got SIGINT or SIGTERM.
     """
     start = shlex.split(os.path.expandvars(launcher)) if launcher else [sys.executable]
     try:
         return _run([*start, "-m", "cutlm", *arguments], log, lock)
     except FileNotFoundError:
-        raise UserError(f"launcher: no program {start[0]!r}; install it, or give another") from None
+        raise UserError(f"launcher: no program {start[0]!r}; install it, or set another one") from None
 
 
 def run_shell(command: str, log: Path, lock: int) -> int:
-    """Runs a shell command of the user's, otherwise as `run_command`."""
+    """Runs a shell command of the user's under a guard; like `run_command` in all else."""
     return _run(_guard(command), log, lock)
 
 
 def _guard(command: str) -> list[str]:
-    return [sys.executable, "-m", "cutlm.loop.guard", command]
+    return [sys.executable, "-m", "cutlm.loop.processes", command]
 
 
 def _run(command: Sequence[str], log: Path, lock: int) -> int:
@@ -148,49 +154,70 @@ def _run_and_show(command: Sequence[str], log: Path, errors: Path, lock: int) ->
         if process is not None and process.poll() is None:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with open(log, "a", encoding="utf-8") as file, open(errors, "wb") as error_file:
-            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {shlex.join(command)}\n")
-            file.flush()
-            # Into files, not through this process: a stage whose loop is killed can still say and save what it has.
-            # In a group of its own: Ctrl-C in a terminal reaches the loop alone, which passes it on once.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=error_file,
-                # Progress bars go to a file as well.
-                env={"TQDM_MININTERVAL": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"},
-                process_group=0,
-                pass_fds=(lock,),
-                preexec_fn=_stop_with_parent,
-            )
-            start = file.tell()
+    with _handling_signals(forward):
+        # Output goes to files rather than through pipes, so that a stage whose loop is killed can still write.
+        with open(log, "a", encoding="utf-8") as out, open(errors, "wb") as err:
+            out.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {shlex.join(command)}\n")
+            out.flush()
+            # tqdm redraws its bars less often, because they go to a file as well.
+            environment = {"TQDM_MININTERVAL": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"}
+            process = _start(command, lock, out, err, environment)
+            start = out.tell()
         if received:
             process.send_signal(received[0])
         with open(log, encoding="utf-8", errors="replace") as lines, open(errors, newline="", errors="replace") as said:
             lines.seek(start)
-            is_over = False
-            while not is_over:
-                is_over = process.poll() is not None  # before the last look into the files
+            has_ended = False
+            while not has_ended:
+                has_ended = process.poll() is not None  # before the files are read for the last time
                 for line in lines:
                     print(f"  {line}", end="", flush=True)
                 sys.stderr.write(said.read())
                 sys.stderr.flush()
-                if not is_over:
-                    time.sleep(_SECONDS_BETWEEN_LOOKS)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+                if not has_ended:
+                    time.sleep(_POLL_INTERVAL)
     if received:
         raise Interrupted(received[0])
     assert process.returncode is not None
     return process.returncode
 
 
+def _start(
+    command: Sequence[str], lock: int, out: object, err: object, environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts a process in its own group, so that Ctrl-C reaches only the loop, which forwards it once."""
+    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=err,
+        env=environment,
+        process_group=0,
+        pass_fds=(lock,),
+        preexec_fn=_stop_with_parent,
+    )
+
+
+def _stop_with_parent() -> None:
+    # A loop that a shell has started in the background ignores SIGINT, and its children would too.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def _handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handles SIGINT and SIGTERM with another handler for a while."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
 def _append_errors(errors: Path, log: Path) -> None:
-    """Keeps what a stage said of errors in its log, less what a progress bar wrote over."""
+    """Moves what a stage wrote to stderr into its log, progress bars in their final state."""
     if not errors.exists():
         return
     lines = errors.read_bytes().decode("utf-8", "replace").split("\n")
@@ -200,100 +227,124 @@ def _append_errors(errors: Path, log: Path) -> None:
     errors.unlink()
 
 
-def _stop_with_parent() -> None:
-    """Has Linux ask this process to stop when the loop is killed; elsewhere it ends its stage first."""
-    # A shell that started the loop in the background has it ignore Ctrl-C; its stages are asked by the loop.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+# ---- Servers ----
 
 
 @contextmanager
-def serve(command: str, model: str, url: str, seconds: float, log: Path, lock: int) -> Iterator[None]:
-    """Lets a server of the user's run for a while.
+def serve(command: str, model: str, url: str, timeout: float, log: Path, lock: int) -> Iterator[None]:
+    """Runs a server of the user's while the context is open.
 
     Args:
         command: A shell command with `{model}`.
-        model: The folder that it is to serve.
-        url: Where it will answer, `/v1` included.
-        seconds: In which it must answer.
-        log: Where its output goes.
-        lock: The folder's lock: a later loop waits until the server of a killed one is gone.
+        model: The model folder to serve.
+        url: The server's address, `/v1` included.
+        timeout: Seconds to wait for its first answer.
+        log: The file to append its output to.
+        lock: The folder's lock, inherited by the server: after a kill, the next loop waits until the server has ended.
 
     Raises:
-        UserError: Another server has the address, or this one ended, or did not answer in time.
+        UserError: Another server has the address, or this one ended or did not answer in time.
     """
     if _answers(url):
         raise UserError(
-            f"server_command: something answers at {url} before it is started; stop that, or give another port here"
-            " and by --base_url in generate"
+            f"server_command: a server already answers at {url}; stop it, or use another port here and in generate"
         )
     filled = command.replace("{model}", shlex.quote(model))
     print(f"  serving {model}: {filled}", flush=True)
     with open(log, "ab") as file:
-        process = subprocess.Popen(
-            _guard(filled),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-            pass_fds=(lock,),
-            preexec_fn=_stop_with_parent,
-        )
+        process = _start(_guard(filled), lock, file, subprocess.STDOUT)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
     try:
-        with _raising_when_asked_to_stop():
-            deadline = time.monotonic() + seconds
+        with _handling_signals(interrupt):
+            deadline = time.monotonic() + timeout
             while True:
                 if process.poll() is not None:
-                    raise UserError(f"server_command: ended with {process.returncode} before it answered; see {log}")
+                    raise UserError(f"server_command: exited with {process.returncode} before it answered; see {log}")
                 if _answers(url):
                     break
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"server_command: no answer from {url} in {seconds:g} seconds (server_wait); see {log}, and"
-                        " whether --base_url in generate is its address"
+                        f"server_command: no answer from {url} in {timeout:g} seconds (server_timeout); see {log}, and"
+                        " check the server's address in generate"
                     )
-                time.sleep(0.5)
+                time.sleep(2 * _POLL_INTERVAL)
         yield
     finally:
-        _stop(process)
-
-
-@contextmanager
-def _raising_when_asked_to_stop() -> Iterator[None]:
-    """Raises Interrupted at SIGINT and SIGTERM."""
-
-    def stop(number: int, frame: object) -> None:
-        raise Interrupted(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        process.terminate()
+        try:
+            process.wait(timeout=2 * _GUARD_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _answers(url: str) -> bool:
+    from cutlm.servers.http import NoRedirect, read_key  # only here: the guard starts faster without
+
     request = urllib.request.Request(f"{url.rstrip('/')}/models")
-    key = read_key()
-    if key:
+    if key := read_key():
         request.add_header("Authorization", f"Bearer {key}")
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=5):
             return True
     except urllib.error.HTTPError as error:
-        # It is there, and whoever asks it says what it refuses; but some say 503 while they load.
+        # A refusal is an answer, and the command that uses the server reports it; 503 means that it is still loading.
         return error.code < 500
     except (OSError, ValueError):
         return False
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Asks a guarded command to stop; the guard kills what does not."""
-    process.terminate()
+# ---- The guard ----
+
+
+def guard(command: str, timeout: float = _GUARD_TIMEOUT) -> int:
+    """Runs a shell command to its end; after SIGINT or SIGTERM, ends everything that it has started.
+
+    Args:
+        command: The shell command.
+        timeout: Seconds after a signal until whatever is left is killed.
+
+    Returns:
+        Its exit status, or 128 + n if it was killed by signal n.
+    """
+    deadline: float | None = None
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, frame: object) -> None:
+        nonlocal deadline
+        deadline = time.monotonic() + timeout
+        if child is not None:
+            _signal_group(child.pid, number)
+
+    with _handling_signals(pass_on):
+        if sys.platform == "linux":
+            # Processes whose shell has ended become children of the guard, not of init, so that it can wait for them.
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        child = subprocess.Popen(["/bin/sh", "-c", command], process_group=0)
+        if deadline is not None:  # the signal came before the child
+            _signal_group(child.pid, signal.SIGTERM)
+        while child.poll() is None or (deadline is not None and _signal_group(child.pid, 0)):
+            if deadline is not None and time.monotonic() > deadline:
+                _signal_group(child.pid, signal.SIGKILL)
+            if child.poll() is not None:
+                with contextlib.suppress(ChildProcessError):
+                    while os.waitpid(-1, os.WNOHANG)[0]:
+                        pass
+            time.sleep(_POLL_INTERVAL / 2)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Signals all processes of a group; returns whether there are any."""
     try:
-        process.wait(timeout=2 * SECONDS_TO_STOP)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(guard(sys.argv[1]))

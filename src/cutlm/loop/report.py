@@ -1,26 +1,25 @@
-"""What came of an online run: a Markdown table, the same as JSON, and curves.
-
-Nothing is measured here; the figures are those that the stages left.
-"""
+"""Reports an online run: a Markdown table, the same as JSON, and curves, all from the metrics of the stages."""
 
 import io
 import json
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cutlm.data.files import open_atomic
+from cutlm.inspect.tables import format_table
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+_COLORS = ("#0072b2", "#d55e00")
+_PANELS_PER_ROW = 3
+_NOTE = """
+Satisfactory responses and flagged tokens are counted in the responses of the iteration's model before it was trained;
+flagged tokens as a share of the tokens of unsatisfactory responses. The loss is the mean of the first and of the last
+logged steps. Held-out metrics are of the model that the iteration ends with. Responses without a judgment are not
+trained on.
+"""
 
-_DPI = 160
-_COLOURS = ("#0072b2", "#d55e00", "#009e73")
-_PANELS_IN_A_ROW = 3
 
-
-def describe_seconds(seconds: float) -> str:
-    """A duration, such as 2 h 05 min."""
+def format_seconds(seconds: float) -> str:
+    """Formats a duration, such as 2 h 05 min."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
@@ -28,190 +27,146 @@ def describe_seconds(seconds: float) -> str:
 
 
 def summarize(iteration: dict[str, Any]) -> dict[str, Any]:
-    """The figures of an iteration that its row shows; None where there is none.
+    """Makes a row of the report from an item of `cutlm.loop.loop.collect_metrics`; unknown values are None."""
 
-    Args:
-        iteration: As of `cutlm.loop.loop.collect_figures`.
-    """
-    figures = {stage: known["figures"] for stage, known in iteration["stages"].items()}
-    judged, trained = figures.get("judge", {}), figures.get("train", {})
-    blamed, evaluated = figures.get("blame", {}), figures.get("evaluate", {})
+    def divide(part: int | None, whole: int | None) -> float | None:
+        return part / whole if part is not None and whole else None
+
+    metrics = {stage: known["metrics"] for stage, known in iteration["stages"].items()}
+    generate, judge, blame, train = (metrics.get(name, {}) for name in ("generate", "judge", "blame", "train"))
     seconds = [known["seconds"] for known in iteration["stages"].values() if known["seconds"] is not None]
-    flagged_share = _divide(blamed.get("num_flagged"), blamed.get("num_tokens"))
+    frozen_share = divide(blame.get("num_flagged"), blame.get("num_tokens"))
     return {
         "iteration": iteration["iteration"],
-        "num_responses": figures.get("generate", {}).get("num_responses"),
-        "num_unanswered": figures.get("generate", {}).get("num_unanswered"),
-        "num_missing": judged.get("num_missing"),
-        "num_empty": judged.get("num_empty"),
-        "share_satisfactory": _divide(judged.get("num_satisfactory"), judged.get("num_judged")),
-        # By the frozen detector where there is one, else by the model as it was trained.
-        "flagged_share": trained.get("flagged_share") if flagged_share is None else flagged_share,
-        "num_steps": trained.get("num_steps"),
-        "loss_start": trained.get("loss_start"),
-        "loss_end": trained.get("loss_end"),
-        "evaluation": evaluated,
+        "num_responses": generate.get("num_responses"),
+        "num_unanswered": generate.get("num_unanswered"),
+        "num_missing": judge.get("num_missing"),
+        "num_empty": judge.get("num_empty"),
+        "share_satisfactory": divide(judge.get("num_satisfactory"), judge.get("num_judged")),
+        "flagged_share": train.get("flagged_share") if frozen_share is None else frozen_share,
+        "num_steps": train.get("num_steps"),
+        "loss_start": train.get("loss_start"),
+        "loss_end": train.get("loss_end"),
+        "evaluation": metrics.get("evaluate", {}),
         "seconds": sum(seconds) if seconds else None,
     }
 
 
-def _divide(part: int | None, whole: int | None) -> float | None:
-    return part / whole if part is not None and whole else None
-
-
 def make_table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of what `summarize` gives, a row an iteration."""
-    evaluations = _list_evaluations(rows)
-    named = [f"held-out {_name_figure(name)}" for name in evaluations]
-    header = ["iteration", "responses", "no judgment", "satisfactory", "flagged tokens", "loss", *named, "time"]
-    lines = [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
+    """Makes a Markdown table of rows of `summarize`."""
+
+    def show(value: Any, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    names = _list_evaluated(rows)
+    held_out = [f"held-out {_name_metric(name)}" for name in names]
+    header = ["iteration", "responses", "no judgment", "satisfactory", "flagged tokens", "loss", *held_out, "time"]
+    cells = []
     for row in rows:
+        missing = [count for count in (row["num_missing"], row["num_empty"]) if count is not None]
         losses = [row["loss_start"], row["loss_end"]]
-        cells = [
-            str(row["iteration"]) if row["iteration"] else "before",
-            _show(row["num_responses"]),
-            _show(_add(row["num_missing"], row["num_empty"])),
-            _show_share(row["share_satisfactory"]),
-            _show_share(row["flagged_share"]),
-            " → ".join(f"{loss:.3f}" for loss in losses) if None not in losses else "",
-            *(_show_figure(name, row["evaluation"].get(name)) for name in evaluations),
-            describe_seconds(row["seconds"]) if row["seconds"] is not None else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells.append(
+            [
+                str(row["iteration"]) if row["iteration"] else "before",
+                show(row["num_responses"], ","),
+                show(sum(missing) if missing else None, ","),
+                show(row["share_satisfactory"], ".1%"),
+                show(row["flagged_share"], ".1%"),
+                " → ".join(f"{loss:.3f}" for loss in losses) if None not in losses else "",
+                *(show(row["evaluation"].get(name), ".1%" if name.startswith("share_") else ".4g") for name in names),
+                format_seconds(row["seconds"]) if row["seconds"] is not None else "",
+            ]
+        )
+    return format_table(header, cells)
 
 
-def _list_evaluations(rows: list[dict[str, Any]]) -> list[str]:
-    """The figures of evaluations to be shown; counts, `num_...`, stand in `report.json` alone."""
+def _list_evaluated(rows: list[dict[str, Any]]) -> list[str]:
+    """Lists the evaluation metrics to show; counts, `num_...`, are in report.json only."""
     names = dict.fromkeys(name for row in rows for name in row["evaluation"])
     return [name for name in names if not name.startswith("num_")]
 
 
-def _add(*counts: int | None) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None
-
-
-def _show(count: int | None) -> str:
-    return "" if count is None else f"{count:,}"
-
-
-def _show_share(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
-
-
-def _name_figure(name: str) -> str:
+def _name_metric(name: str) -> str:
     return name.replace("_", " ").replace("share satisfactory", "satisfactory")
 
 
-def _show_figure(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return _show_share(value) if name.startswith("share_") else f"{value:.4g}"
+def make_status(iterations: list[dict[str, Any]]) -> str:
+    """Makes a table of the stages' states for the terminal, from `cutlm.loop.loop.collect_metrics`."""
+    stages = list(dict.fromkeys(stage for iteration in iterations for stage in iteration["stages"]))
+    rows = [["iteration", *stages]]
+    for iteration in iterations:
+        cells = [str(iteration["iteration"])]
+        for known in map(iteration["stages"].get, stages):
+            seconds = known and known["seconds"]
+            cells.append("" if known is None else known["state"])
+            cells[-1] += "" if seconds is None else f" {format_seconds(seconds)}"
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
-_NOTE = """
-Satisfactory and flagged tokens are of the responses that the iteration's model gave before it was trained: flagged is
-the share of the tokens of unsatisfactory responses. The loss is the mean of the first and of the last logged lines.
-Held-out figures are of the model that came of the iteration. Responses without a judgment are not trained on.
-"""
-
-
-def write_report(folder: Path, iterations: list[dict[str, Any]], *, is_drawing: bool) -> None:
-    """Writes `report.md` and `report.json`, and `report.png` where that is asked for and there is anything to draw.
+def write_report(folder: Path, iterations: list[dict[str, Any]], *, draws_plots: bool) -> None:
+    """Writes report.md and report.json, and report.png if asked for and if there is anything to draw.
 
     Args:
-        folder: The run's.
-        iterations: As of `cutlm.loop.loop.collect_figures`.
-        is_drawing: Whether to draw.
+        folder: The run's folder.
+        iterations: The result of `cutlm.loop.loop.collect_metrics`.
+        draws_plots: Whether to draw report.png.
     """
     rows = [summarize(iteration) for iteration in iterations]
-    picture = draw(rows) if is_drawing else None
-    image = "\n![Curves over iterations](report.png)\n" if picture is not None else ""
+    plots = draw(rows) if draws_plots else None
+    image = "\n![Curves over iterations](report.png)\n" if plots is not None else ""
     text = f"# Online alignment\n\n{make_table(rows)}\n{_NOTE}{image}"
-    for name, content in (
-        ("report.json", (json.dumps(rows, indent=2) + "\n").encode()),
-        ("report.png", picture),
-        ("report.md", text.encode()),
-    ):
-        if content is not None:
-            with open_atomic(folder / name) as file:
-                file.write(content)
+    contents = {"report.json": (json.dumps(rows, indent=2) + "\n").encode(), "report.md": text.encode()}
+    for name, content in (contents | ({} if plots is None else {"report.png": plots})).items():
+        with open_atomic(folder / name) as file:
+            file.write(content)
 
 
 def draw(rows: list[dict[str, Any]]) -> bytes | None:
-    """Draws shares, flagged tokens, losses and what a command of the user's measured over iterations.
+    """Draws curves over iterations: satisfactory share, flagged share, loss, and each metric of the eval_command.
 
     Returns:
-        A PNG file's bytes; None where there is nothing to draw.
+        A PNG file's bytes; None before anything was trained.
     """
-    trained = [row for row in rows if row["loss_end"] is not None]
-    if not trained:
+    if all(row["loss_end"] is None for row in rows):
         return None
-    measured = [name for name in _list_evaluations(rows) if name != "share_satisfactory"]
-    # It announces on its first day on a machine that it is looking for fonts.
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    num_lines = 1 + -(-len(measured) // _PANELS_IN_A_ROW)
-    figure = Figure(figsize=(10.5, 3.4 * num_lines), dpi=_DPI, layout="constrained")
-    panels = list(figure.subplots(num_lines, _PANELS_IN_A_ROW).flat)
-    for unused in panels[3 + len(measured) :]:
-        unused.remove()
-    satisfactory, flagged, losses = panels[:3]
-    _plot(satisfactory, trained, "share_satisfactory", "own fresh responses", 0)
-    held_out = [
-        {"iteration": row["iteration"], "share": row["evaluation"]["share_satisfactory"]}
-        for row in rows
-        if "share_satisfactory" in row["evaluation"]
-    ]
-    _plot(satisfactory, held_out, "share", "held out, after the iteration", 1)
-    _plot(flagged, trained, "flagged_share", "flagged", 0)
-    _plot(losses, trained, "loss_start", "first steps", 0)
-    _plot(losses, trained, "loss_end", "last steps", 1)
-    for axes, name in zip(panels[3:], measured, strict=False):
-        known = [{"iteration": row["iteration"], "value": row["evaluation"].get(name)} for row in rows]
-        _plot(axes, known, "value", name, 0)
-    titles = ["Satisfactory responses", "Flagged tokens of unsatisfactory ones", "Loss"]
-    titles += [f"Evaluation: {_name_figure(name)}" for name in measured]
-    for axes, title in zip(panels, titles, strict=False):
-        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    flat = [row | {f"held-out {name}": value for name, value in row["evaluation"].items()} for row in rows]
+    # The title of each panel, and its lines: what they show and their label.
+    panels: dict[str, dict[str, str]] = {
+        "Satisfactory responses": {
+            "share_satisfactory": "own new responses",
+            "held-out share_satisfactory": "held out, after the iteration",
+        },
+        "Flagged tokens of unsatisfactory responses": {"flagged_share": "flagged"},
+        "Loss": {"loss_start": "first steps", "loss_end": "last steps"},
+    }
+    for name in _list_evaluated(rows):
+        if name != "share_satisfactory":
+            panels[f"Evaluation: {_name_metric(name)}"] = {f"held-out {name}": name}
+    num_rows = -(-len(panels) // _PANELS_PER_ROW)
+    figure = Figure(figsize=(10.5, 3.4 * num_rows), dpi=160, layout="constrained")
+    for index, (title, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(num_rows, _PANELS_PER_ROW, index + 1)
+        for marker, color, (name, label) in zip("os", _COLORS, lines.items(), strict=False):
+            points = [(row["iteration"], row[name]) for row in flat if row.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=marker, color=color, label=label, clip_on=False)
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", parse_math=False)
         axes.set_xlabel("iteration")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", linewidth=0.6, color="#e3e5e8")
         axes.spines[["top", "right"]].set_visible(False)
         if len(axes.lines) > 1:
             axes.legend(frameon=False, fontsize=8)
-    satisfactory.set_ylim(0, 1)
-    flagged.set_ylim(bottom=0)
-    for axes in (satisfactory, flagged):
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        if index < 2:
+            axes.set_ylim(0, 1 if index == 0 else None)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
-
-
-def _plot(axes: "Axes", rows: list[dict[str, Any]], name: str, label: str, number: int) -> None:
-    points = [(row["iteration"], row[name]) for row in rows if row[name] is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), marker="os^"[number], color=_COLOURS[number], label=label, clip_on=False)
-
-
-def make_status(iterations: list[dict[str, Any]]) -> str:
-    """A table of which stages are done, fit for a terminal."""
-    stages = list(dict.fromkeys(stage for iteration in iterations for stage in iteration["stages"]))
-    rows = [["iteration", *stages]]
-    for iteration in iterations:
-        cells = [str(iteration["iteration"])]
-        for stage in stages:
-            known = iteration["stages"].get(stage)
-            cell = "" if known is None else known["state"]
-            if known is not None and known["seconds"] is not None:
-                cell += f" {describe_seconds(known['seconds'])}"
-            cells.append(cell)
-        rows.append(cells)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

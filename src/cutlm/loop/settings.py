@@ -1,97 +1,64 @@
-"""Settings of the online loop: one flat file, of which each stage gets its part, checked whole before anything runs.
+"""Settings of the online loop: one flat file, from which each stage takes its part, checked before anything runs."""
 
-How a stage is run is left to `cutlm.loop.stages`. torch and transformers, which only the checking needs, stay out of
-the process that watches over the loop: see `read_plan`.
-"""
-
-import argparse
-import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from cutlm.errors import ConfigError
 
-# What the loop itself says to a command.
-_OWN_OPTIONS = {
-    "generate": (
-        "--model",
-        "--prompts",
-        "--out",
-        "--seed",
-        "--overwrite",
-        "--template",
-        "--tokenizer",
-        "--max_failure_rate",
-    ),
-    "judge": ("--responses", "--judge", "--out", "--overwrite", "--labels"),
+# Parses the options that a setting passes on to a command: the command ("generate" or "judge") and the setting's text
+# (for "judge" it starts with the kind of judge). Returns the options by name, raises ConfigError.
+ParseOptions = Callable[[str, str], dict[str, Any]]
+
+# Settings and options that do not change the results, so they may differ when a run is resumed.
+_FREE_SETTINGS = {
+    # compared by content, see `cutlm.loop.loop`
+    *("instructions", "eval_instructions"),
+    *("output_dir", "launcher", "server_command", "server_timeout", "max_failure_rate"),
+    *("logging_steps", "report_to", "save_steps", "save_total_limit", "disable_tqdm", "dataloader_num_workers"),
 }
-# What decides how a stage is run, and not what comes of it: it may change from one start to the next.
-_FREE_OPTIONS = (
-    "concurrency",
-    "timeout",
-    "max_retries",
-    "max_requests",
-    "max_tokens_total",
-    "cache",
-    "device",
-)
-FREE_SETTINGS = (
-    # These are compared by what is in them; see `cutlm.loop.loop`.
-    "instructions",
-    "eval_instructions",
-    "output_dir",
-    "launcher",
-    "server_command",
-    "server_wait",
-    "max_failure_rate",
-    "logging_steps",
-    "report_to",
-    "save_steps",
-    "save_total_limit",
-    "disable_tqdm",
-    "dataloader_num_workers",
-)
+_FREE_OPTIONS = {"concurrency", "timeout", "max_retries", "max_requests", "max_tokens_total", "cache", "device"}
 
 
 @dataclass
 class AlignArguments:
-    """What the loop does beside training, whose settings stand in the same file.
+    """Settings of the loop other than those of training, which are in the same file.
 
     Attributes:
-        instructions: A file of instructions to draw from.
-        num_iterations: Rounds; more may be asked for later.
-        num_instructions: Fresh ones a round.
-        generate: Further options of `cutlm generate`.
-        judge: A kind of judge and the options of `cutlm judge` that go with it.
-        max_failure_rate: The largest share of responses without a judgment with which a round goes on, and of
-            instructions to which a server has no answer.
-        eval_instructions: Held-out instructions that every model answers, greedily, and that `eval_judge` judges.
-        eval_judge: As `judge`, which it is where it is not given.
-        eval_command: A shell command; `{model}` is the model's folder, `{out}` a JSON file of figures to write.
-        server_command: A shell command that serves `{model}` where `generate` has --base_url; stopped afterwards.
-        server_wait: Seconds in which it must answer.
-        launcher: What training is started by, such as torchrun with its options.
+        instructions: A file of instructions to sample from.
+        num_iterations: How many iterations to run; a finished run can be extended.
+        num_instructions: New instructions per iteration.
+        generate: Options for `cutlm generate`.
+        judge: Kind of judge, followed by options for `cutlm judge`.
+        max_failure_rate: Largest share of responses without a judgment, or of instructions without an answer from a
+            server, that is tolerated.
+        eval_instructions: Held-out instructions. Every model answers them greedily and `eval_judge` judges the answers.
+        eval_judge: Like `judge`, which is the default.
+        eval_command: A shell command; `{model}` is the model folder, `{out}` the JSON file of metrics that it writes.
+        server_command: A shell command that serves `{model}` while responses are generated.
+        server_timeout: Seconds to wait for that server's first answer.
+        launcher: What starts training, such as torchrun with its options.
     """
 
-    instructions: str | None = field(default=None, metadata={"help": "a file of instructions to draw from"})
-    num_iterations: int = field(default=5, metadata={"help": "rounds"})
-    num_instructions: int = field(default=1000, metadata={"help": "fresh instructions a round"})
-    generate: str = field(default="", metadata={"help": "options of cutlm generate"})
-    judge: str | None = field(default=None, metadata={"help": "kind of judge, and options of cutlm judge"})
-    max_failure_rate: float = field(default=0.02, metadata={"help": "largest share of responses without a judgment"})
+    instructions: str | None = field(default=None, metadata={"help": "a file of instructions to sample from"})
+    num_iterations: int = field(default=5, metadata={"help": "number of iterations"})
+    num_instructions: int = field(default=1000, metadata={"help": "new instructions per iteration"})
+    generate: str = field(default="", metadata={"help": "options for cutlm generate"})
+    judge: str | None = field(default=None, metadata={"help": "kind of judge, and options for cutlm judge"})
+    max_failure_rate: float = field(default=0.02, metadata={"help": "largest tolerated share without a judgment"})
     eval_instructions: str | None = field(default=None, metadata={"help": "held-out instructions"})
-    eval_judge: str | None = field(default=None, metadata={"help": "as judge; default: the same"})
+    eval_judge: str | None = field(default=None, metadata={"help": "like judge; default: the same"})
     eval_command: str | None = field(default=None, metadata={"help": "shell command with {model} and {out}"})
     server_command: str | None = field(default=None, metadata={"help": "shell command that serves {model}"})
-    server_wait: float = field(default=1800.0, metadata={"help": "seconds in which the server must answer"})
-    launcher: str | None = field(default=None, metadata={"help": "what training is started by"})
+    server_timeout: float = field(default=1800.0, metadata={"help": "seconds to wait for the server's first answer"})
+    launcher: str | None = field(default=None, metadata={"help": "what starts training"})
 
-    def __post_init__(self) -> None:
+    def find_problems(self, parse_options: ParseOptions) -> list[str]:
+        """Returns one sentence for each invalid setting."""
         problems = []
         if not self.instructions:
-            problems.append("instructions: expected a file of instructions, got none; give instructions: FILE")
+            problems.append("instructions: expected a file of instructions, got none; set instructions: FILE")
         if not self.judge:
             problems.append(
                 'judge: expected a kind of judge and its options, such as "rules --rules package.module:function", got'
@@ -102,194 +69,157 @@ class AlignArguments:
                 problems.append(f"{name}: expected a whole number of at least 1, got {getattr(self, name)}")
         if not 0 <= self.max_failure_rate < 1:
             problems.append(f"max_failure_rate: expected a share from 0 to below 1, got {self.max_failure_rate}")
-        if not self.server_wait > 0:
-            problems.append(f"server_wait: expected seconds above 0, got {self.server_wait}")
-        problems += self._check_options()
-        for name, locations in (("eval_command", ("{model}", "{out}")), ("server_command", ("{model}",))):
-            missing = [place for place in locations if getattr(self, name) and place not in getattr(self, name)]
-            if missing:
-                problems.append(f"{name}: expected {' and '.join(missing)} in it, got {getattr(self, name)!r}")
-        if problems:
-            raise ConfigError(problems)
-
-    def _check_options(self) -> list[str]:
-        problems = []
+        if not self.server_timeout > 0:
+            problems.append(f"server_timeout: expected seconds above 0, got {self.server_timeout}")
         parsed: dict[str, dict[str, Any]] = {}
         for name in ("generate", "judge", "eval_judge"):
-            text = getattr(self, name)
-            if text is None:
-                continue
-            try:
-                parsed[name] = parse_options(name.removeprefix("eval_"), text)
-            except ConfigError as error:
-                problems += [f"{name}: {problem}" for problem in error.problems]
-        server = parsed.get("generate", {}).get("base_url")
-        if self.server_command and "generate" in parsed and not server:
-            problems.append("server_command: expected --base_url URL in generate, where to ask, got none")
+            if (text := getattr(self, name)) is not None:
+                try:
+                    parsed[name] = parse_options(name.removeprefix("eval_"), text)
+                except ConfigError as error:
+                    problems += [f"{name}: {problem}" for problem in error.problems]
+        if self.server_command and "generate" in parsed and not parsed["generate"].get("base_url"):
+            problems.append("server_command: expected the server's address in generate, got none; add --base_url URL")
         judge = parsed.get("eval_judge", parsed.get("judge", {}))
         if self.eval_instructions and judge.get("judge") == "human":
-            problems.append("eval_judge: expected a judge that answers at once, got human; give rules, http or local")
+            problems.append("eval_judge: expected a judge that needs no person, got human; set rules, http or local")
+        for name, placeholders in (("eval_command", ("{model}", "{out}")), ("server_command", ("{model}",))):
+            text = getattr(self, name)
+            missing = [placeholder for placeholder in placeholders if text and placeholder not in text]
+            if missing:
+                problems.append(f"{name}: expected {' and '.join(missing)} in it, got {text!r}")
         return problems
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done.
+    """Everything that the loop needs to know.
 
     Attributes:
-        arguments: Of the loop.
-        folder: Where everything goes.
-        model: To begin with.
-        seed: Of which the seed of every stage is made.
-        is_blaming: Whether tokens are blamed by the model as it was before each round.
-        server: Address of the server that generates; None where a local model does.
-        is_refining: Whether the objective learns from refined responses.
-        is_adapting: Whether an adapter is trained, to be merged; else the whole model.
-        training: Settings of `cutlm train` that all rounds share.
-        blaming: Options of `cutlm blame`.
-        refining: Options of `cutlm refine`.
-        prompt_files: Of the judges, by the setting that names one.
+        arguments: The loop's own settings.
+        folder: Where all files go.
+        model: The initial model.
+        seed: The seed from which every stage's seed is derived.
+        server_url: Address of the server that generates; None for a local model.
+        has_blame: Whether there is a blame stage: the model before each training flags the tokens.
+        has_refine: Whether there is a refine stage: the objective learns from refined responses.
+        has_merge: Whether there is a merge stage: an adapter is trained rather than the whole model.
+        train_settings: Settings of `cutlm train` shared by all iterations.
+        blame_options: Options for `cutlm blame`.
+        refine_options: Options for `cutlm refine`.
+        prompt_files: The judges' prompt files by the name of the setting.
         resolved: All settings, as they are saved.
+        parse_options: Parses options of commands, see `ParseOptions`.
     """
 
     arguments: AlignArguments
     folder: Path
     model: str
     seed: int
-    server: str | None
-    is_blaming: bool
-    is_refining: bool
-    is_adapting: bool
-    training: dict[str, Any]
-    blaming: list[str]
-    refining: list[str]
+    server_url: str | None
+    has_blame: bool
+    has_refine: bool
+    has_merge: bool
+    train_settings: dict[str, Any]
+    blame_options: list[str]
+    refine_options: list[str]
     prompt_files: dict[str, str]
     resolved: dict[str, Any]
+    parse_options: ParseOptions
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+def find_differences(before: dict[str, Any], now: dict[str, Any], parse_options: ParseOptions) -> list[str]:
+    """Returns one sentence for each setting that differs from `before` and changes the results."""
 
+    def is_same_command(name: str, old: str | None, new: str | None) -> bool:
+        options = []
+        for text in (old, new):
+            if text is None:
+                return False
+            parsed = parse_options(name.removeprefix("eval_"), text)
+            # A server may move; but whether there is one matters.
+            if parsed.get("base_url"):
+                parsed["base_url"] = "any"
+            options.append({key: value for key, value in parsed.items() if key not in _FREE_OPTIONS})
+        return options[0] == options[1]
 
-def parse_options(command: str, text: str) -> dict[str, Any]:
-    """Parses the options that a setting gives to a command.
-
-    Args:
-        command: "generate", or "judge", whose text begins with the kind of judge.
-        text: As on a command line.
-
-    Raises:
-        ConfigError: They are not the command's, or are the loop's to give.
-    """
-    from cutlm.cli import build_parser
-
-    try:
-        options = shlex.split(text)
-    except ValueError as error:
-        raise ConfigError(f"expected options as on a command line, got {text!r} ({error})") from None
-    own = [option for option in options if option.partition("=")[0] in _OWN_OPTIONS[command]]
-    if own:
-        raise ConfigError(f"{', '.join(own)}: given by the loop itself; leave it out")
-    fixed = {
-        "generate": ["--model=-", "--prompts=-", "--out=-", "--template=alpaca"],
-        "judge": ["--responses=-", "--out=-"],
-    }[command]
-    if command == "judge":
-        fixed += ["--judge", *options[:1]]
-        options = options[1:]
-    parsed, rest = build_parser(_Parser).parse_known_args([command, *fixed, *options])
-    if rest:
-        raise ConfigError(f"unknown arguments of cutlm {command}: {' '.join(rest)}")
-    if command == "judge":
-        from cutlm.cli.judge import fill_options
-
-        fill_options(parsed)
-    else:
-        from cutlm.cli.generate import check_options
-
-        check_options(parsed)
-    return {name: value for name, value in vars(parsed).items() if name not in ("command", "run")}
-
-
-def find_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A sentence for each setting that decides what comes of a run and is another one than before."""
     problems = []
-    for name in sorted(set(before) | set(now)):
+    for name in sorted((before.keys() | now.keys()) - _FREE_SETTINGS):
         old, new = before.get(name), now.get(name)
-        if old == new or name in FREE_SETTINGS:
+        if old == new or (name == "num_iterations" and old and new and old < new):
             continue
-        if name in ("generate", "judge", "eval_judge") and _lasting(name, old) == _lasting(name, new):
+        if name in ("generate", "judge", "eval_judge") and is_same_command(name, old, new):
             continue
-        if name == "num_iterations" and old and new and old < new:
-            continue
-        problems.append(f"{name}: this folder was begun with {old!r}, got {new!r}")
+        problems.append(f"{name}: this run was started with {old!r}, got {new!r}")
     return problems
 
 
-def _lasting(name: str, text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    options = parse_options(name.removeprefix("eval_"), text)
-    if options.get("base_url"):
-        options["base_url"] = "any"  # where it is, is free to change; not that one answers
-    return {name: value for name, value in options.items() if name not in _FREE_OPTIONS}
+def read_plan(config: str | None, options: Sequence[str], parse_options: ParseOptions) -> Plan:
+    """Reads and checks all settings.
 
+    This happens in a process of its own: the checks import torch and transformers, and may initialize a GPU, whose
+    memory the process that supervises the loop must not hold.
 
-def read_plan(config: str | None, options: Sequence[str]) -> Plan:
-    """Reads and checks all settings, in a process of its own: what it needs of memory, and of a GPU's, it gives back.
+    Args:
+        config: A YAML file, or None.
+        options: `--setting value ...`, which take precedence over the file.
+        parse_options: Parses options of commands, see `ParseOptions`; a function of a module, so that it pickles.
 
     Raises:
-        ConfigError: Settings are unknown or wrong; all are named.
+        ConfigError: Settings are unknown or invalid; it lists all of them.
     """
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-        return pool.submit(_read_plan, config, list(options)).result()
+        return pool.submit(_read_plan, config, list(options), parse_options).result()
 
 
-def _read_plan(config: str | None, options: list[str]) -> Plan:
+def _read_plan(config: str | None, options: list[str], parse_options: ParseOptions) -> Plan:
     from cutlm.training.config import CUTConfig, ModelArguments, read_settings
 
-    settings = read_settings((AlignArguments, ModelArguments, CUTConfig), config, options, "align")
-    arguments, model_args, train_args = settings.parts
+    @dataclass
+    class CheckedArguments(AlignArguments):
+        def __post_init__(self) -> None:  # so that these problems are reported together with those of training
+            if problems := self.find_problems(parse_options):
+                raise ConfigError(problems)
+
+    settings = read_settings((CheckedArguments, ModelArguments, CUTConfig), config, options, "align")
+    checked, model_args, train_args = settings.parts
+    arguments = AlignArguments(**vars(checked))  # unlike a local class, this one pickles
     if train_args.resume_from_checkpoint:
-        raise ConfigError("resume_from_checkpoint: the loop goes on by itself where it was; leave it out")
+        raise ConfigError("resume_from_checkpoint: the loop resumes by itself; remove this setting")
     own = {item.name for item in fields(AlignArguments)}
     training = {name: value for name, value in settings.resolved.items() if name not in own}
     if "save_steps" not in training and "save_strategy" not in training:
-        training |= {"save_steps": 0.25, "save_total_limit": 1}  # a kill costs a quarter of a training at most
-    blaming = [
+        training |= {"save_steps": 0.25, "save_total_limit": 1}  # a kill then costs at most a quarter of a training
+    blame_options = [
         f"--{name}={getattr(train_args, name)}"
         for name in ("threshold", "unlikelihood_weight", "gamma", "template", "max_length")
     ]
-    blaming += ["--bf16"] * bool(train_args.bf16) + ["--device=cpu"] * bool(train_args.use_cpu)
-    blaming += [f"--dtype={model_args.dtype}"] if model_args.dtype else []
-    generating = parse_options("generate", arguments.generate)
-    refining = [
-        f"--{name}={generating[name]}"
+    blame_options += ["--bf16"] * bool(train_args.bf16) + ["--device=cpu"] * bool(train_args.use_cpu)
+    blame_options += [f"--dtype={model_args.dtype}"] if model_args.dtype else []
+    generate = parse_options("generate", arguments.generate)
+    refine_options = [
+        f"--{name}={generate[name]}"
         for name in ("max_new_tokens", "temperature", "top_p", "batch_size", "dtype", "device")
-        if generating.get(name) is not None
+        if generate.get(name) is not None
     ]
+    judges = {"judge": arguments.judge, "eval_judge": arguments.eval_judge}
+    prompts = {name: parse_options("judge", text).get("prompt_file") for name, text in judges.items() if text}
     return Plan(
         arguments=arguments,
         folder=Path(train_args.output_dir),
         model=model_args.model_name_or_path,
         seed=train_args.seed,
-        server=generating.get("base_url"),
-        is_blaming=train_args.objective == "cut" and train_args.detector == "frozen",
-        is_refining=train_args.objective in ("ilf_mle", "ilf_dpo"),
-        is_adapting=model_args.use_peft,
-        training=training,
-        blaming=blaming,
-        refining=[f"--template={train_args.template}", *refining],
-        prompt_files=_find_prompt_files(arguments),
+        server_url=generate.get("base_url"),
+        has_blame=train_args.objective == "cut" and train_args.detector == "frozen",
+        has_refine=train_args.objective in ("ilf_mle", "ilf_dpo"),
+        has_merge=model_args.use_peft,
+        train_settings=training,
+        blame_options=blame_options,
+        refine_options=[f"--template={train_args.template}", *refine_options],
+        prompt_files={name: path for name, path in prompts.items() if path},
         resolved=settings.resolved,
+        parse_options=parse_options,
     )
-
-
-def _find_prompt_files(arguments: AlignArguments) -> dict[str, str]:
-    judges = {"judge": arguments.judge, "eval_judge": arguments.eval_judge}
-    found = {name: parse_options("judge", text).get("prompt_file") for name, text in judges.items() if text}
-    return {name: path for name, path in found.items() if path}

@@ -1,25 +1,26 @@
-"""The stages of an iteration: what each runs, what it leaves, and which figures are read from that.
+"""The stages of an iteration: what each runs, the files it leaves and the metrics read from them.
 
-    sample    instructions.jsonl        fresh ones, from one shuffled order of all
-    generate  responses.jsonl           cutlm generate, by the model as it is
-    judge     records.jsonl             cutlm judge
-    refine    refined.jsonl             cutlm refine, where the objective learns from that
-    blame     scores.jsonl              cutlm blame, where the detector is frozen
-    train     adapter/ (or model/)      cutlm train, from train.yaml
-    merge     model/                    cutlm merge; none where the whole model is trained
-    evaluate  evaluation/               generate and judge on held-out instructions, and a command of the user's
+    sample    instructions.jsonl    the next ones of one shuffled order of all instructions
+    generate  responses.jsonl       cutlm generate, with the iteration's initial model
+    judge     records.jsonl         cutlm judge
+    refine    refined.jsonl         cutlm refine, if the objective learns from refined responses
+    blame     scores.jsonl          cutlm blame, if the detector is frozen
+    train     adapter/ or model/    cutlm train, with train.yaml
+    merge     model/                cutlm merge, unless the whole model is trained
+    evaluate  evaluation/           generate and judge on held-out instructions, and the user's eval_command
 
-Each file appears whole under its name or not at all, so one that is there is not made again. Which instructions are
-drawn is settled by `cutlm.loop.pool`, whose judgments suffice by `cutlm.loop.judging`; what comes when is left to
-`cutlm.loop.loop`.
+Each file appears under its name only when it is complete, so a stage that is resumed skips what exists.
 """
 
 import hashlib
 import json
 import math
+import random
 import shlex
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,24 +28,49 @@ from typing import Any
 import yaml
 
 from cutlm.data.files import open_atomic, read_rows, write_rows
-from cutlm.data.records import check_records
-from cutlm.loop.judging import ask_judge, count_records
-from cutlm.loop.pool import make_pool
-from cutlm.loop.runner import Runner, StageFailed, check_status
+from cutlm.data.records import InstructionRow, check_records, validate_row
+from cutlm.errors import DataError, UserError
+from cutlm.judges.responses import EMPTY_RESPONSE, name_failures_file
+from cutlm.loop.processes import run_shell, serve
 from cutlm.loop.settings import Plan
 
 STAGES = ("sample", "generate", "judge", "refine", "blame", "train", "merge", "evaluate")
 _NUM_AVERAGED = 3
 
 
+class StageFailed(Exception):
+    """A stage could not be completed.
+
+    Args:
+        message: What happened and what to do.
+        status: The exit status for the loop.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class WaitingForPerson(Exception):
+    """A person has to judge responses first.
+
+    Args:
+        labels: The file to fill in.
+    """
+
+    def __init__(self, labels: Path) -> None:
+        super().__init__(str(labels))
+        self.labels = labels
+
+
 @dataclass(frozen=True)
-class Place:
-    """Where an iteration's files stand, and the model that it begins with.
+class Iteration:
+    """One iteration.
 
     Attributes:
-        number: From 1; 0 is the model before the first, which is only evaluated.
-        folder: The iteration's.
-        model: The model's folder, or its name on a hub.
+        number: From 1; 0 stands for the initial model, which is only evaluated.
+        folder: Where its files go.
+        model: The model it starts with, a folder or a name on the hub.
     """
 
     number: int
@@ -53,82 +79,173 @@ class Place:
 
     @property
     def new_model(self) -> str:
-        """The model that comes of it."""
+        """The model it ends with."""
         return str((self.folder / "model").resolve()) if self.number else self.model
 
 
+@dataclass
+class Runner:
+    """Runs the commands of one stage.
+
+    Attributes:
+        plan: The plan of the run.
+        log: The stage's log file.
+        lock: File descriptor of the run folder's lock, inherited by every command.
+        run_command: Runs `cutlm`, see `cutlm.loop.processes.run_command`.
+        commands: The arguments of every `cutlm` command so far.
+    """
+
+    plan: Plan
+    log: Path
+    lock: int
+    run_command: Callable[..., int]
+    commands: list[list[str]] = field(default_factory=list)
+
+    def run(self, arguments: list[str], launcher: str | None = None) -> int:
+        """Runs `cutlm` with arguments and returns its exit status."""
+        self.commands.append(arguments)
+        return self.run_command(arguments, log=self.log, lock=self.lock, launcher=launcher)
+
+    def make(self, out: Path, arguments: list[str]) -> None:
+        """Runs `cutlm` to write a file or folder, unless it exists; raises StageFailed if the command fails."""
+        if not out.exists():
+            arguments = [*arguments, "--out", str(out)]
+            _check_status(self.run(arguments), arguments)
+
+    def run_shell(self, command: str) -> int:
+        """Runs a shell command and returns its exit status."""
+        return run_shell(command, log=self.log, lock=self.lock)
+
+    def serve(self, model: str) -> AbstractContextManager[None]:
+        """A context in which the user's server_command, if there is one, serves the model."""
+        arguments, url = self.plan.arguments, self.plan.server_url
+        if not arguments.server_command or not url:
+            return nullcontext()
+        log = self.log.with_name("server.log")
+        return serve(arguments.server_command, model, url, arguments.server_timeout, log, self.lock)
+
+
+def _check_status(status: int, arguments: list[str]) -> None:
+    if status:
+        what = f"was killed by signal {-status}" if status < 0 else f"exited with {status}"
+        raise StageFailed(
+            f"cutlm {arguments[0]} {what}; see its output above, fix the problem and run the same command again:"
+            " complete work is kept",
+            2 if status == 2 else 1,
+        )
+
+
 def list_stages(plan: Plan, number: int) -> list[str]:
-    """The stages of an iteration, in order."""
-    skipped = set()
-    if not plan.is_blaming:
-        skipped.add("blame")
-    if not plan.is_refining:
-        skipped.add("refine")
-    if not plan.is_adapting:
-        skipped.add("merge")
-    if not plan.arguments.eval_instructions and not plan.arguments.eval_command:
-        skipped.add("evaluate")
-    return [stage for stage in STAGES if stage not in skipped and (number or stage == "evaluate")]
+    """Lists the stages of an iteration in order."""
+    is_used = {"blame": plan.has_blame, "refine": plan.has_refine, "merge": plan.has_merge}
+    is_used["evaluate"] = bool(plan.arguments.eval_instructions or plan.arguments.eval_command)
+    return [stage for stage in STAGES if is_used.get(stage, True) and (number or stage == "evaluate")]
 
 
-def list_outputs(plan: Plan, place: Place, stage: str) -> list[Path]:
-    """The files and folders that a stage leaves."""
-    folder = place.folder
+def list_outputs(plan: Plan, iteration: Iteration, stage: str) -> list[Path]:
+    """Lists the files and folders that a stage leaves; not all of them have to exist."""
+    judged = ["records.jsonl", "records.jsonl.failures.jsonl"]
     names = {
         "sample": ["instructions.jsonl"],
         "generate": ["responses.jsonl", "responses.jsonl.failures.jsonl"],
-        "judge": ["records.jsonl", "records.jsonl.failures.jsonl"],
+        "judge": judged,
         "refine": ["refined.jsonl"],
         "blame": ["scores.jsonl"],
-        "train": ["train.yaml", "adapter" if plan.is_adapting else "model"],
+        "train": ["train.yaml", "adapter" if plan.has_merge else "model"],
         "merge": ["model"],
-        "evaluate": [
-            f"evaluation/{name}"
-            for name in ("responses.jsonl", "records.jsonl", "records.jsonl.failures.jsonl", "figures.json")
-        ],
+        "evaluate": [f"evaluation/{name}" for name in ("responses.jsonl", *judged, "metrics.json")],
     }[stage]
-    return [folder / name for name in names]
+    return [iteration.folder / name for name in names]
+
+
+def list_leftovers(plan: Plan, iteration: Iteration, stage: str) -> list[Path]:
+    """Lists everything to remove before a stage is run again: outputs, and partial work that it would resume."""
+    if stage == "evaluate":  # the user's command may leave other files there, which belong to the same model
+        return sorted(iteration.folder.glob("evaluation/*"))
+    outputs = list_outputs(plan, iteration, stage)
+    if stage == "generate":  # a person's judgments are of these responses
+        outputs += _list_label_files(iteration.folder / "records.jsonl")
+    return [*outputs, *(Path(f"{path}.partial") for path in outputs if path.suffix == ".jsonl")]
 
 
 def make_seed(plan: Plan, number: int, stage: str) -> int:
-    """A seed of its own for each stage of each iteration."""
+    """Derives the seed of a stage of an iteration."""
     return int.from_bytes(hashlib.sha256(f"{plan.seed} {number} {stage}".encode()).digest()[:4]) // 2
 
 
-def run_stage(plan: Plan, place: Place, stage: str, runner: Runner) -> dict[str, Any]:
-    """Runs a stage to its end, or goes on with it.
-
-    Returns:
-        Its figures.
+def run_stage(plan: Plan, iteration: Iteration, stage: str, runner: Runner) -> dict[str, Any]:
+    """Runs a stage, or resumes it, and returns its metrics.
 
     Raises:
-        StageFailed: A command of it failed.
-        WaitingForPerson: It needs one.
+        StageFailed: One of its commands failed.
+        WaitingForPerson: A person has to judge responses first.
     """
-    place.folder.mkdir(parents=True, exist_ok=True)
-    return {
-        "sample": _sample,
-        "generate": _generate,
-        "judge": _judge,
-        "refine": _refine,
-        "blame": _blame,
-        "train": _train,
-        "merge": _merge,
-        "evaluate": _evaluate,
-    }[stage](plan, place, runner)
+    return _STAGE_FUNCTIONS[stage](plan, iteration, runner)
 
 
-def _sample(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
-    pool, num = make_pool(plan), plan.arguments.num_instructions
-    start = (place.number - 1) * num
-    write_rows(place.folder / "instructions.jsonl", pool.rows[start : start + num])
+def recount_metrics(iteration: Iteration, stage: str) -> dict[str, Any]:
+    """Recomputes the metrics of a stage that can change when its files are edited."""
+    if stage == "judge":
+        return _count_judged(iteration.folder / "records.jsonl") or {}
+    return _count_flagged(iteration.folder / "scores.jsonl") if stage == "blame" else {}
+
+
+# ---- Sample ----
+
+
+def order_instructions(plan: Plan) -> list[dict[str, Any]]:
+    """Shuffles the instructions: each of them once, and none that is evaluated on.
+
+    Raises:
+        UserError: There are fewer than the iterations need.
+    """
+
+    arguments = plan.arguments
+    rows = _read_instructions(str(arguments.instructions))
+    held_out = _read_instructions(arguments.eval_instructions) if arguments.eval_instructions else []
+    excluded = {_identify(row) for row in held_out}
+    unique: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        unique.setdefault(_identify(row), row)
+    kept = [row for key, row in unique.items() if key not in excluded]
+    num_needed = arguments.num_iterations * arguments.num_instructions
+    if len(kept) < num_needed:
+        repeated, left_out = len(rows) - len(unique), len(unique) - len(kept)
+        raise UserError(
+            f"{arguments.instructions}: expected {num_needed} instructions, {arguments.num_instructions} for each of"
+            f" {arguments.num_iterations} iterations, got {len(kept)} ({repeated} repeated and {left_out} held-out ones"
+            " left out); add more, or lower num_instructions or num_iterations"
+        )
+    return random.Random(f"{plan.seed} instructions").sample(kept, len(kept))
+
+
+def _read_instructions(path: str) -> list[dict[str, Any]]:
+    rows, problems = read_rows(path)
+    for row in rows:
+        validate_row(row, InstructionRow, problems)
+    if problems:
+        raise DataError(problems, hint=f"{len(problems)} problems in {path}; fix them, no row was skipped")
+    return [row.value for row in rows]
+
+
+def _identify(row: dict[str, Any]) -> tuple[str, str]:
+    return row["instruction"], row.get("input") or ""
+
+
+def _sample(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
+    num = plan.arguments.num_instructions
+    start = (iteration.number - 1) * num
+    write_rows(iteration.folder / "instructions.jsonl", order_instructions(plan)[start : start + num])
     return {"num_instructions": num}
 
 
-def _generate(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
-    out = place.folder / "responses.jsonl"
-    seed = make_seed(plan, place.number, "generate")
-    _answer(plan, runner, place.model, place.folder / "instructions.jsonl", out, seed)
+# ---- Generate ----
+
+
+def _generate(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
+    out = iteration.folder / "responses.jsonl"
+    seed = make_seed(plan, iteration.number, "generate")
+    _answer(plan, runner, iteration.model, iteration.folder / "instructions.jsonl", out, seed)
     rows, _ = read_rows(out)
     failures = out.with_name(f"{out.name}.failures.jsonl")
     return {
@@ -142,194 +259,246 @@ def _answer(plan: Plan, runner: Runner, model: str, prompts: Path | str, out: Pa
     if out.exists():
         return
     options = shlex.split(plan.arguments.generate)
-    # Prompted as it is trained, whatever chat template the first model has. A server puts messages into the model's
-    # own: later models carry that of training, and the first one's is meant by `chat`.
-    template = str(plan.training["template"])
-    is_carried = template == "chat" or model != plan.model
+    # The prompt is that of training, whatever chat template the initial model has. A server applies the chat template
+    # of the model it serves: later models are saved with that of training, the initial one only fits `chat`.
+    template = str(plan.train_settings["template"])
+    serves_template = template == "chat" or model != plan.model
     has_judgment = any(option.partition("=")[0] == "--judgment" for option in options)
-    fixed = [] if plan.server and is_carried and not has_judgment else ["--template", template]
-    fixed += ["--max_failure_rate", str(plan.arguments.max_failure_rate)] if plan.server else []
-    arguments = ["generate", "--model", model, "--prompts", str(prompts), "--out", str(out), *fixed, *options, *further]
+    fixed = [] if plan.server_url and serves_template and not has_judgment else ["--template", template]
+    fixed += ["--max_failure_rate", str(plan.arguments.max_failure_rate)] if plan.server_url else []
+    arguments = ["generate", "--model", model, "--prompts", str(prompts), *fixed, *options, *further]
     with runner.serve(model):
-        check_status(runner.run([*arguments, "--seed", str(seed)]), arguments)
-    assert out.exists()
+        runner.make(out, [*arguments, "--seed", str(seed)])
 
 
-def _judge(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
-    return ask_judge(plan, runner, str(plan.arguments.judge), place.folder / "responses.jsonl")
+# ---- Judge ----
 
 
-def _refine(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
-    out = place.folder / "refined.jsonl"
-    if not out.exists():
-        arguments = ["refine", "--model", place.model, "--data", str(place.folder / "records.jsonl"), "--out", str(out)]
-        arguments += plan.refining
-        arguments += ["--seed", str(make_seed(plan, place.number, "refine"))]
-        check_status(runner.run(arguments), arguments)
+def _judge(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
+    return _judge_responses(plan, runner, str(plan.arguments.judge), iteration.folder / "responses.jsonl")
+
+
+def _judge_responses(
+    plan: Plan, runner: Runner, judge: str, responses: Path, cache_name: str = "judge"
+) -> dict[str, Any]:
+    """Judges responses into `records.jsonl` in the same folder, until few enough judgments are missing.
+
+    All iterations share one cache of a paid judge's answers, so limits on spending hold for the whole run.
+    """
+    records, kind = responses.with_name("records.jsonl"), judge.split()[0]
+    num_responses, max_rate = len(read_rows(responses)[0]), plan.arguments.max_failure_rate
+
+    def is_enough(counts: dict[str, Any]) -> bool:
+        num_without = counts["num_missing"] + counts["num_empty"]
+        return num_without <= max_rate * (num_without + counts["num_judged"])
+
+    counts = _count_judged(records, num_responses)
+    if counts is not None and is_enough(counts):
+        return counts
+    arguments = ["judge", "--responses", str(responses), "--out", str(records), "--judge", *shlex.split(judge)]
+    if kind == "http" and not any(argument.partition("=")[0] == "--cache" for argument in arguments):
+        arguments += ["--cache", str(plan.folder / f"{cache_name}.cache.sqlite")]
+    arguments += ["--overwrite"] * records.exists()
+    labels = [path for path in _list_label_files(records) if path.exists()] if kind == "human" else []
+    if labels:  # of both formats, the one that was edited last
+        arguments += ["--labels", str(max(labels, key=lambda path: path.stat().st_mtime_ns))]
+    status = runner.run(arguments)
+    counts = _count_judged(records, num_responses)
+    if status == 0 and counts is None and kind == "human":
+        raise WaitingForPerson(_list_label_files(records)[0])
+    if status not in (0, 1) or counts is None:
+        _check_status(status or 1, arguments)
+    assert counts is not None
+    if not is_enough(counts):
+        num_without = counts["num_missing"] + counts["num_empty"]
+        empty = f" ({counts['num_empty']} of them are empty)" if counts["num_empty"] else ""
+        retry = "" if kind == "local" else "run the same command again to retry these only, or "
+        raise StageFailed(
+            f"{num_without} of {num_responses} responses have no judgment{empty}, more than max_failure_rate"
+            f" ({max_rate:.0%}); {name_failures_file(records)} lists the reasons; {retry}raise max_failure_rate",
+            1,
+        )
+    return counts
+
+
+def _list_label_files(records: Path) -> list[Path]:
+    return [records.with_name(f"{records.name}.todo.{kind}") for kind in ("csv", "jsonl")]
+
+
+def _count_judged(records: Path, num_responses: int | None = None) -> dict[str, Any] | None:
+    """Counts records and failures; None if they do not add up to `num_responses` (checked unless it is None)."""
+    if not records.exists():
+        return None
+    check, failures = check_records(records), name_failures_file(records)
+    kinds = [row.value.get("kind") for row in read_rows(failures)[0]] if failures.exists() else []
+    if num_responses is not None and len(check.records) + len(kinds) != num_responses:
+        return None  # killed between writing the two files, which come from different attempts
+    num_empty = kinds.count(EMPTY_RESPONSE.kind)
+    return {
+        "num_judged": len(check.records),
+        "num_satisfactory": check.num_satisfactory,
+        "num_missing": len(kinds) - num_empty,
+        "num_empty": num_empty,
+    }
+
+
+# ---- Refine and blame ----
+
+
+def _refine(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
+    records, out = iteration.folder / "records.jsonl", iteration.folder / "refined.jsonl"
+    arguments = ["refine", "--model", iteration.model, "--data", str(records), *plan.refine_options]
+    runner.make(out, [*arguments, "--seed", str(make_seed(plan, iteration.number, "refine"))])
     return {"num_refined": sum(record.i_ans is not None for record in check_records(out).records)}
 
 
-def _blame(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
-    records, out = place.folder / "records.jsonl", place.folder / "scores.jsonl"
-    if not out.exists():
-        arguments = ["blame", "--model", place.model, "--data", str(records), "--out", str(out), *plan.blaming]
-        check_status(runner.run(arguments), arguments)
-    return _count_flags(out)
+def _blame(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
+    records, out = iteration.folder / "records.jsonl", iteration.folder / "scores.jsonl"
+    runner.make(out, ["blame", "--model", iteration.model, "--data", str(records), *plan.blame_options])
+    return _count_flagged(out)
 
 
-def _count_flags(scores: Path) -> dict[str, Any]:
-    num_tokens = num_flagged = 0
-    for row in read_rows(scores)[0]:
-        if not row.value["is_satisfactory"]:
-            num_tokens += len(row.value["is_flagged"])
-            num_flagged += sum(row.value["is_flagged"])
-    return {"num_tokens": num_tokens, "num_flagged": num_flagged}
+def _count_flagged(scores: Path) -> dict[str, Any]:
+    flags = [row.value["is_flagged"] for row in read_rows(scores)[0] if not row.value["is_satisfactory"]]
+    return {"num_tokens": sum(map(len, flags)), "num_flagged": sum(map(sum, flags))}
 
 
-def count_again(place: Place, stage: str) -> dict[str, Any]:
-    """The figures of a stage whose files were edited, as far as editing changes them."""
-    records = place.folder / "records.jsonl"
-    if stage == "judge":
-        return count_records(records) or {}
-    return _count_flags(place.folder / "scores.jsonl") if stage == "blame" else {}
+# ---- Train and merge ----
 
 
-def _train(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
-    data = place.folder / (
-        "scores.jsonl" if plan.is_blaming else "refined.jsonl" if plan.is_refining else "records.jsonl"
-    )
-    target = place.folder / ("adapter" if plan.is_adapting else "model")
-    log = _read_state(target)
-    if log is None:
-        _refuse_nothing_to_learn(plan, place)
-        config = place.folder / "train.yaml"
-        settings = plan.training | {
-            "model_name_or_path": place.model,
+def _train(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
+    folder = iteration.folder
+    data = folder / ("scores.jsonl" if plan.has_blame else "refined.jsonl" if plan.has_refine else "records.jsonl")
+    target = folder / ("adapter" if plan.has_merge else "model")
+    state = _read_trainer_state(target)
+    if state is None:
+        _check_unsatisfactory(plan, iteration)
+        config = folder / "train.yaml"
+        settings = plan.train_settings | {
+            "model_name_or_path": iteration.model,
             "data": str(data),
             "output_dir": str(target),
-            "seed": make_seed(plan, place.number, "train"),
+            "seed": make_seed(plan, iteration.number, "train"),
         }
         with open_atomic(config) as file:
             file.write(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
         arguments = ["train", "--config", str(config)]
-        if any(target.glob("checkpoint-*")) and not plan.training.get("save_only_model"):
+        if any(target.glob("checkpoint-*")) and not plan.train_settings.get("save_only_model"):
             arguments += ["--resume_from_checkpoint", "last"]
-        elif target.exists():
-            arguments += ["--overwrite_output_dir", "true"]  # what a kill left before the first checkpoint
-        check_status(runner.run(arguments, launcher=plan.arguments.launcher), arguments)
-        log = _read_state(target)
-        assert log is not None
+        elif target.exists():  # killed before the first checkpoint
+            arguments += ["--overwrite_output_dir", "true"]
+        _check_status(runner.run(arguments, plan.arguments.launcher), arguments)
+        state = _read_trainer_state(target)
+        assert state is not None
     for path in target.glob("checkpoint-*"):
-        shutil.rmtree(path)  # what it would take to go on; there is nothing to go on with
-    lines = [line for line in log["log_history"] if "loss" in line]
-    losses = [line["loss"] for line in lines]
-    shares = [line["flagged_share"] for line in lines if "flagged_share" in line]
+        shutil.rmtree(path)
+    logged = [line for line in state["log_history"] if "loss" in line]
+    losses = [line["loss"] for line in logged]
+    shares = [line["flagged_share"] for line in logged if "flagged_share" in line]
     return {
-        "num_steps": log["global_step"],
+        "num_steps": state["global_step"],
         "loss_start": mean(losses[:_NUM_AVERAGED]) if losses else None,
         "loss_end": mean(losses[-_NUM_AVERAGED:]) if losses else None,
         "flagged_share": mean(shares) if shares else None,
     }
 
 
-def _refuse_nothing_to_learn(plan: Plan, place: Place) -> None:
-    """Raises:
-    StageFailed: Nothing is wrong with any response, and `downsample` leaves out the others.
-    """
-    if plan.training.get("downsample") is None:
+def _check_unsatisfactory(plan: Plan, iteration: Iteration) -> None:
+    if plan.train_settings.get("downsample") is None:
         return
-    check = check_records(place.folder / "records.jsonl")
+    check = check_records(iteration.folder / "records.jsonl")
     if check.num_satisfactory == len(check.records):
         raise StageFailed(
-            f"all {len(check.records)} responses are satisfactory, and downsample keeps none of them: there is nothing"
-            f" left to learn from; {place.model} is the last model, or begin anew with harder instructions",
+            f"all {len(check.records)} responses are satisfactory, and downsample keeps none of those, so there is"
+            f" nothing to train on; use {iteration.model} as the final model, or start a new run with harder"
+            " instructions",
             2,
         )
 
 
-def _read_state(target: Path) -> dict[str, Any] | None:
-    """What the trainer wrote last, after the model itself; None where it has not, or was killed at it."""
+def _read_trainer_state(target: Path) -> dict[str, Any] | None:
+    """Reads the file that the trainer writes last; None if training is not complete."""
     try:
         return json.loads((target / "trainer_state.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def _merge(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
-    out = place.folder / "model"
-    if not out.exists():
-        adapter = place.folder / "adapter"
-        # Said, as the adapter names the place where its base was: the folder may have been moved since.
-        arguments = ["merge", "--adapter", str(adapter), "--base", place.model, "--out", str(out)]
-        check_status(runner.run(arguments), arguments)
+def _merge(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
+    adapter = iteration.folder / "adapter"
+    # --base, because the path in the adapter is wrong if the run folder was moved.
+    runner.make(iteration.folder / "model", ["merge", "--adapter", str(adapter), "--base", iteration.model])
     return {}
 
 
-def _evaluate(plan: Plan, place: Place, runner: Runner) -> dict[str, Any]:
-    folder = place.folder / "evaluation"
+# ---- Evaluate ----
+
+
+def _evaluate(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
+    folder = iteration.folder / "evaluation"
     folder.mkdir(exist_ok=True)
-    figures: dict[str, Any] = {}
-    held_out = plan.arguments.eval_instructions
-    if held_out:
+    arguments, metrics = plan.arguments, {}
+    if arguments.eval_instructions:
         responses = folder / "responses.jsonl"
-        # The same for every model: what differs between iterations is then the model alone.
+        # Greedy and with one seed for all models, so that only the model differs between iterations.
         greedy = ("--temperature", "0", "--num_samples", "1")
-        _answer(plan, runner, place.new_model, held_out, responses, plan.seed, *greedy)
-        if plan.arguments.eval_judge:
-            counts = ask_judge(plan, runner, plan.arguments.eval_judge, responses, cache="eval_judge")
+        _answer(plan, runner, iteration.new_model, arguments.eval_instructions, responses, plan.seed, *greedy)
+        if arguments.eval_judge:
+            counts = _judge_responses(plan, runner, arguments.eval_judge, responses, "eval_judge")
         else:
-            counts = ask_judge(plan, runner, str(plan.arguments.judge), responses)
-        figures |= counts | {"share_satisfactory": counts["num_satisfactory"] / max(1, counts["num_judged"])}
-    if plan.arguments.eval_command:
-        out = folder / "figures.json"
-        if not out.exists():
-            # Under its name only when the command has ended well and it is what it should be.
-            unproven = folder / "figures.json.partial"
-            unproven.unlink(missing_ok=True)
-            command = plan.arguments.eval_command.replace("{model}", shlex.quote(place.new_model))
-            command = command.replace("{out}", shlex.quote(str(unproven)))
-            status = runner.run_shell(command)
-            if status:
-                raise StageFailed(
-                    f"eval_command ended with {status}; what it said stands above; mend it and start again, what is"
-                    " finished is kept",
-                    1,
-                )
-            values = _read_figures(unproven)
-            with open_atomic(out) as file:
-                file.write(json.dumps(values).encode())
-            unproven.unlink()
-        figures |= _read_figures(out)
-    return figures
+            counts = _judge_responses(plan, runner, str(arguments.judge), responses)
+        metrics |= counts | {"share_satisfactory": counts["num_satisfactory"] / max(1, counts["num_judged"])}
+    if arguments.eval_command:
+        metrics |= _run_eval_command(arguments.eval_command, iteration.new_model, folder / "metrics.json", runner)
+    return metrics
 
 
-def _read_figures(path: Path) -> dict[str, float]:
-    """Numbers by name; what else the file holds is left out."""
+def _run_eval_command(command: str, model: str, out: Path, runner: Runner) -> dict[str, float]:
+    if not out.exists():
+        # Renamed to `out` only after the command has succeeded and the content is valid.
+        partial = out.with_name(f"{out.name}.partial")
+        partial.unlink(missing_ok=True)
+        command = command.replace("{model}", shlex.quote(model)).replace("{out}", shlex.quote(str(partial)))
+        if status := runner.run_shell(command):
+            raise StageFailed(
+                f"eval_command exited with {status}; see its output above, fix the problem and run the same command"
+                " again: complete work is kept",
+                1,
+            )
+        metrics = _read_metrics(partial)
+        with open_atomic(out) as file:
+            file.write(json.dumps(metrics).encode())
+        partial.unlink()
+    return _read_metrics(out)
+
+
+def _read_metrics(path: Path) -> dict[str, float]:
+    """Reads the numbers in a JSON object; other values are ignored."""
     try:
-        values = json.loads(path.read_text("utf-8"))
-        figures = {
+        metrics = {
             name: value
-            for name, value in values.items()
+            for name, value in json.loads(path.read_text("utf-8")).items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
     except (OSError, ValueError, AttributeError):
         raise StageFailed(
-            f"eval_command: expected a JSON object of figures in {path}, found none; have the command write it", 2
+            f"eval_command: expected a JSON object of metrics in {path}, got something else; fix the command", 2
         ) from None
-    endless = [name for name, value in figures.items() if not math.isfinite(value)]
-    if endless:
+    if non_finite := [name for name, value in metrics.items() if not math.isfinite(value)]:
         raise StageFailed(
-            f"eval_command: expected numbers in {path}, got {', '.join(endless)} that are none; leave them out", 2
+            f"eval_command: expected finite numbers in {path}, got non-finite {', '.join(non_finite)}; leave them out",
+            2,
         )
-    return figures
+    return metrics
 
 
-def list_remains(plan: Plan, place: Place, stage: str) -> list[Path]:
-    """What a stage leaves: its outputs, and what it goes on with where it did not end."""
-    if stage == "evaluate":
-        # A command of the user's may keep more there, and it is of this model.
-        return sorted(place.folder.glob("evaluation/*"))
-    outputs = list_outputs(plan, place, stage)
-    if stage == "generate":  # these would be lists of other responses
-        outputs += [place.folder / f"records.jsonl.todo.{kind}" for kind in ("csv", "jsonl")]
-    return [*outputs, *(Path(f"{path}.partial") for path in outputs if path.suffix == ".jsonl")]
+_STAGE_FUNCTIONS: dict[str, Callable[[Plan, Iteration, Runner], dict[str, Any]]] = {
+    "sample": _sample,
+    "generate": _generate,
+    "judge": _judge,
+    "refine": _refine,
+    "blame": _blame,
+    "train": _train,
+    "merge": _merge,
+    "evaluate": _evaluate,
+}
