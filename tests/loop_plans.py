@@ -1,4 +1,4 @@
-"""Plans of small online runs, and their stages' commands in this process, for the tests of the loop."""
+"""Plans of small online runs, and `cutlm` commands in this process, for the tests of the loop."""
 
 import contextlib
 import io
@@ -11,29 +11,27 @@ from typing import Any
 from tiny import save_tiny_model
 
 from cutlm.cli import main
-from cutlm.loop.settings import read_plan
+from cutlm.cli.align import parse_stage_options
+from cutlm.loop.settings import Plan, read_plan
 
-RULES = '''
-"""A judge that minds the number of characters."""
-
+RULES = """
 def judge(instruction, response):
-    return None if len(response) % 3 == 0 else f"{len(response)} characters are not a number that I like."
+    return None if len(response) % 3 == 0 else f"The response has {len(response)} characters."
 
 def raising(instruction, response):
-    raise ValueError("no way")
-'''
+    raise ValueError("broken rule")
+"""
 
 
 def make_workplace(folder: Path) -> Iterator[Path]:
-    """A folder with a model, instructions and a judge by rules, which can be imported as long as this is not over."""
+    """Makes a folder with a model, instructions and rules, which can be imported until the generator is closed."""
     save_tiny_model(folder / "base")
     rows = [{"instruction": f"Name a city, number {index}."} for index in range(16)]
     (folder / "instructions.json").write_text(json.dumps(rows))
-    (folder / "held_out.json").write_text(
-        json.dumps([{"instruction": f"Name a river, {index}."} for index in range(4)])
-    )
+    rows = [{"instruction": f"Name a river, {index}."} for index in range(4)]
+    (folder / "held_out.json").write_text(json.dumps(rows))
     (folder / "characters.py").write_text(RULES)
-    sys.path.insert(0, str(folder))  # as PYTHONPATH has it for the commands
+    sys.path.insert(0, str(folder))
     yield folder
     sys.path.remove(str(folder))
 
@@ -61,14 +59,14 @@ def make_settings(folder: Path, name: str, **further: Any) -> dict[str, Any]:
     } | further
 
 
-def make_plan(folder: Path, name: str, **further: Any) -> Any:
+def make_plan(folder: Path, name: str, **further: Any) -> Plan:
     settings = make_settings(folder, name, **further)
     options = [f"--{key}={value}" for key, value in settings.items() if value is not None]
-    return read_plan(None, options)
+    return read_plan(None, options, parse_stage_options)
 
 
-def run_here(arguments: list[str], *, log: Path, lock: int, launcher: str | None = None) -> int:
-    """A stage's command, in this process."""
+def run_in_process(arguments: list[str], *, log: Path, lock: int, launcher: str | None = None) -> int:
+    """Runs a stage's command in this process, and notes it in the run folder's commands.txt."""
     with open(log.parents[1] / "commands.txt", "a") as file:
         file.write(f"{log.parent.name} {log.stem} {arguments[0]}\n")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:

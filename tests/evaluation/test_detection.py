@@ -14,8 +14,8 @@ from cutlm.cli import main
 from cutlm.data.records import JudgedRecord
 from cutlm.evaluation.detection import (
     Evidence,
+    compute_average_precision,
     count_detected,
-    find_average_precision,
     gather_evidence,
     measure_detection,
     tabulate_detection,
@@ -69,10 +69,10 @@ def test_a_token_is_flagged_above_the_threshold_and_not_at_it():
 
 def test_average_precision_is_that_found_by_hand():
     # Wrong ones come first, third and fifth: their precisions are 1/1, 2/3 and 3/5.
-    assert find_average_precision(TOKENS) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
+    assert compute_average_precision(TOKENS) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
     # Of equal ratios none comes before the other: one of two is wrong.
-    assert find_average_precision([(1.0, True), (1.0, False)]) == pytest.approx(1 / 2)
-    assert find_average_precision([(1.0, False)]) is None
+    assert compute_average_precision([(1.0, True), (1.0, False)]) == pytest.approx(1 / 2)
+    assert compute_average_precision([(1.0, False)]) is None
 
 
 def test_average_precision_is_that_of_scikit_learn():
@@ -81,7 +81,7 @@ def test_average_precision_is_that_of_scikit_learn():
     tokens = [(round(rng.gauss(0, 1), 1), rng.random() < 0.2) for _ in range(500)]
     assert len({ratio for ratio, _ in tokens}) < 100  # many are equal
     expected = metrics.average_precision_score([is_wrong for _, is_wrong in tokens], [ratio for ratio, _ in tokens])
-    assert find_average_precision(tokens) == pytest.approx(expected, abs=1e-12)
+    assert compute_average_precision(tokens) == pytest.approx(expected, abs=1e-12)
 
 
 def test_evidence_is_of_unsatisfactory_records_whose_wrong_spans_are_known():

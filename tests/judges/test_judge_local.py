@@ -16,6 +16,7 @@ from tiny import CORPUS, make_model, make_tokenizer
 import cutlm.data.journal
 import cutlm.judges.local
 from cutlm.cli import main
+from cutlm.cli.align import parse_stage_options
 from cutlm.data.records import JudgedRecord, load_records
 from cutlm.judges import Response
 from cutlm.judges.prompt import (
@@ -27,7 +28,6 @@ from cutlm.judges.prompt import (
     write_answer,
     write_question,
 )
-from cutlm.loop.settings import parse_options
 
 LONG = "The capital of Australia is Sydney, which is also the largest city of the whole country."
 OBJECTION = "Sydney is not the capital."
@@ -301,6 +301,6 @@ def test_contradictory_options_are_refused(
 
 
 def test_the_loop_accepts_a_local_judge() -> None:
-    options = parse_options("judge", "local --judge_model runs/judge --batch_size 4")
+    options = parse_stage_options("judge", "local --judge_model runs/judge --batch_size 4")
     assert (options["judge"], options["judge_model"], options["batch_size"]) == ("local", "runs/judge", 4)
     assert (options["max_new_tokens"], options["dtype"]) == (None, "auto")

@@ -13,6 +13,7 @@ from serving import SERVE, find_port, needs_server, serving
 from tiny import make_model, make_tokenizer, save_tiny_model
 
 from cutlm.cli import main
+from cutlm.cli.align import parse_stage_options
 from cutlm.data.records import load_records
 from cutlm.loop.loop import run_loop
 from cutlm.loop.settings import read_plan
@@ -161,7 +162,7 @@ def test_the_loop_has_a_real_server_answer_and_each_iteration_has_its_own(
         "report_to": "none",
     }
     monkeypatch.syspath_prepend(tmp_path)
-    plan = read_plan(None, [f"--{name}={value}" for name, value in settings.items()])
+    plan = read_plan(None, [f"--{name}={value}" for name, value in settings.items()], parse_stage_options)
     # The stages' commands in this process, as starting Python for each takes its time.
     assert run_loop(plan, run=lambda arguments, **_: main(arguments))
     folder = tmp_path / "run" / "iteration-1"

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from cutlm.evaluation.alpaca_eval import PACKAGES, draw_win_rate, measure_win_rate, tabulate_win_rate
-    from cutlm.evaluation.folder import import_alpaca_eval, write_result
+    from cutlm.evaluation.shared import import_alpaca_eval, write_result
 
     _check_options(args)
     import_alpaca_eval("metrics")
@@ -113,7 +113,7 @@ def _check_options(args: argparse.Namespace) -> None:
 def _replay(args: argparse.Namespace) -> _Compared:
     """Takes verdicts from a file, and the responses too where they are not given."""
     from cutlm.evaluation.alpaca_eval import find_verdicts, read_annotations
-    from cutlm.evaluation.folder import hash_file, open_folder
+    from cutlm.evaluation.shared import hash_file, open_folder
     from cutlm.judges import Response
     from cutlm.judges.responses import read_responses
 
@@ -145,7 +145,7 @@ def _ask(args: argparse.Namespace) -> _Compared | None:
     from cutlm.cli.reuse import PARTS, answer_once, describe_source
     from cutlm.data.files import write_rows
     from cutlm.evaluation.annotator import ask_verdicts, describe_verdicts, load_annotator
-    from cutlm.evaluation.folder import VERDICTS_FILE, hash_file, open_folder
+    from cutlm.evaluation.shared import VERDICTS_FILE, hash_file, open_folder
     from cutlm.judges.responses import read_responses
 
     annotator = load_annotator(args.annotator)
@@ -247,7 +247,7 @@ def _pair(
 ) -> "tuple[list[Pair], dict[str, int]]":
     from cutlm.errors import DataError
     from cutlm.evaluation.annotator import Pair
-    from cutlm.evaluation.pairs import pair_responses
+    from cutlm.evaluation.shared import pair_responses
 
     found = pair_responses(responses, references)
     if not found.pairs:

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
         plot_detection,
         tabulate_detection,
     )
-    from cutlm.evaluation.folder import hash_file, open_folder, write_result
+    from cutlm.evaluation.shared import hash_file, open_folder, write_result
     from cutlm.inspect.plots import draw_plot
 
     thresholds = _read_thresholds(args.thresholds)

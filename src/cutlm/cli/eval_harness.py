@@ -33,9 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from cutlm.evaluation.folder import hash_file, open_folder, write_result
-    from cutlm.evaluation.harness import PACKAGES, find_tasks, measure_benchmarks, read_benchmarks
-    from cutlm.evaluation.harness_tables import draw_benchmarks, summarize_benchmarks, tabulate_benchmarks
+    from cutlm.evaluation.harness import (
+        PACKAGES,
+        draw_benchmarks,
+        find_tasks,
+        measure_benchmarks,
+        read_benchmarks,
+        summarize_benchmarks,
+        tabulate_benchmarks,
+    )
+    from cutlm.evaluation.shared import hash_file, open_folder, write_result
     from cutlm.model.loading import fingerprint_model
 
     _check_options(args)
@@ -101,7 +108,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace) -> Any:
     """The package's model."""
-    from cutlm.evaluation.folder import need_extra
+    from cutlm.evaluation.shared import need_extra
     from cutlm.model.loading import load_trained, unwrap_peft
 
     if args.backend == "vllm":

@@ -28,9 +28,8 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.data.files import write_rows
     from cutlm.data.records import check_records, raise_problems
     from cutlm.errors import DataError
-    from cutlm.evaluation.folder import PROMPTS_FILE, hash_file, need_extra, open_folder, write_result
-    from cutlm.evaluation.pairs import pair_responses
     from cutlm.evaluation.rouge import PACKAGES, draw_rouge, list_references, measure_rouge, tabulate_rouge
+    from cutlm.evaluation.shared import PROMPTS_FILE, hash_file, need_extra, open_folder, pair_responses, write_result
     from cutlm.generation.local import describe_bad_seed
     from cutlm.judges.responses import read_responses
 

@@ -57,7 +57,7 @@ def list_given(
 
 def describe_source(args: argparse.Namespace) -> dict[str, Any]:
     """What responses depend on, as settings of an evaluation's folder."""
-    from cutlm.evaluation.folder import hash_file
+    from cutlm.evaluation.shared import hash_file
     from cutlm.model.loading import fingerprint_model
 
     if args.outputs is not None:

@@ -1,5 +1,7 @@
-"""Measures a model: AlpacaEval, benchmarks by lm-eval, ROUGE, and the detection of wrong tokens.
+"""Measures a model: AlpacaEval win rate, lm-eval benchmarks, ROUGE, and detection of wrong tokens.
 
-Each measure is a module of pure functions; the command line (`cutlm.cli.eval`) makes what they are given, such as a
-model's responses, and `cutlm.evaluation.folder` keeps all of it.
+`shared` has what all measures share, above all the folder that a result goes to and from which a stopped evaluation
+resumes. Then each measure is on its own: `detection`, `rouge`, `harness`, and `annotator` with `alpaca_eval`. `paper`
+has the paper's numbers, which reports show below ours. The command line (`cutlm.cli.eval`) makes the inputs, such as a
+model's responses.
 """

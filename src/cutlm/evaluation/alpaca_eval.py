@@ -15,8 +15,8 @@ from cutlm.data.files import read_rows
 from cutlm.data.records import describe_value
 from cutlm.errors import DataError
 from cutlm.evaluation.annotator import DRAW, Pair
-from cutlm.evaluation.folder import import_alpaca_eval
 from cutlm.evaluation.paper import ALPACA_COLD_START, ALPACA_ONLINE, ALPACA_WARM_START, SOURCE
+from cutlm.evaluation.shared import import_alpaca_eval
 from cutlm.inspect.plots import Bar, draw_bars, make_paper_bars
 from cutlm.inspect.tables import escape_cell, format_table
 

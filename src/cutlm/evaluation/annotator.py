@@ -23,7 +23,7 @@ import yaml
 from tqdm import tqdm
 
 from cutlm.errors import UserError
-from cutlm.evaluation.folder import import_alpaca_eval
+from cutlm.evaluation.shared import import_alpaca_eval
 from cutlm.servers.budget import Spending
 from cutlm.servers.cache import Cache
 from cutlm.servers.chat import Answer, ChatServer, OptionNames, ask, explain_refusal, make_client

@@ -1,12 +1,12 @@
-"""How well flagged tokens are the wrong ones: precision, recall and F1 by threshold, and average precision.
+"""How well flags find the wrong tokens: precision, recall and F1 by threshold, and average precision.
 
-A token is wrong where it overlaps a record's `wrong_spans`, or is the one that an empty span means; it is flagged where
-the judgment makes it likelier by more than the threshold's factor (eq. 5 of the paper). Only tokens of unsatisfactory
-responses whose wrong spans are known are looked at.
+A token is wrong if it overlaps one of the record's `wrong_spans`, or if an empty span points to it. It is flagged if
+the judgment multiplies its probability by more than the threshold (eq. 5 of the paper). Only tokens of unsatisfactory
+responses with known wrong spans count.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +20,12 @@ THRESHOLDS = (1.0, 1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 3.0)
 
 @dataclass(frozen=True)
 class Detection:
-    """Counts of flagged tokens of unsatisfactory responses.
+    """Counts of tokens.
 
     Attributes:
         num_true: Wrong and flagged.
-        num_false: Flagged, and not wrong.
-        num_missed: Wrong, and not flagged.
+        num_false: Flagged but not wrong.
+        num_missed: Wrong but not flagged.
     """
 
     num_true: int
@@ -52,13 +52,13 @@ class Detection:
 
 @dataclass
 class Evidence:
-    """What there is to measure detection by.
+    """Tokens to measure detection with.
 
     Attributes:
-        tokens: Of each group of records, None where there are no groups, for every token its log ratio,
-            log p(y_t|x,j) - log p(y_t|x), and whether it is wrong.
-        num_records: Records looked at.
-        left_out: How many were not, by reason.
+        tokens: By group of records (None without groups), each token's log ratio log p(y_t|x,j) - log p(y_t|x), and
+            whether it is wrong.
+        num_records: Number of records that they come from.
+        left_out: Numbers of other records by the reason why they are left out.
     """
 
     tokens: dict[str | None, list[tuple[float, bool]]] = field(default_factory=dict)
@@ -71,11 +71,11 @@ class Evidence:
 
 
 def gather_evidence(scores: Iterable[TokenScores], name_group: Callable[[TokenScores], str] | None = None) -> Evidence:
-    """Looks up which tokens are wrong, and how much likelier the judgment makes each.
+    """Finds each token's log ratio and whether it is wrong.
 
     Args:
-        scores: As of `cutlm blame`.
-        name_group: Names the group that a record belongs to.
+        scores: Token scores of `cutlm blame`.
+        name_group: Returns the group of a record; None for no groups.
     """
     evidence = Evidence()
     for score in scores:
@@ -88,61 +88,48 @@ def gather_evidence(scores: Iterable[TokenScores], name_group: Callable[[TokenSc
             evidence.left_out["without log-probs"] += 1
         else:
             evidence.num_records += 1
-            ratios = [
-                with_judgment - without
-                for with_judgment, without in zip(score.logps_with, score.logps_without, strict=True)
-            ]
+            ratios = [judged - plain for judged, plain in zip(score.logps_with, score.logps_without, strict=True)]
             pairs = zip(ratios, flag_spans(score.spans, record.wrong_spans), strict=True)
             evidence.tokens.setdefault(name_group(score) if name_group else None, []).extend(pairs)
     return evidence
 
 
 def count_detected(tokens: Iterable[tuple[float, bool]], threshold: float) -> Detection:
-    """Counts tokens at a threshold.
-
-    Args:
-        tokens: Log ratios, and whether the token is wrong.
-        threshold: lambda of eq. 5.
-    """
-    # The factor 0 flags every token.
+    """Counts tokens, given as log ratio and whether wrong, at a threshold (lambda of eq. 5; 0 flags all tokens)."""
     least = math.log(threshold) if threshold > 0 else -math.inf
     counts = Counter((ratio > least, is_wrong) for ratio, is_wrong in tokens)
     return Detection(counts[True, True], counts[True, False], counts[False, True])
 
 
-def find_average_precision(tokens: Iterable[tuple[float, bool]]) -> float | None:
-    """Average precision: the mean, over the wrong tokens, of the precision at the threshold that just flags them.
+def compute_average_precision(tokens: Iterable[tuple[float, bool]]) -> float | None:
+    """Computes average precision: the mean over wrong tokens of the precision at the threshold that just flags them.
 
-    Tokens of one and the same ratio are flagged together. A random order has about the share of wrong tokens.
+    Tokens with equal ratios are flagged together. For a random order it is about the share of wrong tokens.
 
     Returns:
-        None where no token is wrong.
+        None if no token is wrong.
     """
-    num_true: Counter[float] = Counter()
-    num_flagged: Counter[float] = Counter()
+    by_ratio: dict[float, list[bool]] = defaultdict(list)
     for ratio, is_wrong in tokens:
-        num_flagged[ratio] += 1
-        num_true[ratio] += is_wrong
-    if not num_true.total():
-        return None
-    total, num_true_above, num_flagged_above = 0.0, 0, 0
-    for ratio in sorted(num_flagged, reverse=True):
-        num_true_above += num_true[ratio]
-        num_flagged_above += num_flagged[ratio]
-        total += num_true[ratio] * num_true_above / num_flagged_above
-    return total / num_true_above
+        by_ratio[ratio].append(is_wrong)
+    total, num_true, num_flagged = 0.0, 0, 0
+    for ratio in sorted(by_ratio, reverse=True):
+        num_new = sum(by_ratio[ratio])
+        num_true += num_new
+        num_flagged += len(by_ratio[ratio])
+        total += num_new * num_true / num_flagged
+    return total / num_true if num_true else None
 
 
 def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Any]:
-    """All figures: for each threshold and group, and over all tokens.
+    """Measures detection at each threshold, for each group and for all tokens.
 
     Args:
-        evidence: Of `gather_evidence`.
-        thresholds: To try.
+        evidence: The result of `gather_evidence`.
+        thresholds: The thresholds.
 
     Returns:
-        What `result.json` holds; the group of what is of all tokens is None, and so is precision where nothing is
-        flagged.
+        The content of result.json. The group None stands for all tokens; precision is None if no token is flagged.
     """
     names = sorted(name for name in evidence.tokens if name is not None)
     groups: dict[str | None, list[tuple[float, bool]]] = {name: evidence.tokens[name] for name in names}
@@ -164,7 +151,7 @@ def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOL
             )
     best = max((row for row in rows if row["group"] is None), key=lambda row: row["f1"])
     return {
-        "average_precision": find_average_precision(groups[None]),
+        "average_precision": compute_average_precision(groups[None]),
         "best_threshold": best["threshold"],
         "best_f1": best["f1"],
         "num_records": evidence.num_records,
@@ -172,35 +159,26 @@ def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOL
         "num_wrong": sum(is_wrong for _, is_wrong in groups[None]),
         "left_out": dict(evidence.left_out),
         "average_precision_by_group": {
-            name: find_average_precision(tokens) for name, tokens in groups.items() if name is not None
+            name: compute_average_precision(tokens) for name, tokens in groups.items() if name is not None
         },
         "thresholds": rows,
     }
 
 
 def tabulate_detection(result: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+    """Reports the result of `measure_detection` as Markdown."""
     whole = [row for row in result["thresholds"] if row["group"] is None]
     table = format_table(
         ["threshold", "precision", "recall", "F1", "flagged tokens"],
         [[f"{row['threshold']:g}", *_show_rates(row), f"{row['num_flagged']:,}"] for row in whole],
     )
     parts = [f"# Detection of wrong tokens\n\n{table}"]
-    if result["average_precision_by_group"]:
-        best = [
-            row
-            for row in result["thresholds"]
-            if row["threshold"] == result["best_threshold"] and row["group"] is not None
-        ]
-        parts.append(
-            format_table(
-                [f"at {result['best_threshold']:g}", "precision", "recall", "F1", "average precision"],
-                [
-                    [row["group"], *_show_rates(row), _show(result["average_precision_by_group"][row["group"]])]
-                    for row in best
-                ],
-            )
-        )
+    if by_group := result["average_precision_by_group"]:
+        best = [row for row in result["thresholds"] if row["threshold"] == result["best_threshold"]]
+        header = [f"at {result['best_threshold']:g}", "precision", "recall", "F1", "average precision"]
+        groups = [row for row in best if row["group"] is not None]
+        cells = [[row["group"], *_show_rates(row), _show(by_group[row["group"]])] for row in groups]
+        parts.append(format_table(header, cells))
     left_out = "".join(f", {number} {reason}" for reason, number in result["left_out"].items())
     parts.append(
         f"Average precision {_show(result['average_precision'])}; best F1 {result['best_f1']:.3f} at threshold"
@@ -218,20 +196,20 @@ def _show(number: float | None) -> str:
     return "" if number is None else f"{number:.3f}"
 
 
-def plot_detection(axes: Any, rows: Sequence[dict[str, Any]], name: str = "", colour: str = "#0072b2") -> None:
+def plot_detection(axes: Any, rows: Sequence[dict[str, Any]], name: str = "", color: str = "#0072b2") -> None:
     """Draws precision and recall over thresholds.
 
     Args:
-        axes: Of matplotlib.
-        rows: With `threshold`, `precision` (None where nothing is flagged) and `recall`.
-        name: Of what is drawn, for the legend.
-        colour: Of both lines; they are told apart by marker and dashes.
+        axes: Matplotlib axes.
+        rows: Dictionaries with `threshold`, `precision` (or None) and `recall`.
+        name: A name for the legend.
+        color: The color of both lines, which differ in marker and dashes.
     """
     thresholds = [row["threshold"] for row in rows]
     for rate, style in (("recall", "o-"), ("precision", "s--")):
         label = f"{name}: {rate}" if name else rate
         values = [math.nan if row[rate] is None else row[rate] for row in rows]
-        axes.plot(thresholds, values, style, color=colour, label=label)
+        axes.plot(thresholds, values, style, color=color, label=label)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("threshold")
     axes.legend()

@@ -1,14 +1,15 @@
-"""Benchmarks by the package `lm-eval`: the paper's four with its numbers of examples, or any others.
+"""Benchmarks of the package `lm-eval`: the paper's four with its numbers of examples, or any others.
 
-A benchmark is measured once in a folder and leaves task-NAME.json there at once, so that a stopped evaluation goes on
-with the next one. What a benchmark asks, and how it scores, is the package's affair.
+Each benchmark leaves its result in task-NAME.json as soon as it is measured, so a stopped evaluation resumes with the
+next one.
 """
 
 import json
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,25 @@ import yaml
 from jinja2 import TemplateError
 
 from cutlm.errors import ConfigError, UserError
-from cutlm.evaluation.folder import need_extra, write_text
+from cutlm.evaluation.paper import SOURCE, TRUTHFULQA
+from cutlm.evaluation.shared import need_extra, write_text
+from cutlm.inspect.plots import Bar, draw_bars, make_paper_bars
+from cutlm.inspect.tables import format_table
 
 PACKAGES = ("lm-eval", "transformers", "datasets", "torch")
-# Metrics of the package that are from 0 to 1, beside accuracies of all kinds.
+# Metrics of the package besides accuracies that range from 0 to 1.
 _FRACTIONS = {"exact_match", "em", "f1", "likelihood", "mrr"}
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is measured.
+    """A benchmark.
 
     Attributes:
-        task: A task or a group of the package.
-        num_shots: Examples in the prompt; None for the task's own number.
-        metric: Which of the task's; None for the first there is of acc_norm, acc and any other.
-        title: For people.
+        task: A task or group of the package.
+        num_shots: Number of examples in the prompt; None for the task's own.
+        metric: One of the task's metrics; None for the first of acc_norm, acc and any other.
+        title: Its name in reports.
     """
 
     task: str
@@ -42,7 +46,7 @@ class Benchmark:
 
     @property
     def file(self) -> str:
-        """Where its figures are kept."""
+        """The name of its result file."""
         return "task-" + re.sub(r"[^\w.-]", "_", self.task) + ".json"
 
 
@@ -52,18 +56,18 @@ PAPERS = (
     Benchmark("mmlu", 5, "acc", "MMLU"),
     Benchmark("truthfulqa_mc2", 0, "acc", "TruthfulQA"),
 )
-# Folders of the package that hold the paper's four; to look through all of it takes a quarter of a minute.
+# The package's folders with the paper's four; reading all of its folders takes 15 seconds.
 _FOLDERS = ("arc", "hellaswag", "mmlu/default", "truthfulqa")
 
 
 def read_benchmarks(text: str | None) -> list[Benchmark]:
-    """Reads a list such as "arc_challenge,my_task:5", a number of examples after the colon.
+    """Reads a list such as "arc_challenge,my_task:5", with the number of examples after the colon.
 
     Args:
-        text: None for the paper's four.
+        text: The list; None for the paper's four.
 
     Raises:
-        ConfigError: It is no such list.
+        ConfigError: It is not such a list.
     """
     if text is None:
         return list(PAPERS)
@@ -73,46 +77,46 @@ def read_benchmarks(text: str | None) -> list[Benchmark]:
         name, colon, number = part.strip().partition(":")
         if not name or (colon and not number.isdecimal()):
             raise ConfigError(f"--tasks: expected names such as arc_challenge:25,hellaswag, got {text!r}")
-        own = known.get(name, Benchmark(name))
-        shots = int(number) if colon else own.num_shots
-        benchmarks.append(Benchmark(name, shots, own.metric, own.title or name))
+        default = known.get(name, Benchmark(name))
+        shots = int(number) if colon else default.num_shots
+        benchmarks.append(Benchmark(name, shots, default.metric, default.title or name))
     names = [benchmark.task for benchmark in benchmarks]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"--tasks: expected each task once, got {', '.join(repeated)} again; leave it out")
+        raise ConfigError(f"--tasks: expected each task once, got {', '.join(repeated)} again; remove it")
     return benchmarks
 
 
 def find_tasks(benchmarks: Sequence[Benchmark], include_path: str | None) -> Any:
-    """A task manager of the package that knows the benchmarks.
+    """Makes a task manager of the package that knows the benchmarks.
 
     Args:
-        benchmarks: What it should know.
-        include_path: A folder with further tasks, which go before the package's.
+        benchmarks: The benchmarks.
+        include_path: A folder with further tasks, which take precedence over the package's.
 
     Raises:
-        UserError: The package is missing, or there is no task of some name, or it has no figure of its own.
+        UserError: The package is missing, or a task is unknown or has no metric of its own.
     """
     tasks = need_extra("lm_eval.tasks")
     if include_path is not None:
-        _check_files(Path(include_path))
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        _check_yaml(Path(include_path))
     own = [] if include_path is None else [include_path]
     base = Path(tasks.__file__).parent
-    manager = tasks.TaskManager(include_path=[*(base / name for name in _FOLDERS), *own], include_defaults=False)
-    if any(benchmark.task not in manager.task_index for benchmark in benchmarks):
-        manager = tasks.TaskManager(include_path=own or None)
+    with _quiet_package():
+        manager = tasks.TaskManager(include_path=[*(base / name for name in _FOLDERS), *own], include_defaults=False)
+        if any(benchmark.task not in manager.task_index for benchmark in benchmarks):
+            manager = tasks.TaskManager(include_path=own or None)
     unknown = [benchmark.task for benchmark in benchmarks if benchmark.task not in manager.task_index]
     problems = []
     if unknown:
         problems.append(
             f"--tasks: no task {', '.join(unknown)} in lm-eval"
             + (f" or {include_path}" if include_path else "")
-            + "; list them by: lm_eval ls tasks; name a folder of your own by --include_path"
+            + "; list them with: lm_eval ls tasks; add a folder of your own with --include_path"
         )
     for benchmark in benchmarks:
         if members := _list_members(manager.task_index.get(benchmark.task)):
             problems.append(
-                f"--tasks {benchmark.task}: it stands for several tasks and has no figure of its own; name them:"
+                f"--tasks {benchmark.task}: a group of tasks without a metric of its own; name the tasks:"
                 f" {','.join(members)}"
             )
     if problems:
@@ -120,20 +124,31 @@ def find_tasks(benchmarks: Sequence[Benchmark], include_path: str | None) -> Any
     return manager
 
 
-def _check_files(folder: Path) -> None:
-    """Refuses YAML files that the package would pass over, and with them the tasks in them."""
+@contextmanager
+def _quiet_package() -> Iterator[None]:
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_yaml(folder: Path) -> None:
+    """Refuses invalid YAML files, which the package would silently skip together with their tasks."""
     problems = []
     for file in sorted(folder.rglob("*.yaml")):
         try:
             yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)
         except (OSError, yaml.YAMLError) as error:
-            problems.append(f"--include_path: {file} is no YAML ({' '.join(str(error).split())}); mend it")
+            problems.append(f"--include_path: {file} is not YAML ({' '.join(str(error).split())}); fix it")
     if problems:
         raise UserError(problems)
 
 
 def _list_members(entry: Any) -> list[str]:
-    """The tasks of a tag, or of a group without a figure of its own; of all else none."""
+    """Lists the tasks of a tag, or of a group without a metric of its own; nothing for anything else."""
     if entry is None or entry.kind.name not in ("TAG", "GROUP"):
         return []
     if entry.kind.name == "TAG":
@@ -154,60 +169,57 @@ def measure_benchmarks(
     uses_chat_template: bool = False,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Measures each benchmark that the folder does not hold yet.
+    """Measures each benchmark whose result is not in the folder yet.
 
     Args:
         benchmarks: What to measure.
-        load: Makes the package's model; called when it is needed.
-        manager: Of `find_tasks`.
-        folder: Where figures go as they come.
-        uses_chat_template: Whether prompts, all examples in one message, are wrapped by the model's chat template.
-        limit: So many questions of each task, to try that everything runs.
+        load: Makes the package's model; called only if it is needed.
+        manager: The result of `find_tasks`.
+        folder: Where the results go.
+        uses_chat_template: Whether prompts, all examples in one message, are wrapped in the model's chat template.
+        limit: Number of questions per task, for a quick test.
 
     Returns:
         A row for each benchmark.
 
     Raises:
-        UserError: A task's data cannot be had.
+        UserError: A task's data cannot be loaded or do not fit the task.
     """
     evaluate = need_extra("lm_eval").simple_evaluate
     rows, model = [], None
-    tasks = _load_tasks([benchmark for benchmark in benchmarks if not (folder / benchmark.file).exists()], manager)
-    for benchmark in benchmarks:
-        file = folder / benchmark.file
-        if benchmark.task in tasks:
-            model = load() if model is None else model
-            try:
-                found = evaluate(
-                    model=model,
-                    tasks=[tasks[benchmark.task]],
-                    num_fewshot=benchmark.num_shots,
-                    task_manager=manager,
-                    apply_chat_template=uses_chat_template,
-                    fewshot_as_multiturn=False,
-                    limit=limit,
-                    log_samples=False,
-                )
-            except TemplateError as error:
-                raise UserError(_explain_failure(benchmark, error)) from None
-            write_text(file, json.dumps(_pick_figures(benchmark, found), indent=1) + "\n")
-        else:
-            print(f"{file} is there already")
-        rows.append(json.loads(file.read_text("utf-8")))
+    with _quiet_package():
+        tasks = _load_tasks([benchmark for benchmark in benchmarks if not (folder / benchmark.file).exists()], manager)
+        for benchmark in benchmarks:
+            file = folder / benchmark.file
+            if benchmark.task in tasks:
+                model = load() if model is None else model
+                try:
+                    results = evaluate(
+                        model=model,
+                        tasks=[tasks[benchmark.task]],
+                        num_fewshot=benchmark.num_shots,
+                        task_manager=manager,
+                        apply_chat_template=uses_chat_template,
+                        fewshot_as_multiturn=False,
+                        limit=limit,
+                        log_samples=False,
+                    )
+                except TemplateError as error:
+                    raise UserError(_explain_failure(benchmark, error)) from None
+                write_text(file, json.dumps(_pick_metric(benchmark, results), indent=1) + "\n")
+            else:
+                print(f"{file} exists already")
+            rows.append(json.loads(file.read_text("utf-8")))
     return rows
 
 
 def _load_tasks(benchmarks: Sequence[Benchmark], manager: Any) -> dict[str, Any]:
-    """The package's tasks and groups by name, their data loaded.
-
-    Raises:
-        UserError: Some cannot be loaded, or do not have the metric; all of them are named.
-    """
+    """Loads the package's tasks and groups with their data; raises UserError with all that fail."""
     tasks, problems = {}, []
     for benchmark in benchmarks:
         try:
             loaded = manager.load([benchmark.task])
-        except Exception as error:  # whatever is wrong with a task's files comes out as itself
+        except Exception as error:  # a task runs its author's code and templates, which can raise anything
             problems.append(_explain_failure(benchmark, error))
             continue
         group = loaded["groups"].get(benchmark.task)
@@ -218,41 +230,85 @@ def _load_tasks(benchmarks: Sequence[Benchmark], manager: Any) -> dict[str, Any]
         if not metrics or benchmark.metric not in (None, *metrics):
             wanted = f"the metric {benchmark.metric}" if benchmark.metric else "a metric"
             got = ", ".join(sorted(metrics)) or "none"
-            problems.append(f"--tasks {benchmark.task}: expected {wanted}, got {got}; mend it, or leave it out")
+            problems.append(f"--tasks {benchmark.task}: expected {wanted}, got {got}; fix the task, or remove it")
     if problems:
         raise UserError(problems)
     return tasks
 
 
 def _explain_failure(benchmark: Benchmark, error: Exception) -> str:
-    # A failure to read a file of data says in its cause what is wrong with it.
+    # For data files, the reason is in the cause.
     reason = " ".join(str(error.__cause__ or error).split())[:300]
     return (
-        f"--tasks {benchmark.task}: its data cannot be loaded, or do not fit it ({type(error).__name__}: {reason});"
-        " connect to the hub, or name a folder with a task on local files by --include_path"
+        f"--tasks {benchmark.task}: its data cannot be loaded, or do not fit the task ({type(error).__name__}:"
+        f" {reason}); connect to the hub, or add a task on local files with --include_path"
     )
 
 
-def _pick_figures(benchmark: Benchmark, found: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of all that the package says; fractions in percent, and all else as it is."""
-    # "acc,none": a metric and the filter of answers that it was taken behind.
-    own = {name: value for name, value in found["results"][benchmark.task].items() if "," in name}
-    metrics = [name for name in own if "_stderr," not in name]
+def _pick_metric(benchmark: Benchmark, results: dict[str, Any]) -> dict[str, Any]:
+    """Makes a benchmark's row from the package's results: one metric, in percent if it is a fraction."""
+    # The package's names are such as "acc,none": a metric, and the filter that the answers went through.
+    values = {name: value for name, value in results["results"][benchmark.task].items() if "," in name}
+    metrics = [name for name in values if "_stderr," not in name]
     order = [benchmark.metric] if benchmark.metric else ["acc_norm", "acc", *(name.split(",")[0] for name in metrics)]
     chosen = next(name for wanted in order for name in metrics if name.split(",")[0] == wanted)
-    metric, _, behind = chosen.partition(",")
-    error = own.get(f"{metric}_stderr,{behind}")
+    metric, _, filter_name = chosen.partition(",")
+    error = values.get(f"{metric}_stderr,{filter_name}")
     is_percent = metric in _FRACTIONS or metric.startswith("acc") or metric.endswith("_acc")
     scale = 100 if is_percent else 1
-    shots = {int(number or 0) for number in found["n-shot"].values() if isinstance(number, int)}
+    shots = {int(number or 0) for number in results["n-shot"].values() if isinstance(number, int)}
     return {
         "task": benchmark.task,
         "title": benchmark.title,
         "num_shots": max(shots, default=benchmark.num_shots),
         "metric": metric,
         "is_percent": is_percent,
-        "value": scale * own[chosen],
+        "value": scale * values[chosen],
         "standard_error": scale * error if isinstance(error, float) and math.isfinite(error) else None,
-        "num_questions": sum(count["effective"] for count in found["n-samples"].values()),
-        "versions": found["versions"],
+        "num_questions": sum(count["effective"] for count in results["n-samples"].values()),
+        "versions": results["versions"],
     }
+
+
+# ---- Reports of the rows ----
+
+
+def summarize_benchmarks(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Makes the content of result.json: each task's value, the mean of those in percent (or None), and all rows."""
+    values: dict[str, Any] = {row["task"]: row["value"] for row in rows}
+    percents = [row["value"] for row in rows if row["is_percent"]]
+    return values | {"mean": sum(percents) / len(percents) if percents else None, "tasks": list(rows)}
+
+
+def tabulate_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> str:
+    """Reports the model `name` as Markdown in the layout of the paper's Table 2, with the paper's values below."""
+    header, own = ["model"], [name]
+    for row in rows:
+        metric = "" if row["is_percent"] else f", {row['metric']}"
+        header.append(f"{row['title']} ({row['num_shots']}-shot{metric})")
+        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.2f}"
+        own.append(f"{row['value']:.2f}{error}")
+    is_truthful = [row["task"] == "truthfulqa_mc2" for row in rows]
+    papers = [
+        [f"paper: {method}", *(f"{value:.2f}" if has_value else "" for has_value in is_truthful)]
+        for method, value in (TRUTHFULQA.items() if any(is_truthful) else ())
+    ]
+    asked = ", ".join(f"{row['title']} {row['num_questions']:,} by {row['metric']}" for row in rows)
+    other = "" if all(row["is_percent"] for row in rows) else " unless another metric is named"
+    note = f"In percent{other}, with standard errors. Questions: {asked}."
+    if papers:
+        note += f" The paper's values ({SOURCE}) are for LLaMA-2 13B, with the package's version of 2023."
+    return f"# Benchmarks\n\n{format_table(header, [own, *papers])}\n\n{note}"
+
+
+def draw_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> bytes | None:
+    """Draws the values in percent with standard errors, with the paper's below; None if there are none."""
+    bars = []
+    for row in rows:
+        value, error = row["value"], row["standard_error"]
+        low, high = (None, None) if error is None else (value - error, value + error)
+        if row["is_percent"]:
+            bars.append(Bar(f"{name}: {row['title']} ({row['num_shots']}-shot)", value, low, high))
+    if any(row["task"] == "truthfulqa_mc2" for row in rows):
+        bars += make_paper_bars(TRUTHFULQA, " (TruthfulQA)")
+    return draw_bars("Benchmarks", bars, "percent, with standard errors") if bars else None

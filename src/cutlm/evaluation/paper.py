@@ -1,4 +1,4 @@
-"""Figures of the paper (arXiv 2312.14591v4) to stand beside ours: LLaMA-2 13B, judged by GPT-4 on AlpacaEval."""
+"""The paper's results (arXiv 2312.14591v4), shown below ours: LLaMA-2 13B with judgments by GPT-4."""
 
 SOURCE = "arXiv 2312.14591v4"
 
@@ -28,7 +28,7 @@ ROUGE_LSUM = {
     "ILF-DPO": 10.77,
     "CUT": 39.89,
 }
-# Table 4: without parts of CUT.
+# Table 4: TruthfulQA, ablations.
 TRUTHFULQA = {
     "CUT": 52.58,
     "CUT without L1": 39.01,

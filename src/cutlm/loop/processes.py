@@ -186,7 +186,7 @@ def _start(
     command: Sequence[str], lock: int, out: object, err: object, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
     """Starts a process in its own group, so that Ctrl-C reaches only the loop, which forwards it once."""
-    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(  # type: ignore[call-overload]
         command,
         stdin=subprocess.DEVNULL,
         stdout=out,

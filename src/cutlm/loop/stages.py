@@ -30,6 +30,7 @@ import yaml
 from cutlm.data.files import open_atomic, read_rows, write_rows
 from cutlm.data.records import InstructionRow, check_records, validate_row
 from cutlm.errors import DataError, UserError
+from cutlm.judges.human import name_todo_files
 from cutlm.judges.responses import EMPTY_RESPONSE, name_failures_file
 from cutlm.loop.processes import run_shell, serve
 from cutlm.loop.settings import Plan
@@ -164,7 +165,7 @@ def list_leftovers(plan: Plan, iteration: Iteration, stage: str) -> list[Path]:
         return sorted(iteration.folder.glob("evaluation/*"))
     outputs = list_outputs(plan, iteration, stage)
     if stage == "generate":  # a person's judgments are of these responses
-        outputs += _list_label_files(iteration.folder / "records.jsonl")
+        outputs += name_todo_files(iteration.folder / "records.jsonl")
     return [*outputs, *(Path(f"{path}.partial") for path in outputs if path.suffix == ".jsonl")]
 
 
@@ -299,13 +300,13 @@ def _judge_responses(
     if kind == "http" and not any(argument.partition("=")[0] == "--cache" for argument in arguments):
         arguments += ["--cache", str(plan.folder / f"{cache_name}.cache.sqlite")]
     arguments += ["--overwrite"] * records.exists()
-    labels = [path for path in _list_label_files(records) if path.exists()] if kind == "human" else []
+    labels = [path for path in name_todo_files(records) if path.exists()] if kind == "human" else []
     if labels:  # of both formats, the one that was edited last
         arguments += ["--labels", str(max(labels, key=lambda path: path.stat().st_mtime_ns))]
     status = runner.run(arguments)
     counts = _count_judged(records, num_responses)
     if status == 0 and counts is None and kind == "human":
-        raise WaitingForPerson(_list_label_files(records)[0])
+        raise WaitingForPerson(name_todo_files(records)[1])
     if status not in (0, 1) or counts is None:
         _check_status(status or 1, arguments)
     assert counts is not None
@@ -319,10 +320,6 @@ def _judge_responses(
             1,
         )
     return counts
-
-
-def _list_label_files(records: Path) -> list[Path]:
-    return [records.with_name(f"{records.name}.todo.{kind}") for kind in ("csv", "jsonl")]
 
 
 def _count_judged(records: Path, num_responses: int | None = None) -> dict[str, Any] | None:
@@ -437,7 +434,8 @@ def _merge(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
 def _evaluate(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
     folder = iteration.folder / "evaluation"
     folder.mkdir(exist_ok=True)
-    arguments, metrics = plan.arguments, {}
+    arguments = plan.arguments
+    metrics: dict[str, Any] = {}
     if arguments.eval_instructions:
         responses = folder / "responses.jsonl"
         # Greedy and with one seed for all models, so that only the model differs between iterations.

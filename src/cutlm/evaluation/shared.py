@@ -1,0 +1,174 @@
+"""What all evaluations share: the result folder, pairs of responses, and packages of the extra `eval`.
+
+A stopped evaluation resumes in its folder, so a folder belongs to one set of settings.
+"""
+
+import hashlib
+import importlib
+import json
+import logging
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cutlm.data.files import open_atomic, read_bytes
+from cutlm.errors import DataError, UserError
+from cutlm.judges import Response
+
+SETTINGS_FILE = "settings.json"
+PROMPTS_FILE = "prompts.jsonl"
+VERDICTS_FILE = "verdicts.sqlite"
+_RESULT_FILES = ("result.json", "result.md", "result.png")
+# Files that are valid under any settings: rewritten by each start, or a cache with the request as its key.
+_NEUTRAL_FILES = (SETTINGS_FILE, PROMPTS_FILE, VERDICTS_FILE)
+
+
+def open_folder(
+    out: str | Path, settings: Mapping[str, Any], parts: Iterable[str] = (), *, overwrite: bool = False
+) -> Path:
+    """Creates the folder of an evaluation, or opens one with the same settings to resume.
+
+    Args:
+        out: The folder.
+        settings: Everything that the results depend on, as JSON values by name.
+        parts: Names of the files that a stopped evaluation leaves and resumes with.
+        overwrite: Whether to start over, without any old part or result, if the settings differ or are unknown.
+
+    Raises:
+        UserError: The folder has results of other settings, or unknown files.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--out {folder}: expected a folder, got a file; choose another name")
+    settings = json.loads(json.dumps(settings))
+    file = folder / SETTINGS_FILE
+    if file.exists():
+        try:
+            known = json.loads(read_bytes(file))
+        except ValueError:
+            known = None
+        known = known if isinstance(known, dict) else {}
+        differing = sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name))
+        if not differing:
+            return folder
+        if not overwrite and not all(path.name.startswith(_NEUTRAL_FILES) for path in folder.iterdir()):
+            raise UserError(
+                f"--out {folder}: this evaluation was started with other settings ({', '.join(differing)} differ); use"
+                " the same settings to resume, choose another folder, or start over with --overwrite"
+            )
+    elif folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"--out {folder}: not empty; choose another folder, or write into it with --overwrite")
+    for name in [*_RESULT_FILES, *(name for part in parts for name in (part, f"{part}.partial"))]:
+        (folder / name).unlink(missing_ok=True)
+    write_text(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    return folder
+
+
+def hash_file(path: str | Path) -> str:
+    """Hashes the content of a file; raises DataError if it cannot be read."""
+    return hashlib.sha256(read_bytes(path)).hexdigest()[:16]
+
+
+def write_result(
+    folder: Path,
+    result: Mapping[str, Any],
+    markdown: str,
+    packages: Iterable[str] = (),
+    *,
+    picture: bytes | None = None,
+) -> None:
+    """Writes result.json, result.md and result.png, and prints the Markdown.
+
+    Args:
+        folder: The folder.
+        result: Values by name.
+        markdown: The same as a report.
+        packages: Packages besides cutlm that the values depend on; their versions go to result.json.
+        picture: A PNG file's bytes, or None.
+    """
+    versions = {name: _find_version(name) for name in ("cutlm", *packages)}
+    text = json.dumps({**result, "versions": versions}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(folder / "result.md", markdown.rstrip() + "\n")
+    if picture is not None:
+        with open_atomic(folder / "result.png") as file:
+            file.write(picture)
+    write_text(folder / "result.json", text + "\n")
+    names = "result.json, result.md and result.png" if picture else "result.json and result.md"
+    print(f"{markdown.rstrip()}\n\nwrote {names} to {folder}")
+
+
+def _find_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    with open_atomic(path) as file:
+        file.write(text.encode())
+
+
+# ---- Pairs of responses ----
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Responses and references to the same instructions.
+
+    Attributes:
+        pairs: Response and reference, in the order of the references.
+        num_alone: Number of responses without a reference.
+        num_missing: Number of references without a response.
+    """
+
+    pairs: list[tuple[Response, Response]]
+    num_alone: int
+    num_missing: int
+
+
+def pair_responses(responses: Sequence[Response], references: Sequence[Response]) -> Pairs:
+    """Pairs each reference with a response to the same instruction; repeated instructions in their order.
+
+    An instruction and its input are compared as one text, because files of verdicts have no input.
+    """
+    waiting: dict[str, deque[Response]] = defaultdict(deque)
+    for response in responses:
+        waiting[response.full_instruction].append(response)
+    pairs = []
+    for reference in references:
+        found = waiting[reference.full_instruction]
+        if found:
+            pairs.append((found.popleft(), reference))
+    return Pairs(pairs, len(responses) - len(pairs), len(references) - len(pairs))
+
+
+# ---- Packages ----
+
+
+def need_extra(module: str) -> Any:
+    """Imports a module of a package of the extra `eval`; raises UserError if the package is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"the module {error.name} is missing; install it with: pip install 'cutlm[eval]'") from None
+
+
+def import_alpaca_eval(module: str) -> Any:
+    """Imports a module of alpaca-eval, and restores the log level that it changes.
+
+    Raises:
+        UserError: The package is missing.
+    """
+    level = logging.root.level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated imports
+            return need_extra(f"alpaca_eval.{module}")
+    finally:
+        logging.root.setLevel(level)

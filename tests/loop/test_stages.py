@@ -1,0 +1,268 @@
+"""Stages: paid judges, missing judgments, a person as the judge, API keys, and training on two processes."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from chat_server import CANARY, ChatServer, Handler, make_completion, running
+from loop_plans import make_plan, make_settings, make_workplace, run_in_process
+
+from cutlm.cli import main
+from cutlm.errors import ConfigError
+from cutlm.loop.loop import Manifest, StageRef, collect_metrics, run_loop
+from cutlm.loop.settings import Plan
+from cutlm.loop.stages import StageFailed, WaitingForPerson, list_stages
+
+NUM_RESPONSES = 6
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield from make_workplace(tmp_path_factory.mktemp("judges"))
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    with running(ChatServer()) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def judged_by(server: ChatServer, **further: Any) -> dict[str, Any]:
+    judge = f"http --base_url {server.url} --judge_model m --concurrency 1 --max_retries 0"
+    return {"judge": judge, "num_iterations": 1, "eval_instructions": "", "detector": "off"} | further
+
+
+def test_key_is_in_no_file_and_two_processes_train(
+    workplace: Path, server: ChatServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Runs the stages' real commands, with a key that the server rejects at first."""
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
+    further = judged_by(server, launcher=launcher, max_steps=2, use_peft=False)
+    folder, config = workplace / "finished", workplace / "finished.yaml"
+    config.write_text(yaml.safe_dump(make_settings(workplace, "finished", **further)))
+    plan = make_plan(workplace, "finished", **further)
+    assert run_loop(plan, until=StageRef(1, "generate"), run=run_in_process) is False
+
+    def reject(handler: Handler, number: int) -> bool:
+        handler.answer(401, {"error": f"invalid key {CANARY}"})
+        return True
+
+    server.reply = lambda prompt: f"It is wrong, says {CANARY}."
+    server.fault = reject
+    assert main(["align", "--config", str(config)]) == 2
+    server.fault = None
+    assert main(["align", "--config", str(config)]) == 0
+    printed = "".join(capfd.readouterr())
+    assert set(server.keys) == {f"Bearer {CANARY}"}
+    assert "invalid key [key]" in printed
+    assert CANARY not in printed
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"judge.log", "manifest.json", "align.yaml", "records.jsonl"} <= {path.name for path in files}
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+    # The log tells why the stage failed.
+    assert "401" in (folder / "iteration-1" / "judge.log").read_text()
+    # Two processes trained.
+    assert f"{launcher.partition(' ')[2]} -m cutlm train" in (folder / "iteration-1" / "train.log").read_text()
+    state = json.loads((folder / "iteration-1" / "model" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+
+
+def test_no_judgment_is_paid_twice_after_a_kill(workplace: Path, server: ChatServer) -> None:
+    plan = make_plan(workplace, "killed", **judged_by(server))
+    assert run_loop(plan, until=StageRef(1, "generate"), run=run_in_process) is False
+
+    def kill(handler: Handler, number: int) -> bool:
+        if number == 3:
+            os.kill(pid, signal.SIGKILL)
+        return number == 3
+
+    server.fault = kill
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run_loop(plan, until=StageRef(1, "judge"), run=run_in_process)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    server.fault = None
+    assert run_loop(plan, until=StageRef(1, "judge"), run=run_in_process) is False
+    assert len(server.requests) == NUM_RESPONSES + 1  # one was not answered
+    (row,) = collect_metrics(plan)
+    assert row["stages"]["judge"]["metrics"]["num_judged"] == NUM_RESPONSES
+
+
+def test_spending_limit_holds_for_all_iterations(workplace: Path, server: ChatServer) -> None:
+    def plan(cap: int) -> Plan:
+        settings = judged_by(server, num_iterations=2, max_steps=1)
+        return make_plan(workplace, "capped", **settings | {"judge": f"{settings['judge']} --max_requests {cap}"})
+
+    with pytest.raises(StageFailed, match=f"^iteration 2, judge: 4 of {NUM_RESPONSES} responses have no judgment"):
+        run_loop(plan(8), run=run_in_process)
+    assert len(server.requests) == 8
+    # Judgments that were paid for are not requested again when the stage is.
+    assert run_loop(plan(8), start=StageRef(1, "judge"), until=StageRef(1, "judge"), run=run_in_process) is False
+    assert len(server.requests) == 8
+    assert run_loop(plan(12), run=run_in_process) is True
+    assert len(server.requests) <= 12
+
+
+def test_records_and_failures_of_different_attempts_are_not_combined(workplace: Path, server: ChatServer) -> None:
+    plan = make_plan(workplace, "two", **judged_by(server, max_failure_rate=0.1))
+
+    def fail_three(handler: Handler, number: int) -> bool:
+        if number in (1, 2, 3):
+            handler.answer(200, make_completion("", "stop"))
+        return number in (1, 2, 3)
+
+    server.fault = fail_three
+    with pytest.raises(
+        StageFailed, match=f"3 of {NUM_RESPONSES} responses have no judgment, more than max_failure_rate"
+    ):
+        run_loop(plan, until=StageRef(1, "judge"), run=run_in_process)
+    # A kill between writing the two files leaves the records of one attempt and the failures of another.
+    failures = workplace / "two" / "iteration-1" / "records.jsonl.failures.jsonl"
+    failures.write_text("")
+    server.fault = None
+    assert run_loop(plan, until=StageRef(1, "judge"), run=run_in_process) is False
+    (row,) = collect_metrics(plan)
+    assert row["stages"]["judge"]["metrics"]["num_judged"] == NUM_RESPONSES
+    assert len(server.requests) == NUM_RESPONSES + 3
+
+
+def test_judge_that_writes_nothing_is_a_failure(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(workplace, "ended", judge="rules --rules any:judge", num_iterations=1, eval_instructions="")
+
+    def run(arguments: list[str], **kwargs: Any) -> int:
+        return 0 if arguments[0] == "judge" else run_in_process(arguments, **kwargs)
+
+    with pytest.raises(StageFailed, match="cutlm judge exited with 1"):
+        run_loop(plan, until=StageRef(1, "judge"), run=run)
+
+
+def test_iteration_without_unsatisfactory_responses_fails_if_downsampled(workplace: Path, server: ChatServer) -> None:
+    server.reply = lambda prompt: "Perfect."
+    plan = make_plan(workplace, "perfect", **judged_by(server, downsample=0.25))
+    with pytest.raises(StageFailed, match=f"^iteration 1, train: all {NUM_RESPONSES} .*downsample") as caught:
+        run_loop(plan, run=run_in_process)
+    assert caught.value.status == 2
+
+
+def test_address_of_a_server_may_change_but_not_the_prompt(workplace: Path) -> None:
+    prompt = workplace / "prompt.txt"
+    prompt.write_text("{instruction} {response}")
+
+    def plan(url: str, port: int) -> Plan:
+        judge = f"http --base_url {url} --judge_model m --prompt_file {prompt}"
+        generate = f"--base_url http://127.0.0.1:{port} --max_new_tokens 4"
+        return make_plan(workplace, "moved", judge=judge, generate=generate, num_iterations=1, eval_instructions="")
+
+    assert run_loop(plan("http://a/v1", 1), until=StageRef(1, "sample"), run=run_in_process) is False
+    assert run_loop(plan("http://b/v1", 2), until=StageRef(1, "sample"), run=run_in_process) is False
+    prompt.write_text("{response} {instruction}")
+    with pytest.raises(ConfigError, match=r"^prompt_file of judge:"):
+        run_loop(plan("http://b/v1", 2), until=StageRef(1, "sample"), run=run_in_process)
+
+
+@pytest.mark.parametrize(
+    ("judge", "advice"),
+    [
+        ("http --base_url http://x --judge_model m", "run the same command again"),
+        ("local --judge_model m", r"\.jsonl lists the reasons; raise max_failure_rate$"),  # no use in a retry
+    ],
+    ids=["http", "local"],
+)
+def test_too_many_missing_judgments_fail_and_are_retried(
+    workplace: Path, judge: str, advice: str, request: pytest.FixtureRequest
+) -> None:
+    name = f"missing-{request.node.callspec.id}"
+    plan = make_plan(workplace, name, judge=judge, num_iterations=1, eval_instructions="", max_failure_rate=0.4)
+    num_missing = 3
+
+    def run(arguments: list[str], **kwargs: Any) -> int:
+        """Runs a judge that fails for some responses."""
+        if arguments[0] != "judge":
+            return run_in_process(arguments, **kwargs)
+        responses, out = (Path(arguments[arguments.index(name) + 1]) for name in ("--responses", "--out"))
+        rows = [json.loads(line) | {"judgment": None} for line in responses.read_text().splitlines()]
+        out.write_text("".join(f"{json.dumps(row)}\n" for row in rows[num_missing + 1 :]))
+        failed = [json.dumps({"kind": "no answer"})] * num_missing + [json.dumps({"kind": "empty response"})]
+        Path(f"{out}.failures.jsonl").write_text("\n".join(failed) + "\n")
+        return 1
+
+    missing = (
+        r"iteration 1, judge: 4 of 6 responses have no judgment \(1 of them are empty\), more than max_failure_rate"
+    )
+    with pytest.raises(StageFailed, match=f"{missing}.*{advice}"):
+        run_loop(plan, run=run)
+    num_missing = 1
+    assert run_loop(plan, until=StageRef(1, "judge"), run=run) is False
+    (row,) = collect_metrics(plan)
+    assert row["stages"]["judge"]["metrics"] == {
+        "num_judged": 4,
+        "num_satisfactory": 4,
+        "num_missing": 1,
+        "num_empty": 1,
+    }
+
+
+def test_failed_command_is_reported_with_its_status(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(workplace, "raising", judge="rules --rules characters:raising", eval_instructions="")
+    with pytest.raises(StageFailed, match=r"^iteration 1, judge: cutlm judge exited with 2"):
+        run_loop(plan, run=run_in_process)
+    assert "ValueError: broken rule" in capfd.readouterr().err
+    assert "judge" not in Manifest(workplace / "raising" / "iteration-1").stages
+
+
+def test_person_judges(workplace: Path) -> None:
+    plan = make_plan(workplace, "human", num_iterations=1, eval_instructions="", judge="human")
+    with pytest.raises(WaitingForPerson) as waiting:
+        run_loop(plan, run=run_in_process)
+    assert waiting.value.labels.is_file()
+    with pytest.raises(StageFailed, match="cutlm judge exited with 2"):
+        run_loop(plan, run=run_in_process)
+    lines = Path(f"{workplace}/human/iteration-1/records.jsonl.todo.jsonl")
+    rows = [json.loads(line) | {"judgment": "It is gibberish."} for line in lines.read_text().splitlines()]
+    lines.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert run_loop(plan, until=StageRef(1, "judge"), run=run_in_process) is False
+    assert all(
+        json.loads(line)["judgment"] == "It is gibberish."
+        for line in (workplace / "human" / "iteration-1" / "records.jsonl").read_text().splitlines()
+    )
+
+
+def test_responses_are_refined_if_the_objective_needs_it(workplace: Path) -> None:
+    further = {"num_iterations": 1, "eval_instructions": "", "objective": "ilf_mle", "detector": None}
+    plan = make_plan(workplace, "refined", **further)
+    assert list_stages(plan, 1) == ["sample", "generate", "judge", "refine", "train", "merge"]
+    assert run_loop(plan, run=run_in_process) is True
+    rows = (workplace / "refined" / "iteration-1" / "refined.jsonl").read_text().splitlines()
+    num_refined = sum("i_ans" in json.loads(row) for row in rows)
+    assert num_refined > 0
+    (row,) = collect_metrics(plan)
+    assert row["stages"]["refine"]["metrics"] == {"num_refined": num_refined}
+
+
+def test_eval_command_evaluates(workplace: Path) -> None:
+    further = {"num_iterations": 1, "eval_instructions": "", "use_peft": False, "detector": "off"}
+    command = """test -d {model} && echo '{"win_rate": 12.5, "note": "text"}' > {out}"""
+    plan = make_plan(workplace, "evaluated", eval_command=command, **further)
+    assert list_stages(plan, 1) == ["sample", "generate", "judge", "train", "evaluate"]
+    assert run_loop(plan, run=run_in_process) is True
+    report = (workplace / "evaluated" / "report.md").read_text()
+    assert "held-out win rate" in report
+    assert [row["evaluation"] for row in json.loads((workplace / "evaluated" / "report.json").read_text())] == [
+        {"win_rate": 12.5},
+        {"win_rate": 12.5},
+    ]
