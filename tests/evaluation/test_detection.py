@@ -1,4 +1,4 @@
-"""Detection of wrong tokens: figures by hand, figures by another library, and the command on the tiny world."""
+"""Detection of wrong tokens: values computed by hand and by scikit-learn, and the command on the tiny world."""
 
 import json
 import math
@@ -29,8 +29,8 @@ TOKENS = [
 
 
 def score_words(output: str, ratios: list[float], wrong_spans: list[tuple[int, int]] | None, **fields) -> TokenScores:
-    """Scores of a response with a token for each word, and the end-of-sequence."""
-    starts = [0, *(place + 1 for place, letter in enumerate(output) if letter == " ")]
+    """Makes scores of a response with one token per word, plus the end-of-sequence token."""
+    starts = [0, *(index + 1 for index, letter in enumerate(output) if letter == " ")]
     spans = [(start, start + len(word)) for start, word in zip(starts, output.split(), strict=True)]
     num = len(spans) + 1
     assert num == len(ratios)
@@ -50,41 +50,41 @@ def score_words(output: str, ratios: list[float], wrong_spans: list[tuple[int, i
 @pytest.mark.parametrize(
     ("threshold", "precision", "recall", "f1"),
     [
-        (0, 3 / 5, 3 / 3, 6 / 8),  # all five are flagged
-        (1.1, 2 / 3, 2 / 3, 4 / 6),  # 3, 2 and 1.5 are
-        (1.9, 1 / 2, 1 / 3, 2 / 5),  # 3 and 2 are
-        (2.5, 1 / 1, 1 / 3, 2 / 4),  # 3 is
-        (5, 0, 0, 0),  # none is
+        (0, 3 / 5, 3 / 3, 6 / 8),  # flags all five
+        (1.1, 2 / 3, 2 / 3, 4 / 6),  # flags 3, 2 and 1.5
+        (1.9, 1 / 2, 1 / 3, 2 / 5),  # flags 3 and 2
+        (2.5, 1 / 1, 1 / 3, 2 / 4),  # flags 3
+        (5, 0, 0, 0),  # flags none
     ],
 )
-def test_precision_recall_and_f1_are_those_found_by_hand(threshold, precision, recall, f1):
+def test_precision_recall_and_f1_match_values_by_hand(threshold, precision, recall, f1):
     counts = count_detected(TOKENS, threshold)
     assert [counts.precision, counts.recall, counts.f1] == pytest.approx([precision, recall, f1])
 
 
-def test_a_token_is_flagged_above_the_threshold_and_not_at_it():
+def test_token_is_flagged_above_but_not_at_the_threshold():
     assert count_detected([(math.log(1.1), True)], 1.1).num_true == 0
     assert count_detected([(math.log(1.1000001), True)], 1.1).num_true == 1
 
 
-def test_average_precision_is_that_found_by_hand():
-    # Wrong ones come first, third and fifth: their precisions are 1/1, 2/3 and 3/5.
+def test_average_precision_matches_values_by_hand():
+    # The wrong tokens are first, third and fifth, with precisions 1/1, 2/3 and 3/5.
     assert compute_average_precision(TOKENS) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
-    # Of equal ratios none comes before the other: one of two is wrong.
+    # Equal ratios are flagged together: one of two is wrong.
     assert compute_average_precision([(1.0, True), (1.0, False)]) == pytest.approx(1 / 2)
     assert compute_average_precision([(1.0, False)]) is None
 
 
-def test_average_precision_is_that_of_scikit_learn():
+def test_average_precision_matches_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     rng = random.Random(0)
     tokens = [(round(rng.gauss(0, 1), 1), rng.random() < 0.2) for _ in range(500)]
-    assert len({ratio for ratio, _ in tokens}) < 100  # many are equal
+    assert len({ratio for ratio, _ in tokens}) < 100  # with ties
     expected = metrics.average_precision_score([is_wrong for _, is_wrong in tokens], [ratio for ratio, _ in tokens])
     assert compute_average_precision(tokens) == pytest.approx(expected, abs=1e-12)
 
 
-def test_evidence_is_of_unsatisfactory_records_whose_wrong_spans_are_known():
+def test_evidence_comes_from_unsatisfactory_records_with_wrong_spans():
     marked = score_words("it is Sydney now", [1, 1, 2, 1.2, 1], [(6, 12)])
     scores = [
         marked,
@@ -99,54 +99,44 @@ def test_evidence_is_of_unsatisfactory_records_whose_wrong_spans_are_known():
     assert evidence.left_out == {"satisfactory": 1, "without wrong_spans": 1, "without log-probs": 1}
 
 
-def test_an_empty_span_at_the_end_means_the_end_of_sequence():
+def test_empty_span_at_the_end_points_to_the_end_of_sequence_token():
     evidence = gather_evidence([score_words("too short", [1, 1, 3], [(9, 9)])])
     assert [is_wrong for _, is_wrong in evidence.all_tokens] == [False, False, True]
 
 
-def test_the_best_threshold_and_the_groups_are_found():
+def test_best_threshold_and_groups_are_reported():
     result = measure_detection(Evidence({"a": TOKENS[:2], "b": TOKENS[2:]}, 2), [1.1, 1.9])
     # F1 is 4/6 at 1.1 and 2/5 at 1.9.
     assert (result["best_threshold"], result["best_f1"]) == (1.1, pytest.approx(4 / 6))
     assert [(row["threshold"], row["group"]) for row in result["thresholds"]] == [
         (threshold, group) for threshold in (1.1, 1.9) for group in ("a", "b", None)
     ]
-    # In a, 3 and 2 are flagged at both; in b, 1.5 at 1.1 and nothing at 1.9.
+    # In b, 1.5 is flagged at 1.1 and nothing at 1.9.
     assert [row["precision"] for row in result["thresholds"] if row["group"] == "b"] == [1.0, None]
-    # In b, 1.5 comes first and is wrong, 0.5 last and third: precisions 1/1 and 2/3.
+    # In b, the wrong tokens 1.5 and 0.5 are first and third: precisions 1/1 and 2/3.
     assert result["average_precision_by_group"] == {"a": 1.0, "b": pytest.approx((1 + 2 / 3) / 2)}
     assert (result["num_tokens"], result["num_wrong"]) == (5, 3)
 
 
-def test_a_group_may_have_any_name():
+def test_groups_may_have_any_name():
     result = measure_detection(Evidence({"all": TOKENS[:2], "None": TOKENS[2:]}, 2), [1.1])
     assert [(row["group"], row["num_flagged"]) for row in result["thresholds"]] == [("None", 1), ("all", 2), (None, 3)]
     assert sorted(result["average_precision_by_group"]) == ["None", "all"]
     assert "| all | 0.500 |" in tabulate_detection(result)
 
 
-def test_the_command_writes_figures_table_and_picture(tmp_path: Path, capsys):
+def test_command_writes_values_table_and_plot(tmp_path: Path, capsys):
     scores = [
         score_words("it is Sydney now", [1, 1, 2, 1.2, 1], [(6, 12)], kind="city"),
         score_words("too short", [1, 1, 1.05], [(9, 9)], kind="end"),
     ]
     file, out = tmp_path / "scores.jsonl", tmp_path / "out"
     write_token_scores(file, scores)
-    command = [
-        "eval",
-        "detection",
-        "--scores",
-        str(file),
-        "--out",
-        str(out),
-        "--thresholds",
-        "1.02,1.1",
-        "--by",
-        "kind",
-    ]
+    command = ["eval", "detection", "--scores", str(file), "--out", str(out), "--by", "kind"]
+    command += ["--thresholds", "1.02,1.1"]
     assert main(command) == 0
     result = json.loads((out / "result.json").read_text("utf-8"))
-    # Above 1.02: 2 (wrong), 1.2 (not), 1.05 (wrong); above 1.1: 2 and 1.2.
+    # 1.02 flags 2 (wrong), 1.2 (not wrong) and 1.05 (wrong); 1.1 flags 2 and 1.2.
     whole = [row for row in result["thresholds"] if row["group"] is None]
     assert [(row["precision"], row["recall"], row["num_flagged"]) for row in whole] == [
         (pytest.approx(2 / 3), 1.0, 3),
@@ -158,30 +148,30 @@ def test_the_command_writes_figures_table_and_picture(tmp_path: Path, capsys):
     assert "| 1.02 | 0.667 | 1.000 | 0.800 | 3 |" in table
     assert "| city | 0.500 | 1.000 | 0.667 | 1.000 |" in table
     assert table.strip() in capsys.readouterr().out
-    assert main(command) == 0  # the same again
-    command[command.index("1.02,1.1")] = "1.1"
+    assert main(command) == 0  # again with the same settings
+    command[-1] = "1.1"
     assert main(command) == 2
-    assert "begun with other settings (thresholds differ)" in capsys.readouterr().err
+    assert "thresholds differ" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "part"),
     [
-        (["--thresholds", "1,x"], "--thresholds: expected numbers of at least 0 such as 1.05,1.1,1.2, got '1,x'"),
-        (["--by", "family"], "--by family: expected this field in every record of"),
-        ([], "no record to measure by; expected unsatisfactory ones with wrong_spans and log-probs, got 1 without"),
+        (["--thresholds", "1,x"], "--thresholds: expected"),
+        (["--by", "family"], "--by family: expected"),
+        ([], "got 1 without wrong_spans"),
     ],
 )
-def test_what_cannot_be_measured_is_told_in_one_sentence(tmp_path: Path, capsys, options, sentence):
+def test_invalid_options_and_records_are_refused(tmp_path: Path, capsys, options, part):
     file = tmp_path / "scores.jsonl"
     write_token_scores(file, [score_words("a b", [1, 1, 1], None)])
     assert main(["eval", "detection", "--scores", str(file), "--out", str(tmp_path / "out"), *options]) == 2
-    assert sentence in capsys.readouterr().err
+    assert part in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_the_commands_measure_the_worlds_base_model(tmp_path: Path, capsys):
+def test_commands_measure_the_base_model_of_the_world(tmp_path: Path, capsys):
     def name(file: str) -> str:
         return str(tmp_path / file)
 
@@ -203,7 +193,7 @@ def test_the_commands_measure_the_worlds_base_model(tmp_path: Path, capsys):
         assert main(command) == 0, command
     result = json.loads((tmp_path / "detection" / "result.json").read_text("utf-8"))
     rows = {row["threshold"]: row for row in result["thresholds"]}
-    # The base model is held to 0.93 on all of the split; 60 tasks of one family each vary more.
+    # On the whole split it is 0.93; 60 tasks vary more.
     assert rows[1.1]["f1"] > 0.8
     assert result["average_precision"] > 0.8
     assert result["num_records"] > 10

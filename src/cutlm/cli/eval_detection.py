@@ -1,11 +1,11 @@
-"""Say how well flagged tokens are the wrong ones, where it is known which are: precision, recall and F1 over a sweep of
-thresholds, average precision, and a picture.
+"""Measure how well flags find the wrong tokens, if these are known: precision, recall and F1 over thresholds, and
+average precision.
 
   cutlm blame --model MODEL --data records.jsonl --out scores.jsonl
   cutlm eval detection --scores scores.jsonl --out DIR
 
-The records carry wrong_spans: characters of output that are wrong, as people or an oracle mark them. A threshold flags
-a token that the judgment makes likelier by more than this factor; flags and thresholds in the file do not matter."""
+The records must have wrong_spans: the wrong characters of output, marked by people or an oracle. A threshold flags a
+token if the judgment multiplies its probability by more; flags and thresholds in the file are not used."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -17,18 +17,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scores", required=True, metavar="FILE", help="token scores, as cutlm blame writes them")
     parser.add_argument("--thresholds", metavar="LIST", help="such as 1.05,1.1,1.2 (default: ten from 1 to 3)")
-    parser.add_argument("--by", metavar="FIELD", help="a field of the records, for figures of each of its values")
+    parser.add_argument("--by", metavar="FIELD", help="a field of the records, to measure each of its values alone")
 
 
 def run(args: argparse.Namespace) -> int:
     from cutlm.blame.token_scores import read_token_scores
     from cutlm.errors import DataError
-    from cutlm.evaluation.detection import (
-        gather_evidence,
-        measure_detection,
-        plot_detection,
-        tabulate_detection,
-    )
+    from cutlm.evaluation.detection import gather_evidence, measure_detection, plot_detection, tabulate_detection
     from cutlm.evaluation.shared import hash_file, open_folder, write_result
     from cutlm.inspect.plots import draw_plot
 
@@ -40,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     if not evidence.num_records:
         reasons = ", ".join(f"{number} {reason}" for reason, number in evidence.left_out.items())
         raise DataError(
-            f"{args.scores}: no record to measure by; expected unsatisfactory ones with wrong_spans and log-probs, got"
-            f" {reasons}; put wrong_spans into the records before cutlm blame"
+            f"{args.scores}: expected unsatisfactory records with wrong_spans and log-probabilities, got {reasons}; add"
+            " wrong_spans to the records before cutlm blame"
         )
     settings = {"measure": "detection", "scores": hash_file(args.scores), "thresholds": thresholds, "by": args.by}
     folder = open_folder(args.out, settings, overwrite=args.overwrite)
@@ -71,8 +66,7 @@ def _read_thresholds(text: str | None) -> list[float]:
 
 
 def _read_field(score: "TokenScores", name: str) -> str:
-    value = (score.record.model_extra or {}).get(name)
-    return value if isinstance(value, str) else str(value)
+    return str((score.record.model_extra or {}).get(name))
 
 
 def _check_field(args: argparse.Namespace, scores: "list[TokenScores]") -> None:
@@ -81,6 +75,6 @@ def _check_field(args: argparse.Namespace, scores: "list[TokenScores]") -> None:
     num_without = sum(args.by not in (score.record.model_extra or {}) for score in scores)
     if num_without:
         raise DataError(
-            f"--by {args.by}: expected this field in every record of {args.scores}, {num_without} of {len(scores)} have"
-            " none; name another field, or leave --by out"
+            f"--by {args.by}: expected this field in every record of {args.scores}, but {num_without} of {len(scores)}"
+            " lack it; name another field, or remove --by"
         )

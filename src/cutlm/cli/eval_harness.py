@@ -1,17 +1,16 @@
-"""Measure a model on benchmarks by the package lm-eval: by default the paper's four, ARC-challenge (25 examples),
+"""Measure a model on benchmarks with the package lm-eval: by default the paper's four, ARC-challenge (25 examples),
 HellaSwag (10), MMLU (5) and TruthfulQA-MC2 (0), in the layout of its table.
 
   cutlm eval harness --model MODEL --out DIR
   cutlm eval harness --model MODEL --tasks truthfulqa_mc2,my_task:5 --include_path my_tasks --out DIR
 
-Prompts are plain text; with --apply_chat_template they are wrapped by the model's chat template, which
-for a model trained here is the prompt of training. Each benchmark is measured once: a run that was stopped goes on with
-the next one."""
+Prompts are plain text; --apply_chat_template wraps them in the model's chat template, which is the prompt of training
+for a model trained by cutlm. A stopped run resumes with the next benchmark."""
 
 import argparse
 from typing import Any
 
-# Of the files that a task is made of.
+# Files that can define a task.
 _SUFFIXES = (".yaml", ".py", ".json", ".jsonl", ".csv")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -19,15 +18,15 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="MODEL", help="a model or adapter folder, or a hub name")
     parser.add_argument(
-        "--tasks", metavar="LIST", help="tasks of lm-eval, as NAME or NAME:EXAMPLES (default: the four)"
+        "--tasks", metavar="LIST", help="tasks of lm-eval, as NAME or NAME:EXAMPLES (default: the paper's four)"
     )
     parser.add_argument("--include_path", metavar="DIR", help="a folder with tasks of your own, as YAML files")
-    parser.add_argument("--apply_chat_template", action="store_true", help="prompt as the model was trained")
+    parser.add_argument("--apply_chat_template", action="store_true", help="wrap prompts in the chat template")
     parser.add_argument("--backend", choices=("hf", "vllm"), default="hf", help="default: hf (transformers)")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="default: 16")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    parser.add_argument("--limit", type=int, metavar="N", help="N questions of each task: to see that everything runs")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--limit", type=int, metavar="N", help="questions per task, for a quick test")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     name = Path(args.model).resolve().name
     table = tabulate_benchmarks(rows, name)
     if args.limit is not None:
-        table += f"\n\nOf each task, {args.limit} questions at most were asked (--limit): no figures to report."
+        table += f"\n\nOnly {args.limit} questions per task were asked (--limit): do not report these values."
     packages = (*PACKAGES, "vllm") if args.backend == "vllm" else PACKAGES
     result = summarize_benchmarks(rows) | {"limit": args.limit}
     write_result(folder, result, table, packages, picture=draw_benchmarks(rows, name))
@@ -77,11 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Refuses what cannot be, before anything is loaded.
-
-    Raises:
-        ConfigError: All such options are named.
-    """
+    """Checks the options before anything is loaded; raises ConfigError with all problems."""
     from importlib.util import find_spec
     from pathlib import Path
 
@@ -97,17 +92,17 @@ def _check_options(args: argparse.Namespace) -> None:
         problems.append(f"--include_path {args.include_path}: no such folder; check the path")
     if args.backend == "vllm":
         if args.device is not None:
-            problems.append("--device: of use with --backend hf alone; vLLM takes the GPUs that it sees")
+            problems.append("--device: only for --backend hf, because vLLM uses all visible GPUs; remove it")
         if is_adapter_folder(args.model):
-            problems.append(f"--model {args.model}: vLLM takes a whole model, got an adapter; make one by: cutlm merge")
+            problems.append(f"--model {args.model}: expected a whole model for vLLM, got an adapter; use cutlm merge")
         if find_spec("vllm") is None:
-            problems.append("--backend vllm: vLLM is not installed; install it by: pip install vllm")
+            problems.append("--backend vllm: vLLM is not installed; install it with: pip install vllm")
     if problems:
         raise ConfigError(problems)
 
 
 def _load(args: argparse.Namespace) -> Any:
-    """The package's model."""
+    """Loads the model as lm-eval wants it."""
     from cutlm.evaluation.shared import need_extra
     from cutlm.model.loading import load_trained, unwrap_peft
 
@@ -127,15 +122,15 @@ def _check_template(args: argparse.Namespace, tokenizer: Any) -> None:
         return
     if not tokenizer.chat_template:
         raise UserError(
-            f"--apply_chat_template: the tokenizer of {args.model} has no chat template; leave the option out, or merge"
-            " the model by cutlm merge, which saves the prompt of training as one"
+            f"--apply_chat_template: the tokenizer of {args.model} has no chat template; remove the option, or merge"
+            " the model with cutlm merge, which saves the prompt of training as its chat template"
         )
     message = [{"role": "user", "content": "1"}]
     prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    # The package takes the answer for what comes behind as many tokens as the prompt has without its last spaces.
+    # lm-eval counts the tokens of the prompt without trailing white space; what follows is taken for the answer.
     alone, whole = (len(tokenizer(text).input_ids) for text in (prompt.rstrip(), f"{prompt}1"))
     if whole <= alone:
         raise UserError(
             f"--apply_chat_template: lm-eval cannot tell prompt from answer in the tokens of {args.model}, where the"
-            " white space at the end of the prompt is part of a longer token; leave the option out"
+            " white space at the end of the prompt is part of a longer token; remove the option"
         )

@@ -1,12 +1,12 @@
-"""Say how close responses come to references: ROUGE-1, -2, -L and -Lsum with confidence intervals, beside the paper's
-Table 3 (summarization).
+"""Measure how similar responses are to references: ROUGE-1, -2, -L and -Lsum with confidence intervals, next to the
+paper's Table 3 (summarization).
 
   cutlm convert critiques test.jsonl --out test-records.jsonl
   cutlm eval rouge --model MODEL --references test-records.jsonl --out DIR
   cutlm eval rouge --outputs responses.json --references test-records.jsonl --out DIR
 
-A reference is a record's improved response (i_ans), or its output where that is satisfactory; records with neither
-are left out and counted. Responses are those that cutlm generate would give, or those in --outputs."""
+A reference is a record's improved response (i_ans), or its output if satisfactory; records with neither are left out
+and counted. Responses are generated as by cutlm generate, or read from --outputs."""
 
 import argparse
 
@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--references", required=True, metavar="FILE", help="records, or rows of instruction and output"
     )
     parser.add_argument("--outputs", metavar="FILE", help="responses, as cutlm generate writes them")
-    parser.add_argument("--use_stemmer", action="store_true", help="count words as equal by their stems (English)")
-    parser.add_argument("--model", metavar="MODEL", help="answer by this model: a folder, or a hub name")
+    parser.add_argument("--use_stemmer", action="store_true", help="match words with the same stem (English)")
+    parser.add_argument("--model", metavar="MODEL", help="generate responses with this model, a folder or hub name")
     add_answering_arguments(parser)
 
 
@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     num_left_out = len(check.records) - len(references)
     if not references:
         raise DataError(
-            f"{args.references}: no references; expected records that are satisfactory or have an i_ans, got"
-            f" {num_left_out} others"
+            f"{args.references}: expected records that are satisfactory or have an i_ans, got {num_left_out} other"
+            " records; add references"
         )
     settings = {"measure": "rouge", "references": hash_file(args.references), "use_stemmer": args.use_stemmer}
     settings |= {"seed": args.seed} | describe_source(args)
@@ -57,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
             return 1
     found = pair_responses(read_responses(outputs), references)
     if not found.pairs:
-        raise DataError(f"{outputs}: no response to any instruction of {args.references}; name the ones that are")
+        raise DataError(
+            f"{outputs}: no response to any instruction of {args.references}; check both files"
+        )
     result = measure_rouge(
         [(response.output, reference.output) for response, reference in found.pairs],
         use_stemmer=args.use_stemmer,

@@ -44,12 +44,7 @@ _PACKAGES = ("cutlm", "torch", "transformers", "peft", "trl", "accelerate")
 
 @dataclass(frozen=True)
 class StageRef:
-    """A stage of an iteration, such as `2.judge`.
-
-    Attributes:
-        number: The iteration's number.
-        stage: One of `STAGES`.
-    """
+    """A stage of an iteration, such as `2.judge`."""
 
     number: int
     stage: str

@@ -33,11 +33,7 @@ _POLL_INTERVAL = 0.1
 
 
 class Interrupted(Exception):
-    """The loop got a signal and the stage has stopped.
-
-    Args:
-        number: The signal.
-    """
+    """The loop got a signal, and the stage has stopped."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -95,10 +91,10 @@ def lock_folder(folder: Path) -> Iterator[int]:
 def _is_alive(process: str) -> bool:
     try:
         os.kill(int(process), 0)
+    except PermissionError:  # of another user
+        return True
     except (ValueError, ProcessLookupError):
         return False
-    except PermissionError:
-        return True
     return True
 
 

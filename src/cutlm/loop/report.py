@@ -92,19 +92,19 @@ def _name_metric(name: str) -> str:
 
 def make_status(iterations: list[dict[str, Any]]) -> str:
     """Makes a table of the stages' states for the terminal, from `cutlm.loop.loop.collect_metrics`."""
+
+    def show(known: dict[str, Any] | None) -> str:
+        if known is None:
+            return ""
+        return known["state"] + ("" if known["seconds"] is None else f" {format_seconds(known['seconds'])}")
+
     stages = list(dict.fromkeys(stage for iteration in iterations for stage in iteration["stages"]))
-    rows = [["iteration", *stages]]
-    for iteration in iterations:
-        cells = [str(iteration["iteration"])]
-        for known in map(iteration["stages"].get, stages):
-            seconds = known and known["seconds"]
-            cells.append("" if known is None else known["state"])
-            cells[-1] += "" if seconds is None else f" {format_seconds(seconds)}"
-        rows.append(cells)
+    rows = [
+        ["iteration", *stages],
+        *([str(row["iteration"]), *(show(row["stages"].get(stage)) for stage in stages)] for row in iterations),
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def write_report(folder: Path, iterations: list[dict[str, Any]], *, draws_plots: bool) -> None:

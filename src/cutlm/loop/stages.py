@@ -40,12 +40,7 @@ _NUM_AVERAGED = 3
 
 
 class StageFailed(Exception):
-    """A stage could not be completed.
-
-    Args:
-        message: What happened and what to do.
-        status: The exit status for the loop.
-    """
+    """A stage could not be completed; `status` is the exit status for the loop."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -53,11 +48,7 @@ class StageFailed(Exception):
 
 
 class WaitingForPerson(Exception):
-    """A person has to judge responses first.
-
-    Args:
-        labels: The file to fill in.
-    """
+    """A person has to fill in the file `labels` first."""
 
     def __init__(self, labels: Path) -> None:
         super().__init__(str(labels))
@@ -71,7 +62,7 @@ class Iteration:
     Attributes:
         number: From 1; 0 stands for the initial model, which is only evaluated.
         folder: Where its files go.
-        model: The model it starts with, a folder or a name on the hub.
+        model: The model it starts with: a folder, or a name on the hub.
     """
 
     number: int
