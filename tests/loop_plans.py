@@ -10,6 +10,7 @@ from typing import Any
 
 from tiny import save_tiny_model
 
+import cutlm.training.config  # noqa: F401 (so that the forks that read plans find torch imported)
 from cutlm.cli import main
 from cutlm.cli.align import parse_stage_options
 from cutlm.loop.settings import Plan, read_plan
