@@ -1,7 +1,7 @@
 """Settings of the online loop: one flat file, from which each stage takes its part, checked before anything runs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,18 @@ class AlignArguments:
         launcher: What starts training, such as torchrun with its options.
     """
 
-    instructions: str | None = field(default=None, metadata={"help": "a file of instructions to sample from"})
-    num_iterations: int = field(default=5, metadata={"help": "number of iterations"})
-    num_instructions: int = field(default=1000, metadata={"help": "new instructions per iteration"})
-    generate: str = field(default="", metadata={"help": "options for cutlm generate"})
-    judge: str | None = field(default=None, metadata={"help": "kind of judge, and options for cutlm judge"})
-    max_failure_rate: float = field(default=0.02, metadata={"help": "largest tolerated share without a judgment"})
-    eval_instructions: str | None = field(default=None, metadata={"help": "held-out instructions"})
-    eval_judge: str | None = field(default=None, metadata={"help": "like judge; default: the same"})
-    eval_command: str | None = field(default=None, metadata={"help": "shell command with {model} and {out}"})
-    server_command: str | None = field(default=None, metadata={"help": "shell command that serves {model}"})
-    server_timeout: float = field(default=1800.0, metadata={"help": "seconds to wait for the server's first answer"})
-    launcher: str | None = field(default=None, metadata={"help": "what starts training"})
+    instructions: str | None = None
+    num_iterations: int = 5
+    num_instructions: int = 1000
+    generate: str = ""
+    judge: str | None = None
+    max_failure_rate: float = 0.02
+    eval_instructions: str | None = None
+    eval_judge: str | None = None
+    eval_command: str | None = None
+    server_command: str | None = None
+    server_timeout: float = 1800.0
+    launcher: str | None = None
 
     def find_problems(self, parse_options: ParseOptions) -> list[str]:
         """Returns one sentence for each invalid setting."""
