@@ -57,9 +57,7 @@ def run(args: argparse.Namespace) -> int:
             return 1
     found = pair_responses(read_responses(outputs), references)
     if not found.pairs:
-        raise DataError(
-            f"{outputs}: no response to any instruction of {args.references}; check both files"
-        )
+        raise DataError(f"{outputs}: no response to any instruction of {args.references}; check both files")
     result = measure_rouge(
         [(response.output, reference.output) for response, reference in found.pairs],
         use_stemmer=args.use_stemmer,
