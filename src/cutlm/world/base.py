@@ -325,7 +325,7 @@ def _train(model: LlamaForCausalLM, batches: Sequence[list[EncodedDocument]], sh
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale_rate) for optimizer in optimizers]
     model.train()
-    options = {} if show_progress else {"disable": True}  # by default, TQDM_DISABLE decides
+    options: dict[str, Any] = {} if show_progress else {"disable": True}  # by default, TQDM_DISABLE decides
     progress = tqdm(batches, desc="pretraining", unit="step", ncols=80, **options)
     for batch in progress:
         loss = _compute_loss(model, batch)
@@ -342,9 +342,10 @@ def _compute_loss(model: LlamaForCausalLM, batch: list[EncodedDocument]) -> Tens
     width = max(sum(map(len, document)) for document in batch)
     ids, weights = [], []
     for prompt_ids, response_ids in batch:
-        padding = [0] * (width - len(prompt_ids) - len(response_ids))
-        ids.append([*prompt_ids, *response_ids, *padding])
-        weights.append([HYPERPARAMETERS.prompt_weight] * len(prompt_ids) + [1.0] * len(response_ids) + padding)
+        num_padding = width - len(prompt_ids) - len(response_ids)
+        ids.append(prompt_ids + response_ids + [0] * num_padding)
+        prompt_weights = [HYPERPARAMETERS.prompt_weight] * len(prompt_ids)
+        weights.append(prompt_weights + [1.0] * len(response_ids) + [0.0] * num_padding)
     inputs, targets = torch.tensor(ids)[:, :-1], torch.tensor(ids)[:, 1:]
     target_weights = torch.tensor(weights)[:, 1:]
     is_text = target_weights > 0

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Final
 
 from peft import LoraConfig
 from tqdm import tqdm
@@ -37,7 +37,7 @@ from cutlm.data.files import open_atomic, read_rows, write_rows
 from cutlm.data.records import check_records
 from cutlm.errors import UserError
 from cutlm.generation.local import Sampling, generate_file
-from cutlm.inspect.terminal import Terminal
+from cutlm.inspect.terminal import Stage, Terminal
 from cutlm.model.loading import count_parameters, fingerprint_model, load_model, load_tokenizer, load_trained
 from cutlm.model.merge import merge_adapter
 from cutlm.prompting.encoding import Encoder
@@ -63,7 +63,7 @@ from cutlm.world.measure import MAX_NEW_TOKENS, answer_tasks
 from cutlm.world.tasks import Task, list_tasks
 
 NUM_ITERATIONS = 3
-TEMPLATE = "alpaca"
+TEMPLATE: Final = "alpaca"
 FLAG_SETTINGS = FlagSettings(threshold=1.1, unlikelihood_weight=1.0, gamma=1.0, max_length=256)
 LEARNING_RATE = 1e-3
 BATCH_SIZE = 32
@@ -71,9 +71,6 @@ LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 _SEED = 0
 
 RESULT_FILE = "result.json"
-_IS_DEMO = "is_cutlm_demo"
-_OWN_FOLDERS = (*(f"iteration-{number}" for number in range(1, NUM_ITERATIONS + 1)), HELD_OUT_FOLDER)
-_OWN_FILES = (CURVE_FILE, PAGE_FILE, RESULT_FILE)
 
 
 @dataclass(frozen=True)
@@ -140,11 +137,10 @@ def _run(out: Path, size: Size, base: Path, terminal: Terminal) -> dict[str, Any
         iterations.append(iteration)
         model_path = folder / "model"
 
-        with terminal.stage("test") as stage:
+        with iteration.stage("test", terminal) as stage:
             held_out.answers.append(answer(model_path, test_tasks))
             before, after = held_out.accuracy[MEAN][-2:]
             stage.text = f"accuracy on held-out instructions {before:.0%} -> {after:.0%}"
-        iteration.seconds["test"] = stage.seconds
 
         index = choose_example(iteration.tasks, iteration.blame.scores, {example["family"] for example in examples})
         if index is not None:
@@ -192,6 +188,13 @@ class Iteration:
     merge_difference: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     tasks: list[Task] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str, terminal: Terminal) -> Iterator[Stage]:
+        """Times a stage, and prints its line at the end."""
+        with terminal.stage(name) as stage:
+            yield stage
+        self.seconds[name] = stage.seconds
 
     @property
     def num_tokens(self) -> int:
@@ -241,12 +244,11 @@ def run_iteration(
     responses, records, scores = folder / "responses.json", folder / "records.jsonl", folder / "scores.jsonl"
     result = Iteration(num_responses=len(tasks))
 
-    with terminal.stage("generate") as stage:
+    with result.stage("generate", terminal) as stage:
         generate(responses, model_path, tasks)
         stage.text = f"{len(tasks)} answers to new instructions"
-    result.seconds["generate"] = stage.seconds
 
-    with terminal.stage("judge") as stage:
+    with result.stage("judge", terminal) as stage:
         result.tasks = judge(responses, records, tasks, seed)
         check = check_records(records)
         result.num_empty = len(tasks) - len(check.records)
@@ -254,26 +256,22 @@ def run_iteration(
         share = check.num_satisfactory / max(1, len(check.records))
         stage.text = f"{check.num_satisfactory} satisfactory ({share:.0%}), {check.num_unsatisfactory} criticized"
         stage.text += f", {result.num_empty} empty" if result.num_empty else ""
-    result.seconds["judge"] = stage.seconds
 
-    with terminal.stage("blame") as stage:
+    with result.stage("blame", terminal) as stage:
         result.blame = blame(records, scores, model_path)
         num_criticized = len(result.blame.judged)
         num_with_flag = num_criticized - result.blame.num_without_flag
         stage.text = f"{result.blame.num_flagged} of {result.num_tokens} tokens flagged ({result.flagged_share:.1%})"
         stage.text += f" in {num_with_flag} of {num_criticized} answers"
-    result.seconds["blame"] = stage.seconds
 
-    with terminal.stage("train") as stage:
+    with result.stage("train", terminal) as stage:
         result.losses = train(scores, folder / "adapter", model_path, num_steps, seed)
         loss_start, loss_end = result.loss_ends
         stage.text = f"{len(result.losses)} steps, loss {loss_start:.3f} -> {loss_end:.3f}"
-    result.seconds["train"] = stage.seconds
 
-    with terminal.stage("merge") as stage:
+    with result.stage("merge", terminal) as stage:
         result.merge_difference = merge_adapter(folder / "adapter", folder / "model").difference
         stage.text = f"adapter folded in, logits agree within {result.merge_difference:.1%}"
-    result.seconds["merge"] = stage.seconds
     return result
 
 
@@ -404,7 +402,11 @@ def blame_held_out(folder: Path, base: Path, held_out: HeldOut, indices: Sequenc
     return blame(folder / "records.jsonl", folder / "scores.jsonl", base).scores
 
 
-# ---- Surroundings ----
+# ---- Output folder and library noise ----
+
+_IS_DEMO = "is_cutlm_demo"
+_OWN_FOLDERS = (*(f"iteration-{number}" for number in range(1, NUM_ITERATIONS + 1)), HELD_OUT_FOLDER)
+_OWN_FILES = (CURVE_FILE, PAGE_FILE, RESULT_FILE)
 
 
 @contextmanager

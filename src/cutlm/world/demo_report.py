@@ -132,9 +132,9 @@ def _name_models(accuracy: dict[str, list[float]]) -> list[str]:
 def _describe_changes(held_out: HeldOut) -> str:
     changes = held_out.changes
     return (
-        f"{changes['num_wrong_then_right']} wrong answers became right, {changes['num_wrong_then_wrong']} are still"
-        f" wrong. {changes['num_right_then_wrong']} right answers became wrong, {changes['num_right_then_right']} are"
-        " still right."
+        f"Wrong answers that became right: {changes['num_wrong_then_right']}, still wrong:"
+        f" {changes['num_wrong_then_wrong']}. Right answers that became wrong: {changes['num_right_then_wrong']}, still"
+        f" right: {changes['num_right_then_right']}."
     )
 
 
