@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cutlm.losses import combine_parts, cut_loss
-from cutlm.losses.unlikelihood import log1mexp
+from cutlm.losses.cut import log1mexp
 
 GAMMAS = (0.0, 0.25, 1.0, 2.0)
 THRESHOLDS = (1.0, 1.1, 1.2, 3.0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cutlm.losses import Parts, TokenFlags, combine_parts, cut_loss, dual_cut_loss, flag_tokens, unlikelihood_loss
-from cutlm.losses.unlikelihood import MAX_SLOPE
+from cutlm.losses.cut import MAX_SLOPE
 
 SETTINGS = {"threshold": 1.1, "unlikelihood_weight": 0.5, "gamma": 1.0}
 EMPTY = torch.zeros(0, dtype=torch.float64)

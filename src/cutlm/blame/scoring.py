@@ -1,6 +1,6 @@
 """Log-probabilities of encoded responses by a frozen local model, in batches of a bounded number of tokens."""
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from cutlm.errors import ConfigError, UserError
-from cutlm.model.collator import CutCollator, find_non_finite
+from cutlm.errors import UserError
+from cutlm.model.collator import CutCollator, check_rows_fit_model, find_non_finite
 from cutlm.model.forward import check_head, choose_layout, evaluation_mode, score_batch
 from cutlm.model.loading import (
     find_base_model,
     fingerprint_model,
     is_adapter_folder,
-    list_rope_parameters,
     load_trained,
     unwrap_peft,
 )
@@ -121,7 +120,7 @@ def load_scorer(
     }
 
     def score(rows: Sequence[Mapping[str, Any]], done: Collection[int]) -> Generator[list[Scored], None, None]:
-        check_rows(model, rows, max_length)
+        check_rows_fit_model(model, rows, max_length)
         return score_rows(
             model,
             rows,
@@ -152,48 +151,3 @@ def _cut_batches(rows: Sequence[Mapping[str, Any]], max_tokens: int) -> Iterator
         room -= num_tokens
     if batch:
         yield batch
-
-
-def check_rows(
-    model: nn.Module,
-    rows: Iterable[Mapping[str, Any]],
-    max_length: int,
-    prompts: Sequence[str] = ("prompt_ids", "judged_prompt_ids"),
-    responses: Sequence[str] = ("response_ids",),
-) -> None:
-    """Check that the model has an embedding for every token id and a position for every token.
-
-    Args:
-        model: The model.
-        rows: Rows of token ids.
-        max_length: The user's limit, for the message.
-        prompts: Columns that hold prompts; None counts as empty.
-        responses: Columns that hold what follows a prompt.
-
-    Raises:
-        ConfigError: A token id or a length is out of range.
-    """
-    language_model = unwrap_peft(model)
-    longest = largest = 0
-    for row in rows:
-        ids = [row[name] for name in (*prompts, *responses) if row[name]]
-        largest = max(largest, *map(max, ids))
-        longest = max(longest, max(len(row[a] or ()) for a in prompts) + max(len(row[b]) for b in responses))
-    problems = []
-    num_embeddings = next(language_model.get_input_embeddings().parameters()).shape[0]
-    if 0 < num_embeddings <= largest:  # 0 where weights are sharded across processes
-        problems.append(
-            f"tokenizer: expected token ids below {num_embeddings}, the size of the model's vocabulary, got {largest};"
-            " use the model's own tokenizer"
-        )
-    config = language_model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    # A scaled RoPE is meant for more positions than the configuration states.
-    is_scaled = any(rope.get("rope_type") not in (None, "default") for rope in list_rope_parameters(config))
-    if limit is not None and longest > limit and not is_scaled:
-        problems.append(
-            f"max_length: expected at most the model's context of {limit} tokens, got {max_length} and a record of"
-            f" {longest}; set --max_length {limit}"
-        )
-    if problems:
-        raise ConfigError(problems)

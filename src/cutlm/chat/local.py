@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer, StoppingCriteriaList
 
 from cutlm.blame.detector import FlagSettings, blame_record
-from cutlm.blame.scoring import check_rows, score_rows
+from cutlm.blame.scoring import score_rows
 from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import UserError
 from cutlm.generation.local import Sampling, find_context_limit, find_room, make_generation_config
+from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.forward import check_head
 from cutlm.model.loading import unwrap_peft
 from cutlm.prompting.encoding import Encoder
@@ -97,7 +98,7 @@ class LocalEngine:
         check_head(self._model)
 
         def score(rows: Any, done: Any) -> Any:
-            check_rows(self._model, rows, self._max_length)
+            check_rows_fit_model(self._model, rows, self._max_length)
             return score_rows(self._model, rows, done=done, show_progress=False)
 
         with _explain_out_of_memory():

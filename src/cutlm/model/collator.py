@@ -4,11 +4,59 @@ Sequences stand end to end in one tensor; how the model is run over them is left
 learned from which of them to `cutlm.training.trainer`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from cutlm.errors import ConfigError
+from cutlm.model.loading import list_rope_parameters, unwrap_peft
+
+
+def check_rows_fit_model(
+    model: nn.Module,
+    rows: Iterable[Mapping[str, Any]],
+    max_length: int,
+    prompts: Sequence[str] = ("prompt_ids", "judged_prompt_ids"),
+    responses: Sequence[str] = ("response_ids",),
+) -> None:
+    """Check that the model has an embedding for every token id and a position for every token.
+
+    Args:
+        model: The model.
+        rows: Rows of token ids.
+        max_length: The user's limit, for the message.
+        prompts: Columns that hold prompts; None counts as empty.
+        responses: Columns that hold what follows a prompt.
+
+    Raises:
+        ConfigError: A token id or a length is out of range.
+    """
+    language_model = unwrap_peft(model)
+    longest = largest = 0
+    for row in rows:
+        ids = [row[name] for name in (*prompts, *responses) if row[name]]
+        largest = max(largest, *map(max, ids))
+        longest = max(longest, max(len(row[a] or ()) for a in prompts) + max(len(row[b]) for b in responses))
+    problems = []
+    num_embeddings = next(language_model.get_input_embeddings().parameters()).shape[0]
+    if 0 < num_embeddings <= largest:  # 0 where weights are sharded across processes
+        problems.append(
+            f"tokenizer: expected token ids below {num_embeddings}, the size of the model's vocabulary, got {largest};"
+            " use the model's own tokenizer"
+        )
+    config = language_model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    # A scaled RoPE is meant for more positions than the configuration states.
+    is_scaled = any(rope.get("rope_type") not in (None, "default") for rope in list_rope_parameters(config))
+    if limit is not None and longest > limit and not is_scaled:
+        problems.append(
+            f"max_length: expected at most the model's context of {limit} tokens, got {max_length} and a record of"
+            f" {longest}; set --max_length {limit}"
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 class CutCollator:

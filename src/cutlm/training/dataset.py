@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from cutlm.blame.detector import FlagSettings, describe_run, flag_response, round_logps, score_with_journal
-from cutlm.blame.scoring import check_rows, score_rows
+from cutlm.blame.scoring import score_rows
 from cutlm.blame.token_scores import (
     TokenScores,
     fingerprint_template,
@@ -31,6 +31,7 @@ from cutlm.data.files import open_atomic, read_bytes
 from cutlm.data.journal import Journal
 from cutlm.data.records import JudgedRecord, as_records
 from cutlm.errors import ConfigError, DataError, UserError
+from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.loading import fingerprint_model, unwrap_peft
 from cutlm.prompting.encoding import EncodedRecord, Encoder, encode_records, view_both_contexts
 from cutlm.prompting.spans import flag_spans
@@ -119,7 +120,7 @@ def prepare_data(
     if not len(data.rows):
         use = "train" if name == "train_dataset" else "evaluate"
         raise DataError(f"{name}: nothing remains to {use} on", hint="\n".join(data.notices))
-    check_rows(model, data.rows, args.max_length)
+    check_rows_fit_model(model, data.rows, args.max_length)
     if args.has_known_flags:
         if "is_flagged" not in data.rows.column_names:
             _flag_rows(data, name, args, model, records, encoder, scores_file)

@@ -14,10 +14,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from cutlm.blame.scoring import check_rows
 from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
+from cutlm.model.collator import check_rows_fit_model
 from cutlm.prompting.encoding import Encoder
 from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import CUTConfig
@@ -153,7 +153,7 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
             *too_long,
             *describe_replaced_template(processing_class, template, args.template),
         ]
-        check_rows(model, rows, args.max_length, ("prompt_ids",), ("chosen_ids", "rejected_ids"))
+        check_rows_fit_model(model, rows, args.max_length, ("prompt_ids",), ("chosen_ids", "rejected_ids"))
         if template is not None:
             # Saved with the model, so that every tool prompts it as in training.
             processing_class = copy.deepcopy(processing_class)
