@@ -88,8 +88,18 @@ def read_responses(path: str | Path) -> list[Response]:
     Raises:
         DataError: The file cannot be read, or rows are not valid; all of them are named.
     """
-    rows, problems = read_rows(path)
-    problems += check_rows(SourceRow(row.location, _fill_empty(row.value)) for row in rows).problems
+    return parse_responses(*read_rows(path), str(path))
+
+
+def parse_responses(rows: Sequence[SourceRow], problems: Sequence[str], source: str) -> list[Response]:
+    """Parses the rows of a file of responses; see `read_responses`.
+
+    Args:
+        rows: Its rows.
+        problems: Problems found while reading them.
+        source: The name of the file, for messages.
+    """
+    problems = [*problems, *check_rows(SourceRow(row.location, _fill_empty(row.value)) for row in rows).problems]
     for row in rows:
         names = [name for name in _JUDGMENT_FIELDS if isinstance(row.value, dict) and row.value.get(name) is not None]
         if names:
@@ -98,9 +108,9 @@ def read_responses(path: str | Path) -> list[Response]:
                 " remove the field"
             )
     if problems:
-        raise DataError(problems, hint=f"{len(problems)} problems in {path}; fix them and try again")
+        raise DataError(problems, hint=f"{len(problems)} problems in {source}; fix them and try again")
     if not rows:
-        raise DataError(f"{path}: no responses; expected a JSON array or JSON Lines with at least one")
+        raise DataError(f"{source}: no responses; expected a JSON array or JSON Lines with at least one")
     return [
         Response(row.location, row.value["instruction"], row.value.get("input") or "", row.value["output"], row.value)
         for row in rows
