@@ -12,7 +12,7 @@ class UserError(ValueError):
     """One or more problems in the user's input, reported together.
 
     Args:
-        problems: One or more sentences: where, what was expected, what was found, what to do.
+        problems: One or more sentences: the location, the expected value, the actual one, and the remedy.
         hint: What to do next, printed once after the problems.
     """
 

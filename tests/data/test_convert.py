@@ -15,7 +15,7 @@ from cutlm.data.records import check_records, check_rows
 from cutlm.errors import DataError
 
 
-def place(values, name="data.jsonl"):
+def locate(values, name="data.jsonl"):
     return [SourceRow(f"{name}:{number}", value) for number, value in enumerate(values, start=1)]
 
 
@@ -39,7 +39,7 @@ def values_of(conversion):
 
 def test_alpaca_rows_keep_their_fields_and_a_null_input_becomes_empty():
     row = {"id": 3, "instruction": "x", "input": None, "output": "y", "judgment": None, "reason": None}
-    conversion = alpaca.convert(place([row | {"score": None, "i_ans": ""}, row | {"score": 8, "i_ans": "z"}]))
+    conversion = alpaca.convert(locate([row | {"score": None, "i_ans": ""}, row | {"score": 8, "i_ans": "z"}]))
     assert values_of(conversion) == [row | {"input": ""}, row | {"input": "", "score": 8, "i_ans": "z"}]
     assert (conversion.num_read, conversion.left_out) == (2, Counter())
 
@@ -90,7 +90,7 @@ SHEPHERD_RECORDS = [
 
 
 def test_shepherds_two_files_are_accepted_in_either_order():
-    one, other = place(SHEPHERD_MODEL, "m"), place(SHEPHERD_RAW, "r")
+    one, other = locate(SHEPHERD_MODEL, "m"), locate(SHEPHERD_RAW, "r")
     for conversion in (shepherd.convert(one, other), shepherd.convert(other, one)):
         assert values_of(conversion) == SHEPHERD_RECORDS
         assert [row.location for row in conversion.rows] == ["m:1", "m:2"]
@@ -100,7 +100,7 @@ def test_shepherd_answers_and_feedback_without_text_are_left_out_and_counted():
     model, raw = deepcopy(SHEPHERD_MODEL), deepcopy(SHEPHERD_RAW)
     model[0]["answer"] = raw[0]["metadata"]["output_candidate"] = " "
     model[1]["feedback"] = ""
-    conversion = shepherd.convert(place(model), place(raw))
+    conversion = shepherd.convert(locate(model), locate(raw))
     assert conversion.rows == []
     assert conversion.left_out == {"empty answer": 1, "empty feedback": 1}
 
@@ -111,7 +111,7 @@ def test_shepherd_rows_that_do_not_match_are_all_named_by_both_locations():
         {"metadata": {"context": "1 + 1?", "output_candidate": "22"}},
     ]
     with pytest.raises(DataError) as error:
-        shepherd.convert(place(SHEPHERD_MODEL, "m"), place(raw, "r"))
+        shepherd.convert(locate(SHEPHERD_MODEL, "m"), locate(raw, "r"))
     assert [problem.partition(" to be")[0] for problem in error.value.problems] == [
         "m:1 and r:1: expected 'question' and 'metadata.context'",
         "m:1 and r:1: expected 'answer' and 'metadata.output_candidate'",
@@ -120,7 +120,7 @@ def test_shepherd_rows_that_do_not_match_are_all_named_by_both_locations():
 
 
 def test_shepherd_files_of_different_length_or_of_one_kind_are_refused():
-    model, raw = place(SHEPHERD_MODEL, "m"), place(SHEPHERD_RAW, "r")
+    model, raw = locate(SHEPHERD_MODEL, "m"), locate(SHEPHERD_RAW, "r")
     for one, other, message in (
         (raw[:1], model, "same length, got 2 rows without 'metadata' .*m:2.* and 1 rows with 'metadata' .*r:1"),
         (model, model, "got 2 rows without 'metadata' .* and 2 rows without 'metadata'"),
@@ -135,7 +135,7 @@ def test_invalid_shepherd_fields_are_all_named_by_location_and_path():
     model = [SHEPHERD_MODEL[0] | {"feedback": None}, {"question": "x"}]
     raw = [SHEPHERD_RAW[0], {"metadata": {"context": 1, "output_candidate": "x", "output_correct": ["y"]}}]
     with pytest.raises(DataError) as error:
-        shepherd.convert(place(model, "m"), place(raw, "r"))
+        shepherd.convert(locate(model, "m"), locate(raw, "r"))
     assert error.value.problems == [
         "m:1: field 'feedback': expected a string, got null",
         "m:2: field 'answer' is missing; the object has 'question'",
@@ -194,7 +194,7 @@ def make_line(*questions):
 
 
 def convert_question(rankings, *answers):
-    conversion = critiques.convert(place([make_line((rankings, list(answers)))]))
+    conversion = critiques.convert(locate([make_line((rankings, list(answers)))]))
     assert conversion.num_read == len(conversion.rows) + conversion.left_out.total() == 1
     assert conversion.unit == "questions"
     return values_of(conversion), dict(conversion.left_out)
@@ -249,10 +249,10 @@ def test_incomplete_rankings_are_named(rankings, got):
     answers = [make_answer(), make_answer()]
     line = make_line(([1, 2], answers), (rankings, answers))
     with pytest.raises(DataError, match=rf"data\.jsonl:1: field 'data\.questions\[1\]\.rankings': .* got {got}"):
-        critiques.convert(place([line]))
+        critiques.convert(locate([line]))
     del line["data"]["questions"][0]["rankings"]
     with pytest.raises(DataError) as error:
-        critiques.convert(place([line]))
+        critiques.convert(locate([line]))
     assert len(error.value.problems) == 2
 
 
@@ -287,13 +287,13 @@ def test_invalid_fields_of_critiques_are_named_by_location_and_path(path, value,
         inner = inner[part]
     inner[path[-1]] = value
     with pytest.raises(DataError) as error:
-        critiques.convert(place([line]))
+        critiques.convert(locate([line]))
     assert error.value.problems == [f"data.jsonl:1: {message}"]
 
 
 def test_a_row_that_is_not_an_object_is_refused():
     with pytest.raises(DataError) as error:
-        critiques.convert(place([["x"], {}, None]))
+        critiques.convert(locate([["x"], {}, None]))
     assert error.value.problems == [
         "data.jsonl:1: expected an object with the fields id, data, got a list",
         "data.jsonl:2: field 'data' is missing; the object has no fields",
@@ -324,7 +324,7 @@ answers = st.fixed_dictionaries(
 @given(st.lists(st.lists(answers, max_size=3), max_size=4))
 def test_every_question_is_either_a_valid_record_or_left_out_with_a_reason(questions):
     line = make_line(*(([0.5] * len(group), group) for group in questions))
-    conversion = critiques.convert(place([line]))
+    conversion = critiques.convert(locate([line]))
     assert conversion.num_read == len(questions) == len(conversion.rows) + conversion.left_out.total()
     assert check_rows(conversion.rows).problems == []
     for record in values_of(conversion):
@@ -344,7 +344,7 @@ def make_row(*completions):
 
 
 def convert_completion(*args, **kwargs):
-    conversion = ultrafeedback.convert(place([make_row(make_completion(*args, **kwargs))]))
+    conversion = ultrafeedback.convert(locate([make_row(make_completion(*args, **kwargs))]))
     assert conversion.num_read == len(conversion.rows) + conversion.left_out.total() == 1
     assert check_rows(conversion.rows).problems == []
     return values_of(conversion), dict(conversion.left_out)
@@ -353,7 +353,7 @@ def convert_completion(*args, **kwargs):
 def test_every_completion_becomes_a_record_with_critique_and_score():
     row = make_row(make_completion("One.", "Bad.", 2, model="gpt-4"), make_completion("Two.", "Good.", 8.5))
     record = {"instruction": "Say something.", "source": "sharegpt"}
-    assert values_of(ultrafeedback.convert(place([row]))) == [
+    assert values_of(ultrafeedback.convert(locate([row]))) == [
         record | {"output": "One.", "judgment": "Bad.", "score": 2, "model": "gpt-4"},
         record | {"output": "Two.", "judgment": "Good.", "score": 8.5},
     ]
@@ -371,7 +371,7 @@ def test_without_an_overall_score_the_mean_rating_is_scaled(ratings, score, miss
 
 def test_a_score_may_be_missing_if_there_is_a_critique():
     completion = {"response": "x", "critique": "y"}
-    (record,) = values_of(ultrafeedback.convert(place([make_row(completion)])))
+    (record,) = values_of(ultrafeedback.convert(locate([make_row(completion)])))
     assert record == {"instruction": "Say something.", "output": "x", "judgment": "y", "source": "sharegpt"}
     ((record,), _) = convert_completion(score=None, ratings=["N/A"])
     assert "score" not in record
@@ -416,7 +416,7 @@ NOT_A_NUMBER = 'expected a finite number, null or "N/A", got a'
 def test_invalid_fields_of_ultrafeedback_are_named_by_location_and_path(completion, message):
     for convert in (ultrafeedback.convert, ultrafeedback.convert_to_pairs):
         with pytest.raises(DataError) as error:
-            convert(place([make_row(make_completion(), completion)]))
+            convert(locate([make_row(make_completion(), completion)]))
         assert error.value.problems == [f"data.jsonl:1: field 'completions[1].{message}"]
 
 
@@ -426,7 +426,9 @@ def test_pairs_are_all_completions_of_an_instruction_with_different_scores():
         make_completion("High.", "", 9),
         make_completion("Same.", score=2),
     )
-    conversion = ultrafeedback.convert_to_pairs(place([make_row(low, high, same), make_row(make_completion(score=10))]))
+    conversion = ultrafeedback.convert_to_pairs(
+        locate([make_row(low, high, same), make_row(make_completion(score=10))])
+    )
     pair = {"prompt": "Say something.", "chosen": "High.", "chosen_score": 9, "rejected_score": 2}
     assert values_of(conversion) == [pair | {"rejected": "Low."}, pair | {"rejected": "Same."}]
     assert (conversion.num_read, conversion.left_out, conversion.unit) == (3, {"the same score": 1}, "pairs")
@@ -434,7 +436,7 @@ def test_pairs_are_all_completions_of_an_instruction_with_different_scores():
 
 def test_pairs_need_two_responses_and_two_scores():
     row = make_row(make_completion(), make_completion(" "), make_completion(score=None), make_completion(score=11))
-    conversion = ultrafeedback.convert_to_pairs(place([row]))
+    conversion = ultrafeedback.convert_to_pairs(locate([row]))
     assert conversion.rows == []
     assert conversion.left_out == {"empty response": 3, "no score": 1, "score outside 1 to 10": 2}
 

@@ -275,29 +275,23 @@ def test_a_model_without_chat_template_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "names"),
     [
-        (["--judge", "local"], "--judge local: expected --judge_model too, got none"),
-        (
-            ["--judge", "rules", "--rules", "a:b", "--judge_model", "m"],
-            "--judge_model: of use with --judge http or local",
-        ),
-        (
-            ["--judge", "http", "--batch_size", "2", "--device", "cpu"],
-            "--batch_size, --device: of use with --judge local",
-        ),
-        (["--judge", "local", "--judge_model", "m", "--trained"], "--trained: of use with --judge http alone"),
+        (["--judge", "local"], "--judge_model"),
+        (["--judge", "rules", "--rules", "a:b", "--judge_model", "m"], "--judge_model"),
+        (["--judge", "http", "--batch_size", "2", "--device", "cpu"], "--batch_size, --device"),
+        (["--judge", "local", "--judge_model", "m", "--trained"], "--trained"),
         (
             ["--judge", "http", "--base_url", "http://x", "--judge_model", "m", "--trained", "--prompt_file", "p"],
-            "--prompt_file, --trained: expected one of them, got both",
+            "--prompt_file, --trained",
         ),
     ],
 )
 def test_contradictory_options_are_refused(
-    tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, options: list[str], names: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["judge", "--responses", "r.jsonl", "--out", str(tmp_path / "out.jsonl"), *options]) == 2
-    assert message in capsys.readouterr().err
+    assert names in capsys.readouterr().err
 
 
 def test_the_loop_accepts_a_local_judge() -> None:

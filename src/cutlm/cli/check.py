@@ -1,6 +1,6 @@
 """Check a file of records: report every invalid row (location, field, expected, got), duplicates, and the counts.
 
-Exits with 2 if a row is invalid or there are none.
+Exits with 2 if a row is invalid or the file has no rows.
 """
 
 import argparse

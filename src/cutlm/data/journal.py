@@ -86,7 +86,7 @@ def refuse_foreign(path: Path) -> NoReturn:
 
 
 def _read_lines(path: Path, header: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Reads the lines after the header; None if there are none, whatever the settings were."""
+    """Reads the lines after the header; None without any, whatever the settings were."""
     # A kill can leave an incomplete last line. It is truncated, and its results are computed again.
     data = read_bytes(path)
     num_bytes = data.rfind(b"\n") + 1

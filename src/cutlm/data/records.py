@@ -1,4 +1,4 @@
-"""Judged records: an instruction, a response to it, and what was said about that response."""
+"""Judged records: an instruction, a response to it, and a judgment of that response in words."""
 
 import difflib
 import re
@@ -21,7 +21,7 @@ _PERFECT = re.compile(r"\s*perfect\b", re.IGNORECASE)
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 # The same with at least one character that Python does not count as white space.
 FilledText = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00\x1c-\x1f][^\x00]*$")]
-# A null `input` is the same as none.
+# A null `input` means no input.
 InputText = Annotated[Text, BeforeValidator(lambda value: "" if value is None else value)]
 _LaxSpan = Annotated[tuple[int, int], Field(strict=False)]
 
@@ -30,10 +30,10 @@ class JudgedRecord(BaseModel):
     """One response and the judgment of it.
 
     Attributes:
-        instruction: What was asked.
+        instruction: The instruction.
         input: Further material for the instruction; it follows the instruction after a newline.
         output: The response that was judged.
-        judgment: What is wrong with the response, in words; None if nothing is.
+        judgment: The faults of the response, in words; None if it has no fault.
         score: A rating of the response, 1 to 10; 7 or more means satisfactory.
         i_ans: An improved response, if the source has one.
         wrong_spans: Where the response is wrong: [start, end) in characters of `output`. An empty span [n, n] marks
@@ -105,7 +105,7 @@ class InstructionRow(BaseModel):
     """An instruction to be answered, such as a row of AlpacaEval.
 
     Attributes:
-        instruction: What is asked.
+        instruction: The instruction.
         input: Further material for the instruction.
         dataset: Where it comes from.
     """

@@ -1,9 +1,9 @@
-"""Judges: what is wrong with a response, as text, from a server, a local model, rules or a person.
+"""Judges: a server, a local model, rules or a person say in words what is wrong with a response.
 
 Read in this order:
 
 1. `responses`: `Response`, `Outcome` and their files; every judge turns responses into an outcome.
-2. `prompt`: what a language model is asked, and how its answer is read.
+2. `prompt`: the question for a language model, and the reading of its answer.
 3. `server`, `local`, `rules`, `human`: the judges.
 4. `evaluation`: how well a trained judge agrees with held-out judgments.
 """

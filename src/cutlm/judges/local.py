@@ -23,7 +23,7 @@ _MAX_NEW_TOKENS = 1024
 
 
 def make_training_records(records: Sequence[Any]) -> list[JudgedRecord]:
-    """Turns judged records into what a judge learns from: the question as instruction, its answer as output.
+    """Turns judged records into training records of a judge: the question as instruction, its answer as output.
 
     Judgment and score are kept, so that satisfactory records can be counted and downsampled.
 
@@ -83,10 +83,10 @@ def judge_locally(
     kept, outcome = set_aside_empty(responses)
     questions = {index: fill_prompt(TRAINED_PROMPT, responses[index]) for index in kept}
     encoded = {index: encoder.encode_prompt(question) for index, question in questions.items()}
-    room = find_room(model, max_new_tokens)
+    max_prompt = find_room(model, max_new_tokens)
     for index, ids in encoded.items():
-        if room is not None and len(ids) > room:
-            reason = f"the question has {len(ids)} tokens; the model's context leaves {room} next to an answer"
+        if max_prompt is not None and len(ids) > max_prompt:
+            reason = f"the question has {len(ids)} tokens; the model's context leaves {max_prompt} besides the answer"
             outcome.failures[index] = Failure("long question", reason)
     asked = [index for index in kept if index not in outcome.failures]
     header = describe_run(

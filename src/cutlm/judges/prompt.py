@@ -1,8 +1,8 @@
-"""What a language model is asked when it judges a response, and how its answer is read.
+"""The question that a language model answers when it judges a response, and the reading of its answer.
 
 The texts to be judged are enclosed in markers that no text can predict, so that a response cannot pose as instructions.
 In doubt, an answer counts as neither praise nor an objection: a lost judgment can be asked for again, but a misread one
-is trained on. A model trained to judge has a question and an answer format of its own.
+is trained on. A model trained to judge has a question and its own answer format.
 """
 
 import hashlib
@@ -142,7 +142,7 @@ def read_answer(text: str | None, finish_reason: str | None, response: Response,
     if _is_refusal(judgment):
         raise BadAnswer("refusal", "the model refuses to judge")
     if _PERFECT.match(judgment):  # records would take it for praise
-        raise BadAnswer("unclear answer", 'the answer starts with "Perfect" and goes on')
+        raise BadAnswer("unclear answer", 'the answer starts with "Perfect" and continues')
     if _is_other_praise(judgment):
         raise BadAnswer("unclear answer", 'the answer praises or rates the response without the word "Perfect."')
     return judgment
@@ -219,7 +219,7 @@ def _is_echo(answer: str, text: str) -> bool:
 # ---- The words of an answer ----
 
 _THOUGHTS = re.compile(r"(?:\s*<think>.*?</think>)+", re.DOTALL)
-# If the prompt opened the thoughts, the answer holds only their end. In quotes it belongs to what is judged.
+# If the prompt opened the thoughts, the answer holds only their end. In quotes it belongs to the judged text.
 _END_OF_THOUGHTS = re.compile(r"(?:(?!<think>).)*?(?<![\"'`“‘])</think>", re.DOTALL)
 
 # Quotes, asterisks, brackets and line breaks around a word. A question mark is excluded: a question is not praise.
@@ -288,7 +288,7 @@ def _is_praise_alone(text: str) -> bool:
 def _is_other_praise(text: str) -> bool:
     """Whether a short answer praises in other words, or rates: "No issues found.", "10/10".
 
-    All its words are typical of praise, and it names a fault only to say that there is none.
+    All its words are typical of praise, and it names a fault only to deny it.
     """
     words = _WORD.findall(text.casefold())
     if not 0 < len(words) <= _MAX_WORDS:

@@ -24,7 +24,7 @@ class Response:
 
     Attributes:
         location: Where it is from: `responses.jsonl:17`.
-        instruction: What was asked.
+        instruction: The instruction.
         input: Further material for the instruction.
         output: The response.
         row: All fields of the original row.
@@ -67,7 +67,7 @@ class Outcome:
     """The judgments of responses, by the index of the response.
 
     Attributes:
-        judgments: What is wrong; None if nothing is.
+        judgments: The judgment; None if nothing is wrong.
         failures: Why there is no judgment.
         notes: Sentences for the user.
     """

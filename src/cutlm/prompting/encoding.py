@@ -131,30 +131,30 @@ class Encoder:
             max_length: The maximum number of tokens of a prompt and the response together.
 
         Returns:
-            None if the response, which is never truncated, leaves no room for a prompt.
+            None if the response, which is never truncated, leaves no space for a prompt.
         """
-        room = max_length - len(record.response_ids)
-        if room < 1:
+        num_tokens = max_length - len(record.response_ids)
+        if num_tokens < 1:
             return None
         judged_ids = record.judged_prompt_ids
         return replace(
             record,
-            prompt_ids=self.truncate(record.prompt_ids, room),
-            judged_prompt_ids=None if judged_ids is None else self.truncate(judged_ids, room),
-            is_truncated=max(len(record.prompt_ids), len(judged_ids or ())) > room,
+            prompt_ids=self.truncate(record.prompt_ids, num_tokens),
+            judged_prompt_ids=None if judged_ids is None else self.truncate(judged_ids, num_tokens),
+            is_truncated=max(len(record.prompt_ids), len(judged_ids or ())) > num_tokens,
         )
 
-    def truncate(self, ids: list[int], room: int) -> list[int]:
-        """Truncates a prompt on the left to `room` tokens, keeping the beginning-of-sequence token.
+    def truncate(self, ids: list[int], num_tokens: int) -> list[int]:
+        """Truncates a prompt on the left to `num_tokens` tokens, keeping the beginning-of-sequence token.
 
         Models produce nonsense without that token.
         """
-        if len(ids) <= room:
+        if len(ids) <= num_tokens:
             return ids
         bos_id = self.tokenizer.bos_token_id
-        if bos_id is not None and ids[0] == bos_id and room > 1:
-            return [bos_id, *ids[len(ids) - room + 1 :]]
-        return ids[len(ids) - room :]
+        if bos_id is not None and ids[0] == bos_id and num_tokens > 1:
+            return [bos_id, *ids[len(ids) - num_tokens + 1 :]]
+        return ids[len(ids) - num_tokens :]
 
     def build_chat_template(self) -> str | None:
         """Builds the chat template with which other tools prompt a model as it was trained.
@@ -311,11 +311,11 @@ class EncodedRecord:
 
 @dataclass
 class EncodedRecords:
-    """The records of a data set as rows, and what was left out.
+    """The records of a data set as rows, and the numbers of those left out.
 
     Attributes:
         rows: Dictionaries with `prompt_ids`, `judged_prompt_ids`, `response_ids`, `location`, `is_satisfactory` and
-            what a view adds.
+            the columns of a view.
         indices: For each row, the index of its record.
         num_truncated: The number of records with a truncated prompt.
         left_out: A sentence for each record whose response is too long.
@@ -347,7 +347,7 @@ class EncodedRecords:
 
 
 def view_both_contexts(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
-    """Encodes the response without the judgment and, if it is unsatisfactory, with it: what CUT learns from."""
+    """Encodes the response without the judgment and, if it is unsatisfactory, with it: the training data of CUT."""
     instruction = record.full_instruction
     return EncodedRecord(
         encoder.encode_prompt(instruction),
@@ -370,7 +370,7 @@ def encode_records(
         locations: Where each is from, such as `data.jsonl:17`.
         encoder: Tokenizer and template.
         max_length: The maximum number of tokens of a prompt and the response together.
-        view: What is learned from a record (`cutlm.training.dataset`), or the reason for leaving it out.
+        view: Selects the training data of a record, or returns the reason for leaving it out.
     """
     encoded = EncodedRecords()
     for index, (record, location) in enumerate(zip(records, locations, strict=True)):

@@ -41,7 +41,7 @@ def locate_tokens(
 
 
 def flag_spans(token_spans: Sequence[Span], wrong_spans: Sequence[Span]) -> list[bool]:
-    """Flags the tokens that overlap what was marked as wrong.
+    """Flags the tokens that overlap a span marked as wrong.
 
     Args:
         token_spans: The result of `Encoder.locate_tokens`, end-of-sequence token included.

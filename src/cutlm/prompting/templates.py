@@ -78,7 +78,7 @@ def _render_alpaca(task: str, content: str) -> Prompt:
 
 
 class ChatTemplate:
-    """A tokenizer's own chat template, which also tells where it puts each message.
+    """A tokenizer's own chat template, which also locates each message in the rendered text.
 
     Raises:
         ConfigError: The tokenizer has no chat template.

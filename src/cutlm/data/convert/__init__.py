@@ -23,7 +23,7 @@ class Conversion:
     """The result of converting a source.
 
     Attributes:
-        unit: What is counted.
+        unit: The name of the items that are counted.
         rows: The converted rows, each with its location in the source.
         left_out: The number of `unit` that were left out, by reason.
     """
