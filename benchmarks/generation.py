@@ -92,7 +92,7 @@ def _read_instructions(args: argparse.Namespace) -> list[str]:
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from cutlm.generation.local import Counts, Sampling, generate_batches
+    from cutlm.generation.local import Generated, Sampling, generate_batches
     from cutlm.prompting.encoding import Encoder
 
     folder = Path(args.folder)
@@ -114,12 +114,12 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
         assert num_tokens == len(encoded) * args.max_new_tokens
     else:
         size = 1 if args.variant == "one by one" else args.batch_size
-        counts = Counts()
+        generated = Generated()
         for _ in generate_batches(
-            model, tokenizer, encoder, encoded, Sampling(args.max_new_tokens, 0.0, 1.0, 0, size), counts
+            model, tokenizer, encoder, encoded, Sampling(args.max_new_tokens, 0.0, 1.0, 0, size), generated
         ):
             pass
-        assert counts.num_unfinished == len(encoded)
+        assert len(generated.unfinished) == len(encoded)
     return {"seconds": time.perf_counter() - began, "peak": read_peak_bytes()}
 
 

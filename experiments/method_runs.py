@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PrinterCallback
 
 from cutlm.data.records import JudgedRecord
+from cutlm.generation.files import encode_refinement_prompts
 from cutlm.generation.local import Sampling, generate_responses
-from cutlm.generation.refine import encode_requests
 from cutlm.prompting.encoding import Encoder
 from cutlm.training.config import CUTConfig
 from cutlm.training.pairs import PairTrainer
@@ -264,7 +264,7 @@ def gather(
         )
     if kind == "refined":
         wrong = [record for record in records if not record.is_satisfactory]
-        answers = generate_responses(model, tokenizer, encoder, encode_requests(wrong, encoder), sampling)
+        answers = generate_responses(model, tokenizer, encoder, encode_refinement_prompts(wrong, encoder), sampling)
         num_tokens += sum(len(encoder.encode_response(answer)) for answer in answers)
         refined = iter(record.model_copy(update={"i_ans": text}) for record, text in zip(wrong, answers, strict=True))
         records = [record if record.is_satisfactory else next(refined) for record in records]

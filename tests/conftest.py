@@ -39,14 +39,10 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator["ChatServer"]:
-    """A server of the tests' own, in a process that has its key and waits less between attempts.
-
-    It judges the responses of `judged_rows`, until it is given another reply.
-    """
+    """A server for tests, in a process that has its key. It judges the responses of `judged_rows` by default."""
     from chat_server import CANARY, ChatServer, running
     from judged_rows import reply
 
-    monkeypatch.setattr("cutlm.servers.http.FIRST_WAIT", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
     with running(ChatServer()) as server:
@@ -56,7 +52,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator["ChatServer"]:
 
 @pytest.fixture
 def responses(tmp_path: Path) -> Path:
-    """A file of responses to be judged."""
+    """A file of responses to judge."""
     from judged_rows import make_rows, write_lines
 
     return write_lines(tmp_path / "responses.jsonl", make_rows())

@@ -1,4 +1,4 @@
-"""Responses to be judged by a server, and what is made of them, for the tests of that judge."""
+"""Responses to judge by a server, and the expected records, for the tests of that judge."""
 
 import json
 import re

@@ -471,7 +471,7 @@ def terminal(tmp_path: Path) -> Iterator[Console]:
 
 
 def test_a_chat_in_a_terminal(terminal: Console, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.wait_for(r"prompted by chat; /help lists the commands, Ctrl-D leaves\r\n> ")
+    terminal.wait_for(r"chat template; /help lists the commands, Ctrl-D leaves\r\n> ")
     terminal.send("Name a city.\n")
     terminal.wait_for(r"Name a city\.\r\n")
     terminal.wait_for(r".{40}")  # the first words arrive long before the last ones

@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +47,10 @@ def read(path: Path) -> Any:
 
 
 @pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with ChatServer() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        server.reply = prefer_longer
-        yield server
-        server.shutdown()
-        thread.join()
+def server(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> ChatServer:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    server.reply = prefer_longer
+    return server
 
 
 @pytest.fixture(autouse=True)
@@ -179,16 +173,16 @@ def test_texts_are_text_whatever_they_hold():
     [
         (b"mine: hello", "configs.yaml: expected one name with the settings of an annotator below it"),
         (b"- mine", "configs.yaml: expected one name with the settings of an annotator below it"),
-        (b"mine: [", "configs.yaml is no YAML in UTF-8 (while parsing"),
-        (b"mine: {prompt_template: '\xff'}", "configs.yaml is no YAML in UTF-8 ('utf-8' codec"),
+        (b"mine: [", "configs.yaml cannot be read as YAML in UTF-8 (while parsing"),
+        (b"mine: {prompt_template: '\xff'}", "configs.yaml cannot be read as YAML in UTF-8 ('utf-8' codec"),
         ({"completions_kwargs": "all"}, "configs.yaml: expected settings below completions_kwargs"),
         ({"completions_kwargs": {"max_tokens": "few"}}, "field 'max_tokens': expected a number, got 'few'"),
-        ({"completions_kwargs": {}}, "it names no model to ask; name one by --annotator_model"),
-        ({"prompt_template": None}, "field 'prompt_template': expected a file's name, got None"),
+        ({"completions_kwargs": {}}, "its configuration names no model"),
+        ({"prompt_template": None}, "field 'prompt_template': expected a file name, got None"),
         ({"prompt_template": "nowhere.txt"}, "no file nowhere.txt (prompt_template)"),
         ({"prompt_template": "latin.txt"}, "latin.txt cannot be read as UTF-8 text"),
-        ({"prompt_template": "half.txt"}, "half.txt: expected a place for {output_1}, {output_2}, got none"),
-        ({"fn_completion_parser": "nobody"}, "alpaca-eval has no parser of answers 'nobody'"),
+        ({"prompt_template": "half.txt"}, "half.txt: expected the placeholders {output_1}, {output_2}"),
+        ({"fn_completion_parser": "nobody"}, "alpaca-eval has no completion parser 'nobody'"),
     ],
 )
 def test_what_is_wrong_with_an_annotators_folder_is_told_in_one_sentence(tmp_path: Path, capsys, configs, sentence):
@@ -235,7 +229,7 @@ def test_a_server_is_asked_once_about_each_pair(command, server: ChatServer, tmp
     assert "| mine | 70.00 |" in capsys.readouterr().out
     assert main(command) == 0
     assert len(server.requests) == 4
-    assert "4 verdicts were there from before" in capsys.readouterr().out
+    assert "4 verdicts were in the cache" in capsys.readouterr().out
     # What it wrote can be replayed.
     replay = [
         "eval",
@@ -277,7 +271,7 @@ def test_a_null_verdict_is_dropped_and_counted_and_asked_for_again(command, serv
     assert main(command) == 0
     result = read(tmp_path / "out" / "result.json")
     assert (result["num_judged"], result["num_without_verdict"]) == (4, 1)
-    assert "1 answers are no verdict, such as 'I like both.'" in capsys.readouterr().out
+    assert "1 answers are not verdicts, such as 'I like both.'" in capsys.readouterr().out
     assert read(tmp_path / "out" / "annotations.json")[0]["preference"] is None  # Count stands first in the reference
     server.reply = prefer_longer
     assert main(command) == 0
@@ -289,7 +283,7 @@ def test_after_failures_only_the_missing_pairs_are_asked_for(command, server: Ch
     server.fault = lambda handler, number: number >= 2 and handler.answer(200, b"{}") is None
     assert main([*command, "--annotator_concurrency", "1"]) == 1
     out = capsys.readouterr().out
-    assert "2 pairs without an answer: expected choices[0].message.content" in out
+    assert "2 pairs without an answer: expected the text of choices[0]" in out
     assert "start again with the same options" in out
     assert not (tmp_path / "out" / "result.json").exists()
     server.fault = None
@@ -301,7 +295,7 @@ def test_after_failures_only_the_missing_pairs_are_asked_for(command, server: Ch
 def test_the_cap_holds_over_all_starts_and_is_told_by_its_option(command, server: ChatServer, capsys):
     for _ in range(2):
         assert main([*command, "--annotator_concurrency", "1", "--annotator_max_requests", "1"]) == 1
-        assert "--annotator_max_requests 1 is reached by all runs that share the cache" in capsys.readouterr().out
+        assert "max_requests 1 is reached by all runs that share the cache" in capsys.readouterr().out
         assert len(server.requests) == 1
     assert main([*command, "--annotator_max_requests", "100"]) == 0
 
@@ -313,7 +307,7 @@ def test_a_refusal_is_told_by_the_names_of_the_options_and_the_key_is_nowhere(
     server.fault = lambda handler, number: handler.answer(404, {"error": f"no model, {CANARY}"}) is None
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert "by --base_url, with its /v1, and its name of the model by --annotator_model" in error
+    assert "no model 'judge' (404: no model, [key])" in error
     assert server.keys == [f"Bearer {CANARY}"] * len(server.keys)
     assert CANARY not in error
     assert not any(CANARY.encode() in path.read_bytes() for path in (tmp_path / "out").iterdir())
@@ -335,7 +329,7 @@ def test_a_model_answers_and_is_compared_with_the_outputs_of_the_prompts(server:
     assert server.requests[0]["model"] == "gpt-4"  # as the configuration says
     capsys.readouterr()
     assert main(command) == 0
-    assert "outputs.json is there already" in capsys.readouterr().out
+    assert "outputs.json exists already" in capsys.readouterr().out
     # Other instructions in a file of the same name are not answered yet.
     command += ["--reference", write(tmp_path / "reference.json", read(Path(prompts)))]
     assert main([*command, "--overwrite"]) == 0
@@ -349,30 +343,30 @@ def test_a_model_answers_and_is_compared_with_the_outputs_of_the_prompts(server:
     [
         (
             ["--model", "m"],
-            "OPENAI_API_KEY: expected a key to https://api.openai.com/v1, got none; set it, or name another",
+            "OPENAI_API_KEY: expected a key for https://api.openai.com/v1, got none",
         ),
-        ([], "--model or --outputs: expected a model to answer, or its responses, got none of them"),
-        (["--annotations", "a", "--model", "m"], "--model: with --annotations nothing is asked"),
+        ([], "--model or --outputs: expected a model or its responses, got neither"),
+        (["--annotations", "a", "--model", "m"], "--model: expected only without --annotations"),
         (
             [*("--annotations", "a", "--prompts", "p", "--batch_size", "3", "--max_new_tokens", "-5")],
-            "--prompts, --max_new_tokens, --batch_size: with --annotations nothing is asked",
+            "--prompts, --max_new_tokens, --batch_size: expected only without --annotations",
         ),
         (
             [*("--outputs", "OWN", "--reference", "OWN", "--prompts", "p", "--top_p", "0.5", "--base_url", "http://x")],
-            "--prompts: of no use with both --outputs and --reference",
+            "--prompts: not used with both --outputs and --reference",
         ),
         (
             [*("--outputs", "OWN", "--reference", "OWN", "--prompts", "p", "--top_p", "0.5", "--base_url", "http://x")],
-            "--top_p: of use with --model alone, for the responses are there",
+            "--top_p: expected only with --model",
         ),
-        (["--outputs", "OWN", "--base_url", "x"], "--base_url: expected an address such as"),
+        (["--outputs", "OWN", "--base_url", "x"], "base_url: expected an address such as"),
         (
             ["--outputs", "OWN", "--base_url", "http://x", "--annotator", "nobody"],
             "--annotator nobody: expected an",
         ),
         (
             ["--outputs", "OWN", "--base_url", "http://x", "--annotator", "weighted_alpaca_eval_gpt4_turbo"],
-            "--annotator weighted_alpaca_eval_gpt4_turbo: it asks for more than text",
+            "--annotator weighted_alpaca_eval_gpt4_turbo: expected one that asks an OpenAI-compatible server for text",
         ),
         (
             ["--outputs", "OWN", "--base_url", "http://x", "--annotator_extra_body", "[]"],
@@ -386,7 +380,7 @@ def test_a_model_answers_and_is_compared_with_the_outputs_of_the_prompts(server:
         ),
         (
             ["--annotations", "THEIRS"],
-            "expected verdicts of alpaca_eval_gpt4, got some of b (2 rows), c (1 rows); name",
+            "expected verdicts of alpaca_eval_gpt4, got some of b (2 rows), c (1 rows)",
         ),
     ],
 )
@@ -417,7 +411,7 @@ def test_what_cannot_be_done_is_told_in_one_sentence(tmp_path: Path, capsys, opt
 def test_a_mistake_is_mended_in_the_same_folder(command, server: ChatServer, tmp_path: Path, capsys):
     other = write(tmp_path / "another.json", [{"instruction": "Nothing of it.", "output": "It."}])
     assert main([*command, "--outputs", other]) == 2
-    assert "no response to any instruction of the reference" in capsys.readouterr().err
+    assert "expected responses to instructions of the reference" in capsys.readouterr().err
     server.fault = lambda handler, number: handler.answer(404, {"error": "no model"}) is None
     assert main([*command, "--annotator_model", "jugde"]) == 2
     server.fault = None

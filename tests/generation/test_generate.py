@@ -1,7 +1,6 @@
-"""Generating: the model's own greedy answers, in AlpacaEval's format, whatever happens on the way."""
+"""Generation by a local model: its greedy answers, in AlpacaEval's format, and resuming."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -57,7 +56,7 @@ def _options(model: Path, prompts: Path, out: Path, *options: str) -> list[str]:
 
 
 def _answer_alone(folder: Path, row: dict[str, Any]) -> str:
-    """Greedy, one token at a time, the whole text run through the model for each."""
+    """Greedy decoding of one token at a time without a KV cache."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     text = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
     prompt = Encoder(tokenizer, "chat").encode_prompt(text)
@@ -71,7 +70,7 @@ def _answer_alone(folder: Path, row: dict[str, Any]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_answers_are_the_models_own_in_the_order_of_the_prompts(model: Path, prompts: Path, tmp_path: Path) -> None:
+def test_answers_are_greedy_and_in_the_order_of_the_prompts(model: Path, prompts: Path, tmp_path: Path) -> None:
     assert main(_options(model, prompts, tmp_path / "out.json")) == 0
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["instruction"] for row in rows] == [row["instruction"] for row in PROMPTS]
@@ -83,19 +82,19 @@ def test_answers_are_the_models_own_in_the_order_of_the_prompts(model: Path, pro
     assert not (tmp_path / "out.json.partial").exists()
 
 
-def test_it_stops_at_the_end_of_sequence_and_counts_what_did_not(
+def test_it_stops_at_the_end_of_turn_token_and_counts_unfinished_responses(
     tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = make_tokenizer("bpe", chat=True)
     model = make_model(len(tokenizer))
-    model.lm_head.weight.data[:] = 0  # every token is as likely as any other, and the first of the vocabulary is taken
+    model.lm_head.weight.data[:] = 0  # all tokens are equally likely, and argmax takes the first of the vocabulary
     model.save_pretrained(tmp_path / "endless")
     tokenizer.save_pretrained(tmp_path / "endless")
     assert main(_options(tmp_path / "endless", prompts, tmp_path / "a.json")) == 0
     assert "7 of them stopped at 12 tokens" in capsys.readouterr().out
     model.model.norm.weight.data[:] = 0
     model.model.norm.weight.data[0] = 0.0
-    model.config.eos_token_id = model.generation_config.eos_token_id = 0  # now that first token ends a response
+    model.config.eos_token_id = model.generation_config.eos_token_id = 0  # that first token now ends a response
     model.save_pretrained(tmp_path / "silent")
     tokenizer.save_pretrained(tmp_path / "silent")
     assert main(_options(tmp_path / "silent", prompts, tmp_path / "b.json")) == 0
@@ -103,26 +102,25 @@ def test_it_stops_at_the_end_of_sequence_and_counts_what_did_not(
     assert {row["output"] for row in json.loads((tmp_path / "b.json").read_text())} == {""}
 
 
-@pytest.mark.parametrize("temperature", ["0", "1.0"])
-def test_a_killed_run_goes_on_and_gives_what_an_uninterrupted_one_gives(
-    model: Path, prompts: Path, tmp_path: Path, temperature: str, capsys: pytest.CaptureFixture[str]
+def test_a_killed_run_resumes_and_gives_what_an_uninterrupted_one_gives(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = _options(model, prompts, tmp_path / "whole.json", "--temperature", temperature)
+    whole = _options(model, prompts, tmp_path / "whole.json", "--temperature", "1.0")
     assert main(whole) == 0
-    options = _options(model, prompts, tmp_path / "killed.json", "--temperature", temperature)
+    options = _options(model, prompts, tmp_path / "killed.json", "--temperature", "1.0")
     result = subprocess.run([sys.executable, "-c", KILLED, *options], capture_output=True, check=False)
     assert result.returncode == -signal.SIGKILL
     partial = tmp_path / "killed.json.partial"
-    assert len(partial.read_text().splitlines()) == 1 + 4, "two batches of two were written down"
+    assert len(partial.read_text().splitlines()) == 1 + 4, "two batches of two"
     assert not (tmp_path / "killed.json").exists()
-    with open(partial, "a") as file:  # as after a power loss, in the middle of a line
+    with open(partial, "a") as file:  # as after a power failure
         file.write('{"index": 5, "outp')
     assert main(options) == 0
-    assert "4 responses were there" in capsys.readouterr().out
+    assert "4 responses are from the run that was stopped" in capsys.readouterr().out
     assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
-def test_greedy_is_greedy_whatever_the_model_says_of_itself(tmp_path: Path, model: Path, prompts: Path) -> None:
+def test_greedy_ignores_the_generation_config_of_the_model(tmp_path: Path, model: Path, prompts: Path) -> None:
     other = tmp_path / "tiny"
     loaded = AutoModelForCausalLM.from_pretrained(model)
     loaded.generation_config.repetition_penalty = 5.0
@@ -134,14 +132,14 @@ def test_greedy_is_greedy_whatever_the_model_says_of_itself(tmp_path: Path, mode
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
-def test_the_prompts_are_never_written_over(model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_prompts_are_never_overwritten(model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = prompts.read_bytes()
     assert main(_options(model, prompts, prompts, "--overwrite")) == 2
     assert "got one of the inputs" in capsys.readouterr().err
     assert prompts.read_bytes() == before
 
 
-def test_what_no_run_left_is_not_gone_on_with(
+def test_a_partial_file_of_another_kind_is_refused(
     model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out.json.partial").write_text("[]\n")
@@ -149,14 +147,14 @@ def test_what_no_run_left_is_not_gone_on_with(
     assert "not the partial file of a stopped run" in capsys.readouterr().err
 
 
-def test_a_device_that_is_not_there_is_one_sentence(
+def test_a_missing_device_is_an_error(
     model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(_options(model, prompts, tmp_path / "out.json", "--device", "bogus")) == 2
     assert "--device bogus: not available" in capsys.readouterr().err
 
 
-def test_sampling_is_decided_by_the_seed(model: Path, prompts: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_the_samples(model: Path, prompts: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         assert main(_options(model, prompts, tmp_path / f"{name}.json", "--temperature", "1", "--seed", seed)) == 0
     a, b, c = ((tmp_path / f"{name}.json").read_text() for name in "abc")
@@ -164,23 +162,31 @@ def test_sampling_is_decided_by_the_seed(model: Path, prompts: Path, tmp_path: P
     assert a != c
 
 
-def test_other_settings_do_not_mix_with_a_stopped_run(
-    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_other_settings_cannot_resume_a_stopped_run(
+    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = _options(model, prompts, tmp_path / "out.json")
-    subprocess.run([sys.executable, "-c", KILLED, *options], capture_output=True, check=False)
+    generate, num_calls = generation._generate_batch, iter(range(9))
+
+    def interrupt(*args: Any) -> Any:
+        if next(num_calls) == 1:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    monkeypatch.setattr(generation, "_generate_batch", interrupt)
+    assert main(options) == 130
     before = (tmp_path / "out.json.partial").read_bytes()
     assert main([*options, "--temperature", "0.5"]) == 2
-    assert "started with other settings (sampling differ)" in capsys.readouterr().err
+    assert "(sampling differ)" in capsys.readouterr().err
     assert (tmp_path / "out.json.partial").read_bytes() == before
 
 
-def test_an_existing_file_is_left_alone(
+def test_an_existing_file_is_not_replaced_without_overwrite(
     model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out.json").write_text("precious")
     assert main(_options(model, prompts, tmp_path / "out.json")) == 2
-    assert "exists; name another file, or replace it with --overwrite" in capsys.readouterr().err
+    assert "out.json: exists" in capsys.readouterr().err
     assert (tmp_path / "out.json").read_text() == "precious"
 
 
@@ -195,16 +201,16 @@ def test_bad_prompts_are_all_named(model: Path, tmp_path: Path, capsys: pytest.C
     assert "bad.jsonl:5: not JSON" in message
 
 
-def test_a_model_without_a_template_must_be_told_one(
+def test_a_model_without_a_chat_template_needs_the_option(
     prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_tiny_model(tmp_path / "plain")
     assert main(_options(folder, prompts, tmp_path / "out.json")) == 2
-    assert "say how to prompt it by --template alpaca" in capsys.readouterr().err
+    assert "set --template alpaca" in capsys.readouterr().err
     assert main(_options(folder, prompts, tmp_path / "out.json", "--template", "alpaca")) == 0
 
 
-def test_sampling_out_of_range_is_said_at_once(
+def test_all_sampling_options_out_of_range_are_named(
     model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--temperature", "-1", "--top_p", "2", "--batch_size", "0"]
@@ -214,7 +220,7 @@ def test_sampling_out_of_range_is_said_at_once(
         assert name in message
 
 
-def test_prompts_longer_than_the_context_are_cut_and_counted(
+def test_prompts_longer_than_the_context_are_truncated_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = make_tokenizer("bpe", chat=True)
@@ -223,12 +229,12 @@ def test_prompts_longer_than_the_context_are_cut_and_counted(
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps([{"instruction": "word " * 100}, {"instruction": "Hi."}]))
     assert main(_options(tmp_path / "short", path, tmp_path / "out.json")) == 0
-    assert "1 prompts were cut from the left" in capsys.readouterr().out
+    assert "1 prompts were truncated" in capsys.readouterr().out
     assert main([*_options(tmp_path / "short", path, tmp_path / "b.json"), "--max_new_tokens", "64"]) == 2
     assert "expected fewer than the model's context of 64" in capsys.readouterr().err
 
 
-def test_the_hubs_instructions_are_asked_for_by_name(
+def test_the_instructions_of_alpaca_eval_are_downloaded_by_name(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
@@ -249,18 +255,22 @@ def test_the_hubs_instructions_are_asked_for_by_name(
     assert row["dataset"] == "helpful_base"
 
 
-def test_without_a_network_the_hubs_instructions_are_one_sentence(tmp_path: Path, model: Path) -> None:
-    options = _options(model, Path("alpaca_eval"), tmp_path / "out.json")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [sys.executable, "-m", "cutlm", *options], capture_output=True, text=True, env=environment, check=False
-    )
-    assert result.returncode == 2, result.stderr
-    assert "alpaca_eval: the instructions cannot be fetched from the hub" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_failed_download_is_one_sentence(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise LocalEntryNotFoundError("no network\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.chdir(tmp_path)
+    assert main(_options(model, Path("alpaca_eval"), tmp_path / "out.json")) == 2
+    assert "alpaca_eval: cannot download the instructions from the hub (no network)" in capsys.readouterr().err
 
 
-def test_a_judgment_is_put_into_the_prompt_that_the_model_was_trained_with(tmp_path, prompts):
+def test_a_judgment_is_part_of_the_prompt_as_in_training(tmp_path, prompts):
     folder = save_tiny_model(tmp_path / "alpaca")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoder = Encoder(tokenizer, "alpaca")

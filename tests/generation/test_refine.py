@@ -1,4 +1,4 @@
-"""`cutlm refine`: improved responses for what was judged unsatisfactory, and nothing else touched."""
+"""`cutlm refine`: improved responses to unsatisfactory records; everything else is unchanged."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ from tiny import save_tiny_model
 
 from cutlm.cli import main
 from cutlm.data.records import load_records
+from cutlm.generation.files import encode_refinement_prompts
 from cutlm.generation.local import Sampling, generate_responses
-from cutlm.generation.refine import encode_requests
 from cutlm.model.loading import load_trained
 from cutlm.prompting.encoding import Encoder
 
@@ -41,14 +41,14 @@ def test_only_unsatisfactory_records_without_an_improved_response_get_one(workpl
     model, tokenizer = load_trained(workplace / "base", device="cpu")
     encoder = Encoder(tokenizer, "alpaca")
     asked = [load_records(workplace / "records.json")[index] for index in (0, 3)]
-    expected = generate_responses(model, tokenizer, encoder, encode_requests(asked, encoder), Sampling(8))
+    expected = generate_responses(model, tokenizer, encoder, encode_refinement_prompts(asked, encoder), Sampling(8))
     assert [rows[0]["i_ans"], rows[3]["i_ans"]] == expected
     assert "i_ans" not in rows[1]
     assert rows[2]["i_ans"] == "Canberra is."
-    assert "2 of 4 responses rewritten" in capsys.readouterr().out
+    assert "2 of 4 responses improved" in capsys.readouterr().out
 
 
-def test_a_run_that_was_stopped_goes_on(workplace, capsys):
+def test_a_stopped_run_resumes(workplace, capsys):
     assert _refine(workplace, "--batch_size", "1") == 0
     whole = (workplace / "out.json").read_bytes()
     (workplace / "out.json").unlink()
@@ -67,18 +67,18 @@ def test_a_run_that_was_stopped_goes_on(workplace, capsys):
         assert _refine(workplace, "--batch_size", "1") == 130
     assert not (workplace / "out.json").exists()
     assert _refine(workplace, "--batch_size", "1") == 0
-    assert "1 responses were there from a run that was stopped" in capsys.readouterr().out
+    assert "1 responses are from the run that was stopped" in capsys.readouterr().out
     assert (workplace / "out.json").read_bytes() == whole
 
 
-def test_nothing_to_refine_is_an_error_that_says_so(workplace, capsys):
+def test_nothing_to_refine_is_an_error(workplace, capsys):
     (workplace / "good.json").write_text(json.dumps(RECORDS[1:3]))
     assert _refine(workplace, data="good.json") == 2
-    assert "good.json: nothing to refine: every record is satisfactory or has an i_ans" in capsys.readouterr().err
+    assert "good.json: nothing to refine" in capsys.readouterr().err
 
 
-def test_what_exists_is_not_replaced_unasked(workplace, capsys):
+def test_an_existing_file_is_not_replaced_without_overwrite(workplace, capsys):
     (workplace / "there.json").write_text("[]")
     options = ["--model", "x", "--data", str(workplace / "records.json"), "--out", str(workplace / "there.json")]
     assert main(["refine", *options]) == 2
-    assert "there.json: exists; name another file, or replace it with --overwrite" in capsys.readouterr().err
+    assert "there.json: exists" in capsys.readouterr().err

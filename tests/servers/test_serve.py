@@ -125,7 +125,7 @@ def test_a_real_server_chats_as_the_model_at_hand(
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, encoding="utf-8"))
         assert main([*shared, *options]) == 0
         printed = capsys.readouterr()
-        assert printed.err.count("-- stopped at 12 tokens (--max_new_tokens); what is there is kept") == 2
+        assert printed.err.count("-- stopped at 12 tokens (--max_new_tokens)") == 2
         # Half a character at the end, where the answer was stopped, is shown by the one and not by the other.
         texts.append([line.rstrip("\N{REPLACEMENT CHARACTER}") for line in printed.out.splitlines()])
     assert texts[0] == texts[1]

@@ -4,7 +4,7 @@ import pytest
 from tiny import make_tokenizer
 
 from cutlm.data.records import JudgedRecord
-from cutlm.generation.refine import encode_requests
+from cutlm.generation.files import encode_refinement_prompts
 from cutlm.prompting.encoding import Encoder, encode_records
 from cutlm.prompting.templates import render_alpaca_prompt, render_refinement_prompt
 from cutlm.training.config import CUTConfig
@@ -146,7 +146,7 @@ def test_views_are_cut_to_length_like_records(encoder):
 
 
 def test_the_request_for_a_better_response_holds_draft_and_judgment(encoder):
-    (ids,) = encode_requests([WRONG], encoder)
+    (ids,) = encode_refinement_prompts([WRONG], encoder)
     text = encoder.tokenizer.decode(ids)
     assert text == render_refinement_prompt(WRONG.instruction, WRONG.output, WRONG.judgment).text
     assert "### Draft:\nSydney is.\n\n### Judgment:\nIt is wrong.\n\n### Response:\n" in text
@@ -154,6 +154,6 @@ def test_the_request_for_a_better_response_holds_draft_and_judgment(encoder):
 
 def test_the_request_for_a_better_response_is_one_turn_of_a_chat():
     encoder = Encoder(make_tokenizer("bpe", chat=True), "chat")
-    text = encoder.tokenizer.decode(encode_requests([WRONG], encoder)[0])
+    text = encoder.tokenizer.decode(encode_refinement_prompts([WRONG], encoder)[0])
     assert text.startswith("<|im_start|>user\nName the capital of Australia.\n\nA draft of the response:\nSydney is.")
     assert text.endswith("Write an improved response, and nothing else.<|im_end|>\n<|im_start|>assistant\n")

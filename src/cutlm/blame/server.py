@@ -1,11 +1,8 @@
-"""Log-probs of responses from a server that returns those of a prompt's own tokens, as vLLM's does.
+"""Log-probabilities of responses from a server that returns those of a prompt's own tokens, as vLLM does.
 
-Each context goes as one prompt of token ids, the response's among them, to the OpenAI-compatible completions endpoint
-with `prompt_logprobs: 0`. What is made of the numbers is left to `cutlm.blame.detector`. The key is read from the
-environment variable OPENAI_API_KEY alone and is shown nowhere.
+Each context is sent as one prompt of token ids, the response included, with `prompt_logprobs: 0`.
 """
 
-import threading
 from collections.abc import Collection, Generator, Mapping, Sequence
 from typing import Any
 
@@ -14,15 +11,13 @@ from tqdm import tqdm
 
 from cutlm.blame.scoring import Scored, count_tokens
 from cutlm.errors import UserError
-from cutlm.servers.http import LARGEST_ANSWER, Refused, Unreachable, post_json, read_key
-from cutlm.servers.requests import GivenUp, Server, ask_all, explain_refusal
+from cutlm.servers.client import NOT_SENT, Client, RequestFailed
 
-# About a hundred are usual: the token's id and text, its rank and log-prob.
-_MOST_BYTES_PER_TOKEN = 1000
+_ADVICE = "if the prompt is too long for the server, set a smaller --max_length"
 
 
 def score_rows_by_server(
-    server: Server,
+    client: Client,
     rows: Sequence[Mapping[str, Any]],
     *,
     done: Collection[int] = (),
@@ -31,99 +26,67 @@ def score_rows_by_server(
     """Scores the responses of encoded rows, several at a time, the longest first.
 
     Args:
-        server: Whom to ask.
-        rows: With `prompt_ids`, `judged_prompt_ids` (or None), `response_ids` and `place`.
+        client: The client of the server.
+        rows: With `prompt_ids`, `judged_prompt_ids` (or None), `response_ids` and `location`.
         done: Indices of rows to leave out.
         show_progress: Whether to show a progress bar.
 
     Yields:
-        One row at a time, as it is finished: its index, log-probs [T] and those with the judgment [T] or None.
+        One row at a time, when it is finished: its index, log-probs [T] and those with the judgment [T] or None.
 
     Raises:
-        UserError: The server refuses what it is asked, or some rows failed even after all attempts: the others have
-            been yielded before.
+        UserError: The server refuses every request or does not return log-probs, or some rows failed after all
+            retries; the others are yielded before.
     """
-    key = read_key()
     order = sorted(set(range(len(rows))) - set(done), key=lambda index: (-count_tokens(rows[index]), index))
-    failed: dict[int, str] = {}
-    num_left = 0
-    progress = tqdm(total=len(rows), initial=len(done), desc="blaming", unit="record", disable=not show_progress)
-    with progress:
-        for place, result in ask_all(
-            len(order), lambda place, stop: _score_row(server, rows[order[place]], key, stop), server.concurrency
-        ):
-            index = order[place]
-            if isinstance(result, GivenUp):
-                num_left += 1
-                continue
-            if isinstance(result, Unreachable):
-                failed[index] = str(result)
-                continue
-            if isinstance(result, BaseException):
-                raise result
-            progress.update()
-            without, judged = (None if logps is None else torch.tensor(logps, dtype=torch.float64) for logps in result)
-            assert without is not None
-            yield [(index, without, judged)]
+
+    def ask(number: int) -> Scored:
+        index = order[number]
+        row = rows[index]
+        contexts = [ids for ids in (row["prompt_ids"], row["judged_prompt_ids"]) if ids is not None]
+        logps = [_score(client, prompt_ids, row["response_ids"]) for prompt_ids in contexts]
+        return index, logps[0], logps[1] if len(logps) > 1 else None
+
+    failed: dict[int, RequestFailed] = {}
+    locations = [rows[index]["location"] for index in order]
+    with tqdm(total=len(rows), initial=len(done), desc="blaming", unit="record", disable=not show_progress) as progress:
+        for number, result in client.request_many(ask, locations, advice=_ADVICE):
+            if isinstance(result, RequestFailed):
+                failed[order[number]] = result
+            else:
+                progress.update()
+                yield [result]
     if failed:
-        first = min(failed)
-        rest = f", and {num_left} not asked for any more" if num_left else ""
+        tried = {index: error for index, error in failed.items() if error.kind != NOT_SENT}
+        num_unsent = len(failed) - len(tried)
+        first = min(tried)
+        rest = f", and {num_unsent} more were not sent" if num_unsent else ""
         raise UserError(
-            f"{len(failed)} of {len(order)} records failed{rest}; the first is {rows[first]['location']}:"
-            f" {failed[first]};"
-            " what is finished is kept: start again with the same options to ask only for what is missing"
+            f"{len(tried)} of {len(order)} records failed{rest}; the first is {rows[first]['location']}:"
+            f" {tried[first]}; finished records are kept: start again with the same options to resume"
         )
 
 
-def _score_row(
-    server: Server, row: Mapping[str, Any], key: str | None, stop: threading.Event
-) -> tuple[list[float], list[float] | None]:
-    """Asks for one row in its one or two contexts."""
-    without = _ask(server, row["prompt_ids"], row, key, stop)
-    if row["judged_prompt_ids"] is None:
-        return without, None
-    return without, _ask(server, row["judged_prompt_ids"], row, key, stop)
+def _score(client: Client, prompt_ids: list[int], response_ids: list[int]) -> torch.Tensor:
+    ids = [*prompt_ids, *response_ids]
+    # `prompt_logprobs: 0` is for the prompt's own tokens and no others; one new token is the least to ask for.
+    body = client.server.make_body(ids, prompt_logprobs=0, max_tokens=1, temperature=0)
+    answer = client.request("/completions", body)
+    return torch.tensor(read_prompt_logprobs(answer, ids, len(prompt_ids), client.server.url), dtype=torch.float64)
 
 
-def _ask(
-    server: Server, prompt_ids: list[int], row: Mapping[str, Any], key: str | None, stop: threading.Event
-) -> list[float]:
-    ids = [*prompt_ids, *row["response_ids"]]
-    request = {
-        "model": server.model,
-        "prompt": ids,
-        "prompt_logprobs": 0,  # of the prompt's own tokens, and of no others
-        "max_tokens": 1,  # what the server must be asked for at least
-        "temperature": 0,
-    }
-    try:
-        answer = post_json(
-            server.endpoint,
-            request,
-            key=key,
-            timeout=server.timeout,
-            max_retries=server.max_retries,
-            stop=stop,
-            num_bytes=max(LARGEST_ANSWER, _MOST_BYTES_PER_TOKEN * len(ids)),
-        )
-    except Refused as error:
-        advice = "if the prompt is too long for the server, give a smaller --max_length"
-        raise UserError(explain_refusal(server, server.endpoint, error, row["location"], advice)) from None
-    return read_prompt_logprobs(answer, ids, len(prompt_ids), server.endpoint)
-
-
-def read_prompt_logprobs(answer: Any, ids: Sequence[int], start: int, endpoint: str) -> list[float]:
+def read_prompt_logprobs(answer: Any, ids: Sequence[int], start: int, url: str) -> list[float]:
     """Reads the log-probs of a prompt's own tokens from a server's answer.
 
     Args:
-        answer: `choices[0].prompt_logprobs` is null for the first token, and for each other one an object that has
-            the token's id as a key, and under it `logprob`.
+        answer: `choices[0].prompt_logprobs` is null for the first token, and for each other one an object that maps
+            the token's id to an object with its `logprob`.
         ids: The prompt's token ids.
-        start: The first token that is asked for, at least 1.
-        endpoint: For messages.
+        start: The first token to read, at least 1.
+        url: Of the server, for messages.
 
     Raises:
-        UserError: The answer has another shape.
+        UserError: The answer has another form.
     """
     try:
         entries = answer["choices"][0]["prompt_logprobs"]
@@ -131,25 +94,25 @@ def read_prompt_logprobs(answer: Any, ids: Sequence[int], start: int, endpoint: 
         entries = None
     if entries is None:
         raise UserError(
-            f"{endpoint}: expected prompt_logprobs in the server's answer, got none; use a server that returns them,"
-            " such as vLLM"
+            f"{url}: expected prompt_logprobs in the server's answer, got none; use a server that returns them, such"
+            " as vLLM"
         )
     if not isinstance(entries, list) or len(entries) != len(ids):
         got = f"{len(entries)}" if isinstance(entries, list) else "no list"
         raise UserError(
-            f"{endpoint}: expected prompt_logprobs of {len(ids)} tokens, got {got}; the server must take a prompt of"
-            " token ids as it is"
+            f"{url}: expected prompt_logprobs of {len(ids)} tokens, got {got}; use a server that takes a prompt of"
+            " token ids unchanged"
         )
     logps = []
-    for place in range(start, len(ids)):
-        entry = entries[place]
-        own = entry.get(str(ids[place])) if isinstance(entry, dict) else None
+    for index in range(start, len(ids)):
+        entry = entries[index]
+        own = entry.get(str(ids[index])) if isinstance(entry, dict) else None
         logp = own.get("logprob") if isinstance(own, dict) else None
-        # A little above 0 is rounding. The comparison fails for what is not a number too.
+        # Slightly above 0 is rounding. The comparison also fails for NaN.
         if not isinstance(logp, int | float) or isinstance(logp, bool) or not -float("inf") < logp <= 1e-3:
             raise UserError(
-                f"{endpoint}: expected the log-prob of token {ids[place]} at place {place} of prompt_logprobs, got none"
-                " or no log-prob; use a server that returns those of the prompt's own tokens, such as vLLM"
+                f"{url}: expected the log-prob of token {ids[index]} at index {index} of prompt_logprobs, got none or a"
+                " value that is not one; use a server that returns them, such as vLLM"
             )
         logps.append(min(0.0, float(logp)))
     return logps

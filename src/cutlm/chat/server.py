@@ -1,10 +1,9 @@
-"""A model on an OpenAI-compatible server that answers in a chat, by server-sent events.
+"""A chat engine for a model on an OpenAI-compatible server, which streams its answers.
 
-The conversation goes as messages, which the server puts into the model's own chat template, or as token ids of a prompt
-that is made here.
+The conversation is sent as messages, which the server puts into the model's own chat template, or as token ids of a
+prompt encoded here.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
@@ -18,24 +17,21 @@ from cutlm.errors import UserError
 from cutlm.generation.local import Sampling
 from cutlm.prompting.encoding import Encoder, choose_template
 from cutlm.prompting.templates import TemplateName
-from cutlm.servers.http import Refused, Unreachable, post_for_events, read_key, shorten_message
-from cutlm.servers.requests import Server, explain_refusal
-
-_END = "[DONE]"
+from cutlm.servers.client import Client, Refused, RequestFailed, Server
 
 
 class ServerEngine:
-    """Answers by a server.
+    """Answers with a model on a server; see `Engine`.
 
     Args:
-        server: Whom to ask; an answer is asked for once.
-        tokenizer: The model's, for prompts that are made here and for what a judgment blames; None for neither.
-        template: Makes the prompts here; None leaves them to the server.
-        sampling: How to draw.
-        settings: What flags are made by.
+        server: The server.
+        tokenizer: The model's, needed to encode prompts here and to blame tokens; None for neither.
+        template: Encodes prompts here; None leaves that to the server.
+        sampling: How to sample.
+        settings: How tokens are flagged.
 
     Raises:
-        UserError: The tokenizer has no such template, or the key is none.
+        UserError: The tokenizer has no such template, or the key of the server cannot be used.
     """
 
     def __init__(
@@ -46,8 +42,7 @@ class ServerEngine:
         sampling: Sampling,
         settings: FlagSettings,
     ) -> None:
-        self._server, self._tokenizer, self._sampling, self._settings = server, tokenizer, sampling, settings
-        self._key = read_key()
+        self._client, self._tokenizer, self._sampling, self._settings = Client(server), tokenizer, sampling, settings
         self.max_new_tokens = sampling.max_new_tokens
         self.template: TemplateName | None = None
         self._encoder: Encoder | None = None
@@ -60,85 +55,51 @@ class ServerEngine:
         """See `Engine`."""
         if self._tokenizer is None:
             raise UserError(
-                "/template: the server prompts the model by its own template; start with --tokenizer MODEL to make"
-                " prompts here"
+                "/template: the server uses the model's own template; start with --tokenizer MODEL to encode prompts"
+                " here"
             )
         self._encoder = Encoder(self._tokenizer, name)
         self.template = name
 
     def prepare(self, texts: Sequence[str]) -> tuple[list[dict[str, str]] | list[int], int]:
-        """See `Engine`. How much fits is the server's affair."""
+        """See `Engine`. Nothing is truncated, because the length of the context is not known."""
         if self.template is not None:
             assert self._encoder is not None
             return encode_texts(self._encoder, texts), 0
         roles = ("user", "assistant")
-        return [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)], 0
+        return [{"role": roles[index % 2], "content": text} for index, text in enumerate(texts)], 0
 
     def answer(self, prompt: list[dict[str, str]] | list[int], seed_offset: int, show: Callable[[str], None]) -> bool:
         """See `Engine`."""
-        is_chat = self.template is None
-        endpoint = f"{self._server.root}/chat/completions" if is_chat else self._server.endpoint
-        request = {
-            "model": self._server.model,
-            "messages" if is_chat else "prompt": prompt,
-            "temperature": self._sampling.temperature,
-            "top_p": self._sampling.top_p,
-            "max_tokens": self._sampling.max_new_tokens,
-            "seed": (self._sampling.seed + seed_offset) % 2**31,
-            "stream": True,
-        }
-        events = post_for_events(endpoint, request, key=self._key, timeout=self._server.timeout)
-        reason = None
+        client, sampling, finish_reason = self._client, self._sampling, None
+        body = client.server.make_body(
+            prompt,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            seed=(sampling.seed + seed_offset) % 2**31,
+        )
         try:
-            with closing(events):
-                for event in events:
-                    if event == _END:
-                        # Some servers give no reason.
-                        return reason != "length"
-                    text, finish = self._read_event(event, endpoint)
-                    reason = finish or reason
+            with closing(client.stream(body)) as pieces:
+                for text, reason in pieces:
+                    finish_reason = reason
                     if text:
                         show(text)
         except Refused as error:
-            advice = "if the conversation is too long for the model, begin anew by /reset"
-            if not is_chat:
-                advice += "; if the server takes no token ids, start without --template"
-            raise UserError(explain_refusal(self._server, endpoint, error, "the message", advice)) from None
-        except Unreachable as error:
-            raise UserError(f"{endpoint}: {error}; send the message again") from None
-        if reason is None:
-            raise UserError(f"{endpoint}: the answer breaks off; send the message again")
-        return reason != "length"
-
-    def _read_event(self, event: str, endpoint: str) -> tuple[str, str | None]:
-        """The text of an event, and why the answer ends with it, if it does."""
-        try:
-            value = json.loads(event)
-            if isinstance(value, dict) and "error" in value:
-                raise UserError(f"{endpoint}: the server breaks off ({shorten_message(event, self._key)})")
-            choices = value["choices"]
-            if not choices:  # counts of tokens
-                return "", None
-            delta = choices[0].get("delta")
-            text = choices[0].get("text") if delta is None else delta.get("content")
-            finish = choices[0].get("finish_reason")
-        except UserError:
-            raise
-        except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
-            text, finish = 0, None
-        if not isinstance(text, str | None):
-            raise UserError(
-                f"{endpoint}: expected pieces of a completion in the server's events, got something else; give the"
-                " address of an OpenAI-compatible server by --base_url"
-            )
-        return text or "", finish
+            advice = "if the conversation is too long for the model, start a new one by /reset"
+            if self.template is not None:
+                advice += "; if the server does not accept token ids, start without --template"
+            raise client.explain_refusal(error, "the message", advice) from None
+        except RequestFailed as error:
+            raise UserError(f"{client.server.url}: {error}; send the message again") from None
+        return finish_reason != "length"
 
     def blame(self, record: JudgedRecord) -> tuple[TokenScores, bool]:
         """See `Engine`."""
         if self._encoder is None:
-            raise UserError("the model's tokenizer is needed to score its answers; start with --tokenizer MODEL")
+            raise UserError("blaming needs the model's tokenizer; start with --tokenizer MODEL")
 
         def score(rows: Any, done: Any) -> Any:
-            return score_rows_by_server(self._server, rows, done=done, show_progress=False)
+            return score_rows_by_server(self._client, rows, done=done, show_progress=False)
 
-        return blame_record(record, self._encoder, score, self._settings, f"{self._server.endpoint}")
+        return blame_record(record, self._encoder, score, self._settings, self._client.server.url)

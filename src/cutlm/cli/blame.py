@@ -127,16 +127,15 @@ def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, 
 def _prepare_server(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
     from cutlm.blame.server import score_rows_by_server
     from cutlm.model.loading import load_tokenizer
-    from cutlm.servers.http import read_key
+    from cutlm.servers.client import Client
 
-    server = make_server(args)
-    read_key()  # report a bad key before anything else is loaded
+    client = Client(make_server(args, args.model))
     tokenizer = load_tokenizer(args.tokenizer or args.model)
 
     def score(rows: Any, done: Any) -> Any:
-        return score_rows_by_server(server, rows, done=done)
+        return score_rows_by_server(client, rows, done=done)
 
-    return tokenizer, score, f"{server.endpoint} {server.model}", {}
+    return tokenizer, score, f"{client.server.url} {client.server.model}", {}
 
 
 def _suggest_training(args: argparse.Namespace) -> str:

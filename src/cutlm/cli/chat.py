@@ -1,12 +1,12 @@
-"""Talk to a model in the terminal, see which tokens of an answer a judgment would blame, and save what you judged as
-records to train on. /help lists the commands.
+"""Talk to a model in the terminal, see which tokens of an answer a judgment flags, and save what you judged as records
+to train on. /help lists the commands.
 
   cutlm chat --model MODEL
-  cutlm chat --base_url http://localhost:8000 --model NAME
+  cutlm chat --base_url http://localhost:8000/v1 --model NAME
 
-Greedy by default. Where standard input is no terminal, its lines are the messages. A server prompts the model by the
-model's own chat template; with --template the prompts are made here, by --tokenizer. /judge needs --tokenizer or
---template there, and a server that returns prompt_logprobs. A key to it is read from the environment variable
+Greedy by default. If standard input is not a terminal, its lines are the messages. A server applies the model's own
+chat template; with --template the prompts are encoded here by --tokenizer. There, /judge needs --tokenizer or
+--template, and a server that returns prompt_logprobs. The key of the server is read from the environment variable
 OPENAI_API_KEY."""
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cutlm.cli.model_options import ModelOptions, add_sampling_options, make_sampling, make_server
+from cutlm.cli.model_options import ModelOptions, add_sampling_options, load_model, make_sampling, make_server
 
 if TYPE_CHECKING:
     from cutlm.chat.session import Engine
@@ -38,44 +38,37 @@ def run(args: argparse.Namespace) -> int:
     is_interactive = sys.stdin.isatty()
     has_prompts = is_interactive and sys.stdout.isatty()
     if has_prompts:
-        with suppress(ImportError):  # not everywhere; it gives input() editing and a history
+        with suppress(ImportError):  # gives input() line editing and a history, but is not on every platform
             import readline  # noqa: F401
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are told, and no reason to end
-    engine = _prepare_server(args) if args.base_url else _prepare_model(args)
+        sys.stdin.reconfigure(errors="surrogateescape")  # the session reports bytes that are not text
+    engine = _make_local_engine(args) if args.base_url is None else _make_server_engine(args)
 
     from cutlm.chat.session import Session, remark
 
     if is_interactive:
-        remark(f"{args.model}, prompted by {engine.template or 'its server'}; /help lists the commands, Ctrl-D leaves")
+        template = engine.template or "the server's"
+        remark(f"{args.model}, {template} template; /help lists the commands, Ctrl-D leaves")
     Session(engine).run(lambda prompt: input(prompt if has_prompts else ""), is_interactive=is_interactive)
     return 0
 
 
-def _prepare_model(args: argparse.Namespace) -> "Engine":
+def _make_local_engine(args: argparse.Namespace) -> "Engine":
     from cutlm.blame.detector import FlagSettings
     from cutlm.chat.local import LocalEngine
-    from cutlm.errors import UserError
-    from cutlm.model.loading import load_trained
-    from cutlm.prompting.encoding import choose_template
 
     settings = FlagSettings(args.threshold)
-    model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
-    if args.template is None and not tokenizer.chat_template:
-        raise UserError(f"{args.model}: its tokenizer has no chat template; say how to prompt it by --template alpaca")
-    template = args.template or choose_template(tokenizer)
+    model, tokenizer, template = load_model(args)
     return LocalEngine(model, tokenizer, template, make_sampling(args, model), settings)
 
 
-def _prepare_server(args: argparse.Namespace) -> "Engine":
+def _make_server_engine(args: argparse.Namespace) -> "Engine":
     from cutlm.blame.detector import FlagSettings
     from cutlm.chat.server import ServerEngine
     from cutlm.model.loading import load_tokenizer
 
-    # A person sees at once that there was no answer, and asks again.
-    server = make_server(args, concurrency=1, max_retries=0)
-    sampling = make_sampling(args)
-    settings = FlagSettings(args.threshold)
+    # The user sees at once that there is no answer and can send the message again.
+    server = make_server(args, args.model, concurrency=1, max_retries=0)
     name = args.tokenizer or (args.model if args.template else None)
     tokenizer = None if name is None else load_tokenizer(name)
-    return ServerEngine(server, tokenizer, args.template, sampling, settings)
+    return ServerEngine(server, tokenizer, args.template, make_sampling(args), FlagSettings(args.threshold))

@@ -1,34 +1,38 @@
-"""Say how often a model's responses are preferred to a reference's: AlpacaEval, beside the paper's rows.
+"""Measure how often a model's responses are preferred to a reference's: AlpacaEval, next to the paper's rows.
 
   cutlm eval alpaca --model MODEL --out DIR
   cutlm eval alpaca --outputs responses.json --reference other.json --base_url URL --annotator_model NAME --out DIR
   cutlm eval alpaca --annotations annotations.json --out DIR
 
-The model answers the 805 instructions of the hub's tatsu-lab/alpaca_eval, or a file of the same shape, whose outputs
-are the reference unless another one is given. The annotator is asked which response is better as the package
-alpaca-eval asks it: by default GPT-4 by OpenAI's API, or any OpenAI-compatible server. A key is read from the
-environment variable OPENAI_API_KEY. Answers are kept as they come: a run that was stopped asks only for the missing
+The model is a local one; for responses from a server, run cutlm generate and pass them by --outputs. It answers the 805
+instructions of the hub's tatsu-lab/alpaca_eval, or a file of the same format, whose outputs are the reference unless
+--reference names another one. The annotator at --base_url is asked which response is better exactly as the package
+alpaca-eval asks it: by default GPT-4 by OpenAI's API, or any OpenAI-compatible server. Its key is read from the
+environment variable OPENAI_API_KEY. Answers are cached as they arrive: a run that was stopped asks only for the missing
 ones. Pairs without a verdict are left out and counted.
 
-With --annotations nothing is asked: the verdicts are those in the file, and so are the responses, unless given."""
+With --annotations the verdicts are read from a file, and so are the responses unless --outputs and --reference are set;
+no annotator is asked."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cutlm.cli.generate import ANSWERING_OPTIONS, LOCAL_OPTIONS, add_answering_arguments
+from cutlm.cli.model_options import read_json_object
 
 if TYPE_CHECKING:
     from cutlm.evaluation.annotator import Pair
     from cutlm.judges import Response
-    from cutlm.servers.chat import ChatServer
+    from cutlm.servers.client import Server
 
+_OPENAI = "https://api.openai.com/v1"
 _ANNOTATIONS = "annotations.json"
 _PROMPTS = "alpaca_eval"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="MODEL", help="answer by this model: a folder, or a hub name")
+    parser.add_argument("--model", metavar="MODEL", help="generate responses by this model: a folder, or a hub name")
     parser.add_argument("--prompts", default=_PROMPTS, metavar="FILE", help="the instructions (default: alpaca_eval)")
     parser.add_argument("--outputs", metavar="FILE", help="the model's responses, as cutlm generate writes them")
     parser.add_argument(
@@ -40,20 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a configuration of alpaca-eval, or a folder with one (default: alpaca_eval_gpt4)",
     )
-    parser.add_argument("--annotations", metavar="FILE", help="verdicts made elsewhere; nothing is asked")
-    asking = parser.add_argument_group("the annotator's server")
-    asking.add_argument("--base_url", metavar="URL", help="default: https://api.openai.com/v1")
-    asking.add_argument("--annotator_model", metavar="NAME", help="default: the one that the configuration names")
-    asking.add_argument(
+    parser.add_argument("--annotations", metavar="FILE", help="verdicts of an earlier annotation; no requests")
+    server = parser.add_argument_group("the annotator's server")
+    server.add_argument("--base_url", metavar="URL", help=f"default: {_OPENAI}")
+    server.add_argument("--annotator_model", metavar="NAME", help="default: the one that the configuration names")
+    server.add_argument(
         "--annotator_extra_body",
         metavar="JSON",
-        help="""further fields of every request; null takes one away: '{"max_tokens": 2000, "temperature": null}'""",
+        help="""further fields of every request; null removes one: '{"max_tokens": 2000, "temperature": null}'""",
     )
-    asking.add_argument(
+    server.add_argument(
         "--annotator_concurrency", type=int, default=8, metavar="N", help="requests at a time (default: 8)"
     )
-    asking.add_argument(
-        "--annotator_max_requests", type=int, metavar="N", help="most attempts, of all starts (default: no limit)"
+    server.add_argument(
+        "--annotator_max_requests", type=int, metavar="N", help="most requests of all runs (default: no limit)"
     )
     add_answering_arguments(parser, LOCAL_OPTIONS)
 
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     _check_options(args)
     import_alpaca_eval("metrics")
-    compared = _replay(args) if args.annotations is not None else _ask(args)
+    compared = _replay(args) if args.annotations is not None else _annotate(args)
     if compared is None:
         return 1
     folder, responses, references, preferences, about = compared
@@ -75,43 +79,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _select_answering(args: argparse.Namespace) -> argparse.Namespace:
-    """The options of answering: a local model answers, because --base_url is the annotator's server."""
-    return argparse.Namespace(**vars(args) | dict.fromkeys(("base_url", *ANSWERING_OPTIONS.server)))
-
-
 # Folder, the model's responses, the reference's, a verdict of each pair or None, and further figures.
 _Compared = tuple[Path, "list[Response]", "list[Response]", list[float | None], dict[str, Any]]
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Refuses options at odds, before anything is loaded or paid for.
-
-    Raises:
-        ConfigError: All such options are named.
-    """
+    """Refuses options that are at odds, before anything is loaded or paid for."""
     from cutlm.cli.reuse import check_source, list_given
     from cutlm.errors import ConfigError
-    from cutlm.evaluation.annotator import OPENAI
-    from cutlm.servers.http import KEY_VARIABLE, read_key
+    from cutlm.servers.client import KEY_VARIABLE, read_key
 
     if args.annotations is not None:
         own = list_given(args, add_arguments, ("annotations", "annotator", "outputs", "reference"))
         if own:
-            raise ConfigError(f"{', '.join(own)}: with --annotations nothing is asked; leave out the one or the other")
+            raise ConfigError(f"{', '.join(own)}: expected only without --annotations; leave out one or the other")
         return
     problems = []
     if args.prompts != _PROMPTS and args.outputs is not None and args.reference is not None:
-        problems.append("--prompts: of no use with both --outputs and --reference; leave it out")
+        problems.append("--prompts: not used with both --outputs and --reference; leave it out")
     if args.base_url is None and read_key() is None:
-        problems.append(
-            f"{KEY_VARIABLE}: expected a key to {OPENAI}, got none; set it, or name another server by --base_url"
-        )
+        problems.append(f"{KEY_VARIABLE}: expected a key for {_OPENAI}, got none; set it, or pass --base_url")
     check_source(_select_answering(args), problems)
 
 
+def _select_answering(args: argparse.Namespace) -> argparse.Namespace:
+    """The options of answering, which a local model does: --base_url is the annotator's server."""
+    return argparse.Namespace(**vars(args) | dict.fromkeys(("base_url", *ANSWERING_OPTIONS.server)))
+
+
 def _replay(args: argparse.Namespace) -> _Compared:
-    """Takes verdicts from a file, and the responses too where they are not given."""
+    """Reads verdicts from a file, and the responses too if they are not given."""
     from cutlm.evaluation.alpaca_eval import find_verdicts, read_annotations
     from cutlm.evaluation.shared import hash_file, open_folder
     from cutlm.judges import Response
@@ -140,33 +137,34 @@ def _replay(args: argparse.Namespace) -> _Compared:
     return folder, responses, references, find_verdicts(rows, pairs), about
 
 
-def _ask(args: argparse.Namespace) -> _Compared | None:
-    """Has the model answer and the annotator compare; None where a server had no answer to some."""
+def _annotate(args: argparse.Namespace) -> _Compared | None:
+    """Generates responses and asks the annotator to compare them; None if some pairs have no answer."""
     from cutlm.cli.reuse import PARTS, answer_once, describe_source
     from cutlm.data.files import write_rows
-    from cutlm.evaluation.annotator import ask_verdicts, describe_verdicts, load_annotator
+    from cutlm.evaluation.annotator import ask_verdicts, load_annotator, make_body
     from cutlm.evaluation.shared import VERDICTS_FILE, hash_file, open_folder
     from cutlm.judges.responses import read_responses
 
     annotator = load_annotator(args.annotator)
-    server = _make_server(args, dict(annotator.settings))
+    server = _make_server(args, annotator.settings.get("model_name"))
     references = _read_references(args)
+    answering = _select_answering(args)
     settings: dict[str, Any] = {"measure": "alpaca", "annotator": args.annotator, "url": server.url}
-    # A name on the hub, or what a file holds: a changed one is another.
+    # Either a name on the hub, or the contents of a file.
     prompts = hash_file(args.prompts) if Path(args.prompts).exists() else args.prompts
     settings |= {"prompts": prompts, "reference": _hash_responses(references)}
-    settings |= {"request": server.make_request("")} | describe_source(_select_answering(args))
+    settings |= {"request": make_body(server, annotator, [])} | describe_source(answering)
     folder = open_folder(args.out, settings, (*PARTS, _ANNOTATIONS), overwrite=args.overwrite)
-    outputs = args.outputs or answer_once(_select_answering(args), folder, args.prompts)
+    outputs = args.outputs or answer_once(answering, folder, args.prompts)
     if outputs is None:
         return None
     responses = read_responses(outputs)
     pairs, counts = _pair(args, responses, references)
     verdicts = ask_verdicts(pairs, annotator, server, folder / VERDICTS_FILE)
-    for sentence in describe_verdicts(verdicts):
+    for sentence in verdicts.describe():
         print(sentence)
     if verdicts.failures:
-        print("start again with the same options to ask for these alone")
+        print("start again with the same options to ask only for these")
         return None
     preferences = [verdicts.preferences.get(index) for index in range(len(pairs))]
     names = {"generator_1": _name_generators(references), "generator_2": _name_generators(responses)}
@@ -189,25 +187,17 @@ def _ask(args: argparse.Namespace) -> _Compared | None:
     return folder, responses, references, preferences, about
 
 
-def _make_server(args: argparse.Namespace, settings: dict[str, Any]) -> "ChatServer":
-    from cutlm.cli.judge import read_fields
+def _make_server(args: argparse.Namespace, default_model: str | None) -> "Server":
     from cutlm.errors import ConfigError
-    from cutlm.evaluation.annotator import OPENAI
-    from cutlm.servers.chat import ChatServer
-    from cutlm.servers.http import describe_bad_address
+    from cutlm.servers.client import Server
 
-    url = args.base_url or OPENAI
-    if (problem := describe_bad_address(url, "--base_url")) is not None:
-        raise ConfigError(problem)
-    model = args.annotator_model or settings.get("model_name")
+    model = args.annotator_model or default_model
     if not model:
-        raise ConfigError(f"--annotator {args.annotator}: it names no model to ask; name one by --annotator_model")
-    return ChatServer(
-        url,
+        raise ConfigError(f"--annotator {args.annotator}: its configuration names no model; set --annotator_model")
+    return Server(
+        args.base_url or _OPENAI,
         model,
-        temperature=settings.get("temperature", 0.0),
-        max_tokens=settings.get("max_tokens", 1024),
-        fields=read_fields(args.annotator_extra_body or "{}", "--annotator_extra_body"),
+        extra_body=read_json_object(args.annotator_extra_body or "{}", "--annotator_extra_body"),
         concurrency=args.annotator_concurrency,
         max_requests=args.annotator_max_requests,
     )
@@ -215,7 +205,7 @@ def _make_server(args: argparse.Namespace, settings: dict[str, Any]) -> "ChatSer
 
 def _read_references(args: argparse.Namespace) -> "list[Response]":
     from cutlm.errors import ConfigError
-    from cutlm.generation.local import load_prompts
+    from cutlm.generation.files import load_prompts
     from cutlm.judges import Response
     from cutlm.judges.responses import read_responses
 
@@ -226,7 +216,7 @@ def _read_references(args: argparse.Namespace) -> "list[Response]":
     if num_without:
         raise ConfigError(
             f"--reference: expected a file of responses to compare with, got none, and {num_without} rows of"
-            f" {args.prompts} have no output either; name one"
+            f" {args.prompts} have no output; pass one"
         )
     return [
         Response(f"{args.prompts}[{index}]", row["instruction"], row.get("input") or "", row["output"], row)
@@ -252,8 +242,8 @@ def _pair(
     found = pair_responses(responses, references)
     if not found.pairs:
         raise DataError(
-            f"{args.outputs or 'the responses'}: no response to any instruction of the reference; name those that"
-            " belong together"
+            f"{args.outputs or 'the responses'}: expected responses to instructions of the reference, got none; pass"
+            " files that belong together"
         )
     pairs = [Pair(own.location, own.full_instruction, other.output, own.output) for own, other in found.pairs]
     counts = {"num_without_reference": found.num_alone, "num_without_response": found.num_missing}

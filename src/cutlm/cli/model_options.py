@@ -1,14 +1,17 @@
 """Options of the commands that run a local model or ask a server: one name, one default and one meaning each."""
 
 import argparse
+import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cutlm.generation.local import Sampling
-    from cutlm.servers.requests import Server
+    from transformers import PreTrainedTokenizerBase
 
-MAX_NEW_TOKENS = 2048
+    from cutlm.generation.local import Sampling
+    from cutlm.prompting.templates import TemplateName
+    from cutlm.servers.client import Server
+
 DEFAULTS: dict[str, Any] = {
     "base": None,
     "dtype": "auto",
@@ -33,6 +36,10 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "tokenizer": {"metavar": "MODEL", "help": "tokenizer of the model, a folder or hub name (default: --model)"},
     "concurrency": {"type": int, "metavar": "N", "help": "requests at a time (default: 8)"},
     "timeout": {"type": float, "metavar": "SECONDS", "help": "longest wait for the next byte (default: 600)"},
+    "extra_body": {
+        "metavar": "JSON",
+        "help": """further fields of every request; null removes one: '{"max_tokens": null, "seed": 1}'""",
+    },
     "max_retries": {"type": int, "metavar": "N", "help": "retries of a request that failed (default: 5)"},
 }
 
@@ -95,18 +102,39 @@ class ModelOptions:
                 setattr(args, name, DEFAULTS[name])
 
 
-def make_server(args: argparse.Namespace, **others: Any) -> "Server":
+def make_server(args: argparse.Namespace, model: str, **others: Any) -> "Server":
     """Returns the server that the options name.
 
     Args:
-        args: With `base_url` and `model`, and those of the other settings of a server that the command has.
-        others: Settings for which the command has no options.
+        args: With `base_url` and, if the command has them, `concurrency`, `timeout` and `max_retries`.
+        model: The model's name on the server.
+        others: Other settings of `Server`.
+
+    Raises:
+        ConfigError: A setting is out of range.
     """
-    from cutlm.servers.requests import Server
+    from cutlm.servers.client import Server
 
     names = ("concurrency", "timeout", "max_retries")
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return Server(args.base_url, args.model, **settings, **others)
+    return Server(args.base_url, model, **settings, **others)
+
+
+def read_json_object(text: str, option: str) -> dict[str, Any]:
+    """Reads an option that holds a JSON object.
+
+    Raises:
+        ConfigError: It holds something else.
+    """
+    from cutlm.errors import ConfigError
+
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"""{option}: expected a JSON object such as '{{"seed": 1}}', got {text!r}""")
+    return value
 
 
 def make_sampling(args: argparse.Namespace, model: Any = None) -> "Sampling":
@@ -116,7 +144,7 @@ def make_sampling(args: argparse.Namespace, model: Any = None) -> "Sampling":
         args: With the options of `add_sampling_options` and, for a local model, `batch_size`.
         model: The local model, whose context bounds the default of `max_new_tokens`; None for a server.
     """
-    from cutlm.generation.local import Sampling, choose_max_new_tokens
+    from cutlm.generation.local import MAX_NEW_TOKENS, Sampling, choose_max_new_tokens
 
     max_new_tokens = args.max_new_tokens
     if max_new_tokens is None:
@@ -124,3 +152,22 @@ def make_sampling(args: argparse.Namespace, model: Any = None) -> "Sampling":
     sampling = Sampling(max_new_tokens, args.temperature, args.top_p, args.seed)
     batch_size = getattr(args, "batch_size", None)
     return sampling if batch_size is None or model is None else replace(sampling, batch_size=batch_size)
+
+
+def load_model(args: argparse.Namespace) -> "tuple[Any, PreTrainedTokenizerBase, TemplateName]":
+    """Loads the local model, its tokenizer, and chooses the prompt template.
+
+    Args:
+        args: With `model`, `dtype`, `device`, and `template`: None for the tokenizer's chat template.
+
+    Raises:
+        UserError: The model cannot be loaded, or its tokenizer has no chat template and none is chosen.
+    """
+    from cutlm.errors import UserError
+    from cutlm.model.loading import load_trained
+    from cutlm.prompting.encoding import choose_template
+
+    model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
+    if args.template is None and not tokenizer.chat_template:
+        raise UserError(f"{args.model}: its tokenizer has no chat template; set --template alpaca")
+    return model, tokenizer, args.template or choose_template(tokenizer)

@@ -1,16 +1,15 @@
-"""Let a model rewrite its unsatisfactory responses, given the judgments: the improved responses (i_ans) that the
+"""Let a model improve its unsatisfactory responses, given the judgments: the improved responses (i_ans) are what the
 objectives ilf_mle and ilf_dpo learn from.
 
   cutlm refine --model MODEL --data records.jsonl --out refined.jsonl
 
-A run that was stopped goes on where it was when started again with the same settings."""
+A run that was stopped resumes when started again with the same settings."""
 
 import argparse
 from pathlib import Path
 
-from cutlm.cli.model_options import ModelOptions, add_sampling_options, make_sampling
-
-_OPTIONS = ModelOptions(("batch_size", "dtype", "device"))
+from cutlm.cli.generate import LOCAL_OPTIONS, print_counts
+from cutlm.cli.model_options import add_sampling_options, load_model, make_sampling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--template", choices=("alpaca", "chat"), default="alpaca", help="as in training (default: alpaca)"
     )
     add_sampling_options(parser)
-    _OPTIONS.add(parser)
+    LOCAL_OPTIONS.add(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
 
 
@@ -29,36 +28,34 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.data.files import refuse_overwriting
     from cutlm.errors import DataError, UserError
 
-    _OPTIONS.fill(args)
+    LOCAL_OPTIONS.fill(args)
     refuse_overwriting([args.data], args.out)
     if Path(args.out).exists() and not args.overwrite:
-        raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
+        raise UserError(f"{args.out}: exists; pass another file, or replace it with --overwrite")
 
     from cutlm.data.records import load_records
-    from cutlm.generation.refine import refine_file
-    from cutlm.model.loading import fingerprint_model, load_trained
+    from cutlm.generation.files import refine_file
+    from cutlm.model.loading import fingerprint_model
     from cutlm.prompting.encoding import Encoder
 
     records = load_records(args.data)
     if all(record.is_satisfactory or record.i_ans for record in records):
         raise DataError(f"{args.data}: nothing to refine: every record is satisfactory or has an i_ans")
-    model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
+    model, tokenizer, template = load_model(args)
     sampling = make_sampling(args, model)
-    counts = refine_file(
+    refined = refine_file(
         model,
         tokenizer,
-        Encoder(tokenizer, args.template),
+        Encoder(tokenizer, template),
         records,
         args.out,
         sampling,
         fingerprint=fingerprint_model(args.model),
     )
-    if counts.num_resumed:
-        print(f"{counts.num_resumed} responses were there from a run that was stopped")
-    if counts.num_truncated:
-        print(f"{counts.num_truncated} prompts were cut from the left to fit the model's context")
+    print_counts(refined)
     print(
-        f"{len(counts.responses)} of {len(records)} responses rewritten in {args.out}; {counts.num_unfinished} of them"
-        f" stopped at {sampling.max_new_tokens} tokens. Next:\n  cutlm train --objective ilf_mle --data {args.out} ..."
+        f"{len(refined.responses)} of {len(records)} responses improved in {args.out}; {len(refined.unfinished)} of"
+        f" them stopped at {sampling.max_new_tokens} tokens. Next, run:\n"
+        f"  cutlm train --objective ilf_mle --data {args.out} ..."
     )
     return 0

@@ -1,4 +1,4 @@
-"""What another command makes for an evaluation is made once: a stopped evaluation goes on with it."""
+"""Responses that an evaluation makes once, by `cutlm generate`: a stopped evaluation resumes with them."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from cutlm.cli import generate
 OUTPUTS_FILE = "outputs.json"
 # Files that a stopped `answer_once` can leave in a folder.
 PARTS = (OUTPUTS_FILE, f"{OUTPUTS_FILE}.failures.jsonl")
-# What responses depend on, of the options of `generate.add_answering_arguments`.
+# The options of `generate.add_answering_arguments` that responses depend on.
 _SETTINGS = (
     *("template", "judgment", "max_new_tokens", "temperature", "top_p", "seed", "batch_size", "dtype"),
     *("base_url", "tokenizer", "generator"),
@@ -18,24 +18,24 @@ _SETTINGS = (
 
 
 def check_source(args: argparse.Namespace, problems: Sequence[str] = (), *, also_used: Sequence[str] = ()) -> None:
-    """Refuses to have neither or both of responses and a model to give them, and options of answering at odds.
+    """Requires either responses or a model to generate them, and refuses options that are at odds.
 
     Args:
-        args: Options of `generate.add_answering_arguments`, `model` and `outputs`.
-        problems: Found before; they are told together.
-        also_used: Options of answering that mean something for responses that are there, too.
+        args: The options of `generate.add_answering_arguments`, `model` and `outputs`.
+        problems: Problems found before, reported together with these.
+        also_used: Options of answering that also apply to given responses.
 
     Raises:
-        ConfigError: All such options are named.
+        ConfigError: There are problems; all are named.
     """
     from cutlm.errors import ConfigError
 
     problems = list(problems)
     if (args.model is None) == (args.outputs is None):
-        got = "none of them" if args.model is None else "both"
-        problems.append(f"--model or --outputs: expected a model to answer, or its responses, got {got}; give one")
+        got = "neither" if args.model is None else "both"
+        problems.append(f"--model or --outputs: expected a model or its responses, got {got}; set one of them")
     elif args.outputs is not None and (given := list_given(args, generate.add_answering_arguments, also_used)):
-        problems.append(f"{', '.join(given)}: of use with --model alone, for the responses are there; leave out")
+        problems.append(f"{', '.join(given)}: expected only with --model, not with --outputs; leave out")
     if args.model is not None:
         try:
             generate.check_options(argparse.Namespace(**vars(args), num_samples=1, max_failure_rate=0.0))
@@ -48,7 +48,7 @@ def check_source(args: argparse.Namespace, problems: Sequence[str] = (), *, also
 def list_given(
     args: argparse.Namespace, add_arguments: Callable[[argparse.ArgumentParser], None], but: Sequence[str] = ()
 ) -> list[str]:
-    """Names the options, of those that a function adds, that are not at their defaults."""
+    """Names the options that a function adds and that are not at their defaults, except those in `but`."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     defaults = vars(parser.parse_args([]))
@@ -56,7 +56,7 @@ def list_given(
 
 
 def describe_source(args: argparse.Namespace) -> dict[str, Any]:
-    """What responses depend on, as settings of an evaluation's folder."""
+    """Returns what responses depend on, for the settings of an evaluation's folder."""
     from cutlm.evaluation.shared import hash_file
     from cutlm.model.loading import fingerprint_model
 
@@ -66,25 +66,19 @@ def describe_source(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def answer_once(args: argparse.Namespace, folder: Path, prompts: str) -> Path | None:
-    """Has the model answer, as `cutlm generate` does, unless it has in this folder.
+    """Generates responses as `cutlm generate` does, unless the folder has them.
 
     Args:
-        args: Options of `generate.add_answering_arguments`, and `model`.
+        args: The options of `generate.add_answering_arguments`, and `model`.
         folder: Of the evaluation.
-        prompts: As of `cutlm generate --prompts`.
+        prompts: As for `cutlm generate --prompts`.
 
     Returns:
-        The file of responses; None where a server had no answer to some.
+        The file of responses; None if some prompts have no answer from a server.
     """
     out = folder / OUTPUTS_FILE
     if out.exists():
-        print(f"{out} is there already")
+        print(f"{out} exists already")
         return out
-    own = vars(args) | {
-        "prompts": prompts,
-        "out": str(out),
-        "num_samples": 1,
-        "max_failure_rate": 0.0,
-        "overwrite": False,
-    }
-    return None if generate.run(argparse.Namespace(**own)) else out
+    own = {"prompts": prompts, "out": str(out), "num_samples": 1, "max_failure_rate": 0.0, "overwrite": False}
+    return None if generate.run(argparse.Namespace(**vars(args) | own)) else out

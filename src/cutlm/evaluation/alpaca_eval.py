@@ -1,7 +1,7 @@
 """AlpacaEval: how often a model's responses are preferred to a reference's, by the metric of the package `alpaca-eval`.
 
-Verdicts come from an annotator (`cutlm.evaluation.annotator`) or from a file of them. A pair without a verdict is
-dropped and counted: the package's own null ones stand for answers that could not be read.
+Verdicts come from an annotator (`annotator.py`) or from a file. Pairs without a verdict are left out and counted; the
+package writes null for answers that could not be parsed.
 """
 
 import math
@@ -30,10 +30,10 @@ def read_annotations(path: str | Path, annotator: str) -> list[dict[str, Any]]:
     Args:
         path: Rows with `instruction`, `output_1` (the reference's), `output_2` (the model's) and `preference`: 1 to 2,
             0 for a draw, or null.
-        annotator: Whose they should be.
+        annotator: The annotator that the verdicts must be from.
 
     Raises:
-        DataError: The file cannot be read, or rows cannot be used; all of them are named.
+        DataError: The file cannot be read, or rows are malformed; all of them are named.
     """
     rows, problems = read_rows(path)
     others: Counter[str] = Counter()
@@ -56,21 +56,21 @@ def read_annotations(path: str | Path, annotator: str) -> list[dict[str, Any]]:
         theirs = row.value.get("annotator")
         if theirs not in (None, annotator):
             others[str(theirs)] += 1
-    hint = f"{len(problems)} problems in {path}; mend them, nothing was skipped" if problems else ""
+    hint = f"{len(problems)} problems in {path}; fix them, no row was skipped" if problems else ""
     if others:
         names = ", ".join(f"{name} ({count} rows)" for name, count in others.most_common())
-        problems.append(f"{path}: expected verdicts of {annotator}, got some of {names}; name theirs by --annotator")
+        problems.append(f"{path}: expected verdicts of {annotator}, got some of {names}; set --annotator to theirs")
     if problems:
         raise DataError(problems, hint=hint)
     if not rows:
-        raise DataError(f"{path}: no verdicts; expected a JSON array or JSON Lines with at least one")
+        raise DataError(f"{path}: expected a JSON array or JSON Lines with at least one verdict, got none")
     return [row.value for row in rows]
 
 
 def find_verdicts(annotations: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> list[float | None]:
-    """The verdict on each pair, of the rows with its texts; None where there is none, or none but null ones.
+    """Returns the verdict on each pair from the rows with its texts; None if there is none.
 
-    Several rows with the same texts are taken in turn, null ones last, and the last one of them for all further pairs.
+    Several rows with the same texts are used in turn, null ones last, and the last one for all further pairs.
     """
     known: dict[tuple[str, ...], list[float | None]] = defaultdict(list)
     for row in sorted(annotations, key=lambda row: row.get("preference") is None):
@@ -83,24 +83,23 @@ def find_verdicts(annotations: Sequence[dict[str, Any]], pairs: Sequence[Pair]) 
 
 
 def measure_win_rate(preferences: Sequence[float | None], outputs: Sequence[str]) -> dict[str, Any]:
-    """The figures.
+    """Computes the win rate.
 
     Args:
-        preferences: 1 to 2 of each pair, where 2 means that the model's response is better; 0 for a draw; None for no
-            verdict.
+        preferences: 1 to 2 for each pair; 2 means that the model's response is better; 0 is a draw; None no verdict.
         outputs: The model's responses.
 
     Returns:
-        Win rate and its standard error in percent (a draw counts as half a win), counts, and the mean number of
-        characters of a response.
+        Win rate and its standard error in percent (a draw counts half), counts, and the mean length of a response in
+        characters.
 
     Raises:
-        DataError: There is no verdict at all.
+        DataError: There is no verdict.
         UserError: The package is missing.
     """
     judged = [DRAW if value == 0 else float(value) for value in preferences if value is not None]
     if not judged:
-        raise DataError(f"not one verdict on {len(preferences)} pairs; there is nothing to measure by")
+        raise DataError(f"expected verdicts on {len(preferences)} pairs, got none; there is nothing to measure")
     found = import_alpaca_eval("metrics").get_winrate([{"preference": value} for value in judged])
     error = float(found["standard_error"])
     return {
@@ -116,12 +115,12 @@ def measure_win_rate(preferences: Sequence[float | None], outputs: Sequence[str]
 
 
 def tabulate_win_rate(result: dict[str, Any], name: str, against: str) -> str:
-    """The figures as Markdown, the paper's rows below.
+    """Formats the result as a Markdown table, the paper's rows below.
 
     Args:
         result: Of `measure_win_rate`, with `annotator`.
-        name: Of the model.
-        against: Name of the reference.
+        name: The model's name.
+        against: The reference's name.
     """
     error = "" if result["standard_error"] is None else f"{result['standard_error']:.2f}"
     counts = [f"{result[f'num_{name}']:,}" for name in ("judged", "wins", "losses", "draws")]
@@ -145,7 +144,7 @@ def _list_theirs() -> dict[str, float]:
 
 
 def draw_win_rate(result: dict[str, Any], name: str, against: str) -> bytes:
-    """The win rate with its standard error as a picture, the paper's below; see `tabulate_win_rate`."""
+    """Draws the win rate with its standard error, the paper's below; see `tabulate_win_rate`."""
     rate, error = result["win_rate"], result["standard_error"]
     ends = (None, None) if error is None else (rate - error, rate + error)
     bars = [Bar(name, rate, *ends), *make_paper_bars(_list_theirs(), "")]

@@ -1,14 +1,10 @@
-"""Responses to a list of instructions, by a local model: batches of like length, written down as they come.
+"""Generate responses with a local model, in batches of similar length, each written to a journal when it is finished.
 
-A run that is stopped goes on with the batches it has not finished; batches are the same either way, so the result is
-that of a run without a stop.
+Batches and their seeds do not depend on what a journal holds, so a resumed run gives what an uninterrupted one gives.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,26 +12,27 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from cutlm.data.files import read_rows, write_rows
 from cutlm.data.journal import Journal
-from cutlm.data.records import InstructionRow, validate_row
-from cutlm.errors import DataError, UserError
+from cutlm.errors import UserError
 from cutlm.model.loading import unwrap_peft
 from cutlm.prompting.encoding import Encoder
 
-ALPACA_EVAL = "alpaca_eval"
+MAX_NEW_TOKENS = 2048  # as in the paper
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw responses.
+    """How to sample responses.
 
     Attributes:
-        max_new_tokens: Where a response is stopped at the latest; see `choose_max_new_tokens`.
-        temperature: 0 takes the likeliest token each time.
-        top_p: Draw among the likeliest tokens of this total probability.
-        seed: Of the random numbers; each batch has its own, made from this and its number.
+        max_new_tokens: Longest response; see `choose_max_new_tokens`.
+        temperature: 0 is greedy.
+        top_p: Nucleus sampling: only the likeliest tokens of this total probability.
+        seed: Each batch has its own seed, derived from this one and its number.
         batch_size: Prompts at a time.
+
+    Raises:
+        UserError: A setting is out of range; all such settings are named.
     """
 
     max_new_tokens: int
@@ -60,256 +57,143 @@ class Sampling:
 
 
 def describe_bad_seed(seed: int) -> str | None:
-    """What is wrong with a seed of random numbers; None where nothing is. Servers and torch take whole numbers of 8
-    bytes, numpy none below 0."""
+    """Says what is wrong with a seed; None if nothing is. Torch and servers take 8 bytes, numpy no negative number."""
     return None if 0 <= seed < 2**63 else f"seed: expected a whole number of at least 0 and below 2^63, got {seed}"
 
 
 @dataclass
-class Counts:
-    """What happened on the way.
+class Generated:
+    """The responses of a run, by the index of their prompt.
 
     Attributes:
-        num_resumed: Responses taken over from a run that was stopped.
-        num_truncated: Prompts cut from the left to fit the model's context.
-        responses: The responses, by the index of their prompt.
-        unfinished: Those of them that were stopped at `max_new_tokens`, without an end of their own.
+        responses: The responses.
+        unfinished: Indices of those that were stopped at `max_new_tokens`.
+        failures: Why a prompt has no response; only a server fails for single prompts.
+        num_resumed: Responses of a stopped run, from the journal.
+        num_truncated: Prompts that were truncated on the left to fit the model's context.
+        num_redacted: Responses from which the key of a server was removed.
     """
 
-    num_resumed: int = 0
-    num_truncated: int = 0
     responses: dict[int, str] = field(default_factory=dict)
     unfinished: set[int] = field(default_factory=set)
+    failures: dict[int, str] = field(default_factory=dict)
+    num_resumed: int = 0
+    num_truncated: int = 0
+    num_redacted: int = 0
 
-    @property
-    def num_unfinished(self) -> int:
-        return len(self.unfinished)
-
-    def take_over(self, journal: Journal) -> None:
-        """Takes over what a run that was stopped had written down."""
-        self.responses |= {line["index"]: line["output"] for line in journal.lines}
-        self.unfinished |= {line["index"] for line in journal.lines if line["is_unfinished"]}
-        self.num_resumed = len(self.responses)
-
-
-def load_prompts(source: str) -> list[dict[str, Any]]:
-    """Reads instructions: a JSON array or JSON Lines with `instruction`, optional `input` and `dataset`.
-
-    Args:
-        source: A file, or "alpaca_eval" for the hub's set of 805 instructions.
-
-    Raises:
-        DataError: The file cannot be read, or a row has no instruction; all such rows are named.
-    """
-    if source == ALPACA_EVAL and not Path(source).exists():
-        source = _fetch_alpaca_eval()
-    rows, problems = read_rows(source)
-    for row in rows:
-        validate_row(row, InstructionRow, problems)
-    if problems:
-        raise DataError(problems)
-    if not rows:
-        raise DataError(f"{source}: no instructions; expected a JSON array or JSON Lines with at least one")
-    return [row.value for row in rows]
-
-
-def _fetch_alpaca_eval() -> str:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval.json", repo_type="dataset")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"alpaca_eval: the instructions cannot be fetched from the hub ({reason}); give a file"
-        ) from None
-
-
-def generate_file(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
-    prompts: Sequence[dict[str, Any]],
-    out: str | Path,
-    sampling: Sampling,
-    *,
-    generator: str,
-    dataset: str,
-    fingerprint: str,
-    judgment: str | None = None,
-) -> Counts:
-    """Answers prompts and writes AlpacaEval's format: `instruction`, `output`, `generator`, `dataset`.
-
-    Finished batches go to `OUT.partial` at once; it is removed when `out` is whole.
-
-    Args:
-        model: A causal language model in evaluation mode.
-        tokenizer: Its tokenizer.
-        encoder: Makes the prompts' token ids.
-        prompts: Rows with `instruction`, optional `input` and `dataset`.
-        out: The file to write.
-        sampling: How to draw.
-        generator: The model's name in the output.
-        dataset: What rows without a `dataset` get.
-        fingerprint: Of the model; a partial file made with another one is refused.
-        judgment: What the responses shall deserve to be told, for models that learned from hindsight.
-
-    Raises:
-        UserError: A partial file of another run is in the way.
-    """
-    instructions = [join_instruction(row) for row in prompts]
-    header = describe_run(instructions, judgment, sampling, encoder.template, fingerprint)
-    encoded = [encoder.encode_prompt(instruction, judgment) for instruction in instructions]
-    journal = Journal(out, header)
-    counts = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
-    write_rows(out, make_rows(prompts, counts.responses, generator, dataset))
-    journal.remove()
-    return counts
-
-
-def join_instruction(row: dict[str, Any]) -> str:
-    """The instruction of a row and, after a newline, its input where there is one."""
-    return f"{row['instruction']}\n{row['input']}" if row.get("input") else str(row["instruction"])
-
-
-def describe_run(
-    instructions: Sequence[str], judgment: str | None, sampling: Sampling, template: str, model: str
-) -> dict[str, Any]:
-    """What responses depend on, as the header of a journal."""
-    return {
-        "sampling": asdict(sampling),
-        "template": template,
-        "model": model,
-        "prompts": hashlib.sha256(json.dumps([instructions, judgment]).encode()).hexdigest(),
-    }
-
-
-def make_rows(
-    prompts: Sequence[dict[str, Any]], responses: dict[int, str], generator: str, dataset: str
-) -> list[dict[str, Any]]:
-    """Rows of AlpacaEval's format, in the order of the prompts; a prompt without a response has none."""
-    rows = []
-    for index, row in enumerate(prompts):
-        if index not in responses:
-            continue
-        answer = {"instruction": row["instruction"], "output": responses[index], "generator": generator}
-        if row.get("input"):
-            answer["input"] = row["input"]
-        rows.append(answer | {"dataset": row.get("dataset") or dataset})
-    return rows
-
-
-def generate_with_journal(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
-    encoded: Sequence[list[int]],
-    sampling: Sampling,
-    journal: Journal,
-) -> Counts:
-    """Generates what a journal does not hold yet, and writes it there batch by batch.
-
-    Args:
-        model: A causal language model in evaluation mode.
-        tokenizer: Its tokenizer.
-        encoder: Cuts prompts that do not fit.
-        encoded: Token ids of the prompts.
-        sampling: How to draw.
-        journal: Of this run or of one that was stopped.
-    """
-    counts = Counts()
-    counts.take_over(journal)
-    with journal, tqdm(total=len(encoded), initial=counts.num_resumed, desc="generating", unit="response") as progress:
-        for batch in generate_batches(model, tokenizer, encoder, encoded, sampling, counts):
-            journal.append(
-                {"index": index, "output": text, "is_unfinished": is_unfinished} for index, text, is_unfinished in batch
-            )
-            progress.update(len(batch))
-    return counts
+    @classmethod
+    def resume(cls, journal: Journal) -> "Generated":
+        """Returns what the journal of a stopped run holds."""
+        lines = journal.lines
+        return cls(
+            {line["index"]: line["output"] for line in lines},
+            {line["index"] for line in lines if line["is_unfinished"]},
+            num_resumed=len({line["index"] for line in lines}),
+            num_redacted=sum(line.get("is_redacted", False) for line in lines),
+        )
 
 
 def generate_responses(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder,
-    encoded: Sequence[list[int]],
+    prompts: Sequence[list[int]],
     sampling: Sampling,
 ) -> list[str]:
-    """Generates a response to each prompt, in their order; nothing is written down.
+    """Returns a response to each prompt, given as token ids; see `generate_with_journal`."""
+    generated = Generated()
+    for _ in generate_batches(model, tokenizer, encoder, prompts, sampling, generated):
+        pass
+    return [generated.responses[index] for index in range(len(prompts))]
+
+
+def generate_with_journal(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    journal: Journal,
+) -> Generated:
+    """Generates the responses that a journal does not hold yet and appends them to it batch by batch.
 
     Args:
         model: A causal language model in evaluation mode.
         tokenizer: Its tokenizer.
-        encoder: Cuts prompts that do not fit.
-        encoded: Token ids of the prompts.
-        sampling: How to draw.
+        encoder: Truncates prompts that are too long.
+        prompts: Token ids of the prompts.
+        sampling: How to sample.
+        journal: Of this run or of one that was stopped.
     """
-    counts = Counts()
-    for _ in generate_batches(model, tokenizer, encoder, encoded, sampling, counts):
-        pass
-    return [counts.responses[index] for index in range(len(encoded))]
+    generated = Generated.resume(journal)
+    with (
+        journal,
+        tqdm(total=len(prompts), initial=generated.num_resumed, desc="generating", unit="response") as progress,
+    ):
+        for batch in generate_batches(model, tokenizer, encoder, prompts, sampling, generated):
+            journal.append(
+                {"index": index, "output": text, "is_unfinished": is_unfinished} for index, text, is_unfinished in batch
+            )
+            progress.update(len(batch))
+    return generated
 
 
 def generate_batches(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder,
-    encoded: Sequence[list[int]],
+    prompts: Sequence[list[int]],
     sampling: Sampling,
-    counts: Counts,
+    generated: Generated,
 ) -> Iterator[list[tuple[int, str, bool]]]:
-    """Generates batch by batch, longest prompts first, so that what does not fit the memory fails at once.
+    """Generates batch by batch into `generated`, the longest prompts first, so that a lack of memory shows at once.
 
     Yields:
-        For each prompt of a batch its index, the response, and whether it was stopped at `max_new_tokens`.
+        For each new response of a batch its index, its text, and whether it was stopped at `max_new_tokens`.
+
+    Raises:
+        UserError: The model's context has no room for a prompt.
     """
-    encoded, counts.num_truncated = _fit_context(unwrap_peft(model), encoder, encoded, sampling.max_new_tokens)
-    order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
+    room = find_room(model, sampling.max_new_tokens)
+    if room is not None:
+        generated.num_truncated = sum(len(ids) > room for ids in prompts)
+        prompts = [encoder.truncate(ids, room) for ids in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     for number, start in enumerate(range(0, len(order), sampling.batch_size)):
         batch = order[start : start + sampling.batch_size]
-        if all(index in counts.responses for index in batch):
+        missing = {index for index in batch if index not in generated.responses}
+        if not missing:
             continue
         torch.manual_seed(sampling.seed + number)
-        texts = _generate_batch(model, tokenizer, [encoded[index] for index in batch], sampling)
-        answers = [(index, text, is_unfinished) for index, (text, is_unfinished) in zip(batch, texts, strict=True)]
-        # A batch of which a part had been written down is made again whole, but no response counts twice.
-        answers = [answer for answer in answers if answer[0] not in counts.responses]
-        counts.unfinished |= {index for index, _, is_unfinished in answers if is_unfinished}
-        counts.responses |= {index: text for index, text, _ in answers}
+        # A batch of which the journal holds a part is generated whole: its random numbers depend on all of it.
+        texts = _generate_batch(model, tokenizer, [prompts[index] for index in batch], sampling)
+        answers = [(index, *answer) for index, answer in zip(batch, texts, strict=True) if index in missing]
+        generated.responses |= {index: text for index, text, _ in answers}
+        generated.unfinished |= {index for index, _, is_unfinished in answers if is_unfinished}
         yield answers
 
 
 def choose_max_new_tokens(model: nn.Module) -> int:
-    """2048 as in the paper, or half of the model's context where that is less."""
+    """Returns 2048 as in the paper, or half of the model's context if that is less."""
     limit = find_context_limit(model)
-    return 2048 if limit is None else max(1, min(2048, limit // 2))
+    return MAX_NEW_TOKENS if limit is None else max(1, min(MAX_NEW_TOKENS, limit // 2))
 
 
 def find_context_limit(model: nn.Module) -> int | None:
-    """The most tokens that a model can read; None where it does not say."""
+    """Returns the length of the model's context in tokens; None if its config does not state one."""
     return getattr(unwrap_peft(model).config.get_text_config(), "max_position_embeddings", None)
 
 
 def find_room(model: nn.Module, max_new_tokens: int) -> int | None:
-    """Tokens that the model's context leaves for a prompt; None where it has no end.
+    """Returns how many tokens of the model's context are left for a prompt; None if it has no limit.
 
     Raises:
-        UserError: There is no room.
+        UserError: None are left.
     """
     limit = find_context_limit(model)
     if limit is not None and limit <= max_new_tokens:
         raise UserError(f"max_new_tokens: expected fewer than the model's context of {limit}, got {max_new_tokens}")
     return None if limit is None else limit - max_new_tokens
-
-
-def _fit_context(
-    model: Any, encoder: Encoder, encoded: Sequence[list[int]], max_new_tokens: int
-) -> tuple[Sequence[list[int]], int]:
-    room = find_room(model, max_new_tokens)
-    if room is None:
-        return encoded, 0
-    return [encoder.truncate(ids, room) for ids in encoded], sum(len(ids) > room for ids in encoded)
 
 
 @torch.inference_mode()
@@ -327,15 +211,16 @@ def _generate_batch(
     )
     results = []
     for ids in output[:, width:].tolist():
-        length = next((place for place, token in enumerate(ids) if token in end_ids), None)
+        length = next((index for index, token in enumerate(ids) if token in end_ids), None)
         text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
         results.append((text, length is None and len(ids) >= sampling.max_new_tokens))
     return results
 
 
 def make_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
-    """How a model draws, with nothing left to its own settings but further end-of-sequence tokens."""
-    end_ids = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))}
+    """Returns a complete generation config: of the model's own one only its end-of-turn tokens are kept."""
+    end_ids = getattr(model.generation_config, "eos_token_id", None)
+    end_ids = [] if end_ids is None else end_ids if isinstance(end_ids, list | tuple) else [end_ids]
     is_sampled = sampling.temperature > 0
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -343,16 +228,10 @@ def make_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, sampl
         temperature=sampling.temperature if is_sampled else None,
         top_p=sampling.top_p if is_sampled else None,
         top_k=0 if is_sampled else None,
-        # What is not said here is taken from the model's own settings: greedy would not be greedy.
+        # Fields that are None are filled in from the model's config, and greedy would not be greedy.
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        eos_token_id=sorted(end_ids),
+        eos_token_id=sorted({tokenizer.eos_token_id, *end_ids}),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-
-
-def _as_list(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]

@@ -6,7 +6,8 @@ from typing import Any
 from cutlm.data.journal import Journal
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import DataError, UserError
-from cutlm.generation.local import Sampling, describe_run, find_room, generate_with_journal
+from cutlm.generation.files import describe_run
+from cutlm.generation.local import Sampling, find_room, generate_with_journal
 from cutlm.judges.prompt import (
     TRAINED_PROMPT,
     BadAnswer,
@@ -89,9 +90,7 @@ def judge_locally(
             reason = f"the question has {len(ids)} tokens; the model's context leaves {max_prompt} besides the answer"
             outcome.failures[index] = Failure("long question", reason)
     asked = [index for index in kept if index not in outcome.failures]
-    header = describe_run(
-        [questions[index] for index in asked], None, sampling, encoder.template, fingerprint_model(path)
-    )
+    header = describe_run([questions[index] for index in asked], sampling, encoder.template, fingerprint_model(path))
     journal = Journal(out, header)
     counts = generate_with_journal(model, tokenizer, encoder, [encoded[index] for index in asked], sampling, journal)
     if counts.num_resumed:

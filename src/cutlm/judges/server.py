@@ -1,20 +1,16 @@
-"""The judge on a server: any OpenAI-compatible chat endpoint, several questions at a time, each paid for once.
+"""The judge on a server: a language model behind any OpenAI-compatible chat endpoint, asked for each judgment once.
 
-Judgments go to a cache as they come; a run that is stopped or killed, and started again, asks for the missing ones
-alone. How one question is asked is left to `cutlm.servers.chat`, its wording to `cutlm.judges.prompt`.
+Judgments are cached as they arrive; a run that is stopped or killed and started again asks only for the missing ones.
 """
 
 import hashlib
 import json
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from cutlm.errors import UserError
-from cutlm.judges import Failure, Outcome, Response
 from cutlm.judges.prompt import (
     DEFAULT_PROMPT,
     PARSING_VERSION,
@@ -24,141 +20,114 @@ from cutlm.judges.prompt import (
     read_answer,
     read_trained_answer,
 )
-from cutlm.judges.responses import set_aside_empty
-from cutlm.servers.budget import CapReached, Spending
-from cutlm.servers.cache import Cache
-from cutlm.servers.chat import (
-    Answer,
-    ChatServer,
-    Malformed,
-    ask,
-    explain_refusal,
-    make_client,
-)
-from cutlm.servers.http import Refused, Unreachable, read_key
-from cutlm.servers.requests import GivenUp, RefusedAlone, ask_all
+from cutlm.judges.responses import Failure, Outcome, Response, set_aside_empty
+from cutlm.servers.cache import Budget, Cache
+from cutlm.servers.client import NOT_SENT, Client, RequestFailed, Server
 
-NOT_ASKED = "not asked"
-_LONGEST_SHOWN = 2000
+_ADVICE = "if it is too long for the model, set a smaller --max_tokens; if it names a field, change it by --extra_body"
+_MAX_ANSWER_SHOWN = 2000
 
 
 def judge_by_server(
     responses: Sequence[Response],
-    server: ChatServer,
+    server: Server,
     cache_file: str | Path,
     *,
     template: str = DEFAULT_PROMPT,
+    temperature: float = 0.0,
+    max_tokens: int = 1024,
     show_progress: bool = True,
 ) -> Outcome:
     """Judges responses by a language model on a server.
 
     Args:
-        responses: What is to be judged.
-        server: Whom to ask, how, and how much may be spent.
-        cache_file: Where judgments are kept.
-        template: The question, with `{instruction}` and `{response}`; it decides how answers are read.
+        responses: The responses to judge.
+        server: The server, and the budget for it.
+        cache_file: Where judgments are cached.
+        template: The prompt, with `{instruction}` and `{response}`; it decides how answers are parsed.
+        temperature: Of the sampling; 0 is greedy.
+        max_tokens: Longest answer.
         show_progress: Whether to show a progress bar.
 
     Returns:
-        A judgment for each response, or why there is none: no answer after all attempts, a question that the server
-        refuses, an answer that is no judgment, or nothing more to spend.
+        A judgment for each response, or why there is none: no answer after all retries, a request that the server
+        refuses, an answer that is not a judgment, or an exhausted budget.
 
     Raises:
-        UserError: The server refuses all that it is asked, or the cache cannot be written to. What was judged before is
-            in the cache.
+        UserError: The server refuses every request, or the cache cannot be written. Earlier judgments are cached.
     """
-    key = read_key()
     kept, outcome = set_aside_empty(responses)
     prompts = {index: fill_prompt(template, responses[index]) for index in kept}
     read = read_trained_answer if template == TRAINED_PROMPT else read_answer
-    # Responses that are alike word for word are asked about once.
-    alike: dict[str, list[int]] = {}
+    bodies: dict[str, dict[str, Any]] = {}
+    groups: dict[str, list[int]] = {}  # identical responses share one request
     for index in kept:
-        alike.setdefault(make_key(server, prompts[index]), []).append(index)
+        body = server.make_body(prompts[index], temperature=temperature, max_tokens=max_tokens)
+        key = make_key(server, body)
+        bodies[key] = body
+        groups.setdefault(key, []).append(index)
     with Cache(cache_file) as cache:
-        found = cache.find(alike)
-        for name, judgment in found.items():
-            outcome.judgments |= dict.fromkeys(alike[name], judgment)
-        missing = [name for name in alike if name not in found]
-        if found:
+        cached = cache.get_many(groups)
+        for key, judgment in cached.items():
+            outcome.judgments |= dict.fromkeys(groups[key], judgment)
+        if cached:
             outcome.notes.append(f"{len(outcome.judgments)} judgments were in the cache {cache.path}")
+        missing = [key for key in groups if key not in cached]
         if not missing:
             return outcome
-        spending = Spending(server.max_requests, server.max_tokens_total, cache)
-        progress = tqdm(
+        budget = Budget(cache, server.max_requests, server.max_tokens_total)
+        client = Client(server, budget)
+
+        def ask(number: int) -> tuple[str | Failure | None, bool]:
+            key = missing[number]
+            first = groups[key][0]
+            answer = client.complete(bodies[key])
+            try:
+                judgment = read(answer.text, answer.finish_reason, responses[first], prompts[first])
+            except BadAnswer as error:
+                failure = Failure(error.kind, error.reason, (answer.text or "")[:_MAX_ANSWER_SHOWN])
+                return failure, answer.is_redacted
+            cache.put(key, judgment)
+            return judgment, answer.is_redacted
+
+        locations = [responses[groups[key][0]].location for key in missing]
+        num_redacted = 0
+        with tqdm(
             total=len(kept), initial=len(outcome.judgments), desc="judging", unit="response", disable=not show_progress
-        )
-        firsts = [alike[name][0] for name in missing]
-        client = make_client(server, key)
-        num_redacted, stop, full = 0, threading.Event(), None
-        with progress:
-
-            def ask_one(place: int, stop: threading.Event) -> Answer:
-                return ask(client, server, prompts[firsts[place]], key=key, spending=spending, stop=stop)
-
-            for place, result in ask_all(len(firsts), ask_one, server.concurrency, stop=stop, is_answering=bool(found)):
-                name, index = missing[place], firsts[place]
-                num_redacted += isinstance(result, Answer) and result.is_redacted
-                try:
-                    judgment = _read_result(result, server, responses[index], prompts[index], read)
-                except _NoJudgment as error:
-                    outcome.failures |= dict.fromkeys(alike[name], error.failure)
-                    if error.failure.kind == NOT_ASKED:
+        ) as progress:
+            for number, result in client.request_many(ask, locations, advice=_ADVICE, is_answering=bool(cached)):
+                group = groups[missing[number]]
+                if isinstance(result, RequestFailed):
+                    outcome.failures |= dict.fromkeys(group, Failure(result.kind, str(result)))
+                    if result.kind == NOT_SENT:
                         continue
                 else:
-                    try:
-                        cache.keep(name, judgment)
-                    except UserError as error:  # there may be room for what is on its way
-                        full = full or error
-                        stop.set()
-                    outcome.judgments |= dict.fromkeys(alike[name], judgment)
-                # As text: tqdm would write 4e+4 for 40000.
-                progress.set_postfix(tokens=f"{spending.num_tokens}", failed=len(outcome.failures), refresh=False)
-                progress.update(len(alike[name]))
-        if full is not None:
-            raise full
-        total = spending.read_total()
-    estimated = " (some of them estimated, as the server did not say)" if spending.is_estimated else ""
-    outcome.notes.append(f"{spending.num_requests} requests, {spending.num_tokens} tokens{estimated}")
-    if total != (spending.num_requests, spending.num_tokens):
-        outcome.notes.append(f"{total[0]} requests, {total[1]} tokens by all runs with this cache")
-    if num_redacted:
-        outcome.notes.append(f"{num_redacted} answers held the key to the server; [key] stands in its place")
-    caps = {failure.reason for failure in outcome.failures.values() if failure.kind == NOT_ASKED}
-    outcome.notes.extend(f"stopped: {reason}" for reason in sorted(caps))
+                    judgment, is_redacted = result
+                    num_redacted += is_redacted
+                    if isinstance(judgment, Failure):
+                        outcome.failures |= dict.fromkeys(group, judgment)
+                    else:
+                        outcome.judgments |= dict.fromkeys(group, judgment)
+                # As text, because tqdm would write 4e+4 for 40000.
+                progress.set_postfix(tokens=f"{budget.num_tokens}", failed=len(outcome.failures), refresh=False)
+                progress.update(len(group))
+        outcome.notes += _describe_usage(budget, num_redacted)
+    reasons = {failure.reason for failure in outcome.failures.values() if failure.kind == NOT_SENT}
+    outcome.notes.extend(f"stopped: {reason}" for reason in sorted(reasons))
     return outcome
 
 
-def make_key(server: ChatServer, prompt: str) -> str:
-    """A hash of everything that a judgment depends on: server, request, and how its answer is read."""
-    parts = [PARSING_VERSION, server.url, server.make_request(prompt)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def make_key(server: Server, body: Mapping[str, Any]) -> str:
+    """Returns a hash of everything that a judgment depends on: server, request, and how its answer is parsed."""
+    return hashlib.sha256(json.dumps([PARSING_VERSION, server.url, body], sort_keys=True).encode()).hexdigest()
 
 
-class _NoJudgment(Exception):
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.reason)
-        self.failure = failure
-
-
-def _read_result(
-    result: Any, server: ChatServer, response: Response, prompt: str, read: Callable[..., str | None]
-) -> str | None:
-    """The judgment in what came of a question."""
-    if isinstance(result, Refused):
-        raise UserError(explain_refusal(server, result, response.location))
-    if isinstance(result, CapReached | GivenUp):
-        raise _NoJudgment(Failure(NOT_ASKED, str(result)))
-    if isinstance(result, RefusedAlone):
-        raise _NoJudgment(Failure("refused", f"{result}; if it is too long for the model, give a smaller --max_tokens"))
-    if isinstance(result, Unreachable):
-        raise _NoJudgment(Failure("no answer", str(result)))
-    if isinstance(result, Malformed):
-        raise _NoJudgment(Failure("malformed answer", str(result)))
-    if isinstance(result, BaseException):
-        raise result
-    assert isinstance(result, Answer)
-    try:
-        return read(result.text, result.finish_reason, response, prompt)
-    except BadAnswer as error:
-        raise _NoJudgment(Failure(error.kind, error.reason, (result.text or "")[:_LONGEST_SHOWN])) from None
+def _describe_usage(budget: Budget, num_redacted: int) -> list[str]:
+    estimated = " (partly estimated, because the server did not report them)" if budget.is_estimated else ""
+    notes = [f"{budget.num_requests} requests, {budget.num_tokens} tokens{estimated}"]
+    num_requests, num_tokens = budget.read_total()
+    if (num_requests, num_tokens) != (budget.num_requests, budget.num_tokens):
+        notes.append(f"{num_requests} requests, {num_tokens} tokens by all runs with this cache")
+    if num_redacted:
+        notes.append(f"{num_redacted} answers contained the key of the server; [key] replaces it")
+    return notes

@@ -15,8 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -278,19 +276,18 @@ def serve(command: str, model: str, url: str, timeout: float, log: Path, lock: i
 
 
 def _answers(url: str) -> bool:
-    from cutlm.servers.http import NoRedirect, read_key  # only here: the guard starts faster without
+    import httpx2  # only here, as the client: the guard starts faster without them
 
-    request = urllib.request.Request(f"{url.rstrip('/')}/models")
-    if key := read_key():
-        request.add_header("Authorization", f"Bearer {key}")
+    from cutlm.servers.client import read_key
+
+    key = read_key()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=5):
-            return True
-    except urllib.error.HTTPError as error:
-        # A refusal is an answer, and the command that uses the server reports it; 503 means that it is still loading.
-        return error.code < 500
-    except (OSError, ValueError):
+        response = httpx2.get(f"{url.rstrip('/')}/models", headers=headers, timeout=5)  # follows no redirect
+    except (httpx2.RequestError, httpx2.InvalidURL, ValueError):
         return False
+    # A refusal is an answer, and the command that uses the server reports it; 503 means that it is still loading.
+    return response.status_code < 500
 
 
 # ---- The guard ----

@@ -1,43 +1,43 @@
-"""Judgments that were paid for, in one SQLite file, by a hash of everything that they depend on; and what was spent.
+"""Answers that were paid for and the budget of requests and tokens, both in one SQLite file.
 
-A judgment is on the disk before it counts as had, so that a run that is killed asks for none twice, and an attempt
-before it is made, so that it counts whatever comes of it. What a key is made of is left to whoever asks. Failures are
-not kept: they are asked for again.
+An answer is on disk before it counts, so a killed run requests none twice. A request is counted on disk before it is
+sent, so it counts whatever becomes of it. Failures are not cached.
 """
 
 import sqlite3
 import threading
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from cutlm.errors import UserError
 
-_APPLICATION_ID = 0x6375746A  # "cutj", which tells our files from others in SQLite's own header
-_LAYOUT = (
-    "CREATE TABLE IF NOT EXISTS judgments (key TEXT PRIMARY KEY, judgment TEXT) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS spent (row INTEGER PRIMARY KEY CHECK (row = 1), requests INTEGER, tokens INTEGER)",
-    "INSERT OR IGNORE INTO spent VALUES (1, 0, 0)",
+_APPLICATION_ID = 0x6375746A  # "cutj": tells our files from others in SQLite's own header
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS usage (row INTEGER PRIMARY KEY CHECK (row = 1), requests INTEGER, tokens INTEGER)",
+    "INSERT OR IGNORE INTO usage VALUES (1, 0, 0)",
 )
-_KEYS_AT_A_TIME = 500
+_NUM_KEYS_PER_QUERY = 500
+_BYTES_PER_TOKEN = 4
 
 
 class Cache:
-    """Judgments by key; made where it is missing. Several threads may use it.
+    """A thread-safe cache of answers by key, which also stores the number of requests and tokens used.
 
     Args:
-        path: The file. SQLite keeps two more beside it while it is open.
+        path: The file, created if it is missing. SQLite keeps two more next to it while it is open.
 
     Raises:
-        UserError: There is another kind of file, or it cannot be opened.
+        UserError: The file is of another kind or cannot be opened.
 
     Example:
 
         >>> with Cache("judgments.sqlite") as cache:
-        ...     cache.keep("a key", "The capital is wrong.")
-        ...     cache.find(["a key", "another"])
+        ...     cache.put("a key", "The capital is wrong.")
+        ...     cache.get_many(["a key", "another"])
         {'a key': 'The capital is wrong.'}
     """
 
@@ -54,18 +54,18 @@ class Cache:
                 raise
         except (sqlite3.DatabaseError, OSError) as error:
             raise UserError(
-                f"{self.path}: cannot be used as a cache ({error}); name another file by --cache, or mend this one"
+                f"{self.path}: cannot be used as a cache ({error}); pass another file by --cache, or fix this one"
             ) from None
 
     def _prepare(self) -> None:
-        (mark,) = self._connection.execute("PRAGMA application_id").fetchone()
+        (application_id,) = self._connection.execute("PRAGMA application_id").fetchone()
         (num_tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if mark != _APPLICATION_ID and (mark or num_tables):
-            raise UserError(f"{self.path}: a database, but not a cache of judgments; name another file by --cache")
-        # Readers and a writer at once; what is committed survives a loss of power too.
+        if application_id != _APPLICATION_ID and (application_id or num_tables):
+            raise UserError(f"{self.path}: a database, but not a cache of answers; pass another file by --cache")
+        # Readers do not block the writer, and a commit survives a power failure.
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")
-        for statement in _LAYOUT:
+        for statement in _SCHEMA:
             self._connection.execute(statement)
         self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
 
@@ -75,48 +75,47 @@ class Cache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._lock:  # a thread that asks may be in the middle of writing down what it spends
+        with self._lock:  # after Ctrl-C a thread may be in the middle of a write
             self._connection.close()
 
-    def find(self, keys: Iterable[str]) -> dict[str, str | None]:
-        """The judgments that are there, by key; None is the judgment of a satisfactory response.
+    def get_many(self, keys: Iterable[str]) -> dict[str, str | None]:
+        """Returns the cached answers by key.
 
         Raises:
             UserError: The file is damaged.
         """
         wanted = list(keys)
         found: dict[str, str | None] = {}
-        for start in range(0, len(wanted), _KEYS_AT_A_TIME):
-            part = wanted[start : start + _KEYS_AT_A_TIME]
+        for start in range(0, len(wanted), _NUM_KEYS_PER_QUERY):
+            part = wanted[start : start + _NUM_KEYS_PER_QUERY]
             marks = ", ".join("?" * len(part))
-            found.update(self._read(f"SELECT key, judgment FROM judgments WHERE key IN ({marks})", part))
+            found.update(self._read(f"SELECT key, answer FROM answers WHERE key IN ({marks})", part))
         return found
 
-    def keep(self, key: str, judgment: str | None) -> None:
-        """Writes a judgment down and sees it to the disk.
+    def put(self, key: str, answer: str | None) -> None:
+        """Stores an answer durably.
 
         Raises:
-            UserError: The disk is full, or the like.
+            UserError: The file cannot be written, for example because the disk is full.
         """
-        self._write("a judgment", "INSERT OR REPLACE INTO judgments VALUES (?, ?)", (key, judgment))
+        self._write("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, answer))
 
-    def read_spent(self) -> tuple[int, int]:
-        """Requests and tokens that all runs with this file have spent.
+    def read_usage(self) -> tuple[int, int]:
+        """Returns the number of requests and of tokens of all runs with this file.
 
         Raises:
             UserError: The file is damaged.
         """
-        ((num_requests, num_tokens),) = self._read("SELECT requests, tokens FROM spent", ())
+        ((num_requests, num_tokens),) = self._read("SELECT requests, tokens FROM usage", ())
         return num_requests, num_tokens
 
-    def add_spent(self, num_requests: int, num_tokens: int) -> None:
-        """Writes down what is spent, and sees it to the disk.
+    def add_usage(self, num_requests: int, num_tokens: int) -> None:
+        """Adds to the usage durably.
 
         Raises:
-            UserError: The disk is full, or the like.
+            UserError: The file cannot be written, for example because the disk is full.
         """
-        added = (num_requests, num_tokens)
-        self._write("what is spent", "UPDATE spent SET requests = requests + ?, tokens = tokens + ?", added)
+        self._write("UPDATE usage SET requests = requests + ?, tokens = tokens + ?", (num_requests, num_tokens))
 
     def _read(self, query: str, values: Sequence[Any]) -> list[Any]:
         try:
@@ -124,15 +123,84 @@ class Cache:
                 return rows.fetchall()
         except sqlite3.DatabaseError as error:
             raise UserError(
-                f"{self.path}: the cache cannot be read ({error}); mend it, or name another file by --cache to ask anew"
+                f"{self.path}: cannot read the cache ({error}); fix it, or pass another file by --cache to start over"
             ) from None
 
-    def _write(self, what: str, statement: str, values: Sequence[Any]) -> None:
+    def _write(self, statement: str, values: Sequence[Any]) -> None:
         try:
             with self._lock:
                 self._connection.execute(statement, values)
         except sqlite3.DatabaseError as error:
             raise UserError(
-                f"{self.path}: {what} cannot be written down ({error}); what was written before is kept: start again"
-                " once there is room"
+                f"{self.path}: cannot write to the cache ({error}); what was written before is kept: make room on the"
+                " disk and start again"
             ) from None
+
+
+class BudgetExceeded(Exception):
+    """No further request may be sent; the message names the cap."""
+
+
+class Budget:
+    """The requests and tokens that a run used and may use; thread-safe.
+
+    Args:
+        cache: Stores the usage: the caps hold for all runs that share it.
+        max_requests: Most requests, retries included; None for no cap.
+        max_tokens: Number of tokens after which no further request is sent; None for no cap.
+
+    Attributes:
+        num_requests: Requests of this run, retries included.
+        num_tokens: Tokens of this run, of prompts and answers.
+        is_estimated: Whether some tokens are estimated because the server did not report them.
+    """
+
+    def __init__(self, cache: Cache, max_requests: int | None = None, max_tokens: int | None = None) -> None:
+        self.num_requests, self.num_tokens, self.is_estimated = 0, 0, False
+        self._cache, self._max_requests, self._max_tokens = cache, max_requests, max_tokens
+        self._lock = threading.Lock()
+        self._num_unwritten = 0
+
+    def count_request(self) -> None:
+        """Counts a request before it is sent.
+
+        Raises:
+            BudgetExceeded: It must not be sent.
+            UserError: It cannot be written to the cache.
+        """
+        with self._lock:
+            num_requests, num_tokens = self.read_total()
+            if self._max_requests is not None and num_requests >= self._max_requests:
+                raise BudgetExceeded(self._explain(f"max_requests {self._max_requests}"))
+            if self._max_tokens is not None and num_tokens >= self._max_tokens:
+                raise BudgetExceeded(self._explain(f"max_tokens_total {self._max_tokens}"))
+            self._write(1)
+            self.num_requests += 1
+
+    def count_tokens(self, num_tokens: int | None, num_bytes: int) -> None:
+        """Counts the tokens of a prompt and its answer.
+
+        Args:
+            num_tokens: As reported by the server; None if it did not.
+            num_bytes: Length of prompt and answer, from which tokens are estimated that were not reported.
+        """
+        with self._lock:
+            self.is_estimated |= num_tokens is None
+            num_added = -(-num_bytes // _BYTES_PER_TOKEN) if num_tokens is None else num_tokens
+            self.num_tokens += num_added
+            self._num_unwritten += num_added
+            # A full disk must not lose the answer: the next request writes this count, or is not sent.
+            with suppress(UserError):
+                self._write(0)
+
+    def read_total(self) -> tuple[int, int]:
+        """Returns the requests and tokens that count against the caps."""
+        num_requests, num_tokens = self._cache.read_usage()
+        return num_requests, num_tokens + self._num_unwritten
+
+    def _write(self, num_requests: int) -> None:
+        self._cache.add_usage(num_requests, self._num_unwritten)
+        self._num_unwritten = 0
+
+    def _explain(self, cap: str) -> str:
+        return f"{cap} is reached by all runs that share the cache {self._cache.path}; raise it to continue"

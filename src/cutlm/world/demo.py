@@ -36,7 +36,8 @@ from cutlm.blame.token_scores import TokenScores, read_token_scores
 from cutlm.data.files import open_atomic, read_rows, write_rows
 from cutlm.data.records import check_records
 from cutlm.errors import UserError
-from cutlm.generation.local import Sampling, generate_file
+from cutlm.generation.files import generate_file
+from cutlm.generation.local import Sampling
 from cutlm.inspect.terminal import Stage, Terminal
 from cutlm.model.loading import count_parameters, fingerprint_model, load_model, load_tokenizer, load_trained
 from cutlm.model.merge import merge_adapter

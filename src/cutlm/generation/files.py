@@ -1,0 +1,200 @@
+"""Files of prompts to answer and of records to refine, by a local model or a server.
+
+Finished responses go to `OUT.partial` at once, from which a stopped run resumes; it is removed when OUT is written.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from cutlm.data.files import read_rows, write_rows
+from cutlm.data.journal import Journal
+from cutlm.data.records import InstructionRow, JudgedRecord, validate_row
+from cutlm.errors import DataError, UserError
+from cutlm.generation.local import Generated, Sampling, generate_with_journal
+from cutlm.prompting.encoding import Encoder
+
+ALPACA_EVAL = "alpaca_eval"
+
+
+def load_prompts(source: str) -> list[dict[str, Any]]:
+    """Reads instructions: a JSON array or JSON Lines with `instruction`, optional `input` and `dataset`.
+
+    Args:
+        source: A file, or "alpaca_eval" for the 805 instructions on the hub.
+
+    Raises:
+        DataError: The file cannot be read, or rows have no instruction; all such rows are named.
+    """
+    if source == ALPACA_EVAL and not Path(source).exists():
+        source = _download_alpaca_eval()
+    rows, problems = read_rows(source)
+    for row in rows:
+        validate_row(row, InstructionRow, problems)
+    if problems:
+        raise DataError(problems)
+    if not rows:
+        raise DataError(f"{source}: expected a JSON array or JSON Lines with at least one instruction, got none")
+    return [row.value for row in rows]
+
+
+def _download_alpaca_eval() -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval.json", repo_type="dataset")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"alpaca_eval: cannot download the instructions from the hub ({reason}); pass a file instead"
+        ) from None
+
+
+def join_instruction(row: dict[str, Any]) -> str:
+    """Returns the instruction of a row and, after a newline, its input if it has one."""
+    return f"{row['instruction']}\n{row['input']}" if row.get("input") else str(row["instruction"])
+
+
+def describe_run(inputs: Any, sampling: Sampling, template: str, model: str) -> dict[str, Any]:
+    """Returns the header of a run's journal: everything that its responses depend on.
+
+    Args:
+        inputs: What the prompts are made of, as JSON; only its hash is kept.
+        sampling: How to sample.
+        template: Name of the prompt template.
+        model: Fingerprint or name of the model.
+    """
+    return {
+        "sampling": asdict(sampling),
+        "template": template,
+        "model": model,
+        "prompts": hashlib.sha256(json.dumps(inputs).encode()).hexdigest(),
+    }
+
+
+def generate_file(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    prompts: Sequence[dict[str, Any]],
+    out: str | Path,
+    sampling: Sampling,
+    *,
+    generator: str,
+    dataset: str,
+    fingerprint: str,
+    judgment: str | None = None,
+) -> Generated:
+    """Answers prompts with a local model and writes AlpacaEval's format, see `make_rows`.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+        encoder: Encodes the prompts.
+        prompts: Rows with `instruction`, optional `input` and `dataset`.
+        out: The file to write.
+        sampling: How to sample.
+        generator: The model's name in the output.
+        dataset: The `dataset` of rows that have none.
+        fingerprint: Of the model; a partial file of another one is refused.
+        judgment: Asks for responses that deserve this judgment, from models trained by hindsight.
+
+    Raises:
+        UserError: There is a partial file of a run with other settings.
+    """
+    instructions = [join_instruction(row) for row in prompts]
+    header = describe_run([instructions, judgment], sampling, encoder.template, fingerprint)
+    encoded = [encoder.encode_prompt(instruction, judgment) for instruction in instructions]
+    return _write_generated(
+        out,
+        header,
+        lambda journal: generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal),
+        lambda responses: make_rows(prompts, responses, generator, dataset),
+    )
+
+
+def refine_file(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    records: Sequence[JudgedRecord],
+    out: str | Path,
+    sampling: Sampling,
+    *,
+    fingerprint: str,
+) -> Generated:
+    """Writes records again, with an improved response in `i_ans` of each unsatisfactory one that has none.
+
+    These are for the ILF baselines, which learn from refinements; the paper takes them as given.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+        encoder: Encodes the prompts.
+        records: The records.
+        out: The file to write.
+        sampling: How to sample.
+        fingerprint: Of the model; a partial file of another one is refused.
+
+    Raises:
+        UserError: There is a partial file of a run with other settings.
+    """
+    unrefined = [index for index, record in enumerate(records) if not record.is_satisfactory and not record.i_ans]
+    header = describe_run(
+        [record.model_dump(mode="json") for record in records], sampling, encoder.template, fingerprint
+    )
+    encoded = encode_refinement_prompts([records[index] for index in unrefined], encoder)
+
+    def refine_rows(responses: dict[int, str]) -> list[dict[str, Any]]:
+        rows = [record.model_dump(mode="json", exclude_unset=True) for record in records]
+        for number, index in enumerate(unrefined):
+            rows[index]["i_ans"] = responses[number]
+        return rows
+
+    return _write_generated(
+        out,
+        header,
+        lambda journal: generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal),
+        refine_rows,
+    )
+
+
+def encode_refinement_prompts(records: Sequence[JudgedRecord], encoder: Encoder) -> list[list[int]]:
+    """Returns the token ids of prompts that ask to improve unsatisfactory responses by their judgments."""
+    return [
+        encoder.encode_refinement_prompt(record.full_instruction, record.output, record.judgment or "")
+        for record in records
+    ]
+
+
+def make_rows(
+    prompts: Sequence[dict[str, Any]], responses: dict[int, str], generator: str, dataset: str
+) -> list[dict[str, Any]]:
+    """Returns rows of AlpacaEval's format (`instruction`, `output`, `generator`, `dataset`) for the given responses."""
+    rows = []
+    for index, row in enumerate(prompts):
+        if index in responses:
+            answer = {"instruction": row["instruction"], "output": responses[index], "generator": generator}
+            answer |= {"input": row["input"]} if row.get("input") else {}
+            rows.append(answer | {"dataset": row.get("dataset") or dataset})
+    return rows
+
+
+def _write_generated(
+    out: str | Path,
+    header: dict[str, Any],
+    generate: Callable[[Journal], Generated],
+    make: Callable[[dict[int, str]], list[dict[str, Any]]],
+) -> Generated:
+    journal = Journal(out, header)
+    generated = generate(journal)
+    write_rows(out, make(generated.responses))
+    journal.remove()
+    return generated

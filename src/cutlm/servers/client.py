@@ -1,0 +1,549 @@
+"""The client for OpenAI-compatible servers, on the `openai` package.
+
+`openai` retries what may pass (timeouts, cut connections, 408, 409, 425, 429, 5xx) with backoff, and waits as long as
+`Retry-After` asks. This module adds what it lacks: answers that are not JSON or are errors under status 200 are
+retried too, answers are bounded in size and duration, redirects are not followed, every attempt counts against the
+budget, and many requests run at a time. The key is read from the environment variable OPENAI_API_KEY alone, and it is
+removed from whatever the server says.
+"""
+
+import json
+import os
+import queue
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2  # the HTTP library of openai
+import openai
+
+from cutlm.errors import ConfigError, UserError
+from cutlm.servers.cache import Budget, BudgetExceeded
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_ANSWER_BYTES = 16 * 2**20
+# Prompt log-probabilities take about 100 bytes per token, and a token of the request at least 2.
+_MAX_ANSWER_GROWTH = 500
+# From its first byte to its last an answer may take this many times the timeout.
+_MAX_TIMEOUTS = 10
+# Servers without keys are given words such as EMPTY, which an answer may contain.
+_MIN_SECRET_LENGTH = 16
+_MAX_TOKENS_REPORTED = 10**9
+_TRANSIENT = (408, 409, 425, 429)
+# Statuses that may concern one request alone: it is malformed, too large or cannot be processed.
+_ABOUT_ONE_REQUEST = (400, 413, 422)
+_FIXED_FIELDS = ("model", "messages", "prompt", "stream", "n")
+
+NO_ANSWER = "no answer"
+MALFORMED = "malformed answer"
+REFUSED = "refused"
+NOT_SENT = "not asked"
+
+# A user's message, messages with roles, or token ids.
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A model on an OpenAI-compatible server, and how to send requests to it.
+
+    Attributes:
+        base_url: Such as http://localhost:8000/v1; an address without a path stands for its /v1.
+        model: The model's name on the server.
+        extra_body: Further fields of every request; None removes a field.
+        concurrency: Requests at a time.
+        timeout: Seconds to wait for the next byte; a whole answer may take ten times as long.
+        max_retries: Retries of a request after a transient error.
+        max_requests: Most requests, retries included, of all runs that share a cache.
+        max_tokens_total: Tokens of all runs that share a cache after which no further request is sent.
+
+    Raises:
+        ConfigError: A setting is out of range; all such settings are named.
+    """
+
+    base_url: str
+    model: str
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: int = 8
+    timeout: float = 600.0
+    max_retries: int = 5
+    max_requests: int | None = None
+    max_tokens_total: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if (problem := describe_bad_url(self.base_url)) is not None:
+            problems.append(problem)
+        minima = {"concurrency": 1, "max_retries": 0, "max_requests": 1, "max_tokens_total": 1}
+        for name, least in minima.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                problems.append(f"{name}: expected a whole number of at least {least}, got {value}")
+        if not self.timeout > 0:
+            problems.append(f"timeout: expected a number of seconds above 0, got {self.timeout}")
+        if fixed := [name for name in _FIXED_FIELDS if name in self.extra_body]:
+            problems.append(f"extra_body: expected no {', '.join(fixed)}, which cutlm sets; leave these out")
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def url(self) -> str:
+        """The address that paths are appended to."""
+        url = self.base_url.rstrip("/")
+        return url if urlsplit(url).path else f"{url}/v1"
+
+    def make_body(self, prompt: Prompt, **fields: Any) -> dict[str, Any]:
+        """Returns the body of a request: everything that an answer depends on besides the server."""
+        if isinstance(prompt, str):
+            content: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]}
+        else:
+            content = {"prompt" if prompt and isinstance(prompt[0], int) else "messages": list(prompt)}
+        body = {"model": self.model} | content | fields | dict(self.extra_body)
+        return {name: value for name, value in body.items() if value is not None}
+
+
+def describe_bad_url(url: str) -> str | None:
+    """Says what is wrong with the address of a server; None if nothing is."""
+    if "@" in url:  # a password must not be shown
+        return f"base_url: expected an address without a name or password; set a key by {KEY_VARIABLE}"
+    try:
+        parts = urlsplit(url)
+        is_address = bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
+    except ValueError:
+        is_address = False
+    if not re.fullmatch(r"https?://[!-~]+", url) or not is_address:
+        return f"base_url: expected an address such as http://localhost:8000/v1, got {url!r}"
+    return None
+
+
+def read_key() -> str | None:
+    """Returns the key of the server; None if there is none.
+
+    Raises:
+        UserError: It contains characters that a header cannot have.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not all("!" <= letter <= "~" for letter in key):  # an error of the HTTP library would quote it
+        raise UserError(f"{KEY_VARIABLE}: expected only letters, digits and ASCII signs; set it again")
+    return key or None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer.
+
+    Attributes:
+        text: None if there is none.
+        finish_reason: Why it ended; None if the server does not say.
+        is_redacted: Whether the key was removed from it.
+    """
+
+    text: str | None
+    finish_reason: str | None
+    is_redacted: bool = False
+
+
+class RequestFailed(Exception):
+    """One request has no answer; others may have one.
+
+    Args:
+        kind: NO_ANSWER, MALFORMED, REFUSED or NOT_SENT.
+        reason: Why, without the key.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+class Refused(Exception):
+    """The server refuses a request and would refuse it again.
+
+    Args:
+        status: The HTTP status; 0 if the connection is refused on our side.
+        message: What the server says, on one line and without the key.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(": ".join(filter(None, [str(status or ""), message])))
+        self.status = status
+
+
+class _Stopped(Exception):
+    """The run ends before this request is sent."""
+
+
+# Set in the threads of a run: when the event is set, a request that waits for a retry is not sent again.
+_STOP: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
+
+
+class _BadAnswer(httpx2.RequestError):
+    """An answer that `openai` takes for a failed request, and so retries."""
+
+
+class Client:
+    """Sends requests to one server.
+
+    Args:
+        server: The server.
+        budget: Counts every attempt and the tokens of every answer; None for no limits.
+
+    Raises:
+        UserError: The key or the proxy in the environment cannot be used.
+
+    Example:
+
+        >>> client = Client(Server("http://localhost:8000/v1", "my-model"))
+        >>> client.complete(client.server.make_body("Name a city.", max_tokens=20)).text
+        'Canberra.'
+    """
+
+    def __init__(self, server: Server, budget: Budget | None = None) -> None:
+        self.server, self._budget, self._key = server, budget, read_key()
+        try:
+            http_client = _HttpClient(server.timeout, self._key, budget)
+        except (ImportError, ValueError):  # whose messages may quote a password
+            raise UserError(
+                "ALL_PROXY, HTTPS_PROXY or HTTP_PROXY: expected an address such as http://localhost:3128; fix or unset"
+                " it, or, for a SOCKS proxy, run: pip install socksio"
+            ) from None
+        self._client = openai.OpenAI(
+            base_url=server.url,
+            api_key=self._key or "none",
+            max_retries=server.max_retries,
+            timeout=server.timeout,
+            http_client=http_client,
+        )
+        headers: dict[str, Any] = {"Content-Type": "application/json"}
+        self._options: Any = {"headers": headers if self._key else headers | {"Authorization": openai.Omit()}}
+
+    def request(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Posts JSON and returns the JSON of the answer.
+
+        Raises:
+            Refused: The server refuses the request.
+            RequestFailed: All attempts failed, or the budget does not allow one.
+        """
+        try:
+            response = self._client.post(
+                path, content=json.dumps(body).encode(), cast_to=httpx2.Response, options=self._options
+            )
+        except openai.APIError as error:
+            raise self._explain(error) from None
+        return json.loads(response.content)
+
+    def complete(self, body: Mapping[str, Any]) -> Answer:
+        """Requests one completion, of messages or of token ids; see `Server.make_body`.
+
+        Raises:
+            Refused: The server refuses the request.
+            RequestFailed: There is no answer, it is malformed, or the budget does not allow a request.
+        """
+        value = self.request(_choose_path(body), body)
+        try:
+            choice = value["choices"][0]
+            text = choice["message"].get("content") if "message" in choice else choice["text"]
+            finish_reason = choice.get("finish_reason")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            text, finish_reason = False, None
+        if self._budget is not None:
+            self._budget.count_tokens(_read_num_tokens(value), _count_bytes(body, text))
+        if not isinstance(text, str | None):
+            raise RequestFailed(MALFORMED, "expected the text of choices[0] in the server's answer, got none")
+        shown = _redact(text, self._key, is_content=True) if text else text
+        return Answer(shown, finish_reason if isinstance(finish_reason, str) else None, is_redacted=shown != text)
+
+    def stream(self, body: Mapping[str, Any]) -> Generator[tuple[str, str | None], None, None]:
+        """Requests one completion and yields its pieces as they arrive.
+
+        Yields:
+            The text of each piece, and why the answer ended once that is known.
+
+        Raises:
+            Refused: The server refuses the request.
+            RequestFailed: There is no answer, or it breaks off.
+        """
+        content = json.dumps({**body, "stream": True}).encode()
+        try:
+            stream = self._client.post(
+                _choose_path(body),
+                content=content,
+                cast_to=object,
+                options=self._options,
+                stream=True,
+                stream_cls=openai.Stream[object],
+            )
+            finish_reason = None
+            with stream:
+                for event in stream:
+                    text, reason = _read_event(event)
+                    finish_reason = reason or finish_reason
+                    yield text, finish_reason
+        except openai.APIError as error:
+            raise self._explain(error) from None
+        except (ValueError, RecursionError):
+            raise RequestFailed(MALFORMED, "an event of the server's answer is not JSON") from None
+        if finish_reason is None:
+            raise RequestFailed(NO_ANSWER, "the answer breaks off without a finish_reason")
+
+    def request_many(
+        self, ask: Callable[[int], Any], locations: Sequence[str], *, advice: str, is_answering: bool = False
+    ) -> Iterator[tuple[int, Any]]:
+        """Runs `ask` for the indices of `locations`, several at a time in threads.
+
+        Requests under way when the run ends are paid for, so they are awaited and yielded. Only leaving the loop, as
+        Ctrl-C does, waits for nothing.
+
+        Args:
+            ask: Sends the request or requests of one index by `complete` or `request`, and returns what to yield.
+            locations: What each request is about, for messages.
+            advice: What to do about a request that the server refuses.
+            is_answering: Whether the server is known to answer such requests.
+
+        Yields:
+            Each index with what `ask` returned, or with the `RequestFailed` that it raised. Once the server answers
+            any request, a refusal of a single one is such a failure. If the server gives no answer to many requests in
+            a row, the others are not sent and fail as well.
+
+        Raises:
+            UserError: The server refuses every request, or `ask` raised it.
+        """
+        unsent: queue.SimpleQueue[int] = queue.SimpleQueue()
+        results: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
+        for index in range(len(locations)):
+            unsent.put(index)
+        stop = threading.Event()
+        num_threads = min(self.server.concurrency, len(locations))
+        # Daemons, because the executors of the standard library join their threads at exit and would delay Ctrl-C.
+        for _ in range(num_threads):
+            threading.Thread(target=_work, args=(ask, unsent, results, stop), daemon=True).start()
+        max_in_a_row = max(8, 2 * self.server.concurrency)
+        num_in_a_row, missing = 0, set(range(len(locations)))
+        refused: list[tuple[int, Refused]] = []
+        last: tuple[int, Exception] | None = None
+        is_gone = False
+        try:
+            while num_threads:
+                item = results.get()
+                if item is None:
+                    num_threads -= 1
+                    continue
+                index, result = item
+                has_no_answer = isinstance(result, RequestFailed) and result.kind == NO_ANSWER
+                if is_gone and has_no_answer:
+                    continue
+                missing.remove(index)
+                if _is_about_one_request(result):
+                    refused.append((index, result))
+                    if not is_answering and len(refused) >= max_in_a_row:
+                        last = last or refused[0]
+                        stop.set()
+                elif isinstance(result, Exception) and not isinstance(result, RequestFailed):
+                    last = last or (index, result)
+                else:
+                    is_answering = is_answering or not isinstance(result, RequestFailed)
+                    num_in_a_row = num_in_a_row + 1 if has_no_answer else 0
+                    yield index, result
+                    if num_in_a_row >= max_in_a_row:
+                        is_gone = True
+                        stop.set()
+                if is_answering:
+                    for index, refusal in refused:
+                        yield index, RequestFailed(REFUSED, f"the server refuses it ({refusal}); {advice}")
+                    refused.clear()
+            last = last or (refused[0] if refused else None)
+            if last is not None:
+                index, error = last
+                raise self.explain_refusal(error, locations[index], advice) if isinstance(error, Refused) else error
+            if is_gone:
+                reason = f"the server gave no answer to {max_in_a_row} requests in a row"
+                for index in sorted(missing):
+                    yield index, RequestFailed(NOT_SENT, reason)
+        finally:
+            stop.set()
+
+    def explain_refusal(self, error: Refused, location: str, advice: str) -> UserError:
+        """Returns a refusal as one sentence for the user.
+
+        Args:
+            error: The refusal.
+            location: What the request was about.
+            advice: What to do if the refusal concerns this request.
+        """
+        url = self.server.url
+        if not error.status:
+            return UserError(f"{url}: {error}; pass another address by --base_url")
+        if error.status in (401, 403):
+            return UserError(f"{url}: the server rejects the key ({error}); set {KEY_VARIABLE} to one that it accepts")
+        if error.status == 404:
+            return UserError(
+                f"{url}: no such endpoint, or no model {self.server.model!r} ({error}); fix --base_url, which usually"
+                " ends with /v1, or the model's name on the server"
+            )
+        if 300 <= error.status < 400:
+            return UserError(f"{url}: the server redirects to another address ({error}); pass that one by --base_url")
+        return UserError(f"{location}: {url} refuses the request ({error}); {advice}")
+
+    def _explain(self, error: openai.APIError) -> Exception:
+        """The error of the package as one of ours, without the key."""
+        num_attempts = int(error.request.headers.get("x-stainless-retry-count", 0)) + 1
+        if isinstance(error, openai.APIStatusError):
+            message = _shorten(error.response.text, self._key)
+            if error.status_code < 500 and error.status_code not in _TRANSIENT:
+                return Refused(error.status_code, message)
+            reason = f"the server answered {error.status_code}{f' ({message})' if message else ''}"
+        elif isinstance(error, openai.APITimeoutError):
+            reason = f"no answer within {self.server.timeout:g} seconds"
+        elif isinstance(error, openai.APIConnectionError):
+            cause = error.__cause__
+            reason = str(cause) if isinstance(cause, _BadAnswer) else f"no answer ({type(cause).__name__})"
+        else:  # an event of a stream
+            reason = f"the server breaks off with an error ({_shorten(error.message, self._key)})"
+        return RequestFailed(NO_ANSWER, f"{reason}, after {num_attempts} attempt{'s' * (num_attempts > 1)}")
+
+
+class _HttpClient(openai.DefaultHttpxClient):
+    """Counts every attempt, and checks each answer before `openai` decides whether to retry."""
+
+    def __init__(self, timeout: float, key: str | None, budget: Budget | None) -> None:
+        super().__init__(follow_redirects=False, timeout=timeout)
+        self._seconds, self._key, self._budget = timeout, key, budget
+
+    def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
+        if (stop := _STOP.get()) is not None and stop.is_set():
+            raise _Stopped
+        if self._budget is not None:
+            try:
+                self._budget.count_request()
+            except BudgetExceeded as error:
+                raise RequestFailed(NOT_SENT, str(error)) from None
+        try:
+            response = super().send(request, stream=True, **options)
+        except (httpx2.ConnectError, ssl.SSLError) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise Refused(0, "its certificate cannot be verified") from None
+            raise
+        if response.status_code == 425:  # "too early", which openai does not retry by itself
+            response.headers["x-should-retry"] = "true"
+        if stream and response.is_success:
+            return response
+        try:
+            response = self._read(response, max(MAX_ANSWER_BYTES, _MAX_ANSWER_GROWTH * len(request.content)))
+        finally:
+            response.close()
+        if response.is_success:
+            self._check(response.content)
+        return response
+
+    def _read(self, response: httpx2.Response, max_bytes: int) -> httpx2.Response:
+        """Reads a bounded answer whole."""
+        longest, body = _MAX_TIMEOUTS * self._seconds, bytearray()
+        deadline = time.monotonic() + longest
+        for piece in response.iter_bytes():
+            body += piece
+            if len(body) > max_bytes:
+                raise _BadAnswer(f"the server's answer is larger than {max_bytes / 2**20:g} MiB")
+            if time.monotonic() > deadline:
+                raise _BadAnswer(f"the server's answer was not complete after {longest:g} seconds")
+        of_transfer = ("content-encoding", "content-length", "transfer-encoding")
+        headers = [(name, value) for name, value in response.headers.multi_items() if name not in of_transfer]
+        return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=response.request)
+
+    def _check(self, content: bytes) -> None:
+        """Finds what is wrong with an answer that has the status of success."""
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError):
+            raise _BadAnswer("the server's answer is not JSON") from None
+        if not isinstance(value, dict) or value.get("choices"):
+            return
+        if value.get("error") or value.get("object") == "error":
+            raise _BadAnswer(f"the server answered with an error ({_shorten(json.dumps(value), self._key)})")
+
+
+def _work(
+    ask: Callable[[int], Any],
+    unsent: "queue.SimpleQueue[int]",
+    results: "queue.SimpleQueue[tuple[int, Any] | None]",
+    stop: threading.Event,
+) -> None:
+    """Asks for one index after another until none is left or the run ends; then puts None."""
+    _STOP.set(stop)
+    try:
+        while not stop.is_set():
+            index = unsent.get_nowait()
+            try:
+                results.put((index, ask(index)))
+            except _Stopped:
+                return
+            except Exception as error:  # returned or raised by the thread that reads the results
+                if not isinstance(error, RequestFailed) and not _is_about_one_request(error):
+                    stop.set()
+                results.put((index, error))
+    except queue.Empty:
+        pass
+    finally:
+        results.put(None)
+
+
+def _is_about_one_request(result: Any) -> bool:
+    return isinstance(result, Refused) and result.status in _ABOUT_ONE_REQUEST
+
+
+def _choose_path(body: Mapping[str, Any]) -> str:
+    return "/chat/completions" if "messages" in body else "/completions"
+
+
+def _read_num_tokens(value: Any) -> int | None:
+    """The tokens that the server reports; None if it reports no plausible number."""
+    usage = value.get("usage") if isinstance(value, dict) else None
+    total = usage.get("total_tokens") if isinstance(usage, dict) else None
+    is_number = isinstance(total, int) and not isinstance(total, bool) and 0 <= total <= _MAX_TOKENS_REPORTED
+    return total if is_number else None
+
+
+def _count_bytes(body: Mapping[str, Any], text: Any) -> int:
+    texts = [message["content"] for message in body.get("messages", ())] + [text] * isinstance(text, str)
+    return sum(len(part.encode("utf-8", "replace")) for part in texts)
+
+
+def _read_event(event: Any) -> tuple[str, str | None]:
+    """The text of an event of a stream, and why the answer ends if it ends there."""
+    try:
+        if not event["choices"]:  # the usage
+            return "", None
+        choice = event["choices"][0]
+        delta = choice.get("delta")
+        text = choice.get("text") if delta is None else delta.get("content")
+        finish_reason = choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        text, finish_reason = False, None
+    if not isinstance(text, str | None):
+        raise RequestFailed(MALFORMED, "expected pieces of a completion in the server's answer, got something else")
+    return text or "", finish_reason
+
+
+def _redact(text: str, key: str | None, *, is_content: bool = False) -> str:
+    """Removes the key; from the content of an answer only if it is too long to be a word of it."""
+    if not key or (is_content and len(key) < _MIN_SECRET_LENGTH):
+        return text
+    return text.replace(key, "[key]")
+
+
+def _shorten(text: str, key: str | None) -> str:
+    """A server's error message as one short line of printable characters, without the key."""
+    try:
+        value = json.loads(text)
+        for name in ("error", "message", "detail"):
+            value = value.get(name, value) if isinstance(value, dict) else value
+        text = value if isinstance(value, str) else json.dumps(value)
+    except (ValueError, RecursionError):
+        pass
+    line = " ".join(_redact(text, key).split())[:200].rstrip(".")
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
