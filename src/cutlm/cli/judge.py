@@ -205,7 +205,7 @@ def _write_todo(args: argparse.Namespace, responses: "list[Response]") -> int:
     lines, table = name_todo_files(args.out)
     num_empty = len(responses) - num_rows
     if num_empty:
-        print(f"{num_empty} responses are empty and left out")
+        print(f"{num_empty} responses are empty and are left out")
     print(
         f"{num_rows} responses to judge in {lines} and {table}: fill in the column 'judgment' of one of them, with"
         f' "Perfect." if nothing is wrong; then run:\n  cutlm judge --responses {args.responses} --judge human'

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -149,9 +149,8 @@ def make_sampling(args: argparse.Namespace, model: Any = None) -> "Sampling":
     max_new_tokens = args.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = MAX_NEW_TOKENS if model is None else choose_max_new_tokens(model)
-    sampling = Sampling(max_new_tokens, args.temperature, args.top_p, args.seed)
-    batch_size = getattr(args, "batch_size", None)
-    return sampling if batch_size is None or model is None else replace(sampling, batch_size=batch_size)
+    batches = {"batch_size": args.batch_size} if model is not None and hasattr(args, "batch_size") else {}
+    return Sampling(max_new_tokens, args.temperature, args.top_p, args.seed, **batches)
 
 
 def load_model(args: argparse.Namespace) -> "tuple[Any, PreTrainedTokenizerBase, TemplateName]":
