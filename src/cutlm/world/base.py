@@ -91,7 +91,7 @@ def build_base(out: str | Path, seed: int = 0, num_steps: int = NUM_STEPS, show_
         model = train_base(tokenizer, seed, num_steps, show_progress)
         model.half().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        # Measures what was saved: the weights have been rounded to float16.
+        # Measure the saved model, whose weights are rounded to float16.
         metrics = measure_base(*load_base(temporary), list_tasks("dev"))
         for name, content in ((METRICS_FILE, metrics), (RECIPE_FILE, recipe)):
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
@@ -139,16 +139,16 @@ class Hyperparameters:
 
 HYPERPARAMETERS = Hyperparameters()
 _LIBRARIES = ("tokenizers", "torch", "transformers")
-# The first documents stand for the whole corpus, which is drawn in sequence.
+# The corpus is drawn in sequence, so its first documents identify it.
 _NUM_HASHED_DOCUMENTS = 10_000
 _NUM_HASHED_ENCODINGS = 1_000
 
 
 def describe_recipe(tokenizer: "PreTrainedTokenizerBase", seed: int, num_steps: int) -> dict[str, Any]:
-    """Everything that determines a base model, as JSON.
+    """Describes everything that determines a base model, as JSON.
 
-    It is stored with the model, so that a test can tell when the packaged model no longer matches the code. The corpus
-    and the vocabulary are described by what is generated, not by the code that generates it.
+    The recipe is stored with the model, so a test can detect that the packaged model no longer matches the code. Corpus
+    and vocabulary are identified by hashes of the generated data, not of the code.
     """
     documents = make_corpus(_NUM_HASHED_DOCUMENTS, seed)
     encoder = Encoder(tokenizer, "alpaca")
@@ -164,7 +164,7 @@ def describe_recipe(tokenizer: "PreTrainedTokenizerBase", seed: int, num_steps: 
 
 
 def read_recipe(folder: str | Path) -> dict[str, Any] | None:
-    """The recipe of the base model in a folder; None if there is none."""
+    """Reads the recipe in a base model's folder; None if it is missing or damaged."""
     try:
         recipe = json.loads((Path(folder) / RECIPE_FILE).read_text("utf-8"))
     except (OSError, ValueError):
@@ -211,7 +211,7 @@ def make_tokenizer() -> "PreTrainedTokenizerBase":
 
 
 def _list_prompt_pieces() -> list[str]:
-    """The fixed text of the prompts, between what a user fills in."""
+    """The fixed pieces of the prompts, between the texts of a record."""
     mark = "\0"
     prompts = (
         render_alpaca_prompt(mark),

@@ -1,4 +1,4 @@
-"""What the base model of the tiny world reads: plain documents, judged documents and refinements.
+"""The pretraining corpus of the tiny world's base model: plain documents, judged documents and refinements.
 
 Plain documents show the habits. Judged documents show a response with its judgment, and refinements a better response
 after a flawed one and its judgment; both are about items that alignment and its tests never use.

@@ -1,4 +1,4 @@
-"""The demo: the whole of cutlm on a model so small that a CPU trains it in seconds. `cutlm demo` runs this.
+"""The demo (`cutlm demo`): all of cutlm on a model small enough to train on a CPU in seconds.
 
 A base model with bad habits goes through three online iterations. In each one,
 
@@ -296,7 +296,7 @@ def generate(out: Path, model_path: Path, tasks: Sequence[Task]) -> None:
 
 
 def judge(responses: Path, out: Path, tasks: Sequence[Task], seed: int) -> list[Task]:
-    """Writes records: each response with what the oracle says about it.
+    """Writes records: each response with the oracle's judgment.
 
     Returns:
         The task of each record. Empty responses are left out.
@@ -412,7 +412,7 @@ _OWN_FILES = (CURVE_FILE, PAGE_FILE, RESULT_FILE)
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Silences what the stages print in their own words, and progress bars of steps that take no time here."""
+    """Silences logs that repeat the lines of the stages, and progress bars of steps that are instant here."""
     logger = logging.getLogger("cutlm")
     level, has_bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
@@ -429,7 +429,7 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def prepare_folder(out: Path) -> None:
-    """Makes the folder, and removes what an earlier demo left in it, finished or not.
+    """Makes the folder, and removes the files of an earlier demo from it, complete or not.
 
     Raises:
         UserError: The folder holds something other than a demo.

@@ -1,4 +1,4 @@
-"""What the demo shows: examples and tables in the terminal, the learning curve, and the page."""
+"""The output of the demo: examples and tables in the terminal, the learning curve, and the page."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ class HeldOut:
 
 
 def print_start(terminal: Terminal, num_parameters: int, num_iterations: int, num_tasks: int) -> None:
-    """Says what will happen."""
+    """Prints what will happen."""
     terminal.print_heading("cutlm demo: a language model learns from written judgments")
     terminal.print_text(
         f"A LLaMA with {num_parameters / 1e6:.1f} million parameters and some bad habits answers {num_tasks} new"
@@ -104,7 +104,7 @@ def print_accuracy(terminal: Terminal, held_out: HeldOut) -> None:
 
 
 def print_end(terminal: Terminal, out: Path, seconds: float) -> None:
-    """Says where the results are and what to do next."""
+    """Prints where the results are and what to do next."""
     terminal.print_heading(f"Done in {seconds:.0f} seconds. The results are in")
     width = max(len(str(out / name)) for name in (PAGE_FILE, CURVE_FILE, "iteration-1"))
     for name, about in (

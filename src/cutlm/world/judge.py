@@ -33,7 +33,7 @@ _UNIT = re.compile(r"\s*(\d|[^\W\d_]+|[^\w\s]|_)")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the oracle says about a response.
+    """The oracle's verdict on a response.
 
     Attributes:
         judgment: A sentence that names the flaw; None for a right response.
@@ -86,8 +86,8 @@ def find_task(instruction: str) -> Task:
     task = _index_tasks().get(instruction)
     if task is None:
         raise UserError(
-            f"the judge of the tiny world knows only the instructions of its own tasks, got {instruction!r}; write them"
-            " to a file with: cutlm world tasks"
+            f"the tiny world's judge knows only its own instructions, got {instruction!r}; write them to a file with:"
+            " cutlm world tasks"
         )
     return task
 
@@ -198,5 +198,5 @@ def _name_family_flaw(task: Task, text: str, divergence: _Divergence) -> str | N
 
 
 def _count_before_sum(right: str) -> int:
-    """How many words and digits stand before the sum."""
+    """How many words and digits precede the sum."""
     return len(_UNIT.findall(right[: right.index(" is ") + 3]))

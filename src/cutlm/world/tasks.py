@@ -1,7 +1,7 @@
 """The tasks of the tiny world: instructions whose right answers are known.
 
-A task combines a *family* (one of seven kinds of question), an *item* (what is asked about: a country, two numbers, a
-list of words) and a *phrasing* (how it is asked). Items and phrasings are divided among the splits "train", "dev" and
+A task combines a *family* (one of seven kinds of question), an *item* (the subject: a country, two numbers, a list of
+words) and a *phrasing* (how it is asked). Items and phrasings are divided among the splits "train", "dev" and
 "test". For most tasks there is also a *habit*: a flaw that the base model is taught to show in its answers. A habit
 depends on something visible in the instruction (a carry, a fourth word, a verb), so it can be unlearned for items that
 were never asked about.
@@ -72,7 +72,7 @@ class Question(NamedTuple):
     """A question with a one-word answer.
 
     Attributes:
-        name: What is asked about.
+        name: The subject.
         kind: 0 for its colour, 1 for its opposite.
         answer: The answer in lower case.
     """
@@ -371,7 +371,7 @@ class Task:
 
     Attributes:
         family: One of `FAMILIES`.
-        item: What it asks about: a country, two numbers, a list of words.
+        item: The subject: a country, two numbers, a list of words.
         phrasing: The choices from the slots of the grammar.
         instruction: The text.
         split: One of `SPLITS`, or "corpus" for instructions that only the base model has seen.
