@@ -1,4 +1,4 @@
-"""Stages: paid judges, missing judgments, a person as the judge, API keys, and training on two processes."""
+"""Stages: paid judges, missing judgments, a person as the judge, API keys, and a launcher of training."""
 
 import json
 import os
@@ -43,12 +43,12 @@ def judged_by(server: ChatServer, **further: Any) -> dict[str, Any]:
     return {"judge": judge, "num_iterations": 1, "eval_instructions": "", "detector": "off"} | further
 
 
-def test_key_is_in_no_file_and_two_processes_train(
+def test_key_is_in_no_file_and_launcher_starts_training(
     workplace: Path, server: ChatServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Runs the stages' real commands, with a key that the server rejects at first."""
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
-    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
+    launcher = f"{sys.executable} -W ignore"  # torchrun takes the same arguments but more time
     further = judged_by(server, launcher=launcher, max_steps=2, use_peft=False)
     folder, config = workplace / "finished", workplace / "finished.yaml"
     config.write_text(yaml.safe_dump(make_settings(workplace, "finished", **further)))
@@ -73,8 +73,7 @@ def test_key_is_in_no_file_and_two_processes_train(
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
     # The log tells why the stage failed.
     assert "401" in (folder / "iteration-1" / "judge.log").read_text()
-    # Two processes trained.
-    assert f"{launcher.partition(' ')[2]} -m cutlm train" in (folder / "iteration-1" / "train.log").read_text()
+    assert f"{launcher} -m cutlm train" in (folder / "iteration-1" / "train.log").read_text()
     state = json.loads((folder / "iteration-1" / "model" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
 
