@@ -215,7 +215,7 @@ def test_chat_template_wraps_the_prompt(model: Path, tasks: Path, tmp_path: Path
 def test_template_that_ends_within_a_token_is_refused(tasks: Path, tmp_path: Path, capsys):
     options = ("--tasks", "mmlu_mine", "--limit", "1", "--apply_chat_template")
     assert run(base_path(), tasks, tmp_path / "out", *options) == 2  # ":" and the line break are one token
-    assert "--apply_chat_template: lm-eval cannot tell prompt from answer" in capsys.readouterr().err
+    assert "--apply_chat_template: lm-eval cannot separate prompt and answer" in capsys.readouterr().err
 
 
 def define_plain(folder: Path, name: str, **changes: Any) -> None:

@@ -46,9 +46,10 @@ _USER_ERRNOS = {
 _DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing file")
 
 
-def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands without importing their heavy parts."""
-    parser = kind(prog="cutlm", description="Align language models with written judgments of their responses.")
+    description = "Align language models with written judgments of their responses."
+    parser = argparse.ArgumentParser(prog="cutlm", description=description)
     parser.add_argument("--version", action="version", version=f"cutlm {__version__}")
     add_commands(parser, COMMANDS, "command")
     return parser

@@ -13,12 +13,12 @@ data, and
   eval_command      a shell command; {model} is the model, {out} a JSON file of metrics that it writes
   server_command    a shell command that serves {model} while responses are generated (generate has --base_url)
   server_timeout    seconds to wait for the server's first answer (default 1800)
-  launcher          what starts training, such as "torchrun --nproc_per_node 8"
+  launcher          a command that starts training, such as "torchrun --nproc_per_node 8"
 
-  cutlm align --config my.yaml                     start, or resume after whatever stopped it
+  cutlm align --config my.yaml                     start, or resume
   cutlm align --config my.yaml --until 1.judge     stop after a stage, to look at its files
   cutlm align --config my.yaml --from 1.blame      run a stage and all later ones again
-  cutlm align --config my.yaml --status            show what is done
+  cutlm align --config my.yaml --status            show the progress
 
 Each stage is another cutlm command and leaves its file in output_dir/iteration-N, where manifest.json lists the
 complete stages. The loop can be killed at any time: started again, it neither repeats nor loses complete work."""
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage: judge, 2.judge, or 2")
     parser.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and all later ones again")
-    parser.add_argument("--status", action="store_true", help="print what is done and exit")
+    parser.add_argument("--status", action="store_true", help="print the progress and exit")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved settings and exit")
 
 
@@ -98,7 +98,7 @@ def _print_status(plan: "Plan") -> None:
 
     iterations = collect_metrics(plan)
     if not iterations:
-        print(f"nothing is done yet in {plan.folder}")
+        print(f"no iteration has started in {plan.folder}")
         return
     print(f"{make_status(iterations)}\n\n{make_table([summarize(iteration) for iteration in iterations])}")
 

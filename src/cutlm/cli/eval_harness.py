@@ -131,6 +131,6 @@ def _check_template(args: argparse.Namespace, tokenizer: Any) -> None:
     alone, whole = (len(tokenizer(text).input_ids) for text in (prompt.rstrip(), f"{prompt}1"))
     if whole <= alone:
         raise UserError(
-            f"--apply_chat_template: lm-eval cannot tell prompt from answer in the tokens of {args.model}, where the"
-            " white space at the end of the prompt is part of a longer token; remove the option"
+            f"--apply_chat_template: lm-eval cannot separate prompt and answer in the tokens of {args.model}, because"
+            " the white space at the end of the prompt is part of a longer token; remove the option"
         )

@@ -129,7 +129,7 @@ def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOL
         thresholds: The thresholds.
 
     Returns:
-        The content of result.json. The group None stands for all tokens; precision is None if no token is flagged.
+        The content of result.json. The group None is all tokens; precision is None if no token is flagged.
     """
     names = sorted(name for name in evidence.tokens if name is not None)
     groups: dict[str | None, list[tuple[float, bool]]] = {name: evidence.tokens[name] for name in names}

@@ -94,7 +94,7 @@ def find_tasks(benchmarks: Sequence[Benchmark], include_path: str | None) -> Any
         include_path: A folder with further tasks, which take precedence over the package's.
 
     Raises:
-        UserError: The package is missing, or a task is unknown or has no metric of its own.
+        UserError: The package is missing, or a task is unknown or a group without a metric.
     """
     tasks = need_extra("lm_eval.tasks")
     if include_path is not None:
@@ -116,7 +116,7 @@ def find_tasks(benchmarks: Sequence[Benchmark], include_path: str | None) -> Any
     for benchmark in benchmarks:
         if members := _list_members(manager.task_index.get(benchmark.task)):
             problems.append(
-                f"--tasks {benchmark.task}: a group of tasks without a metric of its own; name the tasks:"
+                f"--tasks {benchmark.task}: a group of tasks without a group metric; name the tasks:"
                 f" {','.join(members)}"
             )
     if problems:
@@ -148,7 +148,7 @@ def _check_yaml(folder: Path) -> None:
 
 
 def _list_members(entry: Any) -> list[str]:
-    """Lists the tasks of a tag, or of a group without a metric of its own; nothing for anything else."""
+    """Lists the tasks of a tag, or of a group without a group metric; nothing for anything else."""
     if entry is None or entry.kind.name not in ("TAG", "GROUP"):
         return []
     if entry.kind.name == "TAG":

@@ -1,6 +1,6 @@
 """The online loop (section 5.2 of the paper): sample, generate, judge, blame, train, merge, evaluate, and repeat.
 
-Every stage runs as a process of its own (most are other `cutlm` commands) and leaves files, so a run that was killed
+Every stage runs as a separate process (mostly another `cutlm` command) and leaves files, so a run that was killed
 resumes with the first stage that is not complete. Reading order:
 
 - `settings`: the user's settings, all checked before anything runs

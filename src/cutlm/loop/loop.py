@@ -35,7 +35,6 @@ from cutlm.loop.stages import (
     make_seed,
     order_instructions,
     recount_metrics,
-    run_stage,
 )
 
 SETTINGS_FILE = "align.yaml"
@@ -51,11 +50,12 @@ class StageRef:
 
     def is_before(self, other: "StageRef") -> bool:
         """Whether this stage runs before another one."""
-        return (self.number, STAGES.index(self.stage)) < (other.number, STAGES.index(other.stage))
+        order = list(STAGES)
+        return (self.number, order.index(self.stage)) < (other.number, order.index(other.stage))
 
 
 def list_iterations(plan: Plan) -> list[Iteration]:
-    """Lists all iterations; number 0 stands for the initial model."""
+    """Lists all iterations, starting with number 0 for the initial model."""
     model = str(Path(plan.model).resolve()) if Path(plan.model).is_dir() else plan.model
     iterations = []
     for number in range(plan.arguments.num_iterations + 1):
@@ -101,7 +101,7 @@ class Manifest:
         folder: The iteration's folder.
 
     Attributes:
-        stages: What is known of each complete stage, by name.
+        stages: A record of each complete stage, by name.
 
     Raises:
         DataError: The file is damaged.
@@ -246,7 +246,7 @@ def _run_if_incomplete(plan: Plan, iteration: Iteration, stage: str, run: Callab
     started = time.monotonic()
     runner = Runner(plan, iteration.folder / f"{stage}.log", lock, run)
     try:
-        metrics = run_stage(plan, iteration, stage, runner)
+        metrics = STAGES[stage](plan, iteration, runner)
     except StageFailed as error:
         raise StageFailed(f"iteration {iteration.number}, {stage}: {error}", error.status) from None
     seconds = time.monotonic() - started

@@ -62,15 +62,10 @@ def lock_folder(folder: Path) -> Iterator[int]:
             except BlockingIOError:
                 file.seek(0)
                 owner = file.read().strip()
-                if _is_alive(owner):
-                    raise UserError(
-                        f"{folder}: another cutlm align (process {owner}) is running here; wait for it, or stop it"
-                    ) from None
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{folder}: a process that an earlier cutlm align started is still running here; wait for it,"
-                        " or stop it"
-                    ) from None
+                is_alive = _is_alive(owner)
+                if is_alive or time.monotonic() > deadline:
+                    who = f"another cutlm align (process {owner})" if is_alive else "a process of an earlier one"
+                    raise UserError(f"{folder}: {who} is still running here; wait for it, or stop it") from None
             except OSError as error:
                 raise UserError(
                     f"{path}: cannot be locked ({error.strerror}), so two loops could run here; set an output_dir on"
@@ -211,7 +206,7 @@ def _handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 
 def _append_errors(errors: Path, log: Path) -> None:
-    """Moves what a stage wrote to stderr into its log, progress bars in their final state."""
+    """Moves the stderr of a stage into its log, with progress bars in their final state."""
     if not errors.exists():
         return
     lines = errors.read_bytes().decode("utf-8", "replace").split("\n")

@@ -38,7 +38,7 @@ class AlignArguments:
         eval_command: A shell command; `{model}` is the model folder, `{out}` the JSON file of metrics that it writes.
         server_command: A shell command that serves `{model}` while responses are generated.
         server_timeout: Seconds to wait for that server's first answer.
-        launcher: What starts training, such as torchrun with its options.
+        launcher: A command that starts training, such as torchrun with its options.
     """
 
     instructions: str | None = None
@@ -93,38 +93,21 @@ class AlignArguments:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that the loop needs to know.
-
-    Attributes:
-        arguments: The loop's own settings.
-        folder: Where all files go.
-        model: The initial model.
-        seed: The seed from which every stage's seed is derived.
-        server_url: Address of the server that generates; None for a local model.
-        has_blame: Whether there is a blame stage: the model before each training flags the tokens.
-        has_refine: Whether there is a refine stage: the objective learns from refined responses.
-        has_merge: Whether there is a merge stage: an adapter is trained rather than the whole model.
-        train_settings: Settings of `cutlm train` shared by all iterations.
-        blame_options: Options for `cutlm blame`.
-        refine_options: Options for `cutlm refine`.
-        prompt_files: The judges' prompt files by the name of the setting.
-        resolved: All settings, as they are saved.
-        parse_options: Parses options of commands, see `ParseOptions`.
-    """
+    """Everything that the loop needs to know."""
 
     arguments: AlignArguments
-    folder: Path
-    model: str
-    seed: int
-    server_url: str | None
-    has_blame: bool
-    has_refine: bool
-    has_merge: bool
-    train_settings: dict[str, Any]
-    blame_options: list[str]
-    refine_options: list[str]
-    prompt_files: dict[str, str]
-    resolved: dict[str, Any]
+    folder: Path  # where all files go
+    model: str  # the initial one
+    seed: int  # every stage's seed is derived from it
+    server_url: str | None  # of the server that generates; None for a local model
+    has_blame: bool  # whether the model before each training flags the tokens
+    has_refine: bool  # whether the objective learns from refined responses
+    has_merge: bool  # whether an adapter is trained, rather than the whole model
+    train_settings: dict[str, Any]  # of `cutlm train`, shared by all iterations
+    blame_options: list[str]  # for `cutlm blame`
+    refine_options: list[str]  # for `cutlm refine`
+    prompt_files: dict[str, str]  # of the judges, by the setting that names one
+    resolved: dict[str, Any]  # all settings, as they are saved
     parse_options: ParseOptions
 
 
@@ -157,7 +140,7 @@ def find_differences(before: dict[str, Any], now: dict[str, Any], parse_options:
 def read_plan(config: str | None, options: Sequence[str], parse_options: ParseOptions) -> Plan:
     """Reads and checks all settings.
 
-    This happens in a process of its own: the checks import torch and transformers, and may initialize a GPU, whose
+    This happens in a separate process: the checks import torch and transformers, and may initialize a GPU, whose
     memory the process that supervises the loop must not hold.
 
     Args:

@@ -35,7 +35,6 @@ from cutlm.judges.responses import EMPTY_RESPONSE, name_failures_file
 from cutlm.loop.processes import run_shell, serve
 from cutlm.loop.settings import Plan
 
-STAGES = ("sample", "generate", "judge", "refine", "blame", "train", "merge", "evaluate")
 _NUM_AVERAGED = 3
 
 
@@ -57,17 +56,11 @@ class WaitingForPerson(Exception):
 
 @dataclass(frozen=True)
 class Iteration:
-    """One iteration.
-
-    Attributes:
-        number: From 1; 0 stands for the initial model, which is only evaluated.
-        folder: Where its files go.
-        model: The model it starts with: a folder, or a name on the hub.
-    """
+    """One iteration; number 0 is for the initial model, which is only evaluated."""
 
     number: int
     folder: Path
-    model: str
+    model: str  # the one it starts with: a folder, or a name on the hub
 
     @property
     def new_model(self) -> str:
@@ -77,21 +70,13 @@ class Iteration:
 
 @dataclass
 class Runner:
-    """Runs the commands of one stage.
-
-    Attributes:
-        plan: The plan of the run.
-        log: The stage's log file.
-        lock: File descriptor of the run folder's lock, inherited by every command.
-        run_command: Runs `cutlm`, see `cutlm.loop.processes.run_command`.
-        commands: The arguments of every `cutlm` command so far.
-    """
+    """Runs the commands of one stage."""
 
     plan: Plan
     log: Path
-    lock: int
-    run_command: Callable[..., int]
-    commands: list[list[str]] = field(default_factory=list)
+    lock: int  # file descriptor of the run folder's lock, inherited by every command
+    run_command: Callable[..., int]  # `cutlm.loop.processes.run_command`
+    commands: list[list[str]] = field(default_factory=list)  # the arguments of every `cutlm` command so far
 
     def run(self, arguments: list[str], launcher: str | None = None) -> int:
         """Runs `cutlm` with arguments and returns its exit status."""
@@ -165,16 +150,6 @@ def make_seed(plan: Plan, number: int, stage: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{plan.seed} {number} {stage}".encode()).digest()[:4]) // 2
 
 
-def run_stage(plan: Plan, iteration: Iteration, stage: str, runner: Runner) -> dict[str, Any]:
-    """Runs a stage, or resumes it, and returns its metrics.
-
-    Raises:
-        StageFailed: One of its commands failed.
-        WaitingForPerson: A person has to judge responses first.
-    """
-    return _STAGE_FUNCTIONS[stage](plan, iteration, runner)
-
-
 def recount_metrics(iteration: Iteration, stage: str) -> dict[str, Any]:
     """Recomputes the metrics of a stage that can change when its files are edited."""
     if stage == "judge":
@@ -191,7 +166,6 @@ def order_instructions(plan: Plan) -> list[dict[str, Any]]:
     Raises:
         UserError: There are fewer than the iterations need.
     """
-
     arguments = plan.arguments
     rows = _read_instructions(str(arguments.instructions))
     held_out = _read_instructions(arguments.eval_instructions) if arguments.eval_instructions else []
@@ -481,7 +455,8 @@ def _read_metrics(path: Path) -> dict[str, float]:
     return metrics
 
 
-_STAGE_FUNCTIONS: dict[str, Callable[[Plan, Iteration, Runner], dict[str, Any]]] = {
+# In order. Each runs a stage, or resumes it, and returns its metrics; raises StageFailed or WaitingForPerson.
+STAGES: dict[str, Callable[[Plan, Iteration, Runner], dict[str, Any]]] = {
     "sample": _sample,
     "generate": _generate,
     "judge": _judge,
