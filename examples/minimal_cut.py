@@ -113,7 +113,8 @@ def cut_loss(
     Returns:
         The loss, and for each record the flags of its response tokens, None without a judgment.
     """
-    contrast, likelihood, flags = [], [], []
+    contrast, likelihood = [], []
+    flags: list[Tensor | None] = []
     for record in records:
         logps = compute_log_probs(model, record["prompt_ids"], record["response_ids"])
         if record["judged_prompt_ids"] is None:

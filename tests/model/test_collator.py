@@ -1,4 +1,4 @@
-"""Micro-batches without padding: what the tensors hold, and that a record's log-probs do not depend on its company."""
+"""Micro-batches without padding: their tensors, and log-probabilities that do not depend on the rest of a batch."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def model() -> nn.Module:
 # ---- Layout ----
 
 
-def test_batch_of_the_docstring_is_laid_out_end_to_end():
+def test_batch_is_the_one_of_the_docstring():
     batch = collate([UNSATISFACTORY, SATISFACTORY])
     assert batch.keys() == {
         "input_ids",
@@ -60,7 +60,7 @@ def test_batch_of_the_docstring_is_laid_out_end_to_end():
     assert batch["input_ids"].dtype == batch["target_ids"].dtype == torch.long
 
 
-def test_unsatisfactory_records_come_first_in_their_order():
+def test_unsatisfactory_records_come_first_in_order():
     other = make_row([3], [3, 3], [9, 2], location="data.jsonl:4")
     batch = collate([SATISFACTORY, UNSATISFACTORY, SATISFACTORY, other])
     assert batch["sequence_lengths"] == [4, 2, 5, 3, 3, 3]
@@ -75,7 +75,7 @@ def test_unsatisfactory_records_come_first_in_their_order():
     ]
 
 
-def test_a_batch_of_one_kind_has_none_of_the_other():
+def test_batch_with_one_kind_of_record():
     assert collate([SATISFACTORY])["num_unsatisfactory"] == 0
     assert collate([SATISFACTORY])["sequence_lengths"] == [3]
     assert collate([UNSATISFACTORY])["sequence_lengths"] == [4, 5]
@@ -83,7 +83,7 @@ def test_a_batch_of_one_kind_has_none_of_the_other():
 
 @settings(max_examples=60, deadline=None)
 @given(batches)
-def test_every_sequence_is_a_prompt_and_its_response_less_the_last_token(batch_rows):
+def test_sequences_are_prompts_with_responses_without_their_last_token(batch_rows):
     batch = collate(batch_rows)
     judged = [row for row in batch_rows if row["judged_prompt_ids"] is not None]
     plain = [row for row in batch_rows if row["judged_prompt_ids"] is None]
@@ -104,12 +104,12 @@ def test_every_sequence_is_a_prompt_and_its_response_less_the_last_token(batch_r
 # ---- Counts ----
 
 
-def test_lengths_are_split_by_kind_and_count_one_context_only():
+def test_split_lengths_counts_each_response_once():
     batch = collate([UNSATISFACTORY, SATISFACTORY, make_row([1], [2], [5]), SATISFACTORY])
     assert split_lengths(batch) == (3 + 1, 2 + 2)
 
 
-def test_counts_are_tokens_or_records():
+def test_count_batch_counts_tokens_or_records():
     batch = collate([UNSATISFACTORY, SATISFACTORY, make_row([1], [2], [5]), SATISFACTORY])
     # L1 is over the 3 + 1 tokens of 2 unsatisfactory records, L2 over theirs and 2 + 2 of 2 satisfactory ones.
     assert count_batch(batch, "token", ALL_PARTS) == (4, 8)
@@ -118,14 +118,14 @@ def test_counts_are_tokens_or_records():
     assert count_batch(collate([SATISFACTORY]), "record", ALL_PARTS) == (0, 1)
 
 
-# ---- Records that are no numbers ----
+# ---- Non-finite records ----
 
 
 @settings(max_examples=80, deadline=None)
 @given(batch_rows=batches, data=st.data())
-def test_records_with_log_probs_that_are_no_numbers_are_named(batch_rows, data):
+def test_records_with_non_finite_log_probs_are_named(batch_rows, data):
     batch = collate([row | {"location": f"row {index}"} for index, row in enumerate(batch_rows)])
-    # Which row each response token belongs to, in the order of the batch.
+    # The row of each response token, in the order of the batch.
     judged = [index for index, row in enumerate(batch_rows) if row["judged_prompt_ids"] is not None]
     plain = [index for index, row in enumerate(batch_rows) if row["judged_prompt_ids"] is None]
     owners = [index for index in [*judged, *judged, *plain] for _ in batch_rows[index]["response_ids"]]
@@ -143,7 +143,7 @@ def test_records_with_log_probs_that_are_no_numbers_are_named(batch_rows, data):
 
 
 def score_alone(model: nn.Module, prompt: list[int], response: list[int]) -> Tensor:
-    """From the model's own logits over the whole sequence, last token and all."""
+    """Computes log-probabilities from the model's own logits over the whole sequence."""
     sequence = torch.tensor([prompt + response])
     logps = model(input_ids=sequence).logits[0].log_softmax(-1)
     positions = torch.arange(len(prompt) - 1, sequence.shape[1] - 1)
@@ -152,7 +152,7 @@ def score_alone(model: nn.Module, prompt: list[int], response: list[int]) -> Ten
 
 @settings(max_examples=20, deadline=None)
 @given(batch_rows=batches, chunk_size=st.sampled_from([None, 1, 4]))
-def test_a_records_log_probs_are_those_it_has_alone(model, batch_rows, chunk_size):
+def test_log_probs_of_a_record_do_not_depend_on_the_batch(model, batch_rows, chunk_size):
     batch = collate(batch_rows)
     with torch.no_grad():
         logps = score_batch(model, batch, chunk_size)
@@ -167,7 +167,7 @@ def test_a_records_log_probs_are_those_it_has_alone(model, batch_rows, chunk_siz
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_of_the_weights_are_those_of_each_record_alone():
+def test_gradients_match_those_of_separate_records():
     batch_rows = [UNSATISFACTORY, SATISFACTORY, make_row([3, 4, 4, 1], [3, 4, 4, 1, 1], [9, 2])]
     model = make_model(VOCAB_SIZE)
     parameters = dict(model.named_parameters())
@@ -186,7 +186,7 @@ def test_gradients_of_the_weights_are_those_of_each_record_alone():
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_a_satisfactory_record_costs_one_forward_pass_and_an_unsatisfactory_one_two(model):
+def test_contexts_of_like_length_share_a_forward_pass(model):
     calls: list[int] = []
     hook = model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -194,20 +194,20 @@ def test_a_satisfactory_record_costs_one_forward_pass_and_an_unsatisfactory_one_
     try:
         for batch_rows, expected in [
             ([SATISFACTORY], [2 + 1]),
-            # 2 + 2 and 3 + 2 tokens go together, one of them padded; 2 + 1 would need too much of it.
+            # Sequences of 2 + 2 and 3 + 2 tokens are padded to 5; one of 2 + 1 would need too much padding.
             ([UNSATISFACTORY], [2 * 5]),
             ([SATISFACTORY, UNSATISFACTORY, SATISFACTORY], [2 * 5, 2 * 3]),
         ]:
             calls.clear()
             with torch.no_grad():
                 score_batch(model, collate(batch_rows))
-            assert calls == expected  # tokens of each pass: a prompt, and a response less its last token
+            assert calls == expected
     finally:
         hook.remove()
 
 
 @given(st.lists(st.integers(1, 3000), max_size=40), st.integers(1, 2000))
-def test_groups_hold_every_sequence_once_within_the_limit_and_with_little_padding(lengths, limit):
+def test_groups_hold_every_sequence_once_with_little_padding(lengths, limit):
     trees = [PrefixTree((index,), 0, length) for index, length in enumerate(lengths)]
     groups = [[tree.indices[0] for tree in group] for group in _group_by_length(trees, limit, lengths)]
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
@@ -217,7 +217,7 @@ def test_groups_hold_every_sequence_once_within_the_limit_and_with_little_paddin
         assert padded <= 9 / 8 * sum(lengths[index] for index in group)
 
 
-def test_nothing_flows_back_through_a_context_from_which_nothing_is_learned(model):
+def test_frozen_judged_contexts_get_no_gradient(model):
     batch = collate([UNSATISFACTORY, SATISFACTORY])
     whole = score_batch(model, batch)
     logps = score_batch(model, batch, needs_judged_grad=False)
@@ -232,51 +232,51 @@ def test_nothing_flows_back_through_a_context_from_which_nothing_is_learned(mode
 
 @settings(max_examples=50, deadline=None)
 @given(batch_rows=batches, max_tokens=st.integers(1, 60), data=st.data())
-def test_parts_of_a_batch_hold_every_record_once_as_if_it_were_collated_so(batch_rows, max_tokens, data):
-    is_blamed = data.draw(st.booleans())
+def test_split_batch_equals_collating_each_part(batch_rows, max_tokens, data):
+    has_flags = data.draw(st.booleans())
     named = [row | {"location": f"row {index}", "is_praised": index % 2 == 0} for index, row in enumerate(batch_rows)]
-    if is_blamed:
+    if has_flags:
         for index, row in enumerate(named):
             size = len(row["response_ids"])
             row |= {"is_flagged": [index % 2 == 1] * size, "weights": [float(index)] * size}
     parts = split_batch(collate(named), max_tokens)
-    locations = [place for part in parts for place in part["locations"]]
+    locations = [location for part in parts for location in part["locations"]]
     assert sorted(locations) == sorted(row["location"] for row in named)
-    by_place = {row["location"]: row for row in named}
+    by_location = {row["location"]: row for row in named}
     for part in parts:
-        expected = collate([by_place[place] for place in part["locations"]])
+        expected = collate([by_location[location] for location in part["locations"]])
         assert part.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(part[name], value) if isinstance(value, Tensor) else part[name] == value
         assert len(part["locations"]) == 1 or len(part["input_ids"]) <= max_tokens
 
 
-def test_the_longest_records_go_first_and_together():
+def test_split_batch_puts_the_longest_records_first_and_together():
     long, short = make_row([1] * 20, None, [2]), make_row([1] * 3, [1] * 4, [2, 3])
     batch = collate(
         [short | {"location": "a"}, long | {"location": "b"}, short | {"location": "c"}, long | {"location": "d"}]
     )
-    # 20 tokens each of the long ones; 3 + 1 and 4 + 1 of the short ones' two contexts.
+    # Long records have 20 tokens; short ones 3 + 1 and 4 + 1 in their two contexts.
     assert [part["locations"] for part in split_batch(batch, 40)] == [["b", "d"], ["a", "c"]]
     assert [part["locations"] for part in split_batch(batch, 10)] == [["b"], ["d"], ["a"], ["c"]]
     assert [part["locations"] for part in split_batch(batch, 58)] == [["a", "c", "b", "d"]]
 
 
-def test_blame_goes_with_the_plain_contexts_in_their_order():
+def test_flags_follow_the_order_of_the_plain_contexts():
     judged = UNSATISFACTORY | {"is_flagged": [False, True, False], "weights": [0.0, 0.5, 0.0]}
     alone = judged | {"judged_prompt_ids": None, "is_flagged": [True, False, False], "weights": [0.25, 0.0, 0.0]}
     batch = collate([SATISFACTORY, alone, judged])
-    # the judged record, then the satisfactory one, then the one that is blamed and has one context
+    # The judged record, then the satisfactory one, then the one with flags and a single context.
     assert batch["is_flagged"].tolist() == [*[False, True, False], *[False, False], *[True, False, False]]
     assert batch["flag_weights"].tolist() == [*[0, 0.5, 0], *[0, 0], *[0.25, 0, 0]]
 
 
-def test_praise_goes_with_the_records_that_are_run_twice():
+def test_praise_follows_the_order_of_the_judged_records():
     praised = UNSATISFACTORY | {"is_praised": True}
     assert collate([SATISFACTORY, UNSATISFACTORY, praised])["is_praised"] == [False, True]
 
 
-def test_a_computation_lent_a_wrappers_forward_leaves_the_module_as_it_was(model):
+def test_run_inside_calls_the_wrapper_and_restores_the_module(model):
     class Wrapper(nn.Module):
         def __init__(self, module: nn.Module) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Token log-probs by chunks of the head against the dense formula, and the heads of real architectures."""
+"""Chunked log-probabilities against the dense formula, and the heads of real architectures."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
-from cutlm.errors import UserError
+from cutlm.errors import ConfigError, UserError
 from cutlm.model.forward import check_head
 from cutlm.model.loading import unwrap_peft
 from cutlm.model.logprobs import Head, choose_chunk_size, get_head, token_logprobs
@@ -28,7 +28,7 @@ def dense_logprobs(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """The whole [N, V] at once, in the dtype of what it is given; softmax in at least float32."""
+    """All logits [N, V] at once, in the dtype of the inputs, with a softmax in at least float32."""
     logits = hidden @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if bias is not None:
@@ -40,7 +40,7 @@ def dense_logprobs(
 
 
 def draw(num_positions: int, vocab_size: int, width: int, seed: int, spread: float = 1.0) -> tuple[Tensor, ...]:
-    """Hidden states, head, bias, targets and the gradient that comes from above, in float64."""
+    """Random hidden states, head, bias, targets and upstream gradient, in float64."""
     generator = torch.Generator().manual_seed(seed)
     hidden = spread * torch.randn(num_positions, width, generator=generator, dtype=torch.float64)
     weight = torch.randn(vocab_size, width, generator=generator, dtype=torch.float64)
@@ -57,7 +57,7 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
 # ---- By hand ----
 
 
-def test_log_prob_of_a_token_is_that_of_the_softmax_over_its_logits():
+def test_log_prob_is_the_log_softmax_of_the_logits():
     # One state [1, 2] and a head of three rows: logits [1, 2, 3].
     hidden = torch.tensor([[1.0, 2.0]])
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -84,20 +84,20 @@ def test_log_prob_of_a_token_is_that_of_the_softmax_over_its_logits():
     scale=st.sampled_from([1.0, 0.0625, 3.0]),
     trained=st.sets(st.sampled_from(["hidden", "weight", "bias"])),
 )
-def test_values_and_gradients_are_those_of_the_dense_formula(
+def test_values_and_gradients_match_the_dense_formula(
     num_positions, vocab_size, width, seed, spread, chunk_size, has_bias, softcap, scale, trained
 ):
     hidden, weight, bias, target_ids, upstream = draw(num_positions, vocab_size, width, seed, spread)
     inputs = {"hidden": hidden, "weight": weight} | ({"bias": bias} if has_bias else {})
     ours = {name: value.float().requires_grad_(name in trained) for name, value in inputs.items()}
-    # The same numbers, so that rounding the inputs is no part of the comparison.
+    # The rounded inputs, so that only the rounding of the computation is compared.
     truth = {name: value.detach().double().requires_grad_(name in trained) for name, value in ours.items()}
 
     got = token_logprobs(
         ours["hidden"], ours["weight"], target_ids, chunk_size, bias=ours.get("bias"), softcap=softcap, scale=scale
     )
     want = dense_logprobs(truth["hidden"], truth["weight"], target_ids, truth.get("bias"), softcap, scale)
-    size = 1 + (spread * scale * width if softcap is None else softcap)  # of the logits that cancel
+    size = 1 + (spread * scale * width if softcap is None else softcap)  # magnitude of the logits that cancel
     assert got.tolist() == pytest.approx(want.tolist(), rel=1e-5, abs=2e-6 * size)
 
     names = [name for name in inputs if name in trained]
@@ -115,7 +115,7 @@ def test_values_and_gradients_are_those_of_the_dense_formula(
         assert (ours[name].grad.double() - truth[name].grad).abs().max().item() <= bound
 
 
-def test_chunks_change_nothing():
+def test_chunk_size_does_not_change_values():
     hidden, weight, bias, target_ids, _ = (tensor.float() for tensor in draw(10, 31, 6, 0))
     target_ids = target_ids.long()
     whole = token_logprobs(hidden, weight, target_ids, 10, bias=bias)
@@ -124,7 +124,7 @@ def test_chunks_change_nothing():
 
 
 @pytest.mark.parametrize("trains_head", [False, True])
-def test_no_positions_give_no_log_probs_and_zero_gradients(trains_head):
+def test_empty_input_gives_empty_output_and_zero_gradients(trains_head):
     hidden = torch.zeros(0, 4, requires_grad=True)
     weight = torch.ones(5, 4, requires_grad=trains_head)
     got = token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long))
@@ -137,51 +137,51 @@ def test_no_positions_give_no_log_probs_and_zero_gradients(trains_head):
 @pytest.mark.parametrize(
     ("hidden", "weight"), [((3, 4), (5, 3)), ((3,), (5, 3)), ((1, 3, 4), (5, 4)), ((3, 4), (5, 4, 1))]
 )
-def test_hidden_states_that_do_not_fit_the_head_are_refused(hidden, weight):
-    with pytest.raises(ValueError, match=r"^expected hidden \[N, H\] and head_weight \[V, H\], got torch.Size\("):
+def test_shape_mismatch_of_hidden_and_head_is_refused(hidden, weight):
+    with pytest.raises(ValueError, match="head_weight"):
         token_logprobs(torch.zeros(hidden), torch.zeros(weight), torch.zeros(3, dtype=torch.long))
 
 
 @pytest.mark.parametrize("targets", [(2,), (3, 1), ()])
-def test_targets_that_do_not_fit_the_positions_are_refused(targets):
-    with pytest.raises(ValueError, match=r"^expected one target for each of 3 positions, got \("):
+def test_shape_mismatch_of_targets_is_refused(targets):
+    with pytest.raises(ValueError, match="target"):
         token_logprobs(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(targets, dtype=torch.long))
 
 
-# ---- What is kept and what is made ----
+# ---- Memory ----
 
 
-def test_frozen_head_gets_no_gradient_and_nothing_of_its_size_is_kept():
+def test_frozen_head_saves_only_the_hidden_gradient():
     num_positions, vocab_size, width = 12, 50, 6
     hidden, weight, _, target_ids, _ = draw(num_positions, vocab_size, width, 1)
     hidden, weight = hidden.float().requires_grad_(), weight.float()
-    kept: list[tuple[int, ...]] = []
+    saved: list[tuple[int, ...]] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tuple(tensor.shape))
+        saved.append(tuple(tensor.shape))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logps = token_logprobs(hidden, weight, target_ids, 4)
-    assert kept == [(num_positions, width)]
+    assert saved == [(num_positions, width)]
     logps.sum().backward()
     assert weight.grad is None
     assert hidden.grad.shape == hidden.shape
 
 
-def test_trained_head_keeps_its_inputs_only():
+def test_trained_head_saves_only_its_inputs():
     hidden, weight, bias, target_ids, _ = draw(12, 50, 6, 1)
     hidden, weight, bias = (tensor.float().requires_grad_() for tensor in (hidden, weight, bias))
-    kept: list[tuple[int, ...]] = []
+    saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda t: t
+        lambda tensor: saved.append(tuple(tensor.shape)) or tensor, lambda t: t
     ):
         token_logprobs(hidden, weight, target_ids, 4, bias=bias)
-    assert sorted(kept) == [(12,), (12, 6), (50,), (50, 6)]
+    assert sorted(saved) == [(12,), (12, 6), (50,), (50, 6)]
 
 
 class LargestOutput(TorchDispatchMode):
-    """Watches every operation, of the backward pass too, for the largest tensor it makes."""
+    """Records the largest tensor that any operation allocates, also in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class LargestOutput(TorchDispatchMode):
 
 @pytest.mark.parametrize("trains_head", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_full_logits_are_never_made(trains_head, softcap):
+def test_full_logits_are_never_allocated(trains_head, softcap):
     num_positions, vocab_size, width, chunk_size = 64, 40, 5, 4
     hidden, weight, _, target_ids, _ = draw(num_positions, vocab_size, width, 2)
     hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_(trains_head)
@@ -209,14 +209,14 @@ def test_full_logits_are_never_made(trains_head, softcap):
     assert watch.numel <= max(chunk_size * vocab_size, num_positions * width, vocab_size * width)
     assert watch.numel < num_positions * vocab_size / 4
 
-    with LargestOutput() as watch:  # the watch sees what the dense formula makes
+    with LargestOutput() as watch:  # it does see the full logits of the dense formula
         dense_logprobs(hidden, weight, target_ids, softcap=softcap).sum().backward()
     assert watch.numel == num_positions * vocab_size
 
 
-def test_chunks_hold_512_positions_and_256_mib_of_logits_at_most_where_no_size_is_given():
+def test_default_chunk_holds_at_most_512_positions_and_256_mib_of_logits():
     assert [choose_chunk_size(2**bits) for bits in (10, 15, 17, 18, 20, 23)] == [512, 512, 512, 256, 64, 16]
-    num_positions, vocab_size, chunk_size = 256, 2**20, 64
+    num_positions, vocab_size, chunk_size = 65, 2**20, 64
     hidden, weight, target_ids = torch.ones(num_positions, 1), torch.ones(vocab_size, 1), torch.zeros(num_positions)
     with LargestOutput() as watch:
         token_logprobs(hidden, weight, target_ids.long())
@@ -231,11 +231,11 @@ def test_chunks_hold_512_positions_and_256_mib_of_logits_at_most_where_no_size_i
 @pytest.mark.parametrize("is_autocast", [False, True])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("spread", [0.05, 0.5])
-def test_bfloat16_is_no_further_from_the_truth_than_the_dense_formula(trains_head, is_autocast, softcap, spread):
+def test_bfloat16_is_as_accurate_as_the_dense_formula(trains_head, is_autocast, softcap, spread):
     hidden, weight, _, target_ids, upstream = draw(256, 300, 64, 3, spread)
     rounded = [tensor.bfloat16() for tensor in (hidden, weight)]
     truth = [tensor.double().requires_grad_() for tensor in rounded]
-    # Half the targets are likely ones: 1 - p is where a careless bfloat16 gradient loses everything.
+    # Half the targets are likely tokens, for which a naive bfloat16 gradient loses 1 - p entirely.
     target_ids[::2] = (truth[0] @ truth[1].T).argmax(-1)[::2]
     want = dense_logprobs(*truth, target_ids, softcap=softcap)
     want.backward(upstream)
@@ -254,7 +254,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_dense_formula(trains_hea
     dense, theirs = run(lambda h, w: dense_logprobs(h, w, target_ids, softcap=softcap))
 
     assert relative_error(got, want.detach()) <= 1.001 * relative_error(dense, want.detach())
-    # Each rounding to bfloat16 counts: one more for what is made in the forward pass, one for each chunk of the head's.
+    # One more rounding to bfloat16 for the gradient from the forward pass, and one per chunk for the head's.
     for mine, reference, exact, slack in zip(ours, theirs, truth, (1.15, 1.25), strict=True):
         if mine.requires_grad:
             assert mine.grad.dtype == mine.dtype
@@ -265,20 +265,20 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_dense_formula(trains_hea
 
 @pytest.mark.parametrize("trains_head", [False, True])
 def test_float16_gradient_is_finite_over_a_large_vocabulary(trains_head):
-    # All of 70000 tokens are equally likely: their sum before normalization is beyond float16, at 65504.
+    # 70,000 equally likely tokens: the sum of exponentials exceeds the largest float16, 65,504.
     hidden = torch.zeros(2, 4, dtype=torch.float16, requires_grad=True)
     weight = torch.linspace(-1, 1, 70_000).half()[:, None].repeat(1, 4).requires_grad_(trains_head)
     target_ids = torch.tensor([0, 69_999])
     logps = token_logprobs(hidden, weight, target_ids, 1)
     logps.sum().backward()
     assert logps.tolist() == pytest.approx([-math.log(70_000)] * 2, rel=1e-6)
-    # d logp / d hidden is the target's row less the mean row, and that is about zero.
+    # d logp / d hidden is the target's row minus the mean row, which is about zero.
     assert torch.isfinite(hidden.grad).all()
     torch.testing.assert_close(hidden.grad, weight.detach()[target_ids], atol=1e-2, rtol=0)
     assert weight.grad is None or torch.isfinite(weight.grad).all()
 
 
-def test_hidden_states_of_another_dtype_take_that_of_the_head():
+def test_hidden_states_are_cast_to_the_dtype_of_the_head():
     hidden, weight, _, target_ids, _ = draw(5, 9, 4, 4)
     hidden = hidden.float().requires_grad_()
     weight = weight.bfloat16()
@@ -326,14 +326,14 @@ def make_named(name: str, **changes):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, kind)(config).eval()
-        for parameter in model.parameters():  # biases and norms too, which start at zero and one
+        for parameter in model.parameters():  # biases and norms, which are initialized with zeros and ones
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     return model
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_log_probs_by_the_head_are_those_of_the_models_own_logits(name):
+def test_log_probs_match_the_logits_of_real_architectures(name):
     model = make_named(name)
     head = get_head(model)
     ids = torch.tensor([[5, 3, 60, 11, 2, 40, 7]])
@@ -362,13 +362,13 @@ def dense_from_logits(logits: Tensor, target_ids: Tensor) -> Tensor:
         ("GPT2", None, 1.0, False),
     ],
 )
-def test_what_a_model_does_to_its_logits_is_read_from_its_config(name, softcap, scale, has_bias):
+def test_head_reads_logit_transforms_from_the_config(name, softcap, scale, has_bias):
     head = get_head(make_named(name))
     assert (head.softcap, head.scale, head.bias is not None) == (softcap, scale, has_bias)
     assert head.weight.shape == (64, 32)
 
 
-def test_a_head_trained_whole_beside_an_adapter_is_the_one_that_is_scored():
+def test_fully_trained_head_of_an_adapter_is_used():
     model = make_model(40)
     adapted = get_peft_model(
         model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
@@ -382,27 +382,22 @@ def test_a_head_trained_whole_beside_an_adapter_is_the_one_that_is_scored():
     check_head(adapted)
 
 
-def test_a_lora_adapter_on_the_head_is_refused():
+def test_lora_on_the_head_is_refused():
     adapted = get_peft_model(make_model(40), LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
-    message = (
-        "^a LoRA adapter sits on the output head, which cutlm scores by its weight; leave the head out of"
-        " lora_target_modules, or train it whole by lora_modules_to_save$"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=r"^lora_target_modules:"):
         check_head(adapted)
 
 
 @pytest.mark.parametrize("layer", [None, torch.nn.Identity()])
-def test_a_model_without_a_linear_head_is_refused(layer):
+def test_model_without_a_linear_head_is_refused(layer):
     model = make_model(40)
     model.lm_head = layer
-    name = type(layer).__name__
-    with pytest.raises(ValueError, match=f"^expected a linear output head in floating point, got {name}$"):
+    with pytest.raises(ConfigError, match=f"got {type(layer).__name__}$"):
         get_head(model)
 
 
 class DoubledLlama(LlamaForCausalLM):
-    """Does to its logits what no config tells."""
+    """Scales its logits by a factor that is not in the config."""
 
     def forward(self, *args, **kwargs):
         outputs = super().forward(*args, **kwargs)
@@ -410,13 +405,13 @@ class DoubledLlama(LlamaForCausalLM):
         return outputs
 
 
-def test_a_model_that_treats_its_logits_in_an_unknown_way_is_refused():
+def test_unknown_logit_transform_is_refused():
     model = DoubledLlama(make_model(40).config)
     with pytest.raises(UserError, match=r"^DoubledLlama: .* logits by [\d.]+, expected at most 0\.001"):
         check_head(model)
 
 
-def test_checking_the_head_leaves_the_model_in_its_mode():
+def test_check_head_restores_the_mode_of_the_model():
     model = make_model(40)
     for is_training in (True, False):
         model.train(is_training)
@@ -425,6 +420,6 @@ def test_checking_the_head_leaves_the_model_in_its_mode():
         assert all(module.training == is_training for module in model.modules())
 
 
-def test_a_head_is_plain_where_nothing_is_said():
+def test_head_has_no_transforms_by_default():
     head = Head(torch.zeros(2, 2))
     assert (head.bias, head.softcap, head.scale) == (None, None, 1.0)

@@ -308,7 +308,7 @@ def test_a_run_of_no_step_is_no_success(
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: expected a whole number of at least 1"),
         ({"label_smoothing_factor": 0.5}, "label_smoothing_factor: expected 0"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: expected random or sequential"),
-        ({"lora_target_modules": ["lm_head"]}, "a LoRA adapter sits on the output head"),
+        ({"lora_target_modules": ["lm_head"]}, "does not support LoRA on the output head"),
         ({"eval_strategy": "steps"}, "eval"),
         ({"report_to": "foo"}, "foo"),
     ],

@@ -1,8 +1,4 @@
-"""Encoded records to one micro-batch, without padding.
-
-Sequences stand end to end in one tensor; how the model is run over them is left to `cutlm.model.forward`, what is
-learned from which of them to `cutlm.training.trainer`.
-"""
+"""Collate encoded records into a micro-batch without padding, and split micro-batches."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +10,156 @@ from cutlm.errors import ConfigError
 from cutlm.model.loading import list_rope_parameters, unwrap_peft
 
 
+class CutCollator:
+    """Concatenates the sequences of a micro-batch into one tensor.
+
+    First the plain contexts of all unsatisfactory records, then their judged contexts in the same order, then the
+    satisfactory records, so that the token log-probabilities of both contexts are two slices of equal length.
+    "Unsatisfactory" is every row with `judged_prompt_ids`.
+
+    A sequence is a prompt and its response without the last token, which has nothing to predict. Its last
+    `response_length` positions predict the response.
+
+    Keys of a batch:
+
+    - `input_ids`, `target_ids`: all sequences, and all responses in the same order.
+    - `sequence_lengths`, `response_lengths`: their lengths.
+    - `num_unsatisfactory`: number of unsatisfactory records.
+    - `shared_lengths`: for each unsatisfactory record, the length of the common prefix of both prompts, at most all
+      but the last token.
+    - `locations`: names of the records for messages, unsatisfactory records first.
+    - `is_flagged`, `flag_weights`: flags of a frozen detector for the plain contexts, if any row has `is_flagged` and
+      `weights`.
+    - `is_praised`: for each unsatisfactory record whether its judgment is praise, if any row has `is_praised`.
+
+    Example:
+
+        >>> rows = [
+        ...     {"prompt_ids": [1, 5], "judged_prompt_ids": [1, 5, 9], "response_ids": [7, 8, 2]},
+        ...     {"prompt_ids": [1, 6], "judged_prompt_ids": None, "response_ids": [4, 2]},
+        ... ]
+        >>> CutCollator()(rows)
+        {'input_ids': tensor([1, 5, 7, 8,  1, 5, 9, 7, 8,  1, 6, 4]),
+         'target_ids': tensor([7, 8, 2,  7, 8, 2,  4, 2]),
+         'sequence_lengths': [4, 5, 3],
+         'response_lengths': [3, 3, 2],
+         'num_unsatisfactory': 1,
+         'shared_lengths': [1],
+         'locations': ['record 0 of the batch', 'record 1 of the batch']}
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        judged = [row for row in rows if row["judged_prompt_ids"] is not None]
+        satisfactory = [row for row in rows if row["judged_prompt_ids"] is None]
+        sequences = [
+            *((row["prompt_ids"], row["response_ids"]) for row in judged),
+            *((row["judged_prompt_ids"], row["response_ids"]) for row in judged),
+            *((row["prompt_ids"], row["response_ids"]) for row in satisfactory),
+        ]
+        inputs = [[*prompt, *response[:-1]] for prompt, response in sequences]
+        names = [row.get("location") or f"record {index} of the batch" for index, row in enumerate(rows)]
+        is_judged = [row["judged_prompt_ids"] is not None for row in rows]
+        batch = {
+            "input_ids": torch.tensor([token for ids in inputs for token in ids], dtype=torch.long),
+            "target_ids": torch.tensor([token for _, ids in sequences for token in ids], dtype=torch.long),
+            "sequence_lengths": [len(ids) for ids in inputs],
+            "response_lengths": [len(response) for _, response in sequences],
+            "num_unsatisfactory": len(judged),
+            "shared_lengths": [_count_shared(row["prompt_ids"], row["judged_prompt_ids"]) for row in judged],
+            "locations": [
+                name for kind in (True, False) for name, flag in zip(names, is_judged, strict=True) if flag == kind
+            ],
+        }
+        if any(row.get("is_flagged") is not None for row in rows):
+            ordered = [*judged, *satisfactory]
+            flags = [row.get("is_flagged") or [False] * len(row["response_ids"]) for row in ordered]
+            weights = [row.get("weights") or [0.0] * len(row["response_ids"]) for row in ordered]
+            batch["is_flagged"] = torch.tensor([flag for part in flags for flag in part], dtype=torch.bool)
+            batch["flag_weights"] = torch.tensor([weight for part in weights for weight in part])
+        if any("is_praised" in row for row in rows):
+            batch["is_praised"] = [bool(row.get("is_praised")) for row in judged]
+        return batch
+
+
+def _count_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common prefix of two prompts, without the last token of either, which predicts the response."""
+    longest = min(len(first), len(second)) - 1
+    return next((index for index in range(longest) if first[index] != second[index]), longest)
+
+
+def split_batch(batch: Mapping[str, Any], max_tokens: int) -> list[dict[str, Any]]:
+    """Splits a micro-batch into smaller ones of at most `max_tokens` tokens.
+
+    Losses are sums, so the losses and gradients of the parts add up to those of the whole. Records are split by length,
+    the longest first; both contexts of a record stay together.
+
+    Args:
+        batch: A batch of `CutCollator`.
+        max_tokens: Maximum number of tokens of all sequences of a part; a record with more gets its own part.
+    """
+    lengths, num_judged = batch["sequence_lengths"], batch["num_unsatisfactory"]
+    owned = [[index, num_judged + index] for index in range(num_judged)]
+    owned += [[index] for index in range(2 * num_judged, len(lengths))]
+    sizes = [sum(lengths[index] for index in indices) for indices in owned]
+    parts: list[list[int]] = []
+    room = 0
+    for record in sorted(range(len(owned)), key=lambda record: -sizes[record]):
+        if not parts or sizes[record] > room:
+            parts.append([])
+            room = max_tokens
+        parts[-1].append(record)
+        room -= sizes[record]
+    return [_take_records(batch, sorted(part), owned) for part in parts] if len(parts) > 1 else [dict(batch)]
+
+
+def _take_records(batch: Mapping[str, Any], records: list[int], owned: list[list[int]]) -> dict[str, Any]:
+    num_judged = batch["num_unsatisfactory"]
+    judged = [record for record in records if record < num_judged]
+    # Plain contexts, judged contexts, satisfactory records: the order of `CutCollator`.
+    indices = [*(owned[record][0] for record in judged), *(owned[record][1] for record in judged)]
+    indices += [owned[record][0] for record in records if record >= num_judged]
+    part: dict[str, Any] = {
+        name: torch.cat([batch[name].split(batch[lengths])[index] for index in indices])
+        for name, lengths in (("input_ids", "sequence_lengths"), ("target_ids", "response_lengths"))
+    }
+    part |= {name: [batch[name][index] for index in indices] for name in ("sequence_lengths", "response_lengths")}
+    part["num_unsatisfactory"] = len(judged)
+    part["shared_lengths"] = [batch["shared_lengths"][record] for record in judged]
+    part["locations"] = [batch["locations"][record] for record in records]
+    if "is_flagged" in batch:
+        # One response for each record, without the judged contexts.
+        sizes = [batch["response_lengths"][indices[0]] for indices in owned]
+        for name in ("is_flagged", "flag_weights"):
+            part[name] = torch.cat([batch[name].split(sizes)[record] for record in records])
+    if "is_praised" in batch:
+        part["is_praised"] = [batch["is_praised"][record] for record in judged]
+    return part
+
+
+def split_lengths(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """Counts the response tokens of unsatisfactory records (in one context) and of satisfactory records."""
+    num_unsatisfactory, lengths = batch["num_unsatisfactory"], batch["response_lengths"]
+    return sum(lengths[:num_unsatisfactory]), sum(lengths[2 * num_unsatisfactory :])
+
+
+def find_non_finite(logps: Tensor, batch: Mapping[str, Any]) -> list[str]:
+    """Returns the locations of records with non-finite log-probabilities.
+
+    Args:
+        logps: [R], in the order of `batch["target_ids"]`.
+        batch: A batch of `CutCollator`.
+    """
+    num_unsatisfactory = batch["num_unsatisfactory"]
+    # Both contexts of an unsatisfactory record belong to the same record.
+    records = [*range(num_unsatisfactory), *range(len(batch["locations"]))]
+    bad = {
+        record
+        for record, part in zip(records, logps.split(batch["response_lengths"]), strict=True)
+        if not torch.isfinite(part).all()
+    }
+    return [batch["locations"][record] for record in sorted(bad)]
+
+
 def check_rows_fit_model(
     model: nn.Module,
     rows: Iterable[Mapping[str, Any]],
@@ -21,7 +167,7 @@ def check_rows_fit_model(
     prompts: Sequence[str] = ("prompt_ids", "judged_prompt_ids"),
     responses: Sequence[str] = ("response_ids",),
 ) -> None:
-    """Check that the model has an embedding for every token id and a position for every token.
+    """Checks that the model has an embedding for every token id and a position for every token.
 
     Args:
         model: The model.
@@ -57,151 +203,3 @@ def check_rows_fit_model(
         )
     if problems:
         raise ConfigError(problems)
-
-
-class CutCollator:
-    """Lays out the sequences of a micro-batch end to end.
-
-    First every unsatisfactory record without its judgment, then the same records in the same order with it, then
-    the satisfactory records: so a record that needs one pass gets one, and the token log-probs of the two contexts
-    of a response are two equal slices.
-
-    A sequence is a prompt and its response less the last token, which has nothing to predict. Its last
-    `response_length` positions predict the response.
-
-    Example:
-
-        >>> rows = [
-        ...     {"prompt_ids": [1, 5], "judged_prompt_ids": [1, 5, 9], "response_ids": [7, 8, 2]},
-        ...     {"prompt_ids": [1, 6], "judged_prompt_ids": None, "response_ids": [4, 2]},
-        ... ]
-        >>> CutCollator()(rows)
-        {'input_ids': tensor([1, 5, 7, 8,  1, 5, 9, 7, 8,  1, 6, 4]),
-         'target_ids': tensor([7, 8, 2,  7, 8, 2,  4, 2]),
-         'sequence_lengths': [4, 5, 3],
-         'response_lengths': [3, 3, 2],
-         'num_unsatisfactory': 1,
-         'shared_lengths': [1],
-         'locations': ['record 0 of the batch', 'record 1 of the batch']}
-
-    `shared_lengths` says of each unsatisfactory record with how many tokens both its prompts begin, their last ones
-    left out: those have a response to predict.
-
-    `locations` names the records, unsatisfactory ones first, for messages. "Unsatisfactory" is every row with
-    `judged_prompt_ids`, "satisfactory" every other, which is learned from one context alone.
-
-    Rows with blame from elsewhere, `is_flagged` and `weights` for each token of the response, add the tensors
-    `is_flagged` and `flag_weights`, which go with the plain contexts in the order above. Rows with `is_praised` add
-    that, as a list for the records that are run in both contexts.
-    """
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        unsatisfactory = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is not None]
-        satisfactory = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is None]
-        sequences = [
-            *((rows[index]["prompt_ids"], rows[index]["response_ids"]) for index in unsatisfactory),
-            *((rows[index]["judged_prompt_ids"], rows[index]["response_ids"]) for index in unsatisfactory),
-            *((rows[index]["prompt_ids"], rows[index]["response_ids"]) for index in satisfactory),
-        ]
-        inputs = [[*prompt, *response[:-1]] for prompt, response in sequences]
-        batch = {
-            "input_ids": torch.tensor([token for ids in inputs for token in ids], dtype=torch.long),
-            "target_ids": torch.tensor([token for _, ids in sequences for token in ids], dtype=torch.long),
-            "sequence_lengths": [len(ids) for ids in inputs],
-            "response_lengths": [len(response) for _, response in sequences],
-            "num_unsatisfactory": len(unsatisfactory),
-            "shared_lengths": [
-                _count_shared(rows[index]["prompt_ids"], rows[index]["judged_prompt_ids"]) for index in unsatisfactory
-            ],
-            "locations": [
-                rows[index].get("location") or f"record {index} of the batch" for index in unsatisfactory + satisfactory
-            ],
-        }
-        in_order = [rows[index] for index in unsatisfactory + satisfactory]
-        if any(row.get("is_flagged") is not None for row in rows):
-            flags = [row.get("is_flagged") or [False] * len(row["response_ids"]) for row in in_order]
-            weights = [row.get("weights") or [0.0] * len(row["response_ids"]) for row in in_order]
-            batch["is_flagged"] = torch.tensor([flag for part in flags for flag in part], dtype=torch.bool)
-            batch["flag_weights"] = torch.tensor([weight for part in weights for weight in part])
-        if any("is_praised" in row for row in rows):
-            batch["is_praised"] = [bool(rows[index].get("is_praised")) for index in unsatisfactory]
-        return batch
-
-
-def _count_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two prompts begin with alike, short of the last of either."""
-    longest = min(len(first), len(second)) - 1
-    return next((place for place in range(longest) if first[place] != second[place]), longest)
-
-
-def split_batch(batch: Mapping[str, Any], max_tokens: int) -> list[dict[str, Any]]:
-    """Divides a micro-batch into smaller ones of the same layout, each of at most so many tokens.
-
-    Losses are sums, so those of the parts add up to that of the whole, and so do the gradients. Records of nearly one
-    length go together, the longest first; the two contexts of a record are never parted.
-
-    Args:
-        batch: As made by `CutCollator`.
-        max_tokens: Tokens of all sequences of a part; a record with more is a part of its own.
-    """
-    lengths, num_judged = batch["sequence_lengths"], batch["num_unsatisfactory"]
-    owned = [[index, num_judged + index] for index in range(num_judged)]
-    owned += [[index] for index in range(2 * num_judged, len(lengths))]
-    sizes = [sum(lengths[index] for index in indices) for indices in owned]
-    parts: list[list[int]] = []
-    room = 0
-    for record in sorted(range(len(owned)), key=lambda record: -sizes[record]):
-        if not parts or sizes[record] > room:
-            parts.append([])
-            room = max_tokens
-        parts[-1].append(record)
-        room -= sizes[record]
-    return [_take_records(batch, sorted(part), owned) for part in parts] if len(parts) > 1 else [dict(batch)]
-
-
-def _take_records(batch: Mapping[str, Any], records: list[int], owned: list[list[int]]) -> dict[str, Any]:
-    num_judged = batch["num_unsatisfactory"]
-    judged = [record for record in records if record < num_judged]
-    # Plain contexts of unsatisfactory records, these with the judgment, and satisfactory ones: as in the whole.
-    indices = [*(owned[record][0] for record in judged), *(owned[record][1] for record in judged)]
-    indices += [owned[record][0] for record in records if record >= num_judged]
-    part: dict[str, Any] = {
-        name: torch.cat([batch[name].split(batch[lengths])[index] for index in indices])
-        for name, lengths in (("input_ids", "sequence_lengths"), ("target_ids", "response_lengths"))
-    }
-    part |= {name: [batch[name][index] for index in indices] for name in ("sequence_lengths", "response_lengths")}
-    part["num_unsatisfactory"] = len(judged)
-    part["shared_lengths"] = [batch["shared_lengths"][record] for record in judged]
-    part["locations"] = [batch["locations"][record] for record in records]
-    if "is_flagged" in batch:
-        # Of the plain contexts alone, one for each record.
-        sizes = [batch["response_lengths"][indices[0]] for indices in owned]
-        for name in ("is_flagged", "flag_weights"):
-            part[name] = torch.cat([batch[name].split(sizes)[record] for record in records])
-    if "is_praised" in batch:
-        part["is_praised"] = [batch["is_praised"][record] for record in judged]
-    return part
-
-
-def split_lengths(batch: Mapping[str, Any]) -> tuple[int, int]:
-    """How many response tokens of a batch are of unsatisfactory records (in one context), and of satisfactory ones."""
-    num_unsatisfactory, lengths = batch["num_unsatisfactory"], batch["response_lengths"]
-    return sum(lengths[:num_unsatisfactory]), sum(lengths[2 * num_unsatisfactory :])
-
-
-def find_non_finite(logps: Tensor, batch: Mapping[str, Any]) -> list[str]:
-    """Names the records of a batch with log-probs that are no numbers.
-
-    Args:
-        logps: [R], in the order of `batch["target_ids"]`.
-        batch: The batch.
-    """
-    num_unsatisfactory = batch["num_unsatisfactory"]
-    # The second pass of an unsatisfactory record counts as that record.
-    records = [*range(num_unsatisfactory), *range(len(batch["locations"]))]
-    bad = {
-        record
-        for record, part in zip(records, logps.split(batch["response_lengths"]), strict=True)
-        if not torch.isfinite(part).all()
-    }
-    return [batch["locations"][record] for record in sorted(bad)]

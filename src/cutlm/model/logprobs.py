@@ -1,9 +1,8 @@
-"""From hidden states to the log-probabilities of given tokens, without ever holding the full logits.
+"""Compute token log-probabilities from hidden states without holding the full logits.
 
-The head (the output embedding) is applied to a chunk of positions at a time. Where the head is frozen, as
-under LoRA, the gradient for the hidden states is made in the forward pass while the chunk's logits are at hand
-and only scaled in the backward: two matrix products in all, none of them repeated. Where the head is trained,
-the backward makes each chunk's logits again. Which positions to score is left to the caller.
+The head (the output embedding) is applied to one chunk of positions at a time. With a frozen head, as under LoRA, the
+gradient of the hidden states is computed in the forward pass from the chunk's logits and only scaled in the backward
+pass: two matrix products in all. With a trained head, the backward pass recomputes each chunk's logits.
 """
 
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from cutlm.errors import ConfigError
 
-# Positions at a time with which the head's matrix products are about as quick as with all (benchmarks/head.py), and the
-# most logits held for them: 256 MiB of float32.
-_POSITIONS_AT_A_TIME = 512
-_MOST_LOGITS = 2**26
+# Larger chunks are hardly faster (benchmarks/head.py).
+_MAX_CHUNK_SIZE = 512
+_MAX_LOGITS = 2**26  # 256 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -26,10 +24,10 @@ class Head:
     """The last step of a causal language model: logits = softcap(scale * (hidden @ weight.T + bias)).
 
     Attributes:
-        weight: [V, H], as of `nn.Linear`.
+        weight: [V, H], as in `nn.Linear`.
         bias: [V], or None.
-        softcap: Gemma's logit soft-capping c: logits become c * tanh(logits / c). None: no capping.
-        scale: A factor on the logits (Cohere multiplies, Granite divides).
+        softcap: c of Gemma's soft-capping, c * tanh(logits / c); None for no capping.
+        scale: A factor on the logits, before the capping.
     """
 
     weight: Tensor
@@ -39,8 +37,8 @@ class Head:
 
 
 def choose_chunk_size(vocab_size: int) -> int:
-    """Positions whose logits are held at a time: 512, or as many as fit 256 MiB of float32."""
-    return min(_POSITIONS_AT_A_TIME, max(16, _MOST_LOGITS // vocab_size))
+    """Number of positions per chunk: 512, or as many as have at most 256 MiB of float32 logits, but at least 16."""
+    return min(_MAX_CHUNK_SIZE, max(16, _MAX_LOGITS // vocab_size))
 
 
 def token_logprobs(
@@ -55,21 +53,27 @@ def token_logprobs(
 ) -> Tensor:
     """Log-probability of each target token, from the hidden state at the position before it.
 
+    The matrix products run in the dtype of the head (under autocast, in its dtype), everything else in float32.
+
     Args:
         hidden: [N, H], the last hidden states at the positions to score.
         head_weight: [V, H]; gets a gradient only if it requires one.
         target_ids: [N], integer token ids.
-        chunk_size: Positions per chunk; None chooses by the size of the vocabulary, see `choose_chunk_size`.
+        chunk_size: Positions per chunk; None for `choose_chunk_size`.
         bias: [V] or None.
         softcap: c of c * tanh(logits / c), or None.
         scale: A factor on the logits, before the capping.
 
     Returns:
-        [N] float32 log-probabilities in nats. The matrix products run in the dtype of `hidden` (under autocast,
-        in its dtype), everything after them in float32.
+        [N] float32, in nats.
 
     Raises:
-        ValueError: The shapes do not fit each other.
+        ValueError: The shapes do not match.
+
+    Example:
+
+        >>> token_logprobs(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([0, 5]))  # uniform: -log 8
+        tensor([-2.0794, -2.0794])
     """
     if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
         raise ValueError(f"expected hidden [N, H] and head_weight [V, H], got {hidden.shape} and {head_weight.shape}")
@@ -99,18 +103,18 @@ class _TokenLogprobs(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        is_made_now = needs_hidden and not needs_weight and not needs_bias
+        is_head_frozen = needs_hidden and not needs_weight and not needs_bias
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        slopes = torch.empty_like(hidden) if is_made_now else None
+        slopes = torch.empty_like(hidden) if is_head_frozen else None
         for start in range(0, len(hidden), chunk_size):
             part = slice(start, start + chunk_size)
             logps[part], raw, total = _score_chunk(hidden[part], weight, bias, target_ids[part], softcap, scale)
             if slopes is not None:
                 slopes[part] = (raw.to(weight.dtype) @ weight) * (-1.0 / total)[:, None]
-            del raw  # or it would be there beside the next chunk's
+            del raw  # frees it before the next chunk
         ctx.settings = (chunk_size, softcap, scale)
-        ctx.is_made_now = is_made_now
-        ctx.save_for_backward(*((slopes,) if is_made_now else (hidden, weight, bias, target_ids)))
+        ctx.is_head_frozen = is_head_frozen
+        ctx.save_for_backward(*((slopes,) if is_head_frozen else (hidden, weight, bias, target_ids)))
         return logps
 
     @staticmethod
@@ -119,12 +123,12 @@ class _TokenLogprobs(torch.autograd.Function):
         (grad,) = grad_outputs
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         chunk_size, softcap, scale = ctx.settings
-        if ctx.is_made_now:
+        if ctx.is_head_frozen:
             (slopes,) = ctx.saved_tensors
             return (slopes * grad[:, None]).to(slopes.dtype), None, None, None, None, None, None
         hidden, weight, bias, target_ids = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Summed over chunks in float32: rounding to bfloat16 after each would add up.
+        # Summed in float32, because bfloat16 rounding errors of the chunks would add up.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         for start in range(0, len(hidden), chunk_size):
@@ -149,11 +153,14 @@ class _TokenLogprobs(torch.autograd.Function):
 def _score_chunk(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, softcap: float | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One chunk's log-probs [C], and its gradient for the raw logits as `-raw / total[:, None]`: [C, V] and [C].
+    """A chunk's log-probabilities [C] and their gradient with respect to the raw logits, -raw / total[:, None].
 
-    With e = exp(logits - max), s = sum(e): d logp / d logits = onehot - e / s = -(e - s * onehot) / s. Leaving the
-    division to the product's result saves a pass over [C, V]; the onehot goes in before any rounding, as 1 - p of a
-    likely token would be lost in bfloat16.
+    With e = exp(logits - max) and s = sum(e): d logp / d logits = onehot - e / s = -(e - s * onehot) / s. The division
+    is applied to the matrix product's result, which saves a pass over [C, V]. The onehot is subtracted in float32,
+    because 1 - p of a likely token would be lost in bfloat16.
+
+    Returns:
+        Log-probabilities [C], raw [C, V] and total [C].
     """
     logits = hidden @ weight.T
     logits = logits.float()
@@ -179,7 +186,7 @@ def _score_chunk(
         raw *= scale
     logps = target_logits - total.log()
     if hidden.dtype != torch.float32:
-        # One pass more, but the product is rounded once less, and float16 does not overflow over a large vocabulary.
+        # One more pass over [C, V], but one rounding less, and no overflow in float16 with a large vocabulary.
         raw /= total[:, None]
         total = torch.ones_like(total)
     return logps, raw, total
@@ -189,31 +196,31 @@ def find_head_layer(model: nn.Module) -> nn.Module:
     """The output embedding of a `transformers` causal language model.
 
     Raises:
-        ConfigError: It has none.
+        ConfigError: The model has none.
     """
     layer = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(layer, nn.Module):
-        raise ConfigError(f"expected a linear output head in floating point, got {type(layer).__name__}")
+        raise ConfigError(f"model: expected a linear output head, got {type(layer).__name__}")
     return layer
 
 
 def get_head(model: nn.Module) -> Head:
-    """Reads the head of a `transformers` causal language model, and how it treats its logits.
+    """Reads the head of a `transformers` causal language model and how the model transforms its logits.
 
     Raises:
-        ConfigError: The model has no linear output embedding, or an adapter sits on it.
+        ConfigError: The model has no linear output embedding in floating point, or a LoRA adapter on it.
     """
     layer: Any = find_head_layer(model)
     if hasattr(layer, "modules_to_save") and hasattr(layer, "active_adapters"):
         layer = layer.modules_to_save[layer.active_adapters[0]]
     if hasattr(layer, "base_layer"):
         raise ConfigError(
-            "a LoRA adapter sits on the output head, which cutlm scores by its weight; leave the head out of"
-            " lora_target_modules, or train it whole by lora_modules_to_save"
+            "lora_target_modules: cutlm does not support LoRA on the output head; remove it, or train the head in full"
+            " with lora_modules_to_save"
         )
     weight = getattr(layer, "weight", None)
     if weight is None or weight.ndim != 2 or not weight.is_floating_point():
-        raise ConfigError(f"expected a linear output head in floating point, got {type(layer).__name__}")
+        raise ConfigError(f"model: expected a linear output head in floating point, got {type(layer).__name__}")
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     scale = 1.0
     if getattr(config, "logit_scale", None):  # Cohere
