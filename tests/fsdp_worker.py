@@ -1,11 +1,10 @@
-"""What each process of `test_scale.py` runs, started by torchrun: CUT on weights that FSDP2 spreads over processes.
+"""What each rank of `test_scale.py` runs: CUT on weights that FSDP2 shards over the ranks.
 
-Every process compares its loss and gradients with those of the whole model over the records of all processes.
+Each rank compares its loss and gradients with those of the whole model over the records of all ranks.
 """
 
 import copy
 import itertools
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +27,7 @@ from cutlm.training.trainer import compute_batch_loss, count_batch
 
 VOCAB_SIZE = 60
 START = list(range(30))
-# The second process has no unsatisfactory record: where passes go by what is in a batch, it would have fewer of them.
+# The second rank has no unsatisfactory record. If the number of passes depended on the batch, it would make fewer.
 RECORDS_OF_RANKS: list[list[dict[str, Any]]] = [
     [
         {"prompt_ids": [*START, 3], "judged_prompt_ids": [*START, 4, 5], "response_ids": [6, 7, 8]},
@@ -37,11 +36,14 @@ RECORDS_OF_RANKS: list[list[dict[str, Any]]] = [
     ],
     [{"prompt_ids": [11, 12, 13], "judged_prompt_ids": None, "response_ids": [14, 15, 16, 17]}],
 ]
+KINDS = ("full", "lora", "tied", "checkpointed", "compiled")
+SHARDINGS = ("root", "separate head", "accelerate")
 collate = CutCollator()
 
 
 def make(kind: str) -> nn.Module:
-    model = make_model(VOCAB_SIZE, tie_word_embeddings=kind == "tied").train()
+    num_layers = 1 if kind == "compiled" else 2
+    model = make_model(VOCAB_SIZE, tie_word_embeddings=kind == "tied", num_hidden_layers=num_layers).train()
     if kind == "checkpointed":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if kind not in ("lora", "compiled"):
@@ -70,19 +72,19 @@ def shard(model: nn.Module, sharding: str) -> nn.Module:
     language_model: Any = unwrap_peft(model)
     for layer in language_model.model.layers:
         fully_shard(layer)
-    if sharding == "head apart":
+    if sharding == "separate head":
         fully_shard(language_model.lm_head)
     return fully_shard(model)
 
 
-def find_loss(
+def compute_loss(
     model: nn.Module,
     rows: list[dict[str, Any]],
     counts: tuple[float, float],
     layout: ForwardLayout,
     needs_judged_grad: bool,
 ) -> Tensor:
-    """The loss of some of a step's records, as `CUTTrainer.compute_loss` takes it."""
+    """The share of some records in the loss of a step, as in `CUTTrainer.compute_loss`."""
 
     def score(module: nn.Module, batch: dict[str, Any]) -> Tensor:
         return score_batch(module, batch, needs_judged_grad=needs_judged_grad, layout=layout)
@@ -92,7 +94,7 @@ def find_loss(
     return combine_parts(outputs.contrast, outputs.likelihood, *counts)
 
 
-def find_gradients(model: nn.Module) -> dict[str, Tensor]:
+def collect_gradients(model: nn.Module) -> dict[str, Tensor]:
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
 
@@ -101,19 +103,20 @@ def compare(kind: str, sharding: str, layout: ForwardLayout) -> None:
     every_row = list(itertools.chain(*RECORDS_OF_RANKS))
     counts = count_batch(collate(every_row), "token", ALL_PARTS)
     whole = make(kind)
-    inner = copy.deepcopy(whole)
+    copied = copy.deepcopy(whole)
     if kind == "compiled":
-        compile_layers(inner, backend="aot_eager")
-    sharded = shard(inner, sharding)
-    for needs_judged_grad in (True, False):  # two steps: what the first leaves behind must not harm the second
-        want = find_loss(whole, every_row, counts, ForwardLayout(), needs_judged_grad)
+        compile_layers(copied, backend="aot_eager")
+    sharded = shard(copied, sharding)
+    # A second step shows whether the first one left anything behind; another graph would have to be compiled.
+    for needs_judged_grad in (True, kind == "compiled"):
+        want = compute_loss(whole, every_row, counts, ForwardLayout(), needs_judged_grad)
         want.backward()
-        loss = find_loss(sharded, RECORDS_OF_RANKS[dist.get_rank()], counts, layout, needs_judged_grad)
-        (loss * dist.get_world_size()).backward()  # FSDP takes the mean over processes
+        loss = compute_loss(sharded, RECORDS_OF_RANKS[dist.get_rank()], counts, layout, needs_judged_grad)
+        (loss * dist.get_world_size()).backward()  # FSDP averages over ranks
         loss = loss.detach().clone()
         dist.all_reduce(loss)
         torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=0)
-        wanted, got = find_gradients(whole), find_gradients(sharded)
+        wanted, got = collect_gradients(whole), collect_gradients(sharded)
         assert wanted.keys() == got.keys()
         for name, gradient in wanted.items():
             assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), (kind, sharding, layout, name)
@@ -121,17 +124,25 @@ def compare(kind: str, sharding: str, layout: ForwardLayout) -> None:
         whole.zero_grad()
         sharded.zero_grad()
     if dist.get_rank() == 0:
-        print(f"the same: {kind}, {sharding}, {layout}", flush=True)
+        print(f"equal: {kind}, {sharding}, {layout.has_prefix_mask}", flush=True)
 
 
-if __name__ == "__main__":
+def list_comparisons() -> list[tuple[str, str, bool]]:
+    """Kind of model, how it is sharded, and whether shared prefixes run once."""
+    comparisons = list(itertools.product(KINDS, SHARDINGS, (False, True)))
+    # A tied head cannot be sharded separately, because torch refuses one weight in two groups. Compiling takes long.
+    return [
+        (kind, sharding, has_prefix_mask)
+        for kind, sharding, has_prefix_mask in comparisons
+        if (kind, sharding) != ("tied", "separate head")
+        and (kind != "compiled" or (sharding == "accelerate" and has_prefix_mask))
+    ]
+
+
+def main() -> int:
+    """Compare sharded models with whole ones; prints a line for each comparison that passed."""
     dist.init_process_group("gloo")
-    for kind in sys.argv[1].split(","):
-        for sharding in ("root", "head apart", "accelerate"):
-            if (kind, sharding) == ("tied", "head apart"):
-                continue  # torch refuses one weight in two groups
-            if kind == "compiled" and sharding != "accelerate":
-                continue  # it takes long
-            for has_prefix_mask in (False, True):
-                compare(kind, sharding, ForwardLayout(is_single_pass=True, has_prefix_mask=has_prefix_mask))
+    for kind, sharding, has_prefix_mask in list_comparisons():
+        compare(kind, sharding, ForwardLayout(is_single_pass=True, has_prefix_mask=has_prefix_mask))
     dist.destroy_process_group()
+    return 0

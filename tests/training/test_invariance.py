@@ -1,4 +1,4 @@
-"""The same records give the same gradient however a step is cut up: through the real command, gradient and all.
+"""The same records give the same gradient for every way to split a step, through the real command.
 
 With plain gradient descent at learning rate 1 and no clipping, the weights move by exactly the gradient.
 """
@@ -7,13 +7,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from commands import ON_CPU, list_options, run_main, run_ranks
 from safetensors.torch import load_file
-from tiny import save_tiny_model
 
+from cutlm import CUTConfig, CUTTrainer, load_records
 from cutlm.cli import main
+from cutlm.model.loading import load_model, load_tokenizer
 
 RECORDS = [
     {
@@ -23,7 +26,7 @@ RECORDS = [
     }
     for index in range(8)
 ]
-SETTINGS = {
+SETTINGS = ON_CPU | {
     "use_peft": False,
     "optim": "sgd",
     "learning_rate": 1,
@@ -31,92 +34,97 @@ SETTINGS = {
     "max_grad_norm": 0,
     "max_steps": 1,
     "logging_steps": 1,
-    "use_cpu": True,
     "save_strategy": "no",
-    "disable_tqdm": True,
 }
 
 
+class Workplace:
+    """A folder of records and runs."""
+
+    def __init__(self, folder: Path, base: Path) -> None:
+        self.folder, self.base = folder, base
+        (folder / "records.json").write_text(json.dumps(RECORDS))
+
+    def list_options(self, name: str, micro_batch: int, num_micro_batches: int, **settings: Any) -> list[str]:
+        """The command line of a run; the folder of its output is the name."""
+        values = SETTINGS | {
+            "model_name_or_path": self.base,
+            "data": self.folder / "records.json",
+            "output_dir": self.folder / name,
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": num_micro_batches,
+        }
+        return ["train", *list_options(**values | settings)]
+
+    def compute_gradient(self, name: str) -> torch.Tensor:
+        """The gradient of a run of one step."""
+        before = load_file(self.base / "model.safetensors")
+        after = load_file(self.folder / name / "model.safetensors")
+        return torch.cat([(before[key] - after[key]).flatten() for key in sorted(before)])
+
+    def read_log(self, name: str) -> list[dict[str, float]]:
+        return json.loads((self.folder / name / "trainer_state.json").read_text())["log_history"]
+
+
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("invariance")
-    save_tiny_model(folder / "base")
-    (folder / "records.json").write_text(json.dumps(RECORDS))
-    return folder
-
-
-def _options(workplace: Path, name: str, micro_batch: int, num_micro_batches: int, **settings: object) -> list[str]:
-    values = SETTINGS | {
-        "model_name_or_path": workplace / "base",
-        "data": workplace / "records.json",
-        "output_dir": workplace / name,
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": num_micro_batches,
-    }
-    return [text for key, value in (values | settings).items() for text in (f"--{key}", str(value))]
-
-
-def _gradient(workplace: Path, name: str) -> torch.Tensor:
-    before = load_file(workplace / "base" / "model.safetensors")
-    after = load_file(workplace / name / "model.safetensors")
-    return torch.cat([(before[key] - after[key]).flatten() for key in sorted(before)])
+def workplace(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("invariance"), base)
 
 
 @pytest.fixture(scope="module", params=["token", "record"])
-def whole_step(request: pytest.FixtureRequest, workplace: Path) -> tuple[str, torch.Tensor]:
+def whole_step(request: pytest.FixtureRequest, workplace: Workplace) -> tuple[str, torch.Tensor]:
+    """The normalization, and the gradient of all records in one micro-batch."""
     name = f"{request.param}-8x1"
-    assert main(["train", *_options(workplace, name, 8, 1, normalization=request.param)]) == 0
-    return request.param, _gradient(workplace, name)
+    assert main(workplace.list_options(name, 8, 1, normalization=request.param)) == 0
+    gradient = workplace.compute_gradient(name)
+    assert gradient.norm() > 0.1
+    return request.param, gradient
 
 
 @pytest.mark.parametrize(("micro_batch", "num_micro_batches"), [(4, 2), (2, 4), (1, 8)])
 def test_micro_batches_do_not_change_the_gradient(
-    workplace: Path, whole_step: tuple[str, torch.Tensor], micro_batch: int, num_micro_batches: int
+    workplace: Workplace, whole_step: tuple[str, torch.Tensor], micro_batch: int, num_micro_batches: int
 ) -> None:
     normalization, expected = whole_step
     name = f"{normalization}-{micro_batch}x{num_micro_batches}"
-    options = _options(workplace, name, micro_batch, num_micro_batches, normalization=normalization)
-    assert main(["train", *options]) == 0
-    gradient = _gradient(workplace, name)
-    assert expected.norm() > 0.1
+    assert main(workplace.list_options(name, micro_batch, num_micro_batches, normalization=normalization)) == 0
+    gradient = workplace.compute_gradient(name)
     assert (gradient - expected).norm() / expected.norm() < 1e-5
 
 
 @pytest.mark.parametrize("max_tokens", [400, 1])
-def test_parts_of_a_micro_batch_do_not_change_the_gradient(
-    workplace: Path, whole_step: tuple[str, torch.Tensor], max_tokens: int
+def test_splitting_a_micro_batch_into_parts_does_not_change_the_gradient(
+    workplace: Workplace, whole_step: tuple[str, torch.Tensor], max_tokens: int
 ) -> None:
     normalization, expected = whole_step
     name = f"{normalization}-{max_tokens}-tokens"
-    options = _options(workplace, name, 8, 1, normalization=normalization, max_tokens_per_batch=max_tokens)
-    assert main(["train", *options]) == 0
-    gradient = _gradient(workplace, name)
+    settings = {"normalization": normalization, "max_tokens_per_batch": max_tokens}
+    assert main(workplace.list_options(name, 8, 1, **settings)) == 0
+    gradient = workplace.compute_gradient(name)
     assert (gradient - expected).norm() / expected.norm() < 1e-5
-    one, parts = (
-        json.loads((workplace / run / "trainer_state.json").read_text())["log_history"][0]
-        for run in (f"{normalization}-8x1", name)
-    )
+    one, parts = (workplace.read_log(run)[0] for run in (f"{normalization}-8x1", name))
     for key in ("loss", "flagged_share", "grad_norm", "flagged_share_q50"):
         assert parts[key] == pytest.approx(one[key], rel=1e-4), key
 
 
-def test_two_processes_give_the_gradient_and_the_log_of_one(
-    workplace: Path, whole_step: tuple[str, torch.Tensor]
+def test_two_ranks_give_the_gradient_and_the_log_of_one(
+    workplace: Workplace, whole_step: tuple[str, torch.Tensor]
 ) -> None:
     normalization, expected = whole_step
-    name = f"{normalization}-two-processes"
-    # With one token a part, each rank has as many parts as records.
-    further = {"max_tokens_per_batch": 1} if normalization == "token" else {}
-    options = _options(workplace, name, 2, 2, normalization=normalization, **further)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, "-m", "cutlm", "train", *options], capture_output=True, text=True, timeout=200, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    gradient = _gradient(workplace, name)
+    name = f"{normalization}-two-ranks"
+    if normalization == "token":
+        # Started as users do. With one token a part, each rank has as many parts as records.
+        options = workplace.list_options(name, 2, 2, max_tokens_per_batch=1)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*torchrun, "-m", "cutlm", *options]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+        assert result.returncode == 0, result.stderr
+    else:
+        results = run_ranks(run_main, workplace.list_options(name, 2, 2, normalization=normalization))
+        assert [result.exit_code for result in results] == [0, 0], results
+    gradient = workplace.compute_gradient(name)
     assert (gradient - expected).norm() / expected.norm() < 1e-5
-    one = json.loads((workplace / f"{normalization}-8x1" / "trainer_state.json").read_text())["log_history"][0]
-    two = json.loads((workplace / name / "trainer_state.json").read_text())["log_history"][0]
+    one, two = (workplace.read_log(run)[0] for run in (f"{normalization}-8x1", name))
     keys = [key for key in one if key.startswith(("loss", "flagged", "mean"))]
     assert len(keys) == 8, keys
     for key in keys:
@@ -124,36 +132,25 @@ def test_two_processes_give_the_gradient_and_the_log_of_one(
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
 
 
-def test_two_processes_take_the_steps_of_one_with_twice_the_micro_batches(workplace: Path) -> None:
-    """Several steps and passes over the data, in random order: every step has the records that it has on one."""
-    steps = {"max_steps": 6, "learning_rate": 0.05, "optim": "adamw_torch", "max_grad_norm": 1, "logging_steps": 1}
-    one = _options(workplace, "one-for-long", 1, 4, **steps)
-    two = _options(workplace, "two-for-long", 1, 2, **steps)
-    assert main(["train", *one]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, "-m", "cutlm", "train", *two], capture_output=True, text=True, timeout=200, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    logs = [
-        json.loads((workplace / name / "trainer_state.json").read_text())["log_history"][:6]
-        for name in ("one-for-long", "two-for-long")
-    ]
+def test_two_ranks_take_the_steps_of_one_with_twice_the_micro_batches(workplace: Workplace) -> None:
+    """Several epochs in random order: every step has the records that it has on one rank."""
+    steps = {"max_steps": 6, "learning_rate": 0.05, "optim": "adamw_torch", "max_grad_norm": 1}
+    assert main(workplace.list_options("one-rank-6-steps", 1, 4, **steps)) == 0
+    results = run_ranks(run_main, workplace.list_options("two-ranks-6-steps", 1, 2, **steps))
+    assert [result.exit_code for result in results] == [0, 0], results
+    logs = [workplace.read_log(name)[:6] for name in ("one-rank-6-steps", "two-ranks-6-steps")]
     for line, other in zip(*logs, strict=True):
         for key in ("loss", "grad_norm", "flagged_share"):
             assert other[key] == pytest.approx(line[key], rel=1e-3), (line, other)
 
 
-def test_a_mean_of_micro_batch_means_would_not_have_passed(workplace: Path) -> None:
-    """What the released code does: the records differ enough for the difference to show."""
-    from cutlm import CUTConfig, CUTTrainer, load_records
-    from cutlm.model.loading import load_model, load_tokenizer
-
+def test_these_records_tell_a_mean_of_micro_batch_means_from_ours(workplace: Workplace) -> None:
+    """The released code takes such a mean; with equal records, the tests above would not show the difference."""
     trainer = CUTTrainer(
-        load_model(workplace / "base"),
-        CUTConfig(output_dir=str(workplace / "unused"), use_cpu=True),
-        load_records(workplace / "records.json"),
-        processing_class=load_tokenizer(workplace / "base"),
+        load_model(workplace.base),
+        CUTConfig(output_dir=str(workplace.folder / "unused"), **ON_CPU),
+        load_records(workplace.folder / "records.json"),
+        processing_class=load_tokenizer(workplace.base),
     )
     rows = list(trainer.train_dataset)
     with torch.no_grad():

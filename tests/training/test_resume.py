@@ -1,324 +1,320 @@
-"""Checkpoints survive a kill at any moment, and a run that was stopped ends bit for bit like one that was not."""
+"""Checkpoints survive a kill at any moment, and a resumed run ends bit for bit like an uninterrupted one."""
 
 import gzip
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from commands import ON_CPU, KillPoint, list_options, start_command
 from safetensors.torch import load_file
-from tiny import save_tiny_model
 
 from cutlm.cli import main
 
-# Runs the command in a process that kills itself at the second checkpoint: in the middle of writing it, or when all of
-# it is written but not yet in its place.
-KILLED = """
-import os, signal, sys
-from {module} import {owner} as owner
-original, num_calls = owner.{function}, 0
-def killing(*args, **kwargs):
-    global num_calls
-    num_calls += 1
-    if num_calls == {calls}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-owner.{function} = killing
-from cutlm.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
+# 12 records in steps of 4, two epochs: 6 steps, with checkpoints within an epoch (2, 4) and at its end (6).
+RECORDS = [
+    {
+        "instruction": f"Name a city, number {index}.",
+        "output": f"The capital is Sydney, a large city. {index}",
+        "judgment": None if index % 3 == 0 else f"Sydney is not the capital; mistake {index}.",
+    }
+    for index in range(12)
+]
+SETTINGS = ON_CPU | {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 2,
+    "lora_dropout": 0.2,
+    "save_steps": 2,
+    "logging_steps": 2,
+    "save_total_limit": 2,
+}
+TRAINER = "cutlm.training.trainer:CUTTrainer"
+CHECKPOINTS = "cutlm.training.checkpoints"
+
+
+class Workplace:
+    """A folder of records and runs.
+
+    Attributes:
+        folder: The folder.
+        run: An uninterrupted run in it, which tests do not change.
+    """
+
+    def __init__(self, folder: Path, base: Path) -> None:
+        self.folder, self.base, self.run = folder, base, folder / "uninterrupted"
+        (folder / "records.json").write_text(json.dumps(RECORDS))
+        assert main(self.list_options(self.run)) == 0
+
+    def list_options(self, out: Path, **settings: Any) -> list[str]:
+        paths = {"model_name_or_path": self.base, "data": self.folder / "records.json", "output_dir": out}
+        return ["train", *list_options(**SETTINGS | paths | settings)]
+
+    def train(self, out: Path, **settings: Any) -> int:
+        return main(self.list_options(out, **settings))
+
+    def resume(self, out: Path, checkpoint: str | Path = "last", **settings: Any) -> int:
+        return self.train(out, resume_from_checkpoint=checkpoint, **settings)
+
+    def train_killed(self, out: Path, kill_at: KillPoint, **settings: Any) -> None:
+        result = start_command(self.list_options(out, **settings), kill_at).wait()
+        assert result.exit_code == -signal.SIGKILL, result.stderr
+
+    def check_same_end(self, out: Path) -> None:
+        """Check that a run ended bit for bit like the uninterrupted one."""
+        expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (self.run, out))
+        assert expected.keys() == got.keys()
+        assert all(expected[key].equal(got[key]) for key in expected)
+        assert any(value.abs().sum() > 0 for key, value in got.items() if "lora_B" in key), "nothing was trained"
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    save_tiny_model(folder / "base")
-    rows = [
-        {
-            "instruction": f"Name a city, number {index}.",
-            "output": f"The capital is Sydney, a large city. {index}",
-            "judgment": None if index % 3 == 0 else f"Sydney is not the capital; mistake {index}.",
-        }
-        for index in range(20)
-    ]
-    (folder / "records.json").write_text(json.dumps(rows))
-    assert main(["train", *_options(folder, "uninterrupted")]) == 0
-    return folder
+def workplace(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("resume"), base)
 
 
-def _options(folder: Path, name: str, **settings: object) -> list[str]:
-    # 20 records in steps of 4, two epochs: 10 steps, so that a resume lands within an epoch and at its border.
-    values = {
-        "model_name_or_path": folder / "base",
-        "data": folder / "records.json",
-        "output_dir": folder / name,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 2,
-        "lora_dropout": 0.2,
-        "save_steps": 3,
-        "logging_steps": 3,
-        "save_total_limit": 2,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    } | settings
-    return [text for key, value in values.items() for text in (f"--{key}", str(value))]
+@pytest.fixture
+def run(workplace: Workplace, tmp_path: Path) -> Path:
+    """A copy of the uninterrupted run."""
+    return Path(shutil.copytree(workplace.run, tmp_path / "run"))
 
 
-def _assert_same_end(folder: Path, name: str) -> None:
-    expected = load_file(folder / "uninterrupted" / "adapter_model.safetensors")
-    got = load_file(folder / name / "adapter_model.safetensors")
-    assert expected.keys() == got.keys()
-    assert all(expected[key].equal(got[key]) for key in expected), "not bit for bit the same"
-    assert any(value.abs().sum() > 0 for key, value in got.items() if "lora_B" in key), "nothing was trained"
-
-
-def _checkpoints(folder: Path) -> list[str]:
+def list_checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
-def _run_killed(folder: Path, name: str, owner: str, function: str, calls: int) -> None:
-    module, _, owner = owner.rpartition(".")
-    code = KILLED.format(module=module, owner=owner, function=function, calls=calls)
-    result = subprocess.run(
-        [sys.executable, "-c", code, "train", *_options(folder, name)], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == -signal.SIGKILL, result.stderr
+def list_state(folder: Path) -> list[tuple[Path, int]]:
+    return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+# ---- Kills and signals ----
 
 
 @pytest.mark.parametrize(
-    ("name", "owner", "function", "calls"),
+    ("kill_at", "save_steps", "kept", "final"),
     [
-        # Half written: the second checkpoint's adapter is there, its optimizer is not.
-        ("half-written", "cutlm.training.trainer.CUTTrainer", "_save_optimizer_and_scheduler", 2),
-        # All written, not in its place.
-        ("not-renamed", "cutlm.training.checkpoints", "sync_tree", 2),
+        # While the second checkpoint is written: its adapter is there, its optimizer is not.
+        (KillPoint(TRAINER, "_save_optimizer_and_scheduler", 2), 2, ["checkpoint-2"], ["checkpoint-4", "checkpoint-6"]),
+        # The same one step after the end of an epoch.
+        (
+            KillPoint(TRAINER, "_save_optimizer_and_scheduler", 4),
+            1,
+            ["checkpoint-2", "checkpoint-3"],
+            ["checkpoint-5", "checkpoint-6"],
+        ),
+        # When all of the checkpoint is written, but not yet renamed.
+        (KillPoint(CHECKPOINTS, "sync_tree", 2), 2, ["checkpoint-2"], ["checkpoint-4", "checkpoint-6"]),
         # Between two checkpoints, in the middle of an optimizer step.
-        ("mid-step", "cutlm.training.trainer.CUTTrainer", "_get_grad_norm", 5),
+        (KillPoint(TRAINER, "_get_grad_norm", 3), 2, ["checkpoint-2"], ["checkpoint-4", "checkpoint-6"]),
     ],
+    ids=["half-written", "end-of-epoch", "not-renamed", "mid-step"],
 )
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(
-    workplace: Path, name: str, owner: str, function: str, calls: int, capsys: pytest.CaptureFixture[str]
+def test_a_killed_run_resumes_from_its_last_complete_checkpoint(
+    workplace: Workplace, tmp_path: Path, kill_at: KillPoint, save_steps: int, kept: list[str], final: list[str]
 ) -> None:
-    _run_killed(workplace, name, owner, function, calls)
-    assert _checkpoints(workplace / name) == ["checkpoint-3"]
-    assert main(["train", *_options(workplace, name, resume_from_checkpoint="last")]) == 0
-    assert "checkpoint-3" in capsys.readouterr().out
-    _assert_same_end(workplace, name)
-    assert _checkpoints(workplace / name) == ["checkpoint-10", "checkpoint-9"], "kept more than save_total_limit"
-    assert not (workplace / name / ".saving").exists(), "the half-written checkpoint was not cleared"
+    out = tmp_path / "out"
+    workplace.train_killed(out, kill_at, save_steps=save_steps)
+    assert list_checkpoints(out) == kept
+    assert workplace.resume(out, save_steps=save_steps) == 0
+    workplace.check_same_end(out)
+    assert list_checkpoints(out) == final, "save_total_limit is 2"
+    assert not (out / ".saving").exists(), "the staging folder is removed"
 
 
-def test_a_kill_while_the_final_model_is_saved_leaves_no_half_model(workplace: Path) -> None:
-    _run_killed(workplace, "final", "cutlm.training.checkpoints", "publish_files", 1)
-    assert not (workplace / "final" / "adapter_config.json").exists()
-    assert main(["train", *_options(workplace, "final", resume_from_checkpoint="last")]) == 0
-    _assert_same_end(workplace, "final")
+def test_a_kill_while_the_final_model_is_saved_leaves_no_partial_model(workplace: Workplace, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    workplace.train_killed(out, KillPoint(CHECKPOINTS, "publish_files", 1))
+    assert not (out / "adapter_config.json").exists()
+    assert workplace.resume(out) == 0
+    workplace.check_same_end(out)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_and_says_how_to_go_on(
-    workplace: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+def test_a_signal_saves_and_prints_the_command_to_resume(
+    workplace: Workplace, tmp_path: Path, number: signal.Signals
 ) -> None:
-    name = f"stopped-{number.name}"
-    options = _options(workplace, name, save_strategy="no", logging_steps=1)
-    command = [sys.executable, "-u", "-m", "cutlm", "train", *options, "--overwrite_output_dir", "true"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if "'loss'" in line:
-                process.send_signal(number)
-                break
-        lines += process.stdout.readlines()
-    output = "".join(lines)
-    assert process.returncode == 128 + number, output
-    (checkpoint,) = _checkpoints(workplace / name)
+    out = tmp_path / "out"
+    options = workplace.list_options(out, save_strategy="no", logging_steps=1)
+    process = start_command([*options, "--overwrite_output_dir", "true"])
+    process.wait_for_output("'loss'")
+    process.send_signal(number)
+    result = process.wait()
+    assert result.exit_code == 128 + number, result
+    (checkpoint,) = list_checkpoints(out)
     step = int(checkpoint.removeprefix("checkpoint-"))
-    assert 0 < step < 10, "the run was over before the signal came"
-    assert f"Stopped at step {step} of 10" in output
-    assert f"  cutlm train {' '.join(options)} --resume_from_checkpoint last" in output
-    assert "Traceback" not in output
-    assert main(["train", *options, "--resume_from_checkpoint", "last"]) == 0
-    _assert_same_end(workplace, name)
+    assert 0 < step < 6, "the run was over before the signal came"
+    assert f"cutlm {' '.join(options)} --resume_from_checkpoint last" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
+    assert main([*options, "--resume_from_checkpoint", "last"]) == 0
+    workplace.check_same_end(out)
 
 
-def test_a_filled_output_folder_is_refused_and_left_as_it_was(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+# ---- Starting over ----
+
+
+def test_an_output_folder_in_use_is_refused_and_not_changed(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = sorted((path, path.stat().st_mtime_ns) for path in (workplace / "uninterrupted").rglob("*"))
-    assert main(["train", *_options(workplace, "uninterrupted")]) == 2
+    before = list_state(workplace.run)
+    assert workplace.train(workplace.run) == 2
     message = capsys.readouterr().err
-    assert "holds checkpoint-10; go on with --resume_from_checkpoint last" in message
-    assert "--overwrite_output_dir" in message
-    assert before == sorted((path, path.stat().st_mtime_ns) for path in (workplace / "uninterrupted").rglob("*"))
+    assert message.startswith("cutlm train: output_dir: ")
+    for part in ("checkpoint-6", "--resume_from_checkpoint last", "--overwrite_output_dir"):
+        assert part in message
+    assert list_state(workplace.run) == before
 
 
-def test_starting_anew_removes_the_old_runs_checkpoints(workplace: Path) -> None:
-    old = workplace / "anew" / "checkpoint-999"
-    old.mkdir(parents=True)
-    (old / "trainer_state.json").write_text("{}")
-    options = _options(workplace, "anew", overwrite_output_dir=True, max_steps=1)
-    assert main(["train", *options]) == 0
-    assert _checkpoints(workplace / "anew") == ["checkpoint-1"]
-
-
-def test_resuming_without_a_checkpoint_is_one_sentence(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *_options(workplace, "none", resume_from_checkpoint="last")]) == 2
-    assert "no checkpoint to go on from" in capsys.readouterr().err
-    missing = str(workplace / "nowhere")
-    assert main(["train", *_options(workplace, "none", resume_from_checkpoint=missing)]) == 2
-    assert "expected a checkpoint folder with trainer_state.json" in capsys.readouterr().err
-
-
-def test_resuming_a_finished_run_changes_nothing(workplace: Path) -> None:
-    options = _options(workplace, "finished", max_steps=4, lr_scheduler_type="constant")
-    assert main(["train", *options]) == 0
-    before = (workplace / "finished" / "adapter_model.safetensors").read_bytes()
-    assert main(["train", *options, "--resume_from_checkpoint", "last"]) == 0
-    assert (workplace / "finished" / "adapter_model.safetensors").read_bytes() == before
-    assert _checkpoints(workplace / "finished") == ["checkpoint-3", "checkpoint-4"]
-
-
-def test_starting_anew_leaves_no_model_of_the_old_run(workplace: Path) -> None:
-    assert main(["train", *_options(workplace, "twice", max_steps=1)]) == 0
-    assert main(["train", *_options(workplace, "twice", max_steps=1, overwrite_output_dir=True, use_peft=False)]) == 0
-    names = {path.name for path in (workplace / "twice").iterdir()}
+def test_starting_over_removes_checkpoints_and_model_of_the_old_run(workplace: Workplace, run: Path) -> None:
+    (run / "checkpoint-999").mkdir()
+    (run / "checkpoint-999" / "trainer_state.json").write_text("{}")
+    assert workplace.train(run, overwrite_output_dir=True, max_steps=1, use_peft=False) == 0
+    assert list_checkpoints(run) == ["checkpoint-1"]
+    names = {path.name for path in run.iterdir()}
     assert "model.safetensors" in names
     assert not any(name.startswith("adapter") for name in names)
 
 
-def test_starting_anew_with_bad_input_loses_nothing(workplace: Path) -> None:
-    assert main(["train", *_options(workplace, "kept", max_steps=1)]) == 0
-    before = sorted((path, path.stat().st_mtime_ns) for path in (workplace / "kept").rglob("*"))
-    options = _options(workplace, "kept", overwrite_output_dir=True, data=workplace / "nowhere.json")
-    assert main(["train", *options]) == 2
-    assert before == sorted((path, path.stat().st_mtime_ns) for path in (workplace / "kept").rglob("*"))
-
-
-def test_resuming_with_other_records_or_batches_is_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *_options(workplace, "other", max_steps=3)]) == 0
-    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "max_length": 100}
-    assert main(["train", *_options(workplace, "other", **settings, resume_from_checkpoint="last")]) == 2
-    message = capsys.readouterr().err
-    assert "per_device_train_batch_size: the run to go on with has 2, got 4; give the same, or start anew" in message
-    assert "max_length: the run to go on with has 2048, got 100" in message
-
-
-def test_resuming_on_data_that_were_edited_or_in_other_processes_is_refused(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"data": "nowhere.json"}, "nowhere.json"),
+        ({"optim": "galore_adamw"}, "optim, "),
+        ({"lora_target_modules": "query"}, "lora_target_modules"),
+        ({"eval_split": 0.5}, "eval_data, eval_split"),
+    ],
+)
+def test_starting_over_with_bad_input_loses_nothing(
+    workplace: Workplace, run: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], name: str
 ) -> None:
-    rows = json.loads((workplace / "records.json").read_text())
-    data = workplace / "edited.json"
-    data.write_text(json.dumps(rows))
-    assert main(["train", *_options(workplace, "edited", data=data, max_steps=3)]) == 0
-    data.write_text(json.dumps(rows[:12]))
-    run = workplace / "edited" / "cutlm_run.json"
-    run.write_text(run.read_text().replace('"num_processes": 1', '"num_processes": 2'))
-    resumed = _options(workplace, "edited", data=data, max_steps=6, resume_from_checkpoint="last")
-    assert main(["train", *resumed]) == 2
-    message = capsys.readouterr().err
-    assert f"data: {data} holds something else than when the run began; restore it, or start anew" in message
-    assert "the run to go on with has 2 processes, got 1; start as many, or start anew" in message
-    assert len(_checkpoints(workplace / "edited")) == 1
+    before = list_state(run)
+    assert workplace.train(run, overwrite_output_dir=True, **settings) == 2
+    assert f"cutlm train: {name}" in capsys.readouterr().err
+    assert list_state(run) == before
 
 
-def test_the_files_of_a_run_that_are_damaged_or_older_are_no_leave_to_go_on(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+# ---- Resuming ----
+
+
+def test_resuming_without_a_checkpoint_is_refused(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(workplace / "uninterrupted", tmp_path / "run")
-    run, other = tmp_path / "run" / "cutlm_run.json", tmp_path / "other.json"
-    other.write_bytes((workplace / "records.json").read_bytes())
-    options = {"resume_from_checkpoint": "last", "model_name_or_path": workplace / "base"}
-    run.write_text("{")
-    assert main(["train", *_options(tmp_path, "run", **options, data=other)]) == 2
-    assert "cutlm_run.json: damaged, so the run cannot be gone on with; restore them" in capsys.readouterr().err
-    run.unlink()  # as before there was such a file: the name is all that is known of the data
-    assert main(["train", *_options(tmp_path, "run", **options, data=other)]) == 2
-    assert "data: the run to go on with has " in capsys.readouterr().err
+    for checkpoint, named in (
+        ("last", tmp_path / "out"),
+        (tmp_path / "nowhere", tmp_path / "nowhere"),
+        (workplace.run, workplace.run),  # a run's folder, which is no checkpoint
+    ):
+        assert workplace.resume(tmp_path / "out", checkpoint) == 2
+        assert capsys.readouterr().err.startswith(f"cutlm train: {named}: ")
 
 
-def test_data_may_move_and_a_checkpoint_may_stand_elsewhere(workplace: Path, tmp_path: Path) -> None:
-    shutil.copytree(workplace / "uninterrupted", tmp_path / "run")
-    last = tmp_path / "run" / "checkpoint-10"
+def test_resuming_a_finished_run_changes_nothing(workplace: Workplace, tmp_path: Path) -> None:
+    settings = {"max_steps": 2, "lr_scheduler_type": "constant"}
+    assert workplace.train(tmp_path / "out", **settings) == 0
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert workplace.resume(tmp_path / "out", **settings) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+    assert list_checkpoints(tmp_path / "out") == ["checkpoint-2"]
+
+
+def test_resuming_with_other_records_batches_or_processes_is_refused(
+    workplace: Workplace, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edited = tmp_path / "edited.json"
+    edited.write_text(json.dumps(RECORDS[:8]))
+    facts = json.loads((run / "cutlm_run.json").read_text())
+    (run / "cutlm_run.json").write_text(json.dumps(facts | {"num_processes": 2}))
+    before = list_state(run)
+    assert workplace.resume(run, data=edited, per_device_train_batch_size=4, max_length=100) == 2
+    problems = capsys.readouterr().err.removeprefix("cutlm train: ").splitlines()
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "max_length",
+        "per_device_train_batch_size",
+        "data",
+        "the run to resume has 2 processes, got 1; use as many, or start over with --overwrite_output_dir",
+    ]
+    assert list_state(run) == before
+
+
+def test_a_run_with_damaged_or_without_facts_is_compared_by_the_name_of_its_data(
+    workplace: Workplace, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copy(workplace.folder / "records.json", tmp_path / "other.json")
+    (run / "cutlm_run.json").write_text("{")
+    assert workplace.resume(run, data=other) == 2
+    assert "cutlm_run.json: " in capsys.readouterr().err
+    (run / "cutlm_run.json").unlink()
+    assert workplace.resume(run, data=other) == 2
+    assert capsys.readouterr().err.startswith("cutlm train: data: ")
+
+
+def test_data_and_checkpoint_may_move_and_changed_settings_are_named(
+    workplace: Workplace, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = run / "checkpoint-6"
     (tmp_path / "scratch").mkdir()
     last.rename(tmp_path / "scratch" / last.name)
     last.symlink_to(tmp_path / "scratch" / last.name)
     data = tmp_path / "moved.json.gz"
-    data.write_bytes(gzip.compress((workplace / "records.json").read_bytes()))
-    options = {"resume_from_checkpoint": "last", "model_name_or_path": workplace / "base", "data": data}
-    assert main(["train", *_options(tmp_path, "run", **options)]) == 0
+    data.write_bytes(gzip.compress((workplace.folder / "records.json").read_bytes()))
+    assert workplace.resume(run, data=data, threshold=1.2) == 0
+    assert "threshold was 1.1 before this resume, and is 1.2 now" in capsys.readouterr().out
 
 
-def test_what_another_run_left_is_compared_with_and_nothing_of_a_third_is_overwritten(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+def test_a_checkpoint_of_another_run_is_compared_with_that_run(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = workplace / "uninterrupted" / _checkpoints(workplace / "uninterrupted")[0]
-    folder = workplace / "third"
-    folder.mkdir()
-    (folder / "README.md").write_text("mine")
-    assert main(["train", *_options(workplace, "third", resume_from_checkpoint=checkpoint)]) == 2
-    assert "third is not empty" in capsys.readouterr().err
-    assert (folder / "README.md").read_text() == "mine"
-    other = _options(workplace, "fourth", seed=7, lora_r=2, use_peft=True, resume_from_checkpoint=checkpoint)
-    assert main(["train", *other]) == 2
-    message = capsys.readouterr().err
-    assert "seed: the run to go on with has " in message
-    assert "lora_r: the run to go on with has " in message
-    assert main(["train", *_options(workplace, "fourth", resume_from_checkpoint=checkpoint)]) == 0
-    want, got = (load_file(workplace / name / "adapter_model.safetensors") for name in ("uninterrupted", "fourth"))
-    assert all((want[name] == got[name]).all() for name in want)
+    checkpoint = workplace.run / "checkpoint-4"
+    (tmp_path / "in-use").mkdir()
+    (tmp_path / "in-use" / "README.md").write_text("mine")
+    assert workplace.resume(tmp_path / "in-use", checkpoint) == 2
+    assert "output_dir: " in capsys.readouterr().err
+    assert (tmp_path / "in-use" / "README.md").read_text() == "mine"
+    assert workplace.resume(tmp_path / "out", checkpoint, seed=7, lora_r=2) == 2
+    problems = capsys.readouterr().err.removeprefix("cutlm train: ").splitlines()
+    assert [problem.partition(":")[0] for problem in problems] == ["lora_r", "seed"]
+    assert workplace.resume(tmp_path / "out", checkpoint) == 0
+    workplace.check_same_end(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "expected"),
     [
-        ("optimizer.pt", None, "found no state of the optimizer (save_only_model saves none); go on from another, or"),
-        ("scheduler.pt", None, "found no state of the schedule"),
-        ("rng_state.pth", None, "found no state of random numbers"),
-        ("adapter_model.safetensors", None, "found no weights"),
-        ("optimizer.pt", b"PK", "optimizer.pt cannot be read; restore it, or go on from another checkpoint"),
-        ("adapter_model.safetensors", b"{", "adapter_model.safetensors cannot be read"),
-        ("trainer_state.json", None, "found no state of the trainer"),
-        ("trainer_state.json", b"{", "trainer_state.json cannot be read"),
-        ("trainer_state.json", b"{}", "trainer_state.json cannot be read"),
+        ("optimizer.pt", None, "no optimizer state"),
+        ("scheduler.pt", None, "no scheduler state"),
+        ("rng_state.pth", None, "no random state"),
+        ("adapter_model.safetensors", None, "no weights"),
+        ("trainer_state.json", None, "no trainer state"),
+        ("optimizer.pt", b"PK", "optimizer.pt"),
+        ("adapter_model.safetensors", b"{", "adapter_model.safetensors"),
+        ("trainer_state.json", b"{", "trainer_state.json"),
+        ("trainer_state.json", b"{}", "trainer_state.json"),
     ],
 )
-def test_a_checkpoint_that_is_not_whole_is_not_gone_on_from(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None, message: str
+def test_an_incomplete_or_damaged_checkpoint_is_refused(
+    workplace: Workplace,
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes | None,
+    expected: str,
 ) -> None:
-    shutil.copytree(workplace / "uninterrupted", tmp_path / "run")
-    file = tmp_path / "run" / "checkpoint-10" / name
-    file.unlink() if content is None else file.write_bytes(content)
-    assert main(["train", *_options(tmp_path, "run", resume_from_checkpoint="last")]) == 2
-    assert message in capsys.readouterr().err
+    file = run / "checkpoint-6" / name
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    assert workplace.resume(run) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"cutlm train: {run / 'checkpoint-6'}: ")
+    assert expected in message
 
 
-def test_a_run_folder_is_no_checkpoint(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(workplace / "uninterrupted")
-    assert main(["train", *_options(workplace, "from-run", resume_from_checkpoint=folder)]) == 2
-    assert "expected a whole checkpoint, found no state of the optimizer" in capsys.readouterr().err
-
-
-def test_resuming_with_other_settings_names_them(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *_options(workplace, "changed", max_steps=3)]) == 0
-    options = _options(workplace, "changed", max_steps=4, threshold=1.2, resume_from_checkpoint="last")
-    assert main(["train", *options]) == 0
-    output = capsys.readouterr().out
-    assert "threshold was 1.1 before this resume, and is 1.2 now" in output
-    assert "max_steps was 3 before this resume, and is 4 now" in output
-
-
-def test_the_best_checkpoint_is_known_by_its_lasting_name(workplace: Path) -> None:
-    settings = {"eval_split": 0.2, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 4}
-    options = _options(
-        workplace, "best", **settings, load_best_model_at_end=True, metric_for_best_model="loss", save_total_limit=1
-    )
-    assert main(["train", *options]) == 0
-    state = json.loads((workplace / "best" / "trainer_state.json").read_text())
-    assert Path(state["best_model_checkpoint"]).parent == workplace / "best"
+def test_the_best_checkpoint_is_recorded_by_its_final_name(workplace: Workplace, tmp_path: Path) -> None:
+    settings = {"eval_split": 0.25, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 2}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 1}
+    assert workplace.train(tmp_path / "out", **settings) == 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]).parent == tmp_path / "out"
     assert Path(state["best_model_checkpoint"]).is_dir()

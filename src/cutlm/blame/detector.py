@@ -179,7 +179,7 @@ def blame_file(
         UserError: A partial file of another run exists, or the scorer failed.
     """
     records = [strip_scores(record) for record in records]
-    _refuse_clashes(records, locations)
+    refuse_clashes(records, locations)
     encoded = encode_for_scoring(records, locations, encoder, settings)
     if not encoded.rows:
         raise DataError(encoded.left_out, hint="no record remains to score; set a larger max_length")
@@ -335,7 +335,10 @@ def _matches_row(line: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> boo
     )
 
 
-def _refuse_clashes(records: Sequence[JudgedRecord], locations: Sequence[str]) -> None:
+def refuse_clashes(records: Sequence[JudgedRecord], locations: Sequence[str]) -> None:
+    """Raises:
+    DataError: A record has a field that its token scores would overwrite.
+    """
     problems = [
         f"{location}: field {name!r}: token scores use this name; rename the field in the records"
         for location, record in zip(locations, records, strict=True)

@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from cutlm.data.files import open_atomic, sync_directory, sync_tree
 from cutlm.errors import ConfigError, NonFiniteError, UserError
+from cutlm.model.loading import unwrap_peft
 from cutlm.training.config import Settings
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,14 @@ class CheckpointingTrainer(Trainer):
 
     _stop_requested = _is_stopping = False
     _staging: str | None = None
+
+    def __init__(self, *, model: Any, **kwargs: Any) -> None:
+        # The Trainer turns off the cache in the model's configuration, with which the model is saved. No forward pass
+        # of training reads that setting.
+        config = unwrap_peft(model).config
+        use_cache = getattr(config, "use_cache", None)
+        super().__init__(model=model, **kwargs)
+        config.use_cache = use_cache
 
     def request_stop(self) -> None:
         """Ask training to save a checkpoint and stop after the next optimizer step, on all ranks."""

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
@@ -260,6 +261,12 @@ class CUTConfig(TrainingArguments):
             value = getattr(self, name)
             if not (value is None and name in optional) and (not isinstance(value, int) or value < 1):
                 problems.append(f"{name}: expected a whole number of at least 1, got {value}")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed: expected a whole number from 0 to 2**32 - 1, got {self.seed}")
+        if self.dataloader_num_workers < 0:
+            problems.append(
+                f"dataloader_num_workers: expected a whole number of at least 0, got {self.dataloader_num_workers}"
+            )
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             problems.append(
                 "num_train_epochs, max_steps: expected at least one step, got none; set one of them above 0"
@@ -313,6 +320,8 @@ class CUTConfig(TrainingArguments):
         problems = []
         if self.fp16 and self.device.type == "cpu":
             problems.append("fp16: expected false on a CPU, where it would have no effect, got true; bf16 works there")
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            problems.append("save_strategy: best needs metric_for_best_model, got none; set it, such as to loss")
         for name, expected in (("split_batches", False), ("dispatch_batches", False), ("even_batches", True)):
             got = getattr(self.accelerator_config, name, expected)
             if got is not None and bool(got) is not expected:
@@ -373,7 +382,7 @@ def check_libraries(config: CUTConfig) -> None:
     """Check settings that only transformers and torch can judge, on one dummy parameter and before a model is loaded.
 
     Raises:
-        ConfigError: The optimizer, the schedule or a reporting integration rejects its settings.
+        ConfigError: FSDP, the optimizer, the schedule, the compiler or a reporting integration rejects its settings.
     """
     problems = []
     special = next((name for name in _OPTIMIZERS_OF_MODELS if name in str(config.optim)), None)
@@ -396,6 +405,14 @@ def check_libraries(config: CUTConfig) -> None:
         )
     except (ValueError, TypeError, ImportError) as error:
         problems.append(f"optim, optim_args, adam_*, lr_scheduler_*: {_first_line(error)}")
+    if config.fsdp and config.world_size == 1:
+        problems.append("fsdp: expected several processes, got one; start with torchrun or accelerate launch")
+    if config.torch_compile:
+        try:
+            backend = DynamoBackend((config.torch_compile_backend or "inductor").upper()).value.lower()
+            torch.compile(nn.Identity(), backend=backend, mode=config.torch_compile_mode)  # compiles nothing yet
+        except (ValueError, RuntimeError) as error:
+            problems.append(f"torch_compile_backend, torch_compile_mode: {_first_line(error)}")
     try:
         for integration in get_reporting_integration_callbacks(config.report_to):
             integration()

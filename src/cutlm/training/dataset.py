@@ -17,7 +17,14 @@ from datasets import Dataset, Features, List, Value
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from cutlm.blame.detector import FlagSettings, describe_run, flag_response, round_logps, score_with_journal
+from cutlm.blame.detector import (
+    FlagSettings,
+    describe_run,
+    flag_response,
+    refuse_clashes,
+    round_logps,
+    score_with_journal,
+)
 from cutlm.blame.scoring import score_rows
 from cutlm.blame.token_scores import (
     TokenScores,
@@ -390,6 +397,7 @@ def _score_once(
     Raises:
         UserError: The file holds other scores, or the first process failed to make them.
     """
+    refuse_clashes(records, [row["location"] for row in rows])
     language_model: Any = unwrap_peft(model)
     detector = fingerprint_model(language_model.name_or_path)
     quantization = getattr(language_model.config, "quantization_config", None)
@@ -401,8 +409,8 @@ def _score_once(
         "bf16": bool(args.bf16),
         "device": args.device.type,
     }
-    header = {key: getattr(settings, key) for key in ("threshold", "unlikelihood_weight", "gamma")}
-    header |= describe_run(records, encoder, settings, detector, backend)
+    run = describe_run(records, encoder, settings, detector, backend)
+    header = {key: getattr(settings, key) for key in ("threshold", "unlikelihood_weight", "gamma")} | run
     path = scores_file.path
     header_path = path.with_suffix(".json")
     partial = path.with_name(f"{path.name}.partial")
@@ -428,7 +436,7 @@ def _score_once(
             options: Any = {"is_bf16": bool(args.bf16), "show_progress": not args.disable_tqdm}
             return score_rows(model, rows, done=done, **options)
 
-        journal = Journal(path, header, overwrite=scores_file.overwrite)
+        journal = Journal(path, run, overwrite=scores_file.overwrite)  # flags are made at the end
         num_resumed = len(journal.lines)
         scores = score_with_journal(rows, records, journal, encoder, score, settings, detector)
         header_path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.model.collator import check_rows_fit_model
+from cutlm.model.loading import check_lora_targets
 from cutlm.prompting.encoding import Encoder
 from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import CUTConfig
@@ -158,7 +159,12 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
             # Saved with the model, so that every tool prompts it as in training.
             processing_class = copy.deepcopy(processing_class)
             processing_class.chat_template = template
-        if peft_config is None and not hasattr(model, "peft_config"):
+        if peft_config is not None:
+            check_lora_targets(model, peft_config)
+            head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+            if head in (getattr(peft_config, "target_modules", None) or ()):
+                raise ConfigError(f"lora_target_modules: expected no adapter on the output head, got {head}")
+        elif not hasattr(model, "peft_config"):
             # TRL would load it again from the model's path, which a model in memory may not have.
             kwargs = {"ref_model": copy.deepcopy(model)} | kwargs
         for notice in self.notices if args.process_index == 0 else ():

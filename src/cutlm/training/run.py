@@ -66,8 +66,10 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
     """
     data_args, model_args, config = settings.parts
     is_main = int(os.environ.get("RANK", "0")) == 0
-    if config.eval_strategy != "no" and not (data_args.eval_data or data_args.eval_split) and not config.is_of_pairs:
-        raise ConfigError(f"eval_strategy: {config.eval_strategy} needs records; set eval_data or eval_split")
+    is_evaluated = config.eval_strategy != "no" or config.eval_on_start
+    if is_evaluated and not (data_args.eval_data or data_args.eval_split):
+        advice = f"{config.objective} has none; remove it" if config.is_of_pairs else "set eval_data or eval_split"
+        raise ConfigError(f"eval_strategy, eval_on_start: expected records to evaluate on; {advice}")
     checkpoint = None
     if config.resume_from_checkpoint:
         checkpoint = find_checkpoint(config.output_dir, str(config.resume_from_checkpoint))
