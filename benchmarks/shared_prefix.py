@@ -114,7 +114,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _blame(args: argparse.Namespace) -> dict[str, Any]:
-    from cutlm.blame.scoring import score_rows
+    from cutlm.flagging.scoring import score_rows
 
     model = make_model(args)
     rows = _make_rows(args)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["cutlm.cli", "cutlm.training.run", "cutlm.blame.detector"])
+_CONTEXT.set_forkserver_preload(["cutlm.cli", "cutlm.training.run", "cutlm.flagging.detector"])
 # What every training run of a test needs.
 ON_CPU = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
 

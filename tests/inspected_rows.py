@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from report_scores import make_scores
 
-from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.page import PageRecord, write_page
 from cutlm.losses import flag_tokens
 from cutlm.prompting.spans import flag_spans

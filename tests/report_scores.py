@@ -9,8 +9,8 @@ from typing import Any
 
 from tiny import make_tokenizer
 
-from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.prompting.encoding import Encoder
 
 NASTY = (

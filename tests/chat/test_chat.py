@@ -20,14 +20,14 @@ import pytest
 import torch
 from tiny import IM_END, IM_START, make_model, make_tokenizer, save_tiny_model
 
-from cutlm.blame.detector import FlagSettings
-from cutlm.blame.token_scores import read_token_scores
 from cutlm.chat.conversation import Conversation, Turn, append_record, join_texts
 from cutlm.chat.local import LocalEngine
 from cutlm.chat.session import Message, Session, read_message
 from cutlm.cli import main
 from cutlm.data.records import JudgedRecord, load_records
 from cutlm.errors import ConfigError, DataError, UserError
+from cutlm.flagging.detector import FlagSettings
+from cutlm.flagging.token_scores import read_token_scores
 from cutlm.generation.local import Sampling, generate_responses
 from cutlm.inspect.terminal import Terminal
 from cutlm.model.loading import load_trained

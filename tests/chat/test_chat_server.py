@@ -9,12 +9,12 @@ import pytest
 from chat_server import CANARY, ChatServer, Handler, ModelServer, fail_first, running, stream_events
 from tiny import make_tokenizer, save_tiny_model
 
-from cutlm.blame.detector import FlagSettings
 from cutlm.chat.conversation import Turn
 from cutlm.chat.local import LocalEngine
 from cutlm.chat.server import ServerEngine
 from cutlm.chat.session import Message, Session
 from cutlm.errors import UserError
+from cutlm.flagging.detector import FlagSettings
 from cutlm.generation.local import Sampling
 from cutlm.model.loading import load_trained
 from cutlm.prompting.encoding import Encoder

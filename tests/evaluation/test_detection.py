@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from report_scores import make_scores
 
-from cutlm.blame.token_scores import TokenScores, write_token_scores
 from cutlm.cli import main
 from cutlm.data.records import JudgedRecord
 from cutlm.evaluation.detection import (
@@ -20,6 +19,7 @@ from cutlm.evaluation.detection import (
     measure_detection,
     tabulate_detection,
 )
+from cutlm.flagging.token_scores import TokenScores, write_token_scores
 from cutlm.world.base import base_path
 
 # Ratio p(y_t|x,j) / p(y_t|x), and whether the token is wrong.

@@ -13,8 +13,8 @@ from inspected_rows import OUTPUTS, make_rows
 from report_scores import NASTY, make_scores, read_page_data
 from tiny import save_tiny_model
 
-from cutlm.blame.token_scores import read_token_scores, write_token_scores
 from cutlm.cli import main
+from cutlm.flagging.token_scores import read_token_scores, write_token_scores
 from cutlm.inspect.page import PageRecord, Picture, Table, render_page, write_page
 from cutlm.inspect.tokens import pair_scores, split_pieces
 

@@ -10,8 +10,8 @@ from browser import visit
 from inspected_rows import OUTPUTS, describe, flag, list_flagged, list_pieces, make_rows, read_figures, write
 from report_scores import NASTY, make_scores
 
-from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.page import PageRecord, Picture, Table, write_page
 
 LISTED = "[...document.querySelectorAll('article')].map(e => Number(e.dataset.index))"

@@ -17,12 +17,12 @@ from transformers import BitsAndBytesConfig
 
 import cutlm.training.dataset as dataset
 from cutlm import CUTConfig, CUTTrainer
-from cutlm.blame.detector import FlagSettings
-from cutlm.blame.token_scores import TokenScores, read_token_scores, write_token_scores
 from cutlm.chat.local import LocalEngine
 from cutlm.cli import main
 from cutlm.data.records import as_records
 from cutlm.errors import ConfigError, DataError, UserError
+from cutlm.flagging.detector import FlagSettings
+from cutlm.flagging.token_scores import TokenScores, read_token_scores, write_token_scores
 from cutlm.generation.local import Sampling
 from cutlm.model.loading import load_model, load_tokenizer
 from cutlm.training.dataset import ScoresFile, prepare_data
@@ -234,7 +234,7 @@ def test_blame_training_and_chat_share_one_function(
         rest = len(logps_without) - 1
         return [False] * rest + [True], [0.0] * rest + [0.125]
 
-    monkeypatch.setattr("cutlm.blame.detector.flag_response", flag_last)
+    monkeypatch.setattr("cutlm.flagging.detector.flag_response", flag_last)
     monkeypatch.setattr(dataset, "flag_response", flag_last)
     for path, found in flag_everywhere(tmp_path, base, FlagSettings()).items():
         assert [(sum(flags), flags[-1], sum(weights)) for flags, weights in found] == [(1, True, 0.125)] * 5, path

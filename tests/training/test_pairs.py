@@ -15,10 +15,10 @@ from reference import score_response
 from tiny import make_model, make_tokenizer
 
 from cutlm import CUTTrainer
-from cutlm.blame.token_scores import TokenScores
 from cutlm.cli import main
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.prompting.encoding import Encoder
 from cutlm.training.config import CUTConfig
 from cutlm.training.pairs import Pair, PairTrainer, encode_pairs, pair_refinements, pair_responses

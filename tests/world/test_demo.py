@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import pytest
 from report_scores import make_scores, read_page_data
 
-from cutlm.blame.token_scores import read_token_scores
 from cutlm.cli import main
 from cutlm.data.files import read_rows
 from cutlm.data.records import check_records
+from cutlm.flagging.token_scores import read_token_scores
 from cutlm.inspect.plots import CURVES_SIZE
 from cutlm.world.base import load_base
 from cutlm.world.demo import QUICK, prepare_folder

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cutlm.blame.token_scores import is_token_scores_row
 from cutlm.data.files import SourceRow, read_bytes, sync_directory
 from cutlm.data.records import JudgedRecord, check_records, check_rows, is_praise
 from cutlm.errors import DataError
+from cutlm.flagging.token_scores import is_token_scores_row
 
 _SPEAKERS = ("User", "Assistant")
 

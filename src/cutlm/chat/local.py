@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer, StoppingCriteriaList
 
-from cutlm.blame.detector import FlagSettings, blame_record
-from cutlm.blame.scoring import score_rows
-from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import UserError
+from cutlm.flagging.detector import FlagSettings, blame_record
+from cutlm.flagging.scoring import score_rows
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.generation.local import Sampling, find_context_limit, find_room, make_generation_config
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.forward import check_head

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
-from cutlm.blame.detector import FlagSettings, blame_record
-from cutlm.blame.server import score_rows_by_server
-from cutlm.blame.token_scores import TokenScores
 from cutlm.chat.local import encode_texts
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import UserError
+from cutlm.flagging.detector import FlagSettings, blame_record
+from cutlm.flagging.server import score_rows_by_server
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.generation.local import Sampling
 from cutlm.prompting.encoding import Encoder, choose_template
 from cutlm.prompting.templates import TemplateName

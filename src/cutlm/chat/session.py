@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from cutlm.blame.token_scores import TokenScores
 from cutlm.chat.conversation import Conversation, Turn, append_record
 from cutlm.data.records import JudgedRecord, is_praise
 from cutlm.errors import DataError, UserError
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.terminal import Terminal, make_printable
 from cutlm.inspect.tokens import compute_log_ratios
 from cutlm.prompting.templates import TEMPLATES, TemplateName

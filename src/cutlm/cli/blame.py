@@ -21,7 +21,7 @@ from cutlm.cli.model_options import ModelOptions, make_server
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from cutlm.blame.scoring import Scorer
+    from cutlm.flagging.scoring import Scorer
 
 _OPTIONS = ModelOptions(
     ("base", "dtype", "device", "bf16", "max_tokens_per_batch"), ("tokenizer", "concurrency", "timeout", "max_retries")
@@ -71,8 +71,8 @@ def score_file(args: argparse.Namespace) -> None:
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
 
-    from cutlm.blame.detector import FlagSettings, blame_file
     from cutlm.data.records import check_records, raise_problems
+    from cutlm.flagging.detector import FlagSettings, blame_file
     from cutlm.prompting.encoding import Encoder
 
     settings = FlagSettings(args.threshold, args.unlikelihood_weight, args.gamma, args.max_length, args.with_praise)
@@ -103,8 +103,8 @@ def score_file(args: argparse.Namespace) -> None:
 
 
 def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
-    from cutlm.blame.scoring import load_scorer
     from cutlm.errors import ConfigError
+    from cutlm.flagging.scoring import load_scorer
     from cutlm.model.loading import is_adapter_folder
 
     if args.max_tokens_per_batch < 1:
@@ -125,7 +125,7 @@ def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, 
 
 
 def _prepare_server(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
-    from cutlm.blame.server import score_rows_by_server
+    from cutlm.flagging.server import score_rows_by_server
     from cutlm.model.loading import load_tokenizer
     from cutlm.servers.client import Client
 

@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make_local_engine(args: argparse.Namespace) -> "Engine":
-    from cutlm.blame.detector import FlagSettings
     from cutlm.chat.local import LocalEngine
+    from cutlm.flagging.detector import FlagSettings
 
     settings = FlagSettings(args.threshold)
     model, tokenizer, template = load_model(args)
@@ -63,8 +63,8 @@ def _make_local_engine(args: argparse.Namespace) -> "Engine":
 
 
 def _make_server_engine(args: argparse.Namespace) -> "Engine":
-    from cutlm.blame.detector import FlagSettings
     from cutlm.chat.server import ServerEngine
+    from cutlm.flagging.detector import FlagSettings
     from cutlm.model.loading import load_tokenizer
 
     # The user sees at once that there is no answer and can send the message again.

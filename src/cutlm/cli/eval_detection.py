@@ -11,7 +11,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cutlm.blame.token_scores import TokenScores
+    from cutlm.flagging.token_scores import TokenScores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.blame.token_scores import read_token_scores
     from cutlm.errors import DataError
     from cutlm.evaluation.detection import gather_evidence, measure_detection, plot_detection, tabulate_detection
     from cutlm.evaluation.shared import hash_file, open_folder, write_result
+    from cutlm.flagging.token_scores import read_token_scores
     from cutlm.inspect.plots import draw_plot
 
     thresholds = _read_thresholds(args.thresholds)

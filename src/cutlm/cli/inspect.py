@@ -18,7 +18,7 @@ from cutlm.cli.blame import add_scoring_arguments, score_file
 from cutlm.cli.reuse import list_given
 
 if TYPE_CHECKING:
-    from cutlm.blame.token_scores import TokenScores
+    from cutlm.flagging.token_scores import TokenScores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         score_file(argparse.Namespace(**vars(args) | {"out": files[0]}))
         print(f"{files[0]} holds the token scores")
 
-    from cutlm.blame.token_scores import read_token_scores
+    from cutlm.flagging.token_scores import read_token_scores
     from cutlm.inspect.page import PageRecord, write_page
 
     rows, num_unpaired = _pair(files, [read_token_scores(file) for file in files])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cutlm.blame.token_scores import TokenScores
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.tables import format_table
 from cutlm.prompting.spans import flag_spans
 

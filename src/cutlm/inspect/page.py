@@ -16,8 +16,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from cutlm.blame.token_scores import TokenScores
 from cutlm.data.files import open_atomic
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.tokens import has_same_tokens, split_pieces
 from cutlm.prompting.spans import flag_spans
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from cutlm.blame.token_scores import TokenScores
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.tokens import split_pieces
 
 WIDTH = 80

@@ -4,8 +4,8 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
+from cutlm.flagging.token_scores import TokenScores
 
 
 class Piece(NamedTuple):

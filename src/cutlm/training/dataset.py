@@ -17,7 +17,11 @@ from datasets import Dataset, Features, List, Value
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from cutlm.blame.detector import (
+from cutlm.data.files import open_atomic, read_bytes
+from cutlm.data.journal import Journal
+from cutlm.data.records import JudgedRecord, as_records
+from cutlm.errors import ConfigError, DataError, UserError
+from cutlm.flagging.detector import (
     FlagSettings,
     describe_run,
     flag_response,
@@ -25,8 +29,8 @@ from cutlm.blame.detector import (
     round_logps,
     score_with_journal,
 )
-from cutlm.blame.scoring import score_rows
-from cutlm.blame.token_scores import (
+from cutlm.flagging.scoring import score_rows
+from cutlm.flagging.token_scores import (
     TokenScores,
     fingerprint_template,
     fingerprint_tokenizer,
@@ -34,10 +38,6 @@ from cutlm.blame.token_scores import (
     read_token_scores,
     write_token_scores,
 )
-from cutlm.data.files import open_atomic, read_bytes
-from cutlm.data.journal import Journal
-from cutlm.data.records import JudgedRecord, as_records
-from cutlm.errors import ConfigError, DataError, UserError
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.loading import fingerprint_model, unwrap_peft
 from cutlm.prompting.encoding import EncodedRecord, Encoder, encode_records, view_both_contexts

@@ -14,9 +14,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from cutlm.blame.token_scores import TokenScores
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.loading import check_lora_targets
 from cutlm.prompting.encoding import Encoder

@@ -15,10 +15,10 @@ from typing import Any
 
 from trl import get_peft_config, get_quantization_config
 
-from cutlm.blame.token_scores import TokenScores, is_token_scores_row, parse_token_scores
 from cutlm.data.files import parse_rows, read_bytes
 from cutlm.data.records import check_rows, raise_problems
 from cutlm.errors import ConfigError, DataError
+from cutlm.flagging.token_scores import TokenScores, is_token_scores_row, parse_token_scores
 from cutlm.model.loading import check_bitsandbytes, count_parameters, load_model, load_tokenizer
 from cutlm.training.checkpoints import (
     SCORES_FILE,

@@ -25,9 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-from cutlm.blame.scoring import count_tokens
-from cutlm.blame.token_scores import TokenScores
 from cutlm.errors import ConfigError, NonFiniteError
+from cutlm.flagging.scoring import count_tokens
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.losses import CutLoss, Parts, TokenFlags, combine_parts, cut_loss, dual_cut_loss
 from cutlm.model.collator import CutCollator, find_non_finite, split_batch, split_lengths
 from cutlm.model.forward import check_head, choose_layout, choose_tokens_per_pass, run_inside, score_batch

@@ -30,12 +30,12 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from cutlm.blame.detector import BlameReport, FlagSettings, blame_file
-from cutlm.blame.scoring import score_rows
-from cutlm.blame.token_scores import TokenScores, read_token_scores
 from cutlm.data.files import open_atomic, read_rows, write_rows
 from cutlm.data.records import check_records
 from cutlm.errors import UserError
+from cutlm.flagging.detector import BlameReport, FlagSettings, blame_file
+from cutlm.flagging.scoring import score_rows
+from cutlm.flagging.token_scores import TokenScores, read_token_scores
 from cutlm.generation.files import generate_file
 from cutlm.generation.local import Sampling
 from cutlm.inspect.terminal import Stage, Terminal

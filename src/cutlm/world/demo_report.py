@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cutlm.blame.token_scores import TokenScores
 from cutlm.data.files import open_atomic
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.page import PageRecord, Picture, Table, write_page
 from cutlm.inspect.plots import Curves, draw_curves
 from cutlm.inspect.terminal import Terminal

@@ -18,14 +18,14 @@ from reference import score_response
 from tiny import make_model, make_tokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import cutlm.blame.scoring as scoring
-from cutlm.blame.detector import FlagSettings, blame_file, describe_run
-from cutlm.blame.scoring import score_rows
-from cutlm.blame.token_scores import read_token_scores
+import cutlm.flagging.scoring as scoring
 from cutlm.cli import main
 from cutlm.data.journal import Journal
 from cutlm.data.records import JudgedRecord, load_records
 from cutlm.errors import ConfigError, UserError
+from cutlm.flagging.detector import FlagSettings, blame_file, describe_run
+from cutlm.flagging.scoring import score_rows
+from cutlm.flagging.token_scores import read_token_scores
 from cutlm.prompting.encoding import Encoder
 
 RECORDS: list[dict[str, Any]] = [
@@ -188,7 +188,7 @@ def partial_file(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     data = write_lines(folder / "data.jsonl", RECORDS)
     options = list_blame_options(model, data, folder / "out.jsonl")
-    result = start_command(options, KillPoint("cutlm.blame.scoring", "score_batch", 3)).wait()
+    result = start_command(options, KillPoint("cutlm.flagging.scoring", "score_batch", 3)).wait()
     assert result.exit_code == -signal.SIGKILL, result.stderr
     assert {path.name for path in folder.iterdir()} == {"data.jsonl", "out.jsonl.partial"}
     return folder / "out.jsonl.partial"

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_tokenizer
 
-from cutlm.blame.token_scores import (
+from cutlm.data.records import JudgedRecord, load_records
+from cutlm.errors import DataError
+from cutlm.flagging.token_scores import (
     SCORE_FIELDS,
     TokenScores,
     fingerprint_template,
@@ -23,8 +25,6 @@ from cutlm.blame.token_scores import (
     strip_scores,
     write_token_scores,
 )
-from cutlm.data.records import JudgedRecord, load_records
-from cutlm.errors import DataError
 from cutlm.prompting.encoding import Encoder
 
 OUTPUT = "Sydney is the capital 🙂."

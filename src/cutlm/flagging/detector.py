@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutlm.blame.scoring import Scorer
-from cutlm.blame.token_scores import (
+from cutlm.data.journal import Journal, refuse_foreign
+from cutlm.data.records import PRAISE, JudgedRecord
+from cutlm.errors import ConfigError, DataError
+from cutlm.flagging.scoring import Scorer
+from cutlm.flagging.token_scores import (
     SCORE_FIELDS,
     TokenScores,
     fingerprint_template,
@@ -26,9 +29,6 @@ from cutlm.blame.token_scores import (
     strip_scores,
     write_token_scores,
 )
-from cutlm.data.journal import Journal, refuse_foreign
-from cutlm.data.records import PRAISE, JudgedRecord
-from cutlm.errors import ConfigError, DataError
 from cutlm.losses import flag_tokens
 from cutlm.prompting.encoding import EncodedRecord, EncodedRecords, Encoder, encode_records, view_both_contexts
 

@@ -9,10 +9,10 @@ import pytest
 from chat_server import CANARY, Handler, ModelServer, running
 from tiny import save_tiny_model
 
-from cutlm.blame.server import read_prompt_logprobs
-from cutlm.blame.token_scores import read_token_scores
 from cutlm.cli import main
 from cutlm.errors import UserError
+from cutlm.flagging.server import read_prompt_logprobs
+from cutlm.flagging.token_scores import read_token_scores
 
 RECORDS: list[dict[str, Any]] = [
     {"instruction": "Name the capital.", "input": "Australia", "output": "Sydney.", "judgment": "It is wrong."},

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cutlm.blame.scoring import Scored, count_tokens
 from cutlm.errors import UserError
+from cutlm.flagging.scoring import Scored, count_tokens
 from cutlm.servers.client import NOT_SENT, Client, RequestFailed
 
 _ADVICE = "if the prompt is too long for the server, set a smaller --max_length"
