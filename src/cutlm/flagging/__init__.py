@@ -1,4 +1,4 @@
-"""Flagging tokens with a frozen model (eq. 5): which tokens of a response a judgment flags, by a model that is not being trained.
+"""Flag tokens (eq. 5): which tokens of a response a judgment objects to, by a model that is not being trained.
 
 Read in this order:
 
