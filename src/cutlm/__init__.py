@@ -1,30 +1,36 @@
-"""cutlm: language models learn from judgments, what is said about their answers.
+"""cutlm: language models learn from written judgments of their responses.
 
-Names are loaded when first used, so that `import cutlm` and the command line's `--help` stay quick.
+`CUTTrainer` with `CUTConfig` trains, `load_records` reads `JudgedRecord`s, and `generate`, `judge`, `blame` and `merge`
+do the work of the commands with these names. Names are imported when first used, so that `import cutlm` is quick.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cutlm.api import blame, generate, judge, merge
     from cutlm.data.records import JudgedRecord, load_records
     from cutlm.training.config import CUTConfig
     from cutlm.training.trainer import CUTTrainer
 
 __version__ = "0.1.0"
-__all__ = ["CUTConfig", "CUTTrainer", "JudgedRecord", "load_records"]
+__all__ = ["CUTConfig", "CUTTrainer", "JudgedRecord", "blame", "generate", "judge", "load_records", "merge"]
 
-_HOMES = {
+_MODULES = {
     "CUTConfig": "cutlm.training.config",
     "CUTTrainer": "cutlm.training.trainer",
     "JudgedRecord": "cutlm.data.records",
+    "blame": "cutlm.api",
+    "generate": "cutlm.api",
+    "judge": "cutlm.api",
     "load_records": "cutlm.data.records",
+    "merge": "cutlm.api",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'cutlm' has no attribute {name!r}")
 
 

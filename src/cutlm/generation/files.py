@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from cutlm.data.files import read_rows, write_rows
+from cutlm.data.files import SourceRow, read_rows, write_rows
 from cutlm.data.journal import Journal
 from cutlm.data.records import InstructionRow, JudgedRecord, validate_row
 from cutlm.errors import DataError, UserError
@@ -34,7 +34,12 @@ def load_prompts(source: str) -> list[dict[str, Any]]:
     """
     if source == ALPACA_EVAL and not Path(source).exists():
         source = _download_alpaca_eval()
-    rows, problems = read_rows(source)
+    return check_prompts(*read_rows(source), source)
+
+
+def check_prompts(rows: Sequence[SourceRow], problems: Sequence[str], source: str) -> list[dict[str, Any]]:
+    """Checks the rows of a file of instructions; see `load_prompts`."""
+    problems = [*problems]
     for row in rows:
         validate_row(row, InstructionRow, problems)
     if problems:

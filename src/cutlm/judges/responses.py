@@ -155,7 +155,7 @@ def write_outcome(responses: Sequence[Response], outcome: Outcome, out: str | Pa
     _remove(failures_file)
     if outcome.judgments:
         write_rows(
-            out, [_make_record(responses[index], outcome.judgments[index]) for index in sorted(outcome.judgments)]
+            out, [make_record_row(responses[index], outcome.judgments[index]) for index in sorted(outcome.judgments)]
         )
     elif _remove(Path(out)):
         outcome.notes.append(f"removed {out} of an earlier run")
@@ -174,7 +174,8 @@ def _remove(path: Path) -> bool:
     return True
 
 
-def _make_record(response: Response, judgment: str | None) -> dict[str, Any]:
+def make_record_row(response: Response, judgment: str | None) -> dict[str, Any]:
+    """Returns the row of a judged record: its main fields first, then the other fields of the response."""
     own = response.fields | {"judgment": judgment}
     return own | {name: value for name, value in response.row.items() if name not in own}
 

@@ -1,0 +1,224 @@
+"""The Python API next to `CUTTrainer`: generate, judge, blame and merge, each a few lines over what the commands use.
+
+Example:
+    >>> responses = generate("Qwen/Qwen3-1.7B", ["Name the capital of Australia."])
+    >>> records, failures = judge(responses, base_url="http://localhost:8000/v1", judge_model="my-judge")
+    >>> scores = blame("Qwen/Qwen3-1.7B", records, template="chat")
+    >>> merge("runs/first", "runs/first-merged")
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cutlm.data.files import SourceRow, read_rows
+from cutlm.data.records import JudgedRecord, as_records
+from cutlm.errors import ConfigError
+from cutlm.flagging.detector import FlagSettings, blame_file
+from cutlm.flagging.scoring import load_scorer
+from cutlm.flagging.token_scores import TokenScores
+from cutlm.generation.files import check_prompts, generate_file
+from cutlm.generation.local import Sampling, choose_max_new_tokens
+from cutlm.judges.responses import Failure, make_record_row, parse_responses
+from cutlm.judges.rules import judge_by_rules
+from cutlm.judges.server import judge_by_server
+from cutlm.model.loading import fingerprint_model, load_trained
+from cutlm.model.merge import merge_adapter
+from cutlm.prompting.encoding import Encoder, choose_template
+from cutlm.prompting.templates import TemplateName
+from cutlm.servers.client import Server
+
+
+def generate(
+    model: str | Path,
+    prompts: Sequence[str | Mapping[str, Any]],
+    *,
+    template: TemplateName | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 42,
+    batch_size: int = 16,
+    dtype: str = "auto",
+    device: str | None = None,
+    out: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Generate a response to each prompt with a local model (`cutlm generate`).
+
+    Args:
+        model: A model or adapter folder, or a hub name.
+        prompts: Instructions, or rows with `instruction` and optional `input`.
+        template: "alpaca" or "chat"; None for the chat template that is saved with the model.
+        max_new_tokens: Maximum tokens per response; None: 2048, or half of the model's context if that is less.
+        temperature: 0 is greedy.
+        top_p: Nucleus sampling; 1 turns it off.
+        seed: Seed of the sampling.
+        batch_size: Prompts per batch.
+        dtype: dtype of the weights; "auto" for the checkpoint's.
+        device: Such as "cuda:1"; None for a GPU if there is one.
+        out: A file to write; an interrupted call with the same arguments resumes from `OUT.partial`.
+
+    Returns:
+        Rows with `instruction`, `output`, `generator` and `dataset`, in the order of the prompts.
+
+    Raises:
+        UserError: A prompt or setting is not valid, or the model cannot be loaded.
+
+    Example:
+        >>> generate("runs/first-merged", ["Name the capital of Australia."])[0]["output"]
+        'Canberra.'
+    """
+    rows = [{"instruction": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
+    check_prompts([SourceRow(f"prompts[{index}]", row) for index, row in enumerate(rows)], [], "prompts")
+    loaded, tokenizer = load_trained(model, dtype=dtype, device=device)
+    encoder = Encoder(tokenizer, template or choose_template(tokenizer))
+    sampling = Sampling(max_new_tokens or choose_max_new_tokens(loaded), temperature, top_p, seed, batch_size)
+    with _writing_to(out, "responses.jsonl") as path:
+        generate_file(
+            loaded,
+            tokenizer,
+            encoder,
+            rows,
+            path,
+            sampling,
+            generator=Path(model).name,
+            dataset="prompts",
+            fingerprint=fingerprint_model(model),
+        )
+        return [row.value for row in read_rows(path)[0]]
+
+
+class Judged(NamedTuple):
+    """The result of `judge`.
+
+    Attributes:
+        records: The responses with their judgments.
+        failures: Why the others have none, by the index of the response.
+    """
+
+    records: list[JudgedRecord]
+    failures: dict[int, Failure]
+
+
+def judge(
+    responses: Sequence[Mapping[str, Any]],
+    *,
+    rules: Callable[[str, str], str | None] | None = None,
+    base_url: str | None = None,
+    judge_model: str | None = None,
+    cache: str | Path | None = None,
+    **server_settings: Any,
+) -> Judged:
+    """Judge responses by a function of yours, or by a model on an OpenAI-compatible server (`cutlm judge`).
+
+    Args:
+        responses: Rows with `instruction`, optional `input`, and `output`, as `generate` returns them.
+        rules: Called with the instruction and the response; returns what is wrong, or None.
+        base_url: Address of a server, such as "http://localhost:8000/v1"; its key is read from OPENAI_API_KEY.
+        judge_model: Name of the model on the server.
+        cache: SQLite file of the server's judgments, which are then paid for once; None keeps no file.
+        **server_settings: Further fields of `cutlm.servers.client.Server`, such as `concurrency` or `max_retries`.
+
+    Raises:
+        UserError: A response or a setting is not valid, or the server refuses every request.
+
+    Example:
+        >>> judge([{"instruction": "2 + 2?", "output": "5"}], rules=lambda _, text: None if text == "4" else "Wrong.")
+        Judged(records=[JudgedRecord(instruction='2 + 2?', ..., judgment='Wrong.', ...)], failures={})
+    """
+    rows = [SourceRow(f"responses[{index}]", dict(row)) for index, row in enumerate(responses)]
+    parsed = parse_responses(rows, [], "responses")
+    if rules is not None and base_url is None:
+        outcome = judge_by_rules(parsed, rules)
+    elif base_url is not None and judge_model is not None and rules is None:
+        server = Server(base_url, judge_model, **server_settings)
+        with _writing_to(cache, "cache.sqlite") as path:
+            outcome = judge_by_server(parsed, server, path)
+    else:
+        raise ConfigError("judge: expected either rules, or base_url and judge_model")
+    judged = [make_record_row(parsed[index], outcome.judgments[index]) for index in sorted(outcome.judgments)]
+    return Judged([JudgedRecord.model_validate(row) for row in judged], dict(outcome.failures))
+
+
+def blame(
+    model: str | Path,
+    records: Sequence[JudgedRecord | Mapping[str, Any]],
+    *,
+    template: TemplateName = "alpaca",
+    threshold: float = 1.1,
+    unlikelihood_weight: float = 1.0,
+    gamma: float = 1.0,
+    max_length: int = 2048,
+    dtype: str = "auto",
+    device: str | None = None,
+    out: str | Path | None = None,
+) -> list[TokenScores]:
+    """Flag the tokens that each judgment objects to, by a frozen model (`cutlm blame`; paper, eq. 5).
+
+    Args:
+        model: A model or adapter folder, or a hub name.
+        records: Judged records.
+        template: "alpaca" or "chat", as in training.
+        threshold: lambda of eq. 5.
+        unlikelihood_weight: alpha of eq. 6.
+        gamma: Exponent of the dynamic weight of eq. 6; 0 turns it off.
+        max_length: Maximum tokens in a prompt and its response; prompts are truncated on the left.
+        dtype: dtype of the weights; "auto" for the checkpoint's.
+        device: Such as "cuda:1"; None for a GPU if there is one.
+        out: A file to write, which `CUTTrainer` and `cutlm train` take as data; an interrupted call resumes.
+
+    Returns:
+        Token scores in the order of the records, without those that are too long.
+
+    Raises:
+        UserError: A record or a setting is not valid, or the model cannot be loaded.
+
+    Example:
+        >>> scores = blame("runs/base", [JudgedRecord(instruction="2 + 2?", output="5", judgment="Wrong.")])
+        >>> scores[0].is_flagged
+        [True, False]
+    """
+    settings = FlagSettings(threshold, unlikelihood_weight, gamma, max_length)
+    check = as_records(list(records), "records")
+    tokenizer, score, detector, backend = load_scorer(model, dtype=dtype, device=device, max_length=max_length)
+    encoder = Encoder(tokenizer, template)
+    with _writing_to(out, "scores.jsonl") as path:
+        report = blame_file(
+            check.records, check.locations, path, encoder, score, settings, detector=detector, backend=backend
+        )
+    return report.scores
+
+
+def merge(adapter: str | Path, out: str | Path, *, base: str | None = None, overwrite: bool = False) -> Path:
+    """Merge an adapter into its base model and save the result with its tokenizer (`cutlm merge`).
+
+    Args:
+        adapter: The folder of the adapter.
+        out: The folder to write.
+        base: The base model; None for the one that the adapter names.
+        overwrite: Replace a folder that holds a model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: The adapter or its base model cannot be loaded, they do not fit, or the folder is not empty.
+
+    Example:
+        >>> merge("runs/first", "runs/first-merged")
+        PosixPath('runs/first-merged')
+    """
+    merge_adapter(adapter, out, base=base, overwrite=overwrite)
+    return Path(out)
+
+
+@contextmanager
+def _writing_to(path: str | Path | None, name: str) -> Iterator[Path]:
+    """Yield the path, or one in a temporary folder if there is none."""
+    if path is not None:
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / name
