@@ -1,4 +1,4 @@
-"""A real server: transformers' own, on this machine. What it serves is named by each request."""
+"""A real server, `transformers serve`; each request names the model."""
 
 import importlib.util
 import os
@@ -15,13 +15,13 @@ import pytest
 
 _MISSING = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
 needs_server = pytest.mark.skipif(
-    bool(_MISSING), reason=f"{', '.join(_MISSING)} missing; pip install 'cutlm[serve]' to have them"
+    bool(_MISSING), reason=f"{', '.join(_MISSING)} missing; run: pip install 'cutlm[serve]'"
 )
 SERVE = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
 
 
 def find_port() -> int:
-    """A port that is free."""
+    """Returns a free port."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])

@@ -1,4 +1,4 @@
-"""AlpacaEval: figures by hand and the paper's own, questions and verdicts as the package's, and what a stop costs."""
+"""AlpacaEval: win rates by hand and of the paper, prompts and verdicts as in the package, and resuming."""
 
 import json
 import shlex
@@ -27,7 +27,7 @@ TEXTS = [
 
 
 def rank(first_is_better: bool) -> str:
-    """An answer as the annotator is asked to give it."""
+    """An answer in the annotator's format."""
     ranks = (1, 2) if first_is_better else (2, 1)
     return str([{"model": f"model_{number}", "rank": rank} for number, rank in enumerate(ranks, start=1)])
 
@@ -69,7 +69,7 @@ def command(tmp_path: Path, server: ChatServer) -> list[str]:
     ]
 
 
-def test_the_figures_are_those_found_by_hand():
+def test_win_rates_match_values_by_hand():
     # A win is 1, a draw 1/2, a loss 0: (1 + 1 + 0 + 1/2) / 4 = 0.625.
     # Deviations: 0.375 twice, -0.625, -0.125; sum of squares 0.28125 + 0.390625 + 0.015625 = 0.6875.
     # Standard error: sqrt(0.6875 / 3 / 4) = 0.23936.
@@ -86,7 +86,7 @@ def test_the_figures_are_those_found_by_hand():
     assert result["mean_length"] == 4
 
 
-def test_the_released_models_verdicts_give_the_papers_figure(shared_data: Path, tmp_path: Path, capsys):
+def test_the_verdicts_on_the_released_model_give_the_papers_win_rate(shared_data: Path, tmp_path: Path, capsys):
     package = Path(import_alpaca_eval("constants").CURRENT_DIR)
     before = {path: path.stat().st_mtime_ns for path in package.rglob("*") if path.suffix != ".pyc"}
     file = shared_data / "alpaca_eval" / "cut-13b.annotations.json"
@@ -146,7 +146,7 @@ def test_questions_and_verdicts_are_those_of_the_package(name: str):
     assert len({ours.is_switched(pair) for pair in pairs}) == (2 if ours.is_shuffled else 1)
 
 
-def test_the_recipes_evaluate_by_commands_that_there_are():
+def test_the_recipes_evaluate_by_existing_commands():
     commands = [
         yaml.safe_load(path.read_text("utf-8")).get("eval_command")
         for path in (Path(__file__).parents[2] / "recipes" / "online").glob("*.yaml")
@@ -158,7 +158,7 @@ def test_the_recipes_evaluate_by_commands_that_there_are():
     assert [(args.command, args.measure, args.model, args.out) for args in parsed] == [("eval", "alpaca", "m", "o.d")]
 
 
-def test_texts_are_text_whatever_they_hold():
+def test_texts_are_inserted_literally():
     annotator = load_annotator("alpaca_eval_gpt4")
     messages = annotator.fill(Pair("", *TEXTS[2]))
     assert [message["role"] for message in messages] == ["system", "user"]
@@ -185,7 +185,7 @@ def test_texts_are_text_whatever_they_hold():
         ({"fn_completion_parser": "nobody"}, "alpaca-eval has no completion parser 'nobody'"),
     ],
 )
-def test_what_is_wrong_with_an_annotators_folder_is_told_in_one_sentence(tmp_path: Path, capsys, configs, sentence):
+def test_a_malformed_annotator_is_an_error_of_one_sentence(tmp_path: Path, capsys, configs, sentence):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "whole.txt").write_text("{instruction} {output_1} {output_2}")
@@ -206,7 +206,7 @@ def test_what_is_wrong_with_an_annotators_folder_is_told_in_one_sentence(tmp_pat
 
 
 @pytest.mark.parametrize("answer", ["", "model_1", "[{'model': 'model_1', 'rank': 3}]", "__import__('os').abort()"])
-def test_an_answer_that_is_no_ranking_is_no_verdict(answer: str, caplog):
+def test_an_answer_without_a_ranking_is_not_a_verdict(answer: str, caplog):
     assert load_annotator("alpaca_eval_gpt4").read(answer, Pair("", "x", "y", "z")) is None
     assert not caplog.records
 
@@ -222,7 +222,7 @@ def test_a_server_is_asked_once_about_each_pair(command, server: ChatServer, tmp
         "judge",
         "other",
     )
-    assert len(server.requests) == 4  # equal ones are not asked about
+    assert len(server.requests) == 4  # none about equal responses
     assert {(request["model"], request["max_tokens"], request["temperature"]) for request in server.requests} == {
         ("judge", 100, 0)
     }
@@ -230,7 +230,7 @@ def test_a_server_is_asked_once_about_each_pair(command, server: ChatServer, tmp
     assert main(command) == 0
     assert len(server.requests) == 4
     assert "4 verdicts were in the cache" in capsys.readouterr().out
-    # What it wrote can be replayed.
+    # Its annotations can be replayed.
     replay = [
         "eval",
         "alpaca",
@@ -243,7 +243,7 @@ def test_a_server_is_asked_once_about_each_pair(command, server: ChatServer, tmp
     assert read(tmp_path / "again" / "result.json")["win_rate"] == result["win_rate"]
 
 
-def test_a_null_verdict_hides_no_other_one_on_the_same_texts():
+def test_a_null_verdict_does_not_hide_another_one_on_the_same_texts():
     row = {"instruction": "a", "output_1": "b", "output_2": "c"}
     rows = [row | {"preference": preference} for preference in (None, 2, 1, None)]
     pair = Pair("", "a", "b", "c")
@@ -266,20 +266,20 @@ def test_verdicts_on_an_instruction_with_an_input_are_replayed(command, server: 
         assert (again["win_rate"], again["num_judged"]) == (result["win_rate"], len(TEXTS)), options
 
 
-def test_a_null_verdict_is_dropped_and_counted_and_asked_for_again(command, server: ChatServer, tmp_path: Path, capsys):
+def test_an_unread_answer_is_counted_and_requested_again(command, server: ChatServer, tmp_path: Path, capsys):
     server.reply = lambda prompt: "I like both." if "Count." in prompt else prefer_longer(prompt)
     assert main(command) == 0
     result = read(tmp_path / "out" / "result.json")
     assert (result["num_judged"], result["num_without_verdict"]) == (4, 1)
     assert "1 answers are not verdicts, such as 'I like both.'" in capsys.readouterr().out
-    assert read(tmp_path / "out" / "annotations.json")[0]["preference"] is None  # Count stands first in the reference
+    assert read(tmp_path / "out" / "annotations.json")[0]["preference"] is None  # Count is first in the reference
     server.reply = prefer_longer
     assert main(command) == 0
     assert len(server.requests) == 4 + 1
     assert read(tmp_path / "out" / "result.json")["num_judged"] == 5
 
 
-def test_after_failures_only_the_missing_pairs_are_asked_for(command, server: ChatServer, tmp_path: Path, capsys):
+def test_after_failures_only_missing_pairs_are_requested(command, server: ChatServer, tmp_path: Path, capsys):
     server.fault = lambda handler, number: number >= 2 and handler.answer(200, b"{}") is None
     assert main([*command, "--annotator_concurrency", "1"]) == 1
     out = capsys.readouterr().out
@@ -292,7 +292,7 @@ def test_after_failures_only_the_missing_pairs_are_asked_for(command, server: Ch
     assert read(tmp_path / "out" / "result.json")["num_judged"] == 5
 
 
-def test_the_cap_holds_over_all_starts_and_is_told_by_its_option(command, server: ChatServer, capsys):
+def test_the_cap_on_requests_holds_for_all_runs(command, server: ChatServer, capsys):
     for _ in range(2):
         assert main([*command, "--annotator_concurrency", "1", "--annotator_max_requests", "1"]) == 1
         assert "max_requests 1 is reached by all runs that share the cache" in capsys.readouterr().out
@@ -300,9 +300,7 @@ def test_the_cap_holds_over_all_starts_and_is_told_by_its_option(command, server
     assert main([*command, "--annotator_max_requests", "100"]) == 0
 
 
-def test_a_refusal_is_told_by_the_names_of_the_options_and_the_key_is_nowhere(
-    command, server: ChatServer, tmp_path: Path, capsys, monkeypatch
-):
+def test_a_refusal_is_an_error_without_the_key(command, server: ChatServer, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
     server.fault = lambda handler, number: handler.answer(404, {"error": f"no model, {CANARY}"}) is None
     assert main(command) == 2
@@ -326,11 +324,11 @@ def test_a_model_answers_and_is_compared_with_the_outputs_of_the_prompts(server:
     assert result["num_judged"] == len(TEXTS)
     num_longer = sum(len(row["output"]) > len(reference) for row, (_, reference, _) in zip(rows, TEXTS, strict=True))
     assert result["num_wins"] == num_longer
-    assert server.requests[0]["model"] == "gpt-4"  # as the configuration says
+    assert server.requests[0]["model"] == "gpt-4"  # of the configuration
     capsys.readouterr()
     assert main(command) == 0
     assert "outputs.json exists already" in capsys.readouterr().out
-    # Other instructions in a file of the same name are not answered yet.
+    # Other instructions in a file of the same name have no responses yet.
     command += ["--reference", write(tmp_path / "reference.json", read(Path(prompts)))]
     assert main([*command, "--overwrite"]) == 0
     write(Path(prompts), read(Path(prompts))[1:])
@@ -384,7 +382,7 @@ def test_a_model_answers_and_is_compared_with_the_outputs_of_the_prompts(server:
         ),
     ],
 )
-def test_what_cannot_be_done_is_told_in_one_sentence(tmp_path: Path, capsys, options, sentence):
+def test_bad_input_is_an_error_before_anything_is_written(tmp_path: Path, capsys, options, sentence):
     files = {
         "OWN": write(tmp_path / "own.json", [{"instruction": "Say.", "output": "It."}]),
         "BARE": write(tmp_path / "bare.json", [{"instruction": "Say."}, {"instruction": "Do."}]),
@@ -408,7 +406,7 @@ def test_what_cannot_be_done_is_told_in_one_sentence(tmp_path: Path, capsys, opt
     assert not out.exists()
 
 
-def test_a_mistake_is_mended_in_the_same_folder(command, server: ChatServer, tmp_path: Path, capsys):
+def test_a_mistake_can_be_fixed_in_the_same_folder(command, server: ChatServer, tmp_path: Path, capsys):
     other = write(tmp_path / "another.json", [{"instruction": "Nothing of it.", "output": "It."}])
     assert main([*command, "--outputs", other]) == 2
     assert "expected responses to instructions of the reference" in capsys.readouterr().err

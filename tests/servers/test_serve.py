@@ -1,4 +1,4 @@
-"""Judging, generating and the loop with a real server: transformers' own, with tiny models, on this machine."""
+"""Judging, generation, chat and the loop with a real server: `transformers serve` with tiny models."""
 
 import io
 import json
@@ -45,32 +45,32 @@ def _write_lines(path: Path, rows: list[dict[str, str]]) -> Path:
 def test_a_real_server_judges(url: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"instruction": f"Count to {number}.", "output": f"{number} <|im_end|>"} for number in range(4)]
     responses = _write_lines(tmp_path / "in.jsonl", rows)
-    prompt = tmp_path / "prompt.txt"  # the tiny model reads letter by letter, and little at a time
+    prompt = tmp_path / "prompt.txt"  # short, because the tiny model has a short context
     prompt.write_text("{instruction}\n{response}")
     out = tmp_path / "out.jsonl"
     options = [
         *("judge", "--responses", str(responses), "--judge", "http", "--base_url", url, "--judge_model", str(model)),
         *("--prompt_file", str(prompt), "--max_tokens", "8", "--concurrency", "2", "--out", str(out)),
     ]
-    # A model of random weights says something until it is cut off: that is told from a judgment.
+    # A model of random weights generates until it is truncated, which is not a judgment.
     assert main(options) == 1, capsys.readouterr().err
     failures = [json.loads(line) for line in Path(f"{out}.failures.jsonl").read_text("utf-8").splitlines()]
     assert {row["kind"] for row in failures} == {"cut off"}
     assert all(row["answer"] for row in failures)
     printed = capsys.readouterr().out
     assert "4 requests, " in printed
-    assert "estimated" not in printed, "the server says how many tokens it took"
+    assert "estimated" not in printed, "the server reports its tokens"
 
 
 def _save_model_that_says(folder: Path, text: str) -> Path:
-    """A model that says one text whatever it is asked, and ends there: each token is led to by the one before it."""
+    """Saves a model that always answers with one text: each token determines the next one."""
     tokenizer = make_tokenizer("bpe", chat=True)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)["input_ids"]
     chain = [prompt[-1], *tokenizer(text).input_ids, tokenizer.eos_token_id]
     assert len(set(chain)) == len(chain)
     model = make_model(len(tokenizer), hidden_size=64, eos_token_id=tokenizer.eos_token_id)
     with torch.no_grad():
-        for layer in model.model.layers:  # they pass on what they get
+        for layer in model.model.layers:  # make the layers the identity
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         known = torch.nn.functional.normalize(model.model.embed_tokens.weight, dim=1)
@@ -99,13 +99,13 @@ def test_judgments_of_a_real_server_become_records(
     assert [record.output for record in records] == outputs
     assert {record.judgment for record in records} == {"It is wrong."}
     assert f"4 records in {out}: 0 satisfactory, 4 unsatisfactory" in capsys.readouterr().out
-    # The same server, another model: praise is had, too.
+    # Another model on the same server, whose judgments are satisfactory.
     praising = _save_model_that_says(tmp_path / "praising", "Perfect.")
     assert main([*options, "--judge_model", str(praising), "--overwrite"]) == 0, capsys.readouterr()
     assert all(record.judgment is None for record in load_records(out))
 
 
-def test_a_real_server_answers_as_the_model_at_hand(url: str, model: Path, tmp_path: Path) -> None:
+def test_a_real_server_answers_as_a_local_model_does(url: str, model: Path, tmp_path: Path) -> None:
     prompts = _write_lines(tmp_path / "in.jsonl", [{"instruction": f"Name {index} cities."} for index in range(5)])
     shared = ["generate", "--model", str(model), "--prompts", str(prompts), "--max_new_tokens", "12"]
     served, local = tmp_path / "served.json", tmp_path / "local.json"
@@ -115,7 +115,7 @@ def test_a_real_server_answers_as_the_model_at_hand(url: str, model: Path, tmp_p
     assert len({row["output"] for row in json.loads(served.read_text("utf-8"))}) > 1
 
 
-def test_a_real_server_chats_as_the_model_at_hand(
+def test_a_real_server_chats_as_a_local_model_does(
     url: str, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = ["chat", "--model", str(model), "--max_new_tokens", "12"]
@@ -126,19 +126,18 @@ def test_a_real_server_chats_as_the_model_at_hand(
         assert main([*shared, *options]) == 0
         printed = capsys.readouterr()
         assert printed.err.count("-- stopped at 12 tokens (--max_new_tokens)") == 2
-        # Half a character at the end, where the answer was stopped, is shown by the one and not by the other.
+        # Only one of the two shows half a character at the end of a truncated answer.
         texts.append([line.rstrip("\N{REPLACEMENT CHARACTER}") for line in printed.out.splitlines()])
     assert texts[0] == texts[1]
     assert len(set(texts[0])) == 2
 
 
-def test_the_loop_has_a_real_server_answer_and_each_iteration_has_its_own(
+def test_each_iteration_of_the_loop_serves_its_own_model(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     instructions = _write_lines(
         tmp_path / "in.jsonl", [{"instruction": f"Name a city, {index}."} for index in range(6)]
     )
-    held_out = _write_lines(tmp_path / "held_out.jsonl", [{"instruction": "Name a river."}])
     (tmp_path / "letters.py").write_text("def judge(instruction, response):\n    return 'There is no Z in it.'\n")
     port = find_port()
     command = shlex.join([*SERVE, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"])
@@ -146,14 +145,13 @@ def test_the_loop_has_a_real_server_answer_and_each_iteration_has_its_own(
         "model_name_or_path": model,
         "output_dir": tmp_path / "run",
         "instructions": instructions,
-        "num_iterations": 1,
+        "num_iterations": 2,
         "num_instructions": 3,
         "generate": f"--base_url http://127.0.0.1:{port} --max_new_tokens 8 --num_samples 2 --temperature 1",
-        # A reading of {model} by the shell alone: which model it is, the request says.
+        # The server needs no {model}, because each request names it.
         "server_command": f"echo {{model}} >> {tmp_path}/served.txt; exec {command}",
         "server_timeout": 120,
         "judge": "rules --rules letters:judge",
-        "eval_instructions": held_out,
         "template": "chat",
         "max_length": 256,
         "max_steps": 2,
@@ -163,14 +161,10 @@ def test_the_loop_has_a_real_server_answer_and_each_iteration_has_its_own(
     }
     monkeypatch.syspath_prepend(tmp_path)
     plan = read_plan(None, [f"--{name}={value}" for name, value in settings.items()], parse_stage_options)
-    # The stages' commands in this process, as starting Python for each takes its time.
+    # The commands of the stages run in this process, which is faster than starting Python for each.
     assert run_loop(plan, run=lambda arguments, **_: main(arguments))
     folder = tmp_path / "run" / "iteration-1"
     rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) == 6
     assert [row["instruction"] for row in rows[::2]] == [row["instruction"] for row in rows[1::2]]
-    # Before, for the round itself, and of what came of it.
-    assert (tmp_path / "served.txt").read_text().split() == [str(model), str(model), str(folder / "model")]
-    for iteration in ("iteration-0", "iteration-1"):
-        answers = (tmp_path / "run" / iteration / "evaluation" / "responses.jsonl").read_text("utf-8").splitlines()
-        assert len(answers) == 1
+    assert (tmp_path / "served.txt").read_text().split() == [str(model), str(folder / "model")]

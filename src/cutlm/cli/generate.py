@@ -178,7 +178,7 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
 
 
 def print_counts(generated: Any) -> None:
-    """Prints what is unusual about the responses of a `Generated`."""
+    """Prints the unusual counts of a `Generated`: redacted, resumed and truncated."""
     if generated.num_redacted:
         print(f"{generated.num_redacted} responses contained the key of the server; [key] replaces it")
     if generated.num_resumed:

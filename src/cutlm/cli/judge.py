@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if not outcome.failures:
         return 0
     if server is not None:
-        print("start again with the same options and --overwrite to ask only for what is missing")
+        print("run it again with the same options and --overwrite to request only the missing judgments")
     return 1
 
 
@@ -147,7 +147,7 @@ def fill_options(args: argparse.Namespace) -> None:
     ]
     missing = [f"--{name}" for name in _REQUIRED[args.judge] if getattr(args, name) is None]
     if missing:
-        problems.append(f"--judge {args.judge}: expected {' and '.join(missing)} too, got none; set what is missing")
+        problems.append(f"--judge {args.judge}: expected {' and '.join(missing)} too, got none; set them")
     if args.trained and args.prompt_file is not None:
         problems.append("--prompt_file, --trained: expected one, got both; a trained judge has its own prompt")
     if problems:

@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "timeout": 600.0,
     "max_retries": 5,
 }
-# Every default is None here, so that an option that was given can be told from one that was not.
+# Every default is None here, to tell given options from missing ones.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "base": {"metavar": "MODEL", "help": "base model of an adapter (default: the one that the adapter names)"},
     "dtype": {"choices": ("auto", "float32", "bfloat16", "float16"), "help": "default: auto"},

@@ -1,5 +1,5 @@
-"""Let a model improve its unsatisfactory responses, given the judgments: the improved responses (i_ans) are what the
-objectives ilf_mle and ilf_dpo learn from.
+"""Let a model improve its unsatisfactory responses, given the judgments. The objectives ilf_mle and ilf_dpo learn from
+the improved responses (i_ans).
 
   cutlm refine --model MODEL --data records.jsonl --out refined.jsonl
 

@@ -31,7 +31,7 @@ _ADVICE = "if it is too long for the model, use another one; if it names a field
 _KNOWN: dict[str, type | UnionType] = {"model_name": str, "max_tokens": int, "temperature": int | float}
 _PLACEHOLDERS = re.compile(r"\{(instruction|output_1|output_2)\}")
 _MESSAGE = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
-# What the package's parsers raise for answers in an unexpected format.
+# Raised by the package's parsers for answers in an unexpected format.
 _PARSER_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(RecursionError, SyntaxError, TypeError, ValueError),

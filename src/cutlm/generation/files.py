@@ -68,10 +68,10 @@ def join_instruction(row: dict[str, Any]) -> str:
 
 
 def describe_run(inputs: Any, sampling: Sampling, template: str, model: str) -> dict[str, Any]:
-    """Returns the header of a run's journal: everything that its responses depend on.
+    """Returns the header of a run's journal: all settings that its responses depend on.
 
     Args:
-        inputs: What the prompts are made of, as JSON; only its hash is kept.
+        inputs: The contents of the prompts, as JSON values; only their hash is kept.
         sampling: How to sample.
         template: Name of the prompt template.
         model: Fingerprint or name of the model.

@@ -1,6 +1,6 @@
 """Generate responses with a local model, in batches of similar length, each written to a journal when it is finished.
 
-Batches and their seeds do not depend on what a journal holds, so a resumed run gives what an uninterrupted one gives.
+Batches and their seeds do not depend on the journal, so a resumed run gives the same as an uninterrupted one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -83,7 +83,7 @@ class Generated:
 
     @classmethod
     def resume(cls, journal: Journal) -> "Generated":
-        """Returns what the journal of a stopped run holds."""
+        """Returns the responses in the journal of a stopped run."""
         lines = journal.lines
         return cls(
             {line["index"]: line["output"] for line in lines},
@@ -146,7 +146,7 @@ def generate_batches(
     sampling: Sampling,
     generated: Generated,
 ) -> Iterator[list[tuple[int, str, bool]]]:
-    """Generates batch by batch into `generated`, the longest prompts first, so that a lack of memory shows at once.
+    """Generates into `generated`, the longest prompts first, so that it runs out of memory at once or never.
 
     Yields:
         For each new response of a batch its index, its text, and whether it was stopped at `max_new_tokens`.

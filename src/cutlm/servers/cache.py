@@ -14,7 +14,7 @@ from typing import Any
 
 from cutlm.errors import UserError
 
-_APPLICATION_ID = 0x6375746A  # "cutj": tells our files from others in SQLite's own header
+_APPLICATION_ID = 0x6375746A  # "cutj" in SQLite's header marks our files
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS usage (row INTEGER PRIMARY KEY CHECK (row = 1), requests INTEGER, tokens INTEGER)",
@@ -132,8 +132,8 @@ class Cache:
                 self._connection.execute(statement, values)
         except sqlite3.DatabaseError as error:
             raise UserError(
-                f"{self.path}: cannot write to the cache ({error}); what was written before is kept: make room on the"
-                " disk and start again"
+                f"{self.path}: cannot write to the cache ({error}); earlier answers are kept: make room on the disk"
+                " and start again"
             ) from None
 
 
