@@ -237,8 +237,6 @@ def ask_verdicts(
     annotator: Annotator,
     server: Server,
     cache_file: str | Path,
-    *,
-    show_progress: bool = True,
 ) -> Verdicts:
     """Asks which response of each pair is better; equal responses are a draw without a request.
 
@@ -247,7 +245,6 @@ def ask_verdicts(
         annotator: How to ask.
         server: The server.
         cache_file: Where answers are cached; answers that are not verdicts are not, and are requested again.
-        show_progress: Whether to show a progress bar.
 
     Raises:
         UserError: The server refuses every request. Earlier answers are cached.
@@ -275,7 +272,7 @@ def ask_verdicts(
             return client.complete(bodies[missing[number]])
 
         locations = [pairs[index].location for index in missing]
-        with tqdm(total=len(missing), desc="comparing", unit="pair", disable=not show_progress) as progress:
+        with tqdm(total=len(missing), desc="comparing", unit="pair") as progress:
             for number, result in client.request_many(ask, locations, advice=_ADVICE, is_answering=bool(cached)):
                 index = missing[number]
                 progress.update()

@@ -49,7 +49,8 @@ def score_rows_by_server(
 
     failed: dict[int, RequestFailed] = {}
     locations = [rows[index]["location"] for index in order]
-    with tqdm(total=len(rows), initial=len(done), desc="blaming", unit="record", disable=not show_progress) as progress:
+    options: Any = {} if show_progress else {"disable": True}  # an explicit False would override TQDM_DISABLE
+    with tqdm(total=len(rows), initial=len(done), desc="blaming", unit="record", **options) as progress:
         for number, result in client.request_many(ask, locations, advice=_ADVICE):
             if isinstance(result, RequestFailed):
                 failed[order[number]] = result

@@ -21,8 +21,6 @@ def generate_by_server(
     prompts: Sequence[str | list[int]],
     sampling: Sampling,
     journal: Journal,
-    *,
-    show_progress: bool = True,
 ) -> Generated:
     """Generates the responses that a journal does not hold yet and appends each to it.
 
@@ -31,7 +29,6 @@ def generate_by_server(
         prompts: Instructions, or token ids of prompts.
         sampling: How to sample; each prompt has its own seed, for servers that support one. `batch_size` is not used.
         journal: Of this run or of one that was stopped.
-        show_progress: Whether to show a progress bar.
 
     Raises:
         UserError: The server refuses every request. Earlier responses are in the journal.
@@ -50,13 +47,7 @@ def generate_by_server(
         )
         return client.complete(body)
 
-    progress = tqdm(
-        total=len(prompts),
-        initial=generated.num_resumed,
-        desc="generating",
-        unit="response",
-        disable=not show_progress,
-    )
+    progress = tqdm(total=len(prompts), initial=generated.num_resumed, desc="generating", unit="response")
     advice = _ADVICE + _TOKENS_ADVICE * any(not isinstance(prompt, str) for prompt in prompts)
     locations = [f"prompt {index + 1}" for index in missing]
     with journal, progress:

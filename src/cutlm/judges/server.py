@@ -36,7 +36,6 @@ def judge_by_server(
     template: str = DEFAULT_PROMPT,
     temperature: float = 0.0,
     max_tokens: int = 1024,
-    show_progress: bool = True,
 ) -> Outcome:
     """Judges responses by a language model on a server.
 
@@ -47,7 +46,6 @@ def judge_by_server(
         template: The prompt, with `{instruction}` and `{response}`; it decides how answers are parsed.
         temperature: Of the sampling; 0 is greedy.
         max_tokens: Longest answer.
-        show_progress: Whether to show a progress bar.
 
     Returns:
         A judgment for each response, or why there is none: no answer after all retries, a request that the server
@@ -92,9 +90,7 @@ def judge_by_server(
 
         locations = [responses[groups[key][0]].location for key in missing]
         num_redacted = 0
-        with tqdm(
-            total=len(kept), initial=len(outcome.judgments), desc="judging", unit="response", disable=not show_progress
-        ) as progress:
+        with tqdm(total=len(kept), initial=len(outcome.judgments), desc="judging", unit="response") as progress:
             for number, result in client.request_many(ask, locations, advice=_ADVICE, is_answering=bool(cached)):
                 group = groups[missing[number]]
                 if isinstance(result, RequestFailed):
