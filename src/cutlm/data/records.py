@@ -264,7 +264,7 @@ def _describe_error(values: Mapping[str, Any], model: type[BaseModel], detail: A
     description = model.model_fields[path[0]].description if path and path[0] in model.model_fields else None
     if description is not None:  # one sentence for the field, whichever part of it is not valid
         path, value = path[:1], values[path[0]]
-    name = f"field {_join_path(path)!r}"
+    name = f"field {join_path(path)!r}"
     if kind == "string_pattern_mismatch" and "\0" in value:
         return f"{name}: expected text without null bytes, got one at {value.index(chr(0))}"
     if kind == "string_pattern_mismatch":
@@ -279,7 +279,8 @@ def _describe_error(values: Mapping[str, Any], model: type[BaseModel], detail: A
     return f"{name}: expected {description or _EXPECTED.get(kind, detail['msg'])}, got {describe_value(value)}"
 
 
-def _join_path(parts: Sequence[str | int]) -> str:
+def join_path(parts: Sequence[str | int]) -> str:
+    """Returns the path of a field within a row, such as `turns[2].text`."""
     path = ""
     for part in parts:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part

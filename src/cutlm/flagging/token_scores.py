@@ -6,15 +6,16 @@ concatenated. A row is the record itself plus the fields of `SCORE_FIELDS`.
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cutlm.data.files import SourceRow, read_rows, write_rows
-from cutlm.data.records import JudgedRecord, check_rows, describe_value
+from cutlm.data.records import JudgedRecord, check_rows, describe_value, join_path
 from cutlm.errors import DataError
 from cutlm.prompting.spans import Span
 
@@ -75,47 +76,37 @@ class TokenScores:
         return row | {"spans": [list(span) for span in self.spans]}
 
 
-def _is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number too large for a float
-        return False
+_Token = Annotated[int, Field(ge=0, le=LARGEST_TOKEN)]
+_Logp = Annotated[float, Field(le=MAX_LOGP)]
+_Weight = Annotated[float, Field(ge=0)]
+_Position = Annotated[int, Field(ge=0)]
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+class _Columns(BaseModel):
+    """The fields that token scores add to a record."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    schema_version: int
+    is_satisfactory: bool
+    token_ids: list[_Token]
+    tokens: list[str]
+    spans: list[Annotated[tuple[_Position, _Position], Field(strict=False)]]
+    logps_without: list[_Logp] | None
+    logps_with: list[_Logp] | None
+    is_flagged: list[bool]
+    weights: list[_Weight | None]
+    threshold: _Weight
+    unlikelihood_weight: Annotated[float, Field(gt=0)]
+    gamma: _Weight
+    detector: str
+    tokenizer: str
+    template: str
 
 
-def _is_token(value: Any) -> bool:
-    return _is_whole(value) and value <= LARGEST_TOKEN
-
-
-def _is_logp(value: Any) -> bool:
-    return _is_number(value) and value <= MAX_LOGP
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_whole, value))
-
-
-# For each column: a check of one element, its description, and whether the column may be null.
-_COLUMNS: dict[str, tuple[Callable[[Any], bool], str, bool]] = {
-    "token_ids": (_is_token, f"whole numbers from 0 to {LARGEST_TOKEN}", False),
-    "tokens": (lambda value: isinstance(value, str), "strings", False),
-    "spans": (_is_pair, "pairs of whole numbers [start, end]", False),
-    "logps_without": (_is_logp, "finite numbers of at most 0", True),
-    "logps_with": (_is_logp, "finite numbers of at most 0", True),
-    "is_flagged": (lambda value: isinstance(value, bool), "true or false", False),
-    "weights": (lambda value: value is None or (_is_number(value) and value >= 0), "numbers of at least 0", False),
-    "threshold": (lambda value: _is_number(value) and value >= 0, "a number of at least 0", False),
-    "unlikelihood_weight": (lambda value: _is_number(value) and value > 0, "a number above 0", False),
-    "gamma": (lambda value: _is_number(value) and value >= 0, "a number of at least 0", False),
-    "detector": (lambda value: isinstance(value, str), "a string", False),
-    "tokenizer": (lambda value: isinstance(value, str), "a string", False),
-    "template": (lambda value: isinstance(value, str), "a string", False),
-}
-_PER_TOKEN = tuple(_COLUMNS)[:7]
-SCORE_FIELDS = ("schema_version", "is_satisfactory", *_COLUMNS)
+SCORE_FIELDS = tuple(_Columns.model_fields)
+_COLUMNS = SCORE_FIELDS[2:]
+_PER_TOKEN = _COLUMNS[:7]
 
 
 def is_token_scores_row(value: Any) -> bool:
@@ -143,7 +134,7 @@ def parse_token_scores(path: str | Path, rows: Sequence[SourceRow], problems: Se
         problems: Problems found while reading it.
     """
     versions: list[Any] = [row.value.get("schema_version") for row in rows if isinstance(row.value, dict)]
-    newest = max(filter(_is_whole, versions), default=SCHEMA_VERSION)
+    newest = max((version for version in versions if type(version) is int), default=SCHEMA_VERSION)
     if newest > SCHEMA_VERSION:
         raise DataError(
             f"{path}: expected token scores of schema_version {SCHEMA_VERSION}, got {newest} from a later cutlm;"
@@ -159,83 +150,71 @@ def parse_token_scores(path: str | Path, rows: Sequence[SourceRow], problems: Se
 
 
 def _read_row(row: SourceRow, problems: list[str]) -> TokenScores | None:
-    num_before = len(problems)
-    own = row.value
-    if isinstance(own, dict):
-        own = {name: value for name, value in own.items() if name not in SCORE_FIELDS}
-    check = check_rows([SourceRow(row.location, own)])
-    problems.extend(check.problems)
+    """One row as token scores, or None with a sentence for each problem."""
     if not isinstance(row.value, dict):
+        problems.append(f"{row.location}: expected an object with a record and its token scores")
         return None
-    values: dict[str, Any] = dict(row.value)
-    if values.get("schema_version") != SCHEMA_VERSION or isinstance(values["schema_version"], bool):
-        got = describe_value(values["schema_version"]) if "schema_version" in values else "no such field"
-        problems.append(
-            f"{row.location}: field 'schema_version': expected {SCHEMA_VERSION}, got {got}; make the file"
-            " with cutlm blame"
-        )
+    found: list[str] = []
+    check = check_rows([SourceRow(row.location, {k: v for k, v in row.value.items() if k not in SCORE_FIELDS})])
+    found += check.problems
+    lengths = {name: len(values) for name in _PER_TOKEN if isinstance(values := row.value.get(name), list)}
+    num_tokens = lengths.get("token_ids", 0)
+    found += [
+        f"{row.location}: field {name!r}: expected {num_tokens} elements, one for each of token_ids, got {length}"
+        for name, length in lengths.items()
+        if length != num_tokens and "token_ids" in lengths
+    ]
+    try:
+        columns = _Columns.model_validate(row.value)
+    except ValidationError as error:
+        # One sentence per field: a list may have thousands of bad elements.
+        first = {detail["loc"][0]: detail for detail in reversed(error.errors())}
+        for detail in first.values():
+            name = f"{row.location}: field {join_path(detail['loc'])!r}"
+            if detail["type"] == "missing" and len(detail["loc"]) == 1:
+                found.append(f"{name} is missing; make the file with cutlm blame")
+            else:
+                expected = detail["msg"].removeprefix("Input should be ")
+                found.append(f"{name}: expected {expected}, got {describe_value(detail['input'])}")
+    else:
+        found += [f"{row.location}: {problem}" for problem in _check_columns(columns, *check.records)]
+    problems += found
+    if found:
         return None
-    for name in _COLUMNS:
-        _check_field(row.location, values, name, problems)
-    if check.records and values.get("is_satisfactory") is not check.records[0].is_satisfactory:
-        problems.append(
-            f"{row.location}: field 'is_satisfactory': expected {json.dumps(check.records[0].is_satisfactory)} by the"
-            f" row's judgment and score, got {json.dumps(values.get('is_satisfactory'))}; change one of them"
-        )
-    if len(problems) > num_before:
-        return None
-    (record,) = check.records
-    _check_places(row.location, values, len(record.output), problems)
-    pairs = zip(values["is_flagged"], values["weights"], strict=True)
-    values["weights"] = [float(weight or 0) if is_flagged else 0.0 for is_flagged, weight in pairs]
-    values["spans"] = [tuple(span) for span in values["spans"]]
-    return TokenScores(record=record, **{name: values[name] for name in _COLUMNS})
+    values = {name: getattr(columns, name) for name in _COLUMNS}
+    pairs = zip(columns.is_flagged, columns.weights, strict=True)
+    values["weights"] = [(weight or 0.0) if flag else 0.0 for flag, weight in pairs]
+    return TokenScores(record=check.records[0], **values)
 
 
-def _check_field(where: str, values: dict[str, Any], name: str, problems: list[str]) -> None:
-    is_valid, expected, is_optional = _COLUMNS[name]
-    if name not in values:
-        problems.append(f"{where}: field {name!r} is missing; make the file with cutlm blame")
-        return
-    value = values[name]
-    if name not in _PER_TOKEN:
-        if not is_valid(value):
-            problems.append(f"{where}: field {name!r}: expected {expected}, got {describe_value(value)}")
-        return
-    if value is None and is_optional:
-        return
-    if not isinstance(value, list):
-        problems.append(f"{where}: field {name!r}: expected a list of {expected}, got {describe_value(value)}")
-        return
-    num_tokens = len(values["token_ids"]) if isinstance(values.get("token_ids"), list) else len(value)
-    if len(value) != num_tokens:
-        problems.append(
-            f"{where}: field {name!r}: expected {num_tokens} elements, one for each of token_ids, got {len(value)}"
-        )
-    place = next((place for place, element in enumerate(value) if not is_valid(element)), None)
-    if place is not None:
-        problems.append(
-            f"{where}: field '{name}[{place}]': expected {expected}, got"
-            f" {json.dumps(value[place]) if isinstance(value[place], list) else describe_value(value[place])}"
-        )
-
-
-def _check_places(where: str, values: dict[str, Any], length: int, problems: list[str]) -> None:
+def _check_columns(columns: _Columns, record: JudgedRecord | None = None) -> list[str]:
     """Check what depends on more than one field."""
-    for place, (start, end) in enumerate(values["spans"]):
-        if not start <= end <= length:
+    if columns.schema_version != SCHEMA_VERSION:
+        return [
+            f"field 'schema_version': expected {SCHEMA_VERSION}, got {columns.schema_version}; make the file with cutlm"
+            " blame"
+        ]
+    problems = []
+    if record is not None:
+        if columns.is_satisfactory is not record.is_satisfactory:
             problems.append(
-                f"{where}: field 'spans[{place}]': expected start <= end <= {length}, the length of output, got"
-                f" [{start}, {end}]"
+                f"field 'is_satisfactory': expected {json.dumps(record.is_satisfactory)} by the row's judgment and"
+                f" score, got {json.dumps(columns.is_satisfactory)}; change one of them"
             )
-            break
-    for place, (is_flagged, weight) in enumerate(zip(values["is_flagged"], values["weights"], strict=True)):
+        length = len(record.output)
+        bad = [(index, span) for index, span in enumerate(columns.spans) if not span[0] <= span[1] <= length]
+        for index, span in bad[:1]:
+            problems.append(
+                f"field 'spans[{index}]': expected start <= end <= {length}, the length of output, got {list(span)}"
+            )
+    for index, (is_flagged, weight) in enumerate(zip(columns.is_flagged, columns.weights, strict=False)):
         if is_flagged and not weight:
             problems.append(
-                f"{where}: field 'weights[{place}]': expected a number above 0 for a flagged token, got"
-                f" {json.dumps(weight)}; set a weight (unlikelihood_weight is {values['unlikelihood_weight']:g}),"
-                f" or set is_flagged[{place}] to false"
+                f"field 'weights[{index}]': expected a number above 0 for a flagged token, got {json.dumps(weight)};"
+                f" set a weight (unlikelihood_weight is {columns.unlikelihood_weight:g}), or set is_flagged[{index}] to"
+                " false"
             )
+    return problems
 
 
 def write_token_scores(path: str | Path, scores: Iterable[TokenScores]) -> int:

@@ -60,10 +60,10 @@ class DataArguments:
         overwrite_output_dir: Start over in a folder that is not empty; checkpoints in it are removed.
     """
 
-    data: str | None = field(default=None, metadata={"help": "file of judged records or token scores"})
-    eval_data: str | None = field(default=None, metadata={"help": "file to evaluate on"})
-    eval_split: float = field(default=0.0, metadata={"help": "share of data to evaluate on instead"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "start over in a folder that is not empty"})
+    data: str | None = None
+    eval_data: str | None = None
+    eval_split: float = 0.0
+    overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -88,14 +88,10 @@ class ModelArguments(ModelConfig):
         lora_target_modules: Modules that LoRA adapts; `all-linear` adapts every linear layer.
     """
 
-    dtype: str | None = field(
-        default=None, metadata={"help": "dtype of the weights", "choices": ["auto", "bfloat16", "float16", "float32"]}
-    )
-    use_peft: bool = field(default=True, metadata={"help": "train a LoRA adapter; false: all weights"})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA's alpha"})
-    lora_target_modules: list[str] | None = field(
-        default_factory=lambda: ["gate_proj", "down_proj", "up_proj"], metadata={"help": "modules that LoRA adapts"}
-    )
+    dtype: str | None = field(default=None, metadata={"choices": ["auto", "bfloat16", "float16", "float32"]})
+    use_peft: bool = True
+    lora_alpha: int = 16
+    lora_target_modules: list[str] | None = field(default_factory=lambda: ["gate_proj", "down_proj", "up_proj"])
 
     def __post_init__(self) -> None:
         problems = []
@@ -156,45 +152,37 @@ class CUTConfig(TrainingArguments):
         max_tokens_per_batch: Maximum number of tokens in one forward and backward pass. A larger micro-batch is split
             into parts whose gradients add up to its own, so memory is bounded and the result is the same. None: what
             keeps the device busy, 16384 on a GPU and 1024 on a CPU. Not available under FSDP and DeepSpeed.
+        learning_rate: Peak learning rate; the paper's, for LoRA.
+        lr_scheduler_type: Learning rate schedule.
+        logging_steps: Optimizer steps between log lines.
+        remove_unused_columns: Must stay off, because the collator needs every column.
+        logging_nan_inf_filter: Must stay off; a non-finite loss stops the run instead.
     """
 
-    objective: str = field(default="cut", metadata={"help": "training objective", "choices": list(OBJECTIVES)})
-    detector: str | None = field(default=None, metadata={"help": "how CUT flags tokens", "choices": list(DETECTORS)})
-    use_contrast_loss: bool = field(default=True, metadata={"help": "include eq. 6"})
-    use_satisfactory_loss: bool = field(default=True, metadata={"help": "include eq. 7 over satisfactory responses"})
-    use_judged_loss: bool | None = field(
-        default=None,
-        metadata={"help": "include eq. 7 over unsatisfactory responses; none: unless detector is frozen or spans"},
-    )
-    satisfactory_only: bool = field(default=False, metadata={"help": "objective likelihood: skip other records"})
-    praise_weight: float = field(default=1.0, metadata={"help": "objective dual_cut: extra weight of praised tokens"})
-    dpo_beta: float = field(default=0.1, metadata={"help": "beta of DPO"})
-    map_spans: bool = field(default=False, metadata={"help": "map token scores of another tokenizer by their spans"})
-    threshold: float = field(default=1.1, metadata={"help": "lambda of eq. 5, at least 1"})
-    unlikelihood_weight: float = field(default=1.0, metadata={"help": "alpha of eq. 6"})
-    gamma: float = field(default=1.0, metadata={"help": "exponent of the dynamic weight of eq. 6; 0: off"})
-    normalization: str = field(
-        default="token", metadata={"help": "mean over tokens or over records", "choices": list(NORMALIZATIONS)}
-    )
-    template: str = field(default="alpaca", metadata={"help": "prompt template", "choices": list(TEMPLATES)})
-    max_length: int = field(default=2048, metadata={"help": "maximum tokens of prompt and response"})
-    downsample: float | None = field(
-        default=None, metadata={"help": "maximum satisfactory records per unsatisfactory one; none: all"}
-    )
-    head_chunk_size: int | None = field(
-        default=None, metadata={"help": "positions whose logits are in memory at a time; none: by the vocabulary"}
-    )
-    max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "maximum tokens in one forward and backward pass; none: by the device"}
-    )
+    objective: str = field(default="cut", metadata={"choices": list(OBJECTIVES)})
+    detector: str | None = field(default=None, metadata={"choices": list(DETECTORS)})
+    use_contrast_loss: bool = True
+    use_satisfactory_loss: bool = True
+    use_judged_loss: bool | None = None
+    satisfactory_only: bool = False
+    praise_weight: float = 1.0
+    dpo_beta: float = 0.1
+    map_spans: bool = False
+    threshold: float = 1.1
+    unlikelihood_weight: float = 1.0
+    gamma: float = 1.0
+    normalization: str = field(default="token", metadata={"choices": list(NORMALIZATIONS)})
+    template: str = field(default="alpaca", metadata={"choices": list(TEMPLATES)})
+    max_length: int = 2048
+    downsample: float | None = None
+    head_chunk_size: int | None = None
+    max_tokens_per_batch: int | None = None
 
-    learning_rate: float = field(default=4e-4, metadata={"help": "peak learning rate; the paper's, for LoRA"})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
-    logging_steps: float = field(default=10, metadata={"help": "optimizer steps between log lines"})
-    # Our collator names the columns of a batch.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay off"})
-    # A non-finite loss stops the run instead, before it can reach the weights.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "must stay off"})
+    learning_rate: float = 4e-4
+    lr_scheduler_type: str = "cosine"
+    logging_steps: float = 10
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
 
     def __post_init__(self) -> None:
         problems = [*self._check_objective(), *self._check_numbers(), *self._check_unsupported()]
