@@ -1,6 +1,6 @@
-"""The trainings of `test_estimate.py`, each in a process of its own that is forked when all is imported.
+"""Training runs for `test_estimate.py`, each in its own process, forked after the imports.
 
-Prints the peak of each one's memory above that of the loaded model, a line of JSON each.
+Prints a JSON line for each run with its peak memory above that of the loaded model.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ def read_memory(name: str) -> int:
 def train(kind: str, is_checkpointed: bool, shape: dict[str, int]) -> int:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=None))
-    # Plain contexts only: a satisfactory record of 256 tokens in all goes forward and backward as one sequence.
+    # A satisfactory record of 256 tokens is one sequence.
     row = {
         "prompt_ids": list(range(1, 65)),
         "judged_prompt_ids": None,
@@ -50,13 +50,13 @@ def train(kind: str, is_checkpointed: bool, shape: dict[str, int]) -> int:
         )
         lora = LoraConfig(r=16, target_modules=["gate_proj", "up_proj", "down_proj"])
         trainer = CUTTrainer(model, args, [row] * 64, peft_config=lora if kind == "lora" else None)
-        # What is imported and made for good at a first step is no memory of those that follow.
+        # Do what allocates once and for all, such as lazy imports, before measuring.
         checkpoint(torch.sin, torch.ones(1, requires_grad=True), use_reentrant=False).backward()
         trainer.compute_loss(trainer.model.train(), trainer.data_collator([row] * (NUM_TOKENS // 256))).backward()
         trainer.model.zero_grad()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         before = read_memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         trainer.train()
     return read_memory("VmHWM") - before
 

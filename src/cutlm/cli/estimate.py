@@ -1,15 +1,15 @@
-"""Estimate the memory of a training step from the shape of a model, and which GPUs hold it. Nothing is loaded.
+"""Estimate the memory of a training step from a model's config, and which GPUs are large enough.
 
   cutlm estimate --model MODEL --load_in_4bit
   cutlm estimate --shape llama-2-70b --use_peft false --num_gpus 8 --fsdp
-  cutlm estimate --table          LLaMA-2 7B, 13B and 70B in several ways, as in docs/scale.md
+  cutlm estimate --table          LLaMA 2 with 7B, 13B and 70B weights, as in docs/scale.md
 
-By default as `cutlm train` with its recipes: LoRA of rank 16 on the MLP, bfloat16, checkpointed activations. The tokens
-at a time are --max_tokens_per_batch, or else those of one unsatisfactory record of --max_length in both contexts.
+No weights are loaded. The defaults are those of the recipes of `cutlm train`: LoRA of rank 16 on the MLP, bfloat16,
+activation checkpointing. A pass has --max_tokens_per_batch tokens, by default those of one unsatisfactory record of
+--max_length in both contexts.
 """
 
 import argparse
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,22 +26,22 @@ def _read_bool(text: str) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", help="a folder, or a name on the hub; its config alone is read")
+    model.add_argument("--model", help="a folder or a name on the hub, of which only the config is read")
     model.add_argument("--config", metavar="FILE", help="a config.json")
-    model.add_argument("--shape", choices=_SHAPES, help="a known one")
+    model.add_argument("--shape", choices=_SHAPES, help="a known model")
     model.add_argument("--table", action="store_true", help="print the table of docs/scale.md")
     truth: dict[str, Any] = {"type": _read_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
-    parser.add_argument("--use_peft", default=True, **truth, help="LoRA (default); false: all weights")
+    parser.add_argument("--use_peft", default=True, **truth, help="train LoRA (default), or with false all weights")
     parser.add_argument("--lora_r", type=int, default=16)
     parser.add_argument("--lora_target_modules", nargs="+", default=["gate_proj", "down_proj", "up_proj"])
     parser.add_argument("--load_in_4bit", default=False, **truth)
     parser.add_argument("--load_in_8bit", default=False, **truth)
     parser.add_argument("--bf16", default=True, **truth, help="compute in bfloat16 (default)")
-    parser.add_argument("--activation_checkpointing", default=True, **truth, help="on by default, as in the recipes")
+    parser.add_argument("--activation_checkpointing", default=True, **truth, help="default: true")
     parser.add_argument("--max_length", type=int, default=2048)
-    parser.add_argument("--max_tokens_per_batch", type=int, help="tokens forward and backward at a time")
+    parser.add_argument("--max_tokens_per_batch", type=int, help="tokens in one forward and backward pass")
     parser.add_argument("--num_gpus", type=int, default=1)
-    parser.add_argument("--fsdp", action="store_true", help="weights are spread over the GPUs (FSDP2 or ZeRO-3)")
+    parser.add_argument("--fsdp", action="store_true", help="shard weights over the GPUs (FSDP2 or ZeRO-3)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,48 +55,30 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("expected one of --model, --config, --shape, --table, got none")
     shape, plan = _find_shape(args), _read_plan(args)
     memory = estimate(shape, plan)
-    print(f"{shape.num_weights:,} weights, {plan.num_tokens:,} tokens at a time; on each GPU, at the peak of a step:")
+    print(f"{shape.num_weights:,} weights, {plan.num_tokens:,} tokens per pass; peak memory of a step on each GPU:")
     for name in ("weights", "gradients", "optimizer", "activations", "work", "total"):
         print(f"  {name:<12}{getattr(memory, name) / 1e9:>10.2f} GB")
     fitting = choose_gpus(memory)
-    where = f"fits into GPUs of {_join(fitting)} GB" if fitting else f"fits into none of {_join(GPU_SIZES)} GB"
-    print(f"{where} ({USABLE:.0%} of each are counted on)")
+    sizes = ", ".join(map(str, fitting or GPU_SIZES))
+    fits = "fits" if fitting else "fits none of the"
+    print(f"{fits} GPUs of {sizes} GB, if {USABLE:.0%} of their memory is usable")
     return 0
-
-
-def _join(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes))
 
 
 def _find_shape(args: argparse.Namespace) -> "Shape":
     from pathlib import Path
 
-    from transformers import AutoConfig
-
     from cutlm.errors import UserError
+    from cutlm.model.loading import load_config
     from cutlm.model.memory import SHAPES, read_shape
 
     if args.shape:
         return SHAPES[args.shape]
-    path = args.config or args.model
-    if args.config and Path(path).suffix in (".yaml", ".yml"):
-        raise UserError(
-            f"{path}: expected a model's config.json, got a file of settings; give its model_name_or_path by --model"
-        )
-    if args.config and not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give a config.json")
-    if args.model and path.startswith((".", "/")) and not Path(path).is_dir():
-        raise UserError(f"{path}: no such folder; give a model folder, or a name on the hub such as owner/name")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except Exception as error:  # each config has checks and words of its own
-        # A line that ends in a colon only says whose words follow.
-        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-        reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
-        raise UserError(
-            f"{path}: no config of a model can be read from it ({reason}); give a config that transformers reads"
-        ) from error
-    return read_shape(config)
+    if args.config and not Path(args.config).is_file():
+        raise UserError(f"--config {args.config}: no such file; pass a config.json")
+    if args.config and Path(args.config).suffix in (".yaml", ".yml"):
+        raise UserError(f"--config {args.config}: expected a model's config.json, got YAML; use --model for its model")
+    return read_shape(load_config(args.config or args.model))
 
 
 def _read_plan(args: argparse.Namespace) -> "Plan":
@@ -106,12 +88,12 @@ def _read_plan(args: argparse.Namespace) -> "Plan":
     if args.load_in_4bit and args.load_in_8bit:
         raise ConfigError("load_in_4bit and load_in_8bit: expected one of them, got both")
     return Plan(
-        # One unsatisfactory record runs in both contexts.
+        # An unsatisfactory record runs in both contexts.
         num_tokens=2 * args.max_length if args.max_tokens_per_batch is None else args.max_tokens_per_batch,
         lora_r=args.lora_r if args.use_peft else None,
         lora_targets=args.lora_target_modules,
         load_in=4 if args.load_in_4bit else 8 if args.load_in_8bit else None,
-        # As `cutlm train` loads them: whole training in float32, LoRA on the checkpoint's bfloat16.
+        # `cutlm train` loads float32 weights for full training, and the checkpoint's bfloat16 for LoRA.
         weight_size=2 if args.use_peft and args.bf16 else 4,
         is_bf16=args.bf16,
         is_checkpointed=args.activation_checkpointing,
@@ -121,7 +103,7 @@ def _read_plan(args: argparse.Namespace) -> "Plan":
 
 
 def _make_table() -> list[str]:
-    """A row for each model and way: GB on each GPU, and the smallest one that holds it."""
+    """A row for each model and way of training: GB on each GPU, and the smallest GPU that is large enough."""
     from dataclasses import replace
 
     from cutlm.errors import ConfigError
@@ -136,7 +118,7 @@ def _make_table() -> list[str]:
             for num_gpus, is_sharded in ((1, False), (8, False), (8, True)):
                 try:
                     memory = estimate(SHAPES[name], replace(plan, num_gpus=num_gpus, is_sharded=is_sharded))
-                except ConfigError:  # quantized weights are not spread
+                except ConfigError:  # quantized weights cannot be sharded
                     cells.append("–")
                     continue
                 fitting = choose_gpus(memory)

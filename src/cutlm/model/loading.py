@@ -16,7 +16,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from cutlm.errors import ConfigError, UserError
@@ -67,6 +74,18 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     _check_path(path)
     with _reading_files(path, "tokenizer"):
         return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+
+
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """Loads a model's config from a folder, a file or the hub.
+
+    Raises:
+        UserError: It does not exist or is damaged.
+    """
+    if not Path(path).is_file():
+        _check_path(path)
+    with _reading_files(path, "model config"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def load_model(
@@ -152,7 +171,9 @@ def _check_path(path: str | Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    """The first line of an error message, and the second if the first only introduces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")
 
 
 def check_lora_targets(model: nn.Module, config: "PeftConfig") -> None:

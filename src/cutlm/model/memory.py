@@ -1,8 +1,7 @@
-"""How much memory a training step takes, from the shape of a model and a few settings; nothing is loaded.
+"""Estimate the memory of a training step from the shape of a model and a few settings, without loading weights.
 
-All sizes are bytes, a GB is 10^9 of them. The formulas are those of a decoder layer as LLaMA has it: RMSNorm, attention
-without its matrix of weights (`sdpa`, flash), an MLP with a gate; `tests/model/test_estimate.py` holds them against
-measured peaks. Printing is left to `cutlm.cli.estimate`.
+Sizes are in bytes; a GB is 10^9 bytes. The formulas are for LLaMA's decoder layers: RMSNorm, attention that does not
+store its weights (`sdpa`, flash) and a gated MLP. `tests/model/test_estimate.py` compares them with measured peaks.
 """
 
 from collections.abc import Sequence
@@ -13,28 +12,28 @@ from cutlm.errors import ConfigError
 from cutlm.model.logprobs import choose_chunk_size
 
 GPU_SIZES = (24, 40, 80, 141)  # GB
-# Of a GPU's memory, what CUDA itself and the gaps between blocks leave.
+# The rest of a GPU's memory is lost to the CUDA context and fragmentation.
 USABLE = 0.9
 _FLOAT32, _BFLOAT16 = 4, 2
-# Biases and norms of a head's width are left out of the formulas; other layers than LLaMA's differ by more.
+# The formulas leave out biases and norms of head width; layers unlike LLaMA's differ by more than this.
 _WEIGHTS_TOLERANCE = 0.05
-# NF4 with one float32 scale for 64 weights; 8-bit with a scale for each row, which is next to nothing.
-_QUANTIZED = {4: 0.5 + 4 / 64, 8: 1.0}
+# Bytes per weight: NF4 with a float32 scale per 64 weights; 8-bit, whose scales per row are negligible.
+_QUANTIZED_SIZES = {4: 0.5 + 4 / 64, 8: 1.0}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model's config counts.
+    """The sizes of a model.
 
     Attributes:
-        num_layers: Decoder layers.
-        width: Of the hidden states.
-        inner_width: Of the MLP.
-        num_heads: Of the queries.
-        num_kv_heads: Of the keys and values.
+        num_layers: Number of decoder layers.
+        width: Width of the hidden states.
+        inner_width: Width of the MLP.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key and value heads.
         head_dim: Width of a head.
-        vocab_size: Tokens.
-        is_tied: Whether the head is the embedding.
+        vocab_size: Number of tokens.
+        is_tied: Whether the output head is the embedding.
     """
 
     num_layers: int
@@ -56,7 +55,7 @@ class Shape:
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of each matrix of a layer, by the name that LoRA knows it by."""
+        """Number of inputs and outputs of each matrix of a layer, by its name in `lora_target_modules`."""
         width, inner, query, kv = self.width, self.inner_width, self.query_width, self.kv_width
         return {
             "q_proj": (width, query),
@@ -70,12 +69,12 @@ class Shape:
 
     @property
     def num_layer_weights(self) -> int:
-        """In the matrices of a layer."""
+        """Number of weights in the matrices of a layer."""
         return sum(inputs * outputs for inputs, outputs in self.matrices.values())
 
     @property
     def num_other_weights(self) -> int:
-        """In the embedding, the head and the norms."""
+        """Number of weights in the embedding, the head and the norms."""
         embeddings = (1 if self.is_tied else 2) * self.vocab_size * self.width
         return embeddings + (2 * self.num_layers + 1) * self.width
 
@@ -84,7 +83,7 @@ class Shape:
         return self.num_layers * self.num_layer_weights + self.num_other_weights
 
 
-# The public configs of LLaMA-2.
+# From the public configs of LLaMA 2.
 SHAPES = {
     "llama-2-7b": Shape(32, 4096, 11008, 32, 32, 128, 32000),
     "llama-2-13b": Shape(40, 5120, 13824, 40, 40, 128, 32000),
@@ -94,19 +93,19 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How it is trained.
+    """The training settings that affect memory.
 
     Attributes:
-        num_tokens: That go forward and backward at a time, of all sequences together.
-        lora_r: Rank of LoRA; None trains all weights.
-        lora_targets: Matrices of a layer that LoRA adapts.
-        lora_dropout: Whether there is dropout before LoRA.
-        load_in: Bits of a quantized base model, 4 or 8; None: not quantized.
-        weight_size: Bytes of a weight that is not quantized, as it is stored.
-        is_bf16: Whether it is computed in bfloat16, by autocast or FSDP.
-        is_checkpointed: Whether activations are made again on the way back.
-        num_gpus: That share the work.
-        is_sharded: Whether they share the weights too, by FSDP2 or ZeRO-3.
+        num_tokens: Tokens of all sequences in one forward and backward pass.
+        lora_r: Rank of LoRA; None for full training.
+        lora_targets: Matrices of a layer with LoRA.
+        lora_dropout: Whether LoRA has dropout.
+        load_in: Bits of a quantized base model, 4 or 8; None for no quantization.
+        weight_size: Bytes of a stored weight that is not quantized.
+        is_bf16: Whether to compute in bfloat16, with autocast or FSDP.
+        is_checkpointed: Whether activations are recomputed in the backward pass.
+        num_gpus: Number of GPUs.
+        is_sharded: Whether weights are sharded over the GPUs with FSDP2 or ZeRO-3.
     """
 
     num_tokens: int
@@ -126,11 +125,11 @@ class Memory:
     """Bytes on each GPU at the peak of a step.
 
     Attributes:
-        weights: As stored, with those that are gathered or cast for computing.
-        gradients: Of what is trained, with the buckets by which processes add them up.
-        optimizer: Adam's two moments in float32.
-        activations: What the forward pass keeps for the backward pass.
-        work: What is needed beside for the part that runs: the head, or a layer on its way back.
+        weights: Stored weights, and those gathered or cast for computation.
+        gradients: Gradients, and the buckets in which they are all-reduced.
+        optimizer: Adam's two moments.
+        activations: Activations that the forward pass saves for the backward pass.
+        work: Temporary tensors of the part that runs, the head or a layer in its backward pass.
     """
 
     weights: float
@@ -145,21 +144,21 @@ class Memory:
 
 
 def read_shape(config: Any) -> Shape:
-    """Reads the shape out of a `transformers` config, and holds it against the model, of which nothing is loaded.
+    """Reads the shape from a `transformers` config and compares it with the weights that such a model would have.
 
     Raises:
-        ConfigError: The model has no layers as LLaMA has them, or the config is of no model.
+        ConfigError: The model's layers are not like LLaMA's, or its config is invalid.
     """
     config = config.get_text_config()
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     missing = [name for name in names if not isinstance(getattr(config, name, None), int)]
     experts = [name for name in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, name, None)]
     if missing or experts:
-        raise _refuse_layers(config, f"it has no {', '.join(missing)}" if missing else "it has experts")
+        raise _refuse_layers(config, f"has no {', '.join(missing)}" if missing else "has experts")
     num_layers, width, inner, num_heads, vocab_size = sizes = [getattr(config, name) for name in names]
     if problems := [f"{name}: {value}" for name, value in zip(names, sizes, strict=True) if value < 1]:
         raise ConfigError(
-            f"{config.model_type}: expected sizes of at least 1, got {', '.join(problems)}; mend the config"
+            f"{config.model_type}: expected sizes of at least 1, got {', '.join(problems)}; fix the config"
         )
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(config, "head_dim", None) or width // num_heads
@@ -167,38 +166,44 @@ def read_shape(config: Any) -> Shape:
     shape = Shape(num_layers, width, inner, num_heads, num_kv_heads, head_dim, vocab_size, tied)
     num_real = _count_weights(config)
     if abs(shape.num_weights - num_real) > _WEIGHTS_TOLERANCE * num_real:
-        what = f"they give {shape.num_weights:,} weights where the model has {num_real:,}"
-        raise _refuse_layers(config, what)
+        raise _refuse_layers(config, f"has {num_real:,} weights where they give {shape.num_weights:,}")
     return shape
 
 
-def _refuse_layers(config: Any, what: str) -> ConfigError:
+def _refuse_layers(config: Any, reason: str) -> ConfigError:
     return ConfigError(
-        f"{config.model_type}: the formulas are for layers as LLaMA has them, and {what}; measure a step instead"
+        f"{config.model_type}: the formulas are for layers like LLaMA's, but this model {reason}; measure a step"
+        " instead"
     )
 
 
 def _count_weights(config: Any) -> int:
-    """How many weights the model of a config has."""
+    """Counts the weights of the model that a config describes."""
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):  # shapes alone, without memory; attention that needs no further package
+        with torch.device("meta"):  # no memory, and no attention package
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    except Exception as error:  # each model has checks and words of its own
+    # transformers: sizes that do not fit each other, a size of 0, an unknown activation, a missing package
+    except (ValueError, RuntimeError, ArithmeticError, AssertionError, LookupError, ImportError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigError(
-            f"{config.model_type}: no language model can be made of its config ({reason}); check the values in it"
-        ) from error
+        raise ConfigError(f"{config.model_type}: its config is invalid ({reason}); fix the config") from error
     return sum(weight.numel() for weight in model.parameters())
 
 
 def estimate(shape: Shape, plan: Plan) -> Memory:
-    """Estimates the peak of a training step on each GPU, gradients of earlier micro-batches being there already.
+    """Estimates the peak memory of a training step on each GPU.
+
+    The peak is in the last micro-batch, when gradients of earlier ones are already in memory.
 
     Raises:
-        ConfigError: A plan at odds with itself or the shape.
+        ConfigError: The plan contradicts itself or the shape.
+
+    Example:
+
+        >>> estimate(SHAPES["llama-2-7b"], Plan(num_tokens=4096)).total / 1e9  # GB
+        16.17...
     """
     _check(shape, plan)
     share = plan.num_gpus if plan.is_sharded else 1
@@ -208,7 +213,7 @@ def estimate(shape: Shape, plan: Plan) -> Memory:
     gradients = num_trained * _gradient_size(plan) / share
     optimizer = 2 * num_trained * _gradient_size(plan) / share
     if plan.is_sharded:
-        # The layer that runs and the one fetched meanwhile; embedding and head; a layer's gradients before they go.
+        # The running layer and the prefetched one, embedding and head; a layer's gradients before they are reduced.
         gathered = 2 * shape.num_layer_weights + shape.num_other_weights
         weights += gathered * compute_size
         gradients += (shape.num_layer_weights if plan.lora_r is None else 0) * _FLOAT32
@@ -216,10 +221,10 @@ def estimate(shape: Shape, plan: Plan) -> Memory:
         if plan.num_gpus > 1:
             gradients *= 2  # DDP's buckets
         if plan.is_bf16 and plan.weight_size == _FLOAT32:
-            # Autocast's copies, held by the graph: of all layers, or of the one that is made again.
+            # Autocast's copies, which the graph holds: of all layers, or of the one being recomputed.
             num_layers = 1 if plan.is_checkpointed else shape.num_layers
             weights += (num_layers * shape.num_layer_weights + shape.vocab_size * shape.width) * _BFLOAT16
-    return Memory(weights, gradients, optimizer, _measure_kept(shape, plan), _measure_work(shape, plan))
+    return Memory(weights, gradients, optimizer, _estimate_saved(shape, plan), _estimate_work(shape, plan))
 
 
 def _check(shape: Shape, plan: Plan) -> None:
@@ -232,7 +237,9 @@ def _check(shape: Shape, plan: Plan) -> None:
     if plan.load_in is not None and plan.lora_r is None:
         problems.append("load_in_4bit and load_in_8bit train an adapter; expected use_peft: true, got false")
     if plan.load_in is not None and plan.is_sharded:
-        problems.append("load_in_4bit and load_in_8bit: expected none with --fsdp; quantized weights are not spread")
+        problems.append(
+            "load_in_4bit and load_in_8bit: expected neither with --fsdp; quantized weights cannot be sharded"
+        )
     if plan.num_tokens < 1 or plan.num_gpus < 1:
         problems.append("max_tokens_per_batch, max_length, num_gpus: expected whole numbers of at least 1")
     if problems:
@@ -245,11 +252,11 @@ def _gradient_size(plan: Plan) -> int:
 
 
 def _count_stored(shape: Shape, plan: Plan) -> tuple[float, int]:
-    """Bytes of all weights, and how many of them are trained."""
+    """Bytes of all weights, and the number of trained ones."""
     num_in_layers = shape.num_layers * shape.num_layer_weights
     if plan.load_in is not None:
-        # What is not quantized is made float32 (PEFT's `prepare_model_for_kbit_training`).
-        stored = num_in_layers * _QUANTIZED[plan.load_in] + shape.num_other_weights * _FLOAT32
+        # PEFT's `prepare_model_for_kbit_training` casts the other weights to float32.
+        stored = num_in_layers * _QUANTIZED_SIZES[plan.load_in] + shape.num_other_weights * _FLOAT32
     else:
         stored = shape.num_weights * plan.weight_size
     if plan.lora_r is None:
@@ -258,16 +265,16 @@ def _count_stored(shape: Shape, plan: Plan) -> tuple[float, int]:
     return stored + num_lora * _FLOAT32, num_lora
 
 
-def _measure_layer(shape: Shape, plan: Plan) -> float:
-    """What a layer keeps for its way back, for each token.
+def _estimate_layer(shape: Shape, plan: Plan) -> float:
+    """Bytes per token that a layer saves for its backward pass.
 
-    - Both norms keep their input in float32: 2 * 4 * width; where their weights are trained, also what these multiply.
-    - Attention keeps queries, keys, values, its output, and a float32 for each head. Keys and values are repeated for
-      all query heads, as a mask asks for (of contexts that share their beginning, where activations are checkpointed).
-    - The MLP keeps its gate before and after the activation, and what it is multiplied with: 3 * inner_width.
-    - A matrix that is trained keeps its input, and so does one under LoRA, after dropout, which keeps a mask of a byte
-      (on a CPU, of a float), and what its first factor makes of it. Inputs are kept once for matrices that read one and
-      the same, unless dropout, a cast to LoRA's float32 or autocast from float32 makes a copy for each.
+    - Both norms save their input in float32, 2 * 4 * width; with trained weights also their normalized input.
+    - Attention saves queries, keys, values, its output, and a float32 for each head. Keys and values are repeated for
+      all query heads, because a mask (of contexts that share a prefix) needs it.
+    - The MLP saves its gate before and after the activation, and the other factor: 3 * inner_width.
+    - A trained matrix saves its input. One under LoRA saves its input after dropout, the dropout mask (a byte per
+      element; a float on a CPU) and the output of its first factor. Matrices with the same input share it unless
+      dropout, a cast to LoRA's float32 or autocast from float32 makes a copy for each.
     """
     size = _BFLOAT16 if plan.is_bf16 else plan.weight_size
     stream = _stream_size(plan)
@@ -280,10 +287,9 @@ def _measure_layer(shape: Shape, plan: Plan) -> float:
     mask = 1 if plan.lora_dropout and not is_full else 0
     groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
     for group in groups:
-        # Attention's output is kept anyway, where it is not copied.
         targets = [name for name in group if is_full or name in plan.lora_targets]
         num_copies = len(targets) if is_copied else min(1, len(targets))
-        if group == ("o_proj",) and (is_full or not is_copied):
+        if group == ("o_proj",) and (is_full or not is_copied):  # attention saves its output already
             num_copies = 0
         if group == ("down_proj",) and is_full:
             num_copies = min(1, num_copies)
@@ -293,36 +299,36 @@ def _measure_layer(shape: Shape, plan: Plan) -> float:
 
 
 def _stream_size(plan: Plan) -> int:
-    """Bytes of an element of the hidden states between layers: as stored, and float32 beside quantized weights."""
+    """Bytes of an element of the hidden states between layers, which are float32 with quantized weights."""
     if plan.is_sharded and plan.is_bf16:
         return _BFLOAT16
     return _FLOAT32 if plan.load_in is not None else plan.weight_size
 
 
-def _measure_kept(shape: Shape, plan: Plan) -> float:
-    """What all layers keep, the last norm its input, and the head the hidden states and their gradients."""
+def _estimate_saved(shape: Shape, plan: Plan) -> float:
+    """Bytes saved by all layers, by the last norm, and by the head (hidden states and their gradients)."""
     size = _BFLOAT16 if plan.is_bf16 else plan.weight_size
     stream = _stream_size(plan) * shape.width
-    layers = (stream if plan.is_checkpointed else _measure_layer(shape, plan)) * shape.num_layers
+    layers = (stream if plan.is_checkpointed else _estimate_layer(shape, plan)) * shape.num_layers
     last_norm = _FLOAT32 * shape.width + (stream if plan.lora_r is None else 0)
     return plan.num_tokens * (layers + last_norm + 2 * shape.width * size)
 
 
-def _measure_work(shape: Shape, plan: Plan) -> float:
-    """What is at work at a time: the head on a chunk of positions, or a layer on its way back, whichever is more."""
+def _estimate_work(shape: Shape, plan: Plan) -> float:
+    """Bytes at work at a time: the head on a chunk of positions, or a layer in its backward pass, whichever is more."""
     size = _BFLOAT16 if plan.is_bf16 else plan.weight_size
     is_full = plan.lora_r is None
-    # Logits in float32, and a copy in the dtype of the matrix product; for a trained head a sum and an addend of it.
+    # Logits in float32 and a copy in the dtype of the matrix product; for a trained head a gradient and its summand.
     num_positions = min(plan.num_tokens, choose_chunk_size(shape.vocab_size))
     head: float = num_positions * shape.vocab_size * (_FLOAT32 + (size if size != _FLOAT32 else 0))
     head += 2 * shape.vocab_size * shape.width * _FLOAT32 if is_full else 0
-    # Gradients of three inner states of the MLP and of a layer's input and output, and of the largest trained matrix.
+    # Gradients of three inner states of the MLP, of a layer's input and output, and of the largest trained matrix.
     layer: float = 3 * size * shape.inner_width + 2 * _stream_size(plan) * shape.width
-    layer += _measure_layer(shape, plan) if plan.is_checkpointed else 0
+    layer += _estimate_layer(shape, plan) if plan.is_checkpointed else 0
     largest = max(inputs * outputs for inputs, outputs in shape.matrices.values()) if is_full else 0
     return max(head, plan.num_tokens * layer + largest * _gradient_size(plan))
 
 
 def choose_gpus(memory: Memory) -> list[int]:
-    """Which of the common sizes of GPU, in GB, hold it."""
+    """The common GPU sizes, in GB, that are large enough."""
     return [size for size in GPU_SIZES if memory.total <= USABLE * size * 1e9]
