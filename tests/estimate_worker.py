@@ -54,6 +54,9 @@ def train(kind: str, is_checkpointed: bool, shape: dict[str, int]) -> int:
         checkpoint(torch.sin, torch.ones(1, requires_grad=True), use_reentrant=False).backward()
         trainer.compute_loss(trainer.model.train(), trainer.data_collator([row] * (NUM_TOKENS // 256))).backward()
         trainer.model.zero_grad()
+        weight = torch.nn.Parameter(torch.ones(1))
+        weight.grad = torch.ones(1)
+        torch.optim.AdamW([weight]).step()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         before = read_memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
