@@ -170,8 +170,11 @@ def _read_row(row: SourceRow, problems: list[str]) -> TokenScores | None:
         # One sentence per field: a list may have thousands of bad elements.
         first = {detail["loc"][0]: detail for detail in reversed(error.errors())}
         for detail in first.values():
-            name = f"{row.location}: field {join_path(detail['loc'])!r}"
-            if detail["type"] == "missing" and len(detail["loc"]) == 1:
+            path, is_missing = detail["loc"], detail["type"] == "missing"
+            if is_missing and len(path) > 1:
+                path, is_missing, detail["msg"] = path[:2], False, "[start, end]"
+            name = f"{row.location}: field {join_path(path)!r}"
+            if is_missing:
                 found.append(f"{name} is missing; make the file with cutlm blame")
             else:
                 expected = detail["msg"].removeprefix("Input should be ")
