@@ -103,19 +103,12 @@ def round_logps(logps: Tensor) -> list[float]:
 
 @dataclass
 class BlameReport:
-    """What `blame_file` did.
-
-    Attributes:
-        scores: Token scores, in the order of the records.
-        num_resumed: Records taken from an interrupted run.
-        num_truncated: Records with a truncated prompt.
-        left_out: One sentence for each record that is too long.
-    """
+    """The token scores of a file, in the order of the records, and counts."""
 
     scores: list[TokenScores]
-    num_resumed: int = 0
-    num_truncated: int = 0
-    left_out: list[str] = field(default_factory=list)
+    num_resumed: int = 0  # records taken from an interrupted run
+    num_truncated: int = 0  # records with a truncated prompt
+    left_out: list[str] = field(default_factory=list)  # a sentence for each record that is too long
 
     @property
     def judged(self) -> list[TokenScores]:
@@ -171,7 +164,7 @@ def blame_file(
         score: Computes the log-probabilities.
         settings: Flags, weights and lengths.
         detector: Fingerprint of the model.
-        backend: What else the numbers may depend on, by name, such as the dtype.
+        backend: Further settings that the numbers depend on, by name, such as the dtype.
         overwrite: Replace a partial file of another run.
 
     Raises:
@@ -224,15 +217,7 @@ def score_with_journal(
 def blame_record(
     record: JudgedRecord, encoder: Encoder, score: Scorer, settings: FlagSettings, detector: str
 ) -> tuple[TokenScores, bool]:
-    """Score one record in memory.
-
-    Returns:
-        Its token scores, and whether a prompt was truncated.
-
-    Raises:
-        DataError: The response alone exceeds max_length.
-        UserError: The scorer failed.
-    """
+    """Score one record in memory; return its token scores, and whether a prompt was truncated."""
     encoded = encode_for_scoring([record], ["the response"], encoder, settings)
     if not encoded.rows:
         raise DataError(encoded.left_out, hint="no record remains to score; set a larger max_length")

@@ -102,9 +102,6 @@ def load_scorer(
 
     Returns:
         The tokenizer, the scorer, a fingerprint of the model, and further settings that the numbers depend on, by name.
-
-    Raises:
-        UserError: The model cannot be loaded, or its log-probabilities cannot be computed from its head.
     """
     model, tokenizer = load_trained(path, dtype=dtype, base=base, device=device)
     check_head(model)

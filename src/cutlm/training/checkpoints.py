@@ -135,11 +135,7 @@ class CheckpointingTrainer(Trainer):
         return grad_norm
 
     def _check_finite(self, grad_norm: float) -> None:
-        """Fail before the optimizer step if the gradient norm is not finite.
-
-        Raises:
-            NonFiniteError: It is not, and no gradient scaler handles it.
-        """
+        """Fail before the optimizer step if the gradient norm is not finite."""
         # Under float16 an infinite norm is how the gradient scaler finds its scale; it skips the step itself.
         if self.accelerator.scaler is None and not torch.isfinite(torch.tensor(grad_norm)):
             raise NonFiniteError(
@@ -248,15 +244,7 @@ def publish_files(staging: str, target: str) -> None:
 
 
 def find_checkpoint(output_dir: str, wanted: str) -> str:
-    """Find the checkpoint to resume from.
-
-    Args:
-        output_dir: The run's folder.
-        wanted: "last" (or "true") for the newest of the run, or the path of one.
-
-    Raises:
-        UserError: There is none, or it is incomplete or damaged.
-    """
+    """Find a complete checkpoint to resume from: the newest of the run ("last" or "true"), or the one of this path."""
     if wanted.lower() in ("last", "true"):
         found = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
         if found is None:
@@ -294,11 +282,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def check_output_dir(output_dir: str, overwrite: bool) -> None:
-    """Refuse a folder with files of another run, unless they may be overwritten.
-
-    Raises:
-        UserError: The folder is not empty, or a file.
-    """
+    """Refuse a folder with files of another run, unless they may be overwritten."""
     folder = Path(output_dir)
     if folder.is_file():
         raise UserError(f"output_dir: {output_dir} is a file; name a folder")
@@ -326,16 +310,10 @@ def clear_output_dir(output_dir: str) -> None:
 
 
 def compare_settings(settings: Settings, run_facts: Mapping[str, Any], folder: Path) -> None:
-    """Compare a resumed run with the one that it continues; print the settings that may differ.
-
-    Args:
-        settings: Settings of this start.
-        run_facts: `data_sha256` and `num_processes` of this start.
-        folder: The output folder of the earlier run.
+    """Compare a resumed run with the one that it continues, in `folder`; print the settings that may differ.
 
     Raises:
         ConfigError: A setting differs that decides the order of the records, or which weights are trained.
-        UserError: The files of the earlier run are damaged.
     """
     path, run_path = folder / SETTINGS_FILE, folder / RUN_FILE
     if not path.is_file():

@@ -367,11 +367,7 @@ class JudgeConfig(CUTConfig):
 
 
 def check_libraries(config: CUTConfig) -> None:
-    """Check settings that only transformers and torch can judge, on one dummy parameter and before a model is loaded.
-
-    Raises:
-        ConfigError: FSDP, the optimizer, the schedule, the compiler or a reporting integration rejects its settings.
-    """
+    """Check settings that only transformers and torch can judge, on one dummy parameter, before a model is loaded."""
     problems = []
     special = next((name for name in _OPTIMIZERS_OF_MODELS if name in str(config.optim)), None)
     try:
@@ -416,15 +412,10 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings as they were read.
+    """Settings as they were read."""
 
-    Attributes:
-        parts: One instance of each dataclass.
-        resolved: Every setting of cutlm's own, and those of `transformers` that differ from its defaults.
-    """
-
-    parts: tuple[Any, ...]
-    resolved: dict[str, Any]
+    parts: tuple[Any, ...]  # one instance of each dataclass
+    resolved: dict[str, Any]  # every setting of cutlm's, and those of transformers that differ from its defaults
 
     def to_yaml(self) -> str:
         """The resolved settings as a file that reads back to the same."""

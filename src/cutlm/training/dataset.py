@@ -56,31 +56,22 @@ View = Callable[[JudgedRecord, Encoder], EncodedRecord | str]
 class PreparedData:
     """A dataset that can be batched.
 
-    Attributes:
-        rows: Rows with `prompt_ids`, `judged_prompt_ids`, `response_ids`, `location`, `is_satisfactory` and, if the
-            tokens to unlearn are known, `is_flagged` and `weights`.
-        notices: One sentence for each kind of record that was truncated, left out or downsampled.
-        num_left_out: Number of records left out for any reason.
-        chat_template: The chat template with which other tools make the prompts of these rows, if it is known.
+    Its rows have `prompt_ids`, `judged_prompt_ids`, `response_ids`, `location`, `is_satisfactory` and, if the tokens to
+    unlearn are known, `is_flagged` and `weights`.
     """
 
     rows: Dataset
-    notices: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)  # what was truncated, left out or downsampled, a sentence each
     num_left_out: int = 0
-    chat_template: str | None = None
+    chat_template: str | None = None  # with which other tools make the same prompts
 
 
 @dataclass(frozen=True)
 class ScoresFile:
-    """Where the frozen detector stores its token scores, so that a resumed run reuses them.
+    """Where the frozen detector stores its token scores, so that a resumed run reuses them."""
 
-    Attributes:
-        path: A JSON Lines file; its header goes next to it, as `.json`.
-        overwrite: Replace scores that were edited or made with other settings.
-    """
-
-    path: Path
-    overwrite: bool = False
+    path: Path  # JSON Lines; its header goes next to it, as .json
+    overwrite: bool = False  # replace scores that were edited or made with other settings
 
 
 def prepare_data(
@@ -92,14 +83,14 @@ def prepare_data(
     locations: Sequence[str] | None = None,
     scores_file: ScoresFile | None = None,
 ) -> PreparedData:
-    """Turn a dataset into rows of token ids that the model can read.
+    """Turn records, token scores or encoded rows into rows of token ids that the model can read.
 
     Args:
-        dataset: Records, token scores or encoded rows.
+        dataset: The dataset; encoded rows need no tokenizer.
         name: Its name in messages; "train_dataset" is downsampled.
         args: Settings of training.
-        model: The model before training, which the frozen detector asks.
-        tokenizer: Needed for records and token scores.
+        model: The model before training, which is the frozen detector.
+        tokenizer: The tokenizer.
         locations: The location of each record, such as `data.jsonl:17`; None numbers them.
         scores_file: Where the frozen detector stores its token scores; None keeps the flags in memory.
 
@@ -253,12 +244,7 @@ def _view_wrong_spans(weight: float) -> View:
 
 
 def _view_scores(dataset: Sequence[TokenScores], locations: Sequence[str], encoder: Encoder, args: CUTConfig) -> View:
-    """A view that takes flags and weights from token scores.
-
-    Raises:
-        ConfigError: The settings are not for known flags, or differ from those that the scores were made with.
-        DataError: Scores of another tokenizer or template while `map_spans` is off.
-    """
+    """A view that takes flags and weights from token scores, if they fit the settings and the tokenizer."""
     if args.objective != "cut" or args.detector != "frozen":
         raise ConfigError(
             "the data are token scores, whose flags are for objective cut and detector frozen; got objective"
@@ -392,11 +378,7 @@ def _score_once(
     settings: FlagSettings,
     scores_file: ScoresFile,
 ) -> list[TokenScores]:
-    """Token scores of the rows: those stored by an earlier start of the same run, or made now and stored.
-
-    Raises:
-        UserError: The file holds other scores, or the first process failed to make them.
-    """
+    """Token scores of the rows: those stored by an earlier start of the same run, or made now and stored."""
     refuse_clashes(records, [row["location"] for row in rows])
     language_model: Any = unwrap_peft(model)
     detector = fingerprint_model(language_model.name_or_path)
@@ -500,12 +482,7 @@ def _finish_flags(data: PreparedData, name: str, args: CUTConfig) -> None:
 
 
 def _check_encoded(dataset: Dataset | Sequence[Any], name: str, args: CUTConfig) -> Dataset:
-    """Check rows of token ids that were made elsewhere.
-
-    Raises:
-        ConfigError: The objective needs something else than such rows hold.
-        DataError: Rows that cannot be used; all are named.
-    """
+    """Check rows of token ids that were made elsewhere; all bad rows are named."""
     if args.objective not in ("cut", "dual_cut"):
         raise ConfigError(
             f"{name}: encoded rows are for objectives cut and dual_cut; pass records for objective {args.objective}"
@@ -547,10 +524,8 @@ def _check_encoded(dataset: Dataset | Sequence[Any], name: str, args: CUTConfig)
 def _find_row_problems(row: Any, has_flags: bool, needs_praise: bool) -> list[str]:
     """The problems of one encoded row.
 
-    Args:
-        row: The row.
-        has_flags: Whether any row has flags, so that every unsatisfactory one must.
-        needs_praise: Whether a judged row must say if its judgment is praise.
+    If any row has flags (`has_flags`), every unsatisfactory one must have them; under `needs_praise` a judged row must
+    say whether its judgment is praise.
     """
     if not isinstance(row, Mapping):
         return [f"expected a row of token ids, as the first one is, got {type(row).__name__}"]
@@ -592,13 +567,7 @@ def _is_weight(value: Any) -> bool:
 
 
 def describe_replaced_template(tokenizer: PreTrainedTokenizerBase, template: str | None, name: str) -> list[str]:
-    """Say that the saved tokenizer will have another chat template than its own, if so.
-
-    Args:
-        tokenizer: With its own template.
-        template: The template of training; None keeps the tokenizer's.
-        name: The name of training's template.
-    """
+    """Say that the template of training will replace the tokenizer's own in what is saved, if so."""
     if template is None or tokenizer.chat_template in (None, template):
         return []
     return [

@@ -119,10 +119,6 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
         peft_config: An adapter to train instead of the whole model.
         locations: The location of each record, for messages.
         **kwargs: Passed to TRL's `DPOTrainer`.
-
-    Raises:
-        ConfigError: The data are token scores, or do not fit the model.
-        DataError: There is no pair.
     """
 
     def __init__(

@@ -39,13 +39,7 @@ Prepare = Callable[[list[Any]], list[Any]]
 
 @dataclass(frozen=True)
 class LoadedData:
-    """The rows of a data file.
-
-    Attributes:
-        rows: Records or token scores.
-        locations: The location of each, such as `data.jsonl:17`.
-        sha256: Hash of the (decompressed) file.
-    """
+    """A data file: its records or token scores, their locations (`data.jsonl:17`), and a hash of its content."""
 
     rows: list[Any]
     locations: list[str]
