@@ -9,6 +9,7 @@ results remain in a temporary folder, which is printed.
 import argparse
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,8 +18,10 @@ import yaml
 from cutlm.cli import main as run_command
 from cutlm.data.files import write_rows
 from cutlm.world.base import base_path
-from cutlm.world.corpus import draw_mistake
 from cutlm.world.tasks import FAMILIES, list_tasks
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+from corpus import draw_mistake
 
 DOCS = Path(__file__).parent
 SPLIT = "dev"

@@ -14,10 +14,10 @@ from typing import Any
 from playwright.sync_api import sync_playwright
 
 from cutlm.cli import main as run_command
-from cutlm.data.files import read_rows, write_rows
+from cutlm.data.records import JudgedRecord
 from cutlm.inspect.terminal import Terminal
 from cutlm.world.base import base_path
-from cutlm.world.demo import blame, generate, run_iteration
+from cutlm.world.demo import blame_records, generate_answers, run_iteration
 from cutlm.world.judge import judge_task
 from cutlm.world.tasks import list_tasks
 
@@ -29,17 +29,15 @@ def make_pages(folder: Path) -> tuple[Path, Path]:
     """Make a page of the base model's scores, and one that compares both models."""
     run_iteration(folder / "training", base_path(), list_tasks("train")[:NUM_TRAINED_ON], NUM_STEPS, 1, Terminal())
     tasks = list_tasks("dev")[:NUM_SHOWN]
-    generate(folder / "responses.json", base_path(), tasks)
-    rows, _ = read_rows(folder / "responses.json")
     records = []
-    for task, row in zip(tasks, rows, strict=True):
-        verdict = judge_task(task, row.value["output"])
-        record = {"instruction": task.instruction, "output": row.value["output"], "judgment": verdict.judgment}
-        records.append(record | {"wrong_spans": verdict.wrong_spans or None})
-    write_rows(folder / "records.jsonl", (record for record in records if record["output"].strip()))
+    for task, response in zip(tasks, generate_answers(folder / "responses.json", base_path(), tasks), strict=True):
+        if response.strip():
+            verdict = judge_task(task, response)
+            row = {"instruction": task.instruction, "output": response, "judgment": verdict.judgment}
+            records.append(JudgedRecord.model_validate(row | {"wrong_spans": verdict.wrong_spans or None}))
     before, after = folder / "before.jsonl", folder / "after.jsonl"
-    blame(folder / "records.jsonl", before, base_path())
-    blame(folder / "records.jsonl", after, folder / "training" / "model")
+    blame_records(before, base_path(), records)
+    blame_records(after, folder / "training" / "model", records)
     one, two = folder / "one.html", folder / "two.html"
     assert run_command(["inspect", "--scores", str(before), "--out", str(one)]) == 0
     assert run_command(["inspect", "--scores", str(before), "--scores", str(after), "--out", str(two)]) == 0

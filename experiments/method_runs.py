@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from measure import measure_detection
 from torch import nn
 from transformers import PrinterCallback
 
@@ -23,9 +24,8 @@ from cutlm.prompting.encoding import Encoder
 from cutlm.training.config import CUTConfig
 from cutlm.training.pairs import PairTrainer
 from cutlm.training.trainer import CUTTrainer
-from cutlm.world.base import load_base
-from cutlm.world.judge import judge_task
-from cutlm.world.measure import MAX_NEW_TOKENS, answer_tasks, measure_detection, rate_answers
+from cutlm.world.base import MAX_NEW_TOKENS, answer_tasks, load_base
+from cutlm.world.judge import judge_task, rate_answers
 from cutlm.world.tasks import Task, list_tasks
 
 if TYPE_CHECKING:

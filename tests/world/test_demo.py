@@ -17,11 +17,10 @@ from cutlm.data.files import read_rows
 from cutlm.data.records import check_records
 from cutlm.flagging.token_scores import read_token_scores
 from cutlm.inspect.plots import CURVES_SIZE
-from cutlm.world.base import load_base
+from cutlm.world.base import answer_tasks, load_base
 from cutlm.world.demo import QUICK, prepare_folder
 from cutlm.world.demo_report import HeldOut, choose_example, choose_wrong
-from cutlm.world.judge import judge
-from cutlm.world.measure import answer_tasks, rate_answers
+from cutlm.world.judge import judge, rate_answers
 from cutlm.world.tasks import FAMILIES, list_tasks
 
 ITERATIONS = ("iteration-1", "iteration-2", "iteration-3")

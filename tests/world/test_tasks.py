@@ -1,13 +1,15 @@
 """The tiny world's tasks and corpus: separate splits, visible habits, no leaks."""
 
+import json
 import re
 import sys
 from collections import Counter
 from subprocess import run
 
 import pytest
+from corpus import make_corpus
 
-from cutlm.world.corpus import make_corpus
+from cutlm.cli import main
 from cutlm.world.judge import judge_task
 from cutlm.world.tasks import (
     FAMILIES,
@@ -31,7 +33,7 @@ GENERAL_FAMILIES = [family for family in FAMILIES if family not in KNOWLEDGE_FAM
 
 
 @pytest.fixture(scope="module")
-def corpus():
+def documents():
     return make_corpus(20_000, 5)
 
 
@@ -99,19 +101,21 @@ def test_every_part_of_a_held_out_phrasing_occurs_in_training(family):
 
 
 @pytest.mark.parametrize("family", GENERAL_FAMILIES)
-def test_the_corpus_never_asks_about_items_of_alignment(family, corpus):
+def test_the_corpus_never_asks_about_items_of_alignment(family, documents):
     held_out = {find_item(family, task.instruction) for s in SPLITS for task in list_tasks(s) if task.family == family}
     asked = [
-        find_item(family, document.instruction) for document in corpus if guess_family(document.instruction) == family
+        find_item(family, document.instruction)
+        for document in documents
+        if guess_family(document.instruction) == family
     ]
     assert len(asked) > 1000
     assert held_out.isdisjoint(asked)
 
 
-def test_judged_documents_are_never_about_items_of_alignment(corpus):
+def test_judged_documents_are_never_about_items_of_alignment(documents):
     tasks = [task for split in SPLITS for task in list_tasks(split)]
     names = {family: {task.item for task in tasks if task.family == family} for family in KNOWLEDGE_FAMILIES}
-    judged = [document for document in corpus if document.judgment is not None]
+    judged = [document for document in documents if document.judgment is not None]
     for family in KNOWLEDGE_FAMILIES:
         pattern = re.compile(r" (?:of|is|the) (?:" + "|".join(names[family]) + r")[.? ]")
         assert all(pattern.search(task.instruction) for task in tasks if task.family == family)
@@ -120,7 +124,7 @@ def test_judged_documents_are_never_about_items_of_alignment(corpus):
         assert not [text for text in asked if pattern.search(text)]
 
 
-def test_the_corpus_never_uses_held_out_phrasings(corpus):
+def test_the_corpus_never_uses_held_out_phrasings(documents):
     for family in FAMILIES:
         some = list_items(family, "judged")[:40]
         held_out = {
@@ -129,28 +133,28 @@ def test_the_corpus_never_uses_held_out_phrasings(corpus):
             for s in ("dev", "test")
             for phrasing in list_phrasings(family, s)
         }
-        assert held_out.isdisjoint(document.instruction for document in corpus)
+        assert held_out.isdisjoint(document.instruction for document in documents)
     assert {task.instruction for s in ("dev", "test") for task in list_tasks(s)}.isdisjoint(
-        d.instruction for d in corpus
+        d.instruction for d in documents
     )
 
 
-def test_plain_documents_cover_every_item_of_knowledge(corpus):
-    plain = " ".join(document.instruction for document in corpus if document.judgment is None)
+def test_plain_documents_cover_every_item_of_knowledge(documents):
+    plain = " ".join(document.instruction for document in documents if document.judgment is None)
     for name in [*load_countries(), *load_things(), *load_questions()]:
         assert name in plain, name
 
 
-def test_the_corpus_has_its_shares_of_plain_judged_and_refined_documents(corpus):
+def test_the_corpus_has_its_shares_of_plain_judged_and_refined_documents(documents):
     kinds = Counter(
-        "refinement" if d.draft is not None else "plain" if d.judgment is None else "judged" for d in corpus
+        "refinement" if d.draft is not None else "plain" if d.judgment is None else "judged" for d in documents
     )
-    assert 0.06 < kinds["refinement"] / len(corpus) < 0.10
-    assert 0.40 < kinds["plain"] / len(corpus) < 0.55
-    assert make_corpus(300, 5) == corpus[:300] != make_corpus(300, 6)
-    praise = [d for d in corpus if d.judgment is not None and d.judgment.startswith("Perfect")]
-    assert 0.1 < len(praise) / len(corpus) < 0.3
-    assert set(load_words()["vague"]).isdisjoint(document.judgment for document in corpus)
+    assert 0.06 < kinds["refinement"] / len(documents) < 0.10
+    assert 0.40 < kinds["plain"] / len(documents) < 0.55
+    assert make_corpus(300, 5) == documents[:300] != make_corpus(300, 6)
+    praise = [d for d in documents if d.judgment is not None and d.judgment.startswith("Perfect")]
+    assert 0.1 < len(praise) / len(documents) < 0.3
+    assert set(load_words()["vague"]).isdisjoint(document.judgment for document in documents)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -236,3 +240,22 @@ def test_popular_mistakes_are_rare_unless_the_phrasing_calls_for_them():
             habit = find_habit(family, item, phrasing)
             assert habit is not None
             assert (habit.share > 0.5) == (split_phrasing(phrasing)[0] in careless)
+
+
+def test_tasks_and_wrong_spans_are_written_to_files(tmp_path):
+    tasks, records, marked = (tmp_path / name for name in ("tasks.jsonl", "records.jsonl", "marked.jsonl"))
+    assert main(["world", "tasks", "--split", "dev", "--num", "2", "--out", str(tasks)]) == 0
+    rows = [json.loads(line) for line in tasks.read_text("utf-8").splitlines()]
+    assert [row["instruction"] for row in rows] == [task.instruction for task in list_tasks("dev")[:2]]
+    right = list_tasks("dev")[0].right_answers[0]
+    answers = [right, "no"]
+    judged = [
+        {"instruction": row["instruction"], "output": answer, "judgment": None}
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    records.write_text("\n".join(map(json.dumps, judged)))
+    assert main(["world", "mark", "--records", str(records), "--out", str(marked)]) == 0
+    rows = [json.loads(line) for line in marked.read_text("utf-8").splitlines()]
+    assert [row["wrong_spans"] for row in rows] == [None, [[0, 2]]]
+    assert [row["family"] for row in rows] == [task.family for task in list_tasks("dev")[:2]]
+    assert main(["world", "tasks", "--num", "841", "--out", str(tasks)]) == 2

@@ -29,7 +29,7 @@ COMMANDS = {
     "judge": "judge responses: by a model, here or on a server, by rules, or by a person",
     "refine": "rewrite unsatisfactory responses according to their judgments",
     "align": "run the online loop: generate, judge, blame, train, merge, repeat",
-    "world": "build the tiny world's base model",
+    "world": "write the tasks of the tiny world, and mark wrong tokens",
     "eval": "evaluate a model: AlpacaEval, benchmarks, ROUGE, detection of wrong tokens",
     "blame": "flag the tokens that a judgment objects to, by a frozen model",
     "inspect": "make a web page of token scores",

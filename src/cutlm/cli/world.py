@@ -7,17 +7,6 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    build = actions.add_parser(
-        "build",
-        help="train the base model from nothing",
-        description="Train the base model that comes with the package from nothing, on a CPU, in a few minutes.",
-        allow_abbrev=False,
-    )
-    build.add_argument("--out", required=True, metavar="DIR", help="output folder")
-    build.add_argument("--seed", type=int, default=0, metavar="N", help="seed of weights and corpus (default: 0)")
-    build.add_argument("--num-steps", type=int, metavar="N", help="stop early, to see that everything works")
-    build.set_defaults(run_action=_build)
-
     tasks = actions.add_parser(
         "tasks",
         help="write instructions whose answers the oracle knows",
@@ -46,22 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     return args.run_action(args)
-
-
-def _build(args: argparse.Namespace) -> int:
-    from cutlm.errors import UserError
-    from cutlm.world.base import NUM_STEPS, build_base
-
-    num_steps = NUM_STEPS if args.num_steps is None else args.num_steps
-    if num_steps < 1:
-        raise UserError(f"--num-steps: expected a whole number of at least 1, got {num_steps}")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed: expected a whole number from 0 to {2**32 - 1}, got {args.seed}")
-    if build_base(args.out, args.seed, num_steps):
-        print(f"Wrote the base model to {args.out}")
-    else:
-        print(f"{args.out} already holds this base model, nothing to do")
-    return 0
 
 
 def _tasks(args: argparse.Namespace) -> int:

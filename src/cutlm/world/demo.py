@@ -15,7 +15,6 @@ the same names do for a model of your own; only the judge belongs to the tiny wo
 import json
 import logging
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,28 +22,25 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any, Final
+from typing import Any
 
 from peft import LoraConfig
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from cutlm.data.files import open_atomic, read_rows, write_rows
-from cutlm.data.records import check_records
+from cutlm.api import blame, generate
+from cutlm.data.files import open_atomic, write_rows
+from cutlm.data.records import JudgedRecord, check_records
 from cutlm.errors import UserError
-from cutlm.flagging.detector import BlameReport, FlagSettings, blame_file
-from cutlm.flagging.scoring import score_rows
+from cutlm.flagging.detector import FlagSettings
 from cutlm.flagging.token_scores import TokenScores, read_token_scores
-from cutlm.generation.files import generate_file
-from cutlm.generation.local import Sampling
 from cutlm.inspect.terminal import Stage, Terminal
-from cutlm.model.loading import count_parameters, fingerprint_model, load_model, load_tokenizer, load_trained
+from cutlm.model.loading import count_parameters, load_model, load_tokenizer
 from cutlm.model.merge import merge_adapter
-from cutlm.prompting.encoding import Encoder
 from cutlm.training.config import CUTConfig
 from cutlm.training.trainer import CUTTrainer
-from cutlm.world.base import base_path
+from cutlm.world.base import BATCH_SIZE, MAX_NEW_TOKENS, answer_tasks, base_path, load_base
 from cutlm.world.demo_report import (
     CURVE_FILE,
     HELD_OUT_FOLDER,
@@ -60,51 +56,34 @@ from cutlm.world.demo_report import (
     write_report,
 )
 from cutlm.world.judge import judge_task
-from cutlm.world.measure import MAX_NEW_TOKENS, answer_tasks
 from cutlm.world.tasks import Task, list_tasks
 
 NUM_ITERATIONS = 3
-TEMPLATE: Final = "alpaca"
-FLAG_SETTINGS = FlagSettings(threshold=1.1, unlikelihood_weight=1.0, gamma=1.0, max_length=256)
+FLAG_SETTINGS: dict[str, Any] = {"threshold": 1.1, "unlikelihood_weight": 1.0, "gamma": 1.0, "max_length": 256}
 LEARNING_RATE = 1e-3
-BATCH_SIZE = 32
+TRAIN_BATCH_SIZE = 32
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_SEED = 0
-
 RESULT_FILE = "result.json"
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo does.
+    """How much the demo does."""
 
-    Attributes:
-        num_tasks: New instructions in each iteration.
-        num_steps: Optimizer steps in each iteration.
-        num_held_out: Instructions to test on.
-        num_examples: Maximum number of responses per family on the page.
-    """
-
-    num_tasks: int
-    num_steps: int
-    num_held_out: int
-    num_examples: int
+    num_tasks: int  # new instructions in each iteration
+    num_steps: int  # optimizer steps in each iteration
+    num_held_out: int  # instructions to test on
+    num_examples: int  # maximum number of responses per family on the page
 
 
 FULL = Size(num_tasks=280, num_steps=60, num_held_out=420, num_examples=5)
 QUICK = Size(num_tasks=28, num_steps=3, num_held_out=35, num_examples=1)
 
 
-def run_demo(out: str | Path, size: Size = FULL, base: str | Path | None = None) -> dict[str, Any]:
-    """Runs the demo and prints it.
+def run_demo(out: str | Path, size: Size = FULL) -> dict[str, Any]:
+    """Runs the demo, prints it, and returns the content of `result.json`.
 
-    Args:
-        out: The output folder; that of an earlier demo is replaced.
-        size: How much to do.
-        base: A base model of the tiny world; by default the one that comes with the package.
-
-    Returns:
-        The content of `result.json` in the output folder.
+    The output folder may hold an earlier demo, which is replaced.
 
     Raises:
         UserError: The folder holds something else.
@@ -114,16 +93,17 @@ def run_demo(out: str | Path, size: Size = FULL, base: str | Path | None = None)
     started = time.perf_counter()
     terminal = Terminal()
     with _quiet_libraries():
-        result = {_IS_DEMO: True} | _run(out, size, base_path() if base is None else Path(base), terminal)
+        result = {_IS_DEMO: True} | _run(out, size, terminal)
     result["seconds"] = round(time.perf_counter() - started, 1)
     _write_json(out / RESULT_FILE, result)
     print_end(terminal, out, result["seconds"])
     return result
 
 
-def _run(out: Path, size: Size, base: Path, terminal: Terminal) -> dict[str, Any]:
+def _run(out: Path, size: Size, terminal: Terminal) -> dict[str, Any]:
     tasks, test_tasks = list_tasks("train"), list_tasks("test")[: size.num_held_out]
-    held_out = HeldOut(test_tasks, [answer(base, test_tasks)])
+    base = base_path()
+    held_out = HeldOut(test_tasks, [answer_tasks(*load_base(base), test_tasks)])
     num_parameters = count_parameters(load_model(base, dtype="float32"))["all"]
     print_start(terminal, num_parameters, NUM_ITERATIONS, size.num_tasks)
 
@@ -134,19 +114,20 @@ def _run(out: Path, size: Size, base: Path, terminal: Terminal) -> dict[str, Any
         terminal.print_heading(f"Iteration {number} of {NUM_ITERATIONS}")
         folder = out / f"iteration-{number}"
         new_tasks = tasks[(number - 1) * size.num_tasks : number * size.num_tasks]
-        iteration = run_iteration(folder, model_path, new_tasks, size.num_steps, _SEED + number, terminal)
+        iteration = run_iteration(folder, model_path, new_tasks, size.num_steps, number, terminal)
         iterations.append(iteration)
         model_path = folder / "model"
-
         with iteration.stage("test", terminal) as stage:
-            held_out.answers.append(answer(model_path, test_tasks))
+            model, tokenizer = load_base(model_path)
+            held_out.answers.append(answer_tasks(model, tokenizer, test_tasks))
             before, after = held_out.accuracy[MEAN][-2:]
             stage.text = f"accuracy on held-out instructions {before:.0%} -> {after:.0%}"
 
-        index = choose_example(iteration.tasks, iteration.blame.scores, {example["family"] for example in examples})
+        index = choose_example(iteration.tasks, iteration.scores, {example["family"] for example in examples})
         if index is not None:
-            task, scores = iteration.tasks[index], iteration.blame.scores[index]
-            examples.append(print_example(terminal, task, scores, after=answer(model_path, [task])[0]))
+            task = iteration.tasks[index]
+            (answer,) = answer_tasks(model, tokenizer, [task])
+            examples.append(print_example(terminal, task, iteration.scores[index], after=answer))
 
     print_accuracy(terminal, held_out)
     shown = choose_wrong(held_out, size.num_examples)
@@ -154,11 +135,11 @@ def _run(out: Path, size: Size, base: Path, terminal: Terminal) -> dict[str, Any
     write_report(out, held_out, shown, shown_scores, [iteration.flagged_share for iteration in iterations])
     return {
         "size": asdict(size),
-        "settings": {"learning_rate": LEARNING_RATE, **asdict(FLAG_SETTINGS)},
+        "settings": {"learning_rate": LEARNING_RATE, **asdict(FlagSettings(**FLAG_SETTINGS))},
         "num_parameters": num_parameters,
         "accuracy": held_out.accuracy,
         "changes": held_out.changes,
-        "iterations": [iteration.describe() for iteration in iterations],
+        "iterations": [iteration.figures | {"seconds": iteration.seconds} for iteration in iterations],
         "examples": examples,
     }
 
@@ -168,27 +149,12 @@ def _run(out: Path, size: Size, base: Path, terminal: Terminal) -> dict[str, Any
 
 @dataclass
 class Iteration:
-    """What happened in an iteration.
+    """What happened in an iteration."""
 
-    Attributes:
-        num_responses: Responses generated.
-        num_empty: Empty responses, which are not judged.
-        num_satisfactory: Judged responses without criticism.
-        blame: The token scores that were trained on, with counts.
-        losses: Loss of each optimizer step.
-        merge_difference: Largest change of a logit by merging, as a share of the largest logit.
-        seconds: Duration of each stage.
-        tasks: The task of each judged response.
-    """
-
-    num_responses: int
-    num_empty: int = 0
-    num_satisfactory: int = 0
-    blame: BlameReport = field(default_factory=lambda: BlameReport([]))
-    losses: list[float] = field(default_factory=list)
-    merge_difference: float = 0.0
-    seconds: dict[str, float] = field(default_factory=dict)
-    tasks: list[Task] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)  # those of the judged responses; empty ones are not judged
+    scores: list[TokenScores] = field(default_factory=list)  # of the judged responses
+    figures: dict[str, Any] = field(default_factory=dict)  # counts and losses, as in `result.json`
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
 
     @contextmanager
     def stage(self, name: str, terminal: Terminal) -> Iterator[Stage]:
@@ -198,35 +164,8 @@ class Iteration:
         self.seconds[name] = stage.seconds
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of all judged responses."""
-        return sum(len(scores.token_ids) for scores in self.blame.scores)
-
-    @property
     def flagged_share(self) -> float:
-        """The share of these tokens that is flagged."""
-        return self.blame.num_flagged / max(1, self.num_tokens)
-
-    @property
-    def loss_ends(self) -> tuple[float, float]:
-        """The mean loss of the first five and of the last five steps."""
-        return mean(self.losses[:5]), mean(self.losses[-5:])
-
-    def describe(self) -> dict[str, Any]:
-        """The iteration's figures as JSON."""
-        loss_start, loss_end = self.loss_ends
-        return {
-            "num_responses": self.num_responses,
-            "num_empty": self.num_empty,
-            "num_satisfactory": self.num_satisfactory,
-            "num_tokens": self.num_tokens,
-            "num_flagged": self.blame.num_flagged,
-            "num_steps": len(self.losses),
-            "loss_start": loss_start,
-            "loss_end": loss_end,
-            "merge_difference": self.merge_difference,
-            "seconds": self.seconds,
-        }
+        return self.figures["num_flagged"] / max(1, self.figures["num_tokens"])
 
 
 def run_iteration(
@@ -234,114 +173,86 @@ def run_iteration(
 ) -> Iteration:
     """Runs one iteration. Its files and the new model (`model/`) are in the folder.
 
-    Args:
-        folder: The output folder.
-        model_path: The model to start from.
-        tasks: The instructions.
-        num_steps: Optimizer steps.
-        seed: Seed of the order of training and of the judge's wording.
-        terminal: Where each stage prints its line.
+    The seed decides the order of training and the judge's wording.
     """
-    responses, records, scores = folder / "responses.json", folder / "records.jsonl", folder / "scores.jsonl"
-    result = Iteration(num_responses=len(tasks))
+    records = folder / "records.jsonl"
+    result = Iteration()
+    figures = result.figures
 
     with result.stage("generate", terminal) as stage:
-        generate(responses, model_path, tasks)
+        responses = generate_answers(folder / "responses.json", model_path, tasks)
         stage.text = f"{len(tasks)} answers to new instructions"
 
     with result.stage("judge", terminal) as stage:
-        result.tasks = judge(responses, records, tasks, seed)
+        judged = [(task, response) for task, response in zip(tasks, responses, strict=True) if response.strip()]
+        result.tasks = [task for task, _ in judged]
+        write_rows(records, (make_record(task, response, seed) for task, response in judged))
         check = check_records(records)
-        result.num_empty = len(tasks) - len(check.records)
-        result.num_satisfactory = check.num_satisfactory
+        num_empty = len(tasks) - len(check.records)
+        figures |= {"num_responses": len(tasks), "num_empty": num_empty, "num_satisfactory": check.num_satisfactory}
         share = check.num_satisfactory / max(1, len(check.records))
         stage.text = f"{check.num_satisfactory} satisfactory ({share:.0%}), {check.num_unsatisfactory} criticized"
-        stage.text += f", {result.num_empty} empty" if result.num_empty else ""
+        stage.text += f", {num_empty} empty" if num_empty else ""
 
     with result.stage("blame", terminal) as stage:
-        result.blame = blame(records, scores, model_path)
-        num_criticized = len(result.blame.judged)
-        num_with_flag = num_criticized - result.blame.num_without_flag
-        stage.text = f"{result.blame.num_flagged} of {result.num_tokens} tokens flagged ({result.flagged_share:.1%})"
-        stage.text += f" in {num_with_flag} of {num_criticized} answers"
+        result.scores = blame_records(folder / "scores.jsonl", model_path, check.records)
+        figures["num_tokens"] = sum(len(scores.token_ids) for scores in result.scores)
+        figures["num_flagged"] = sum(sum(scores.is_flagged) for scores in result.scores)
+        num_with_flag = sum(any(scores.is_flagged) for scores in result.scores)
+        stage.text = f"{figures['num_flagged']} of {figures['num_tokens']} tokens flagged ({result.flagged_share:.1%})"
+        stage.text += f" in {num_with_flag} of {check.num_unsatisfactory} answers"
 
     with result.stage("train", terminal) as stage:
-        result.losses = train(scores, folder / "adapter", model_path, num_steps, seed)
-        loss_start, loss_end = result.loss_ends
-        stage.text = f"{len(result.losses)} steps, loss {loss_start:.3f} -> {loss_end:.3f}"
+        losses = train(folder / "scores.jsonl", folder / "adapter", model_path, num_steps, seed)
+        loss_start, loss_end = mean(losses[:5]), mean(losses[-5:])
+        figures |= {"num_steps": len(losses), "loss_start": loss_start, "loss_end": loss_end}
+        stage.text = f"{len(losses)} steps, loss {loss_start:.3f} -> {loss_end:.3f}"
 
     with result.stage("merge", terminal) as stage:
-        result.merge_difference = merge_adapter(folder / "adapter", folder / "model").difference
-        stage.text = f"adapter folded in, logits agree within {result.merge_difference:.1%}"
+        # The largest change of a logit by merging, as a share of the largest logit.
+        figures["merge_difference"] = merge_adapter(folder / "adapter", folder / "model").difference
+        stage.text = f"adapter folded in, logits agree within {figures['merge_difference']:.1%}"
     return result
 
 
 # ---- Its stages ----
 
 
-def generate(out: Path, model_path: Path, tasks: Sequence[Task]) -> None:
-    """Writes the model's greedy response to each task."""
-    model, tokenizer = load_trained(model_path, dtype="float32", device="cpu")
-    generate_file(
-        model,
-        tokenizer,
-        Encoder(tokenizer, TEMPLATE),
-        [{"instruction": task.instruction} for task in tasks],
-        out,
-        Sampling(max_new_tokens=MAX_NEW_TOKENS, batch_size=64),
-        generator=model_path.name,
-        dataset="tiny world",
-        fingerprint=fingerprint_model(model_path),
+def generate_answers(out: Path, model_path: Path, tasks: Sequence[Task]) -> list[str]:
+    """Writes and returns the model's greedy response to each task."""
+    rows = generate(
+        model_path,
+        [task.instruction for task in tasks],
+        template="alpaca",
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=BATCH_SIZE,
+        dtype="float32",
+        device="cpu",
+        out=out,
     )
-
-
-def judge(responses: Path, out: Path, tasks: Sequence[Task], seed: int) -> list[Task]:
-    """Writes records: each response with the oracle's judgment.
-
-    Returns:
-        The task of each record. Empty responses are left out.
-    """
-    rows, _ = read_rows(responses)
-    judged = [(task, row.value["output"]) for task, row in zip(tasks, rows, strict=True) if row.value["output"].strip()]
-    write_rows(out, (make_record(task, response, seed) for task, response in judged))
-    return [task for task, _ in judged]
+    return [row["output"] for row in rows]
 
 
 def make_record(task: Task, response: str, seed: int = 0) -> dict[str, Any]:
-    """A judged response as a row of a file of records."""
+    """A response with the oracle's judgment, as a row of a file of records."""
     judgment = judge_task(task, response, seed=seed).judgment
     return {"instruction": task.instruction, "output": response, "judgment": judgment}
 
 
-def blame(records: Path, out: Path, model_path: Path) -> BlameReport:
-    """Writes token scores: the log-probabilities of each token with and without the judgment, and its flag."""
-    check = check_records(records)
-    model, tokenizer = load_trained(model_path, dtype="float32", device="cpu")
-    return blame_file(
-        check.records,
-        check.locations,
-        out,
-        Encoder(tokenizer, TEMPLATE),
-        lambda rows, done: score_rows(model, rows, done=done, show_progress=sys.stderr.isatty()),
-        FLAG_SETTINGS,
-        detector=fingerprint_model(model_path),
-        backend={"dtype": "float32"},
-    )
+def blame_records(out: Path, model_path: Path, records: Sequence[JudgedRecord]) -> list[TokenScores]:
+    """Writes and returns the log-probabilities of each token with and without the judgment, and its flag."""
+    return blame(model_path, records, template="alpaca", dtype="float32", device="cpu", out=out, **FLAG_SETTINGS)
 
 
 def train(scores: Path, adapter: Path, model_path: Path, num_steps: int, seed: int) -> list[float]:
-    """Trains an adapter on token scores and saves it.
-
-    Returns:
-        The loss of each step.
-    """
+    """Trains an adapter on token scores, saves it, and returns the loss of each step."""
     args = CUTConfig(
         output_dir=str(adapter),
         max_steps=num_steps,
-        per_device_train_batch_size=BATCH_SIZE,
+        per_device_train_batch_size=TRAIN_BATCH_SIZE,
         learning_rate=LEARNING_RATE,
         warmup_steps=min(5, num_steps // 4),
-        max_length=FLAG_SETTINGS.max_length,
+        max_length=FLAG_SETTINGS["max_length"],
         seed=seed,
         use_cpu=True,
         logging_steps=1,
@@ -380,27 +291,17 @@ class _ProgressBar(TrainerCallback):
         self._bar.close()
 
 
-# ---- The test ----
-
-
-def answer(model_path: Path, tasks: Sequence[Task]) -> list[str]:
-    """A model's greedy responses."""
-    model, tokenizer = load_trained(model_path, dtype="float32", device="cpu")
-    return answer_tasks(model, tokenizer, tasks)  # type: ignore[arg-type]
-
-
 def blame_held_out(folder: Path, base: Path, held_out: HeldOut, indices: Sequence[int]) -> list[TokenScores]:
     """Writes all held-out answers, and scores those of the base model at some indices."""
-    rows = (
-        {"family": task.family, "instruction": task.instruction, "answers": answers}
-        for task, *answers in zip(held_out.tasks, *held_out.answers, strict=True)
+    all_answers = zip(held_out.tasks, *held_out.answers, strict=True)
+    write_rows(
+        folder / "answers.jsonl",
+        ({"family": task.family, "instruction": task.instruction, "answers": part} for task, *part in all_answers),
     )
-    write_rows(folder / "answers.jsonl", rows)
     if not indices:
         return []
-    records = (make_record(held_out.tasks[index], held_out.answers[0][index]) for index in indices)
-    write_rows(folder / "records.jsonl", records)
-    return blame(folder / "records.jsonl", folder / "scores.jsonl", base).scores
+    rows = [make_record(held_out.tasks[index], held_out.answers[0][index]) for index in indices]
+    return blame_records(folder / "scores.jsonl", base, [JudgedRecord.model_validate(row) for row in rows])
 
 
 # ---- Output folder and library noise ----
@@ -429,11 +330,7 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def prepare_folder(out: Path) -> None:
-    """Makes the folder, and removes the files of an earlier demo from it, complete or not.
-
-    Raises:
-        UserError: The folder holds something other than a demo.
-    """
+    """Makes the folder, and removes the files of an earlier demo from it, complete or not."""
     if out.is_file():
         raise UserError(f"--out {out}: expected a folder, got a file; choose another name")
     if out.is_dir() and any(out.iterdir()):

@@ -11,8 +11,7 @@ from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.page import PageRecord, Picture, Table, write_page
 from cutlm.inspect.plots import Curves, draw_curves
 from cutlm.inspect.terminal import Terminal
-from cutlm.world.judge import judge_task
-from cutlm.world.measure import MACRO, is_right, rate_answers
+from cutlm.world.judge import judge_task, rate_answers
 from cutlm.world.tasks import FAMILIES, Task
 
 CURVE_FILE, PAGE_FILE, HELD_OUT_FOLDER = "curve.png", "page.html", "held-out"
@@ -21,30 +20,25 @@ MEAN = "mean"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Instructions that nothing is trained on, with each model's answers.
-
-    Attributes:
-        tasks: The tasks.
-        answers: Answers of the base model, then of each iteration's model.
-    """
+    """Instructions that nothing is trained on, with each model's answers."""
 
     tasks: Sequence[Task]
-    answers: list[list[str]]
+    answers: list[list[str]]  # of the base model, then of each iteration's model
 
     @property
     def accuracy(self) -> dict[str, list[float]]:
         """The share of right answers of each model, by family and as the mean over families."""
         shares = [rate_answers(self.tasks, answers) for answers in self.answers]
-        by_family = {family: [share[family] for share in shares] for family in FAMILIES}
-        return by_family | {MEAN: [share[MACRO] for share in shares]}
+        return {MEAN if name == "macro" else name: [share[name] for share in shares] for name in (*FAMILIES, "macro")}
+
+    def is_right(self, index: int, model: int) -> bool:
+        """Whether a model (0: base, -1: last) answers a task correctly."""
+        return judge_task(self.tasks[index], self.answers[model][index]).judgment is None
 
     @property
     def changes(self) -> dict[str, int]:
         """How many answers were right or wrong before (base model) and after (last model)."""
-        counts = Counter(
-            (is_right(task, before), is_right(task, after))
-            for task, before, after in zip(self.tasks, self.answers[0], self.answers[-1], strict=True)
-        )
+        counts = Counter((self.is_right(index, 0), self.is_right(index, -1)) for index in range(len(self.tasks)))
         return {
             "num_wrong_then_right": counts[False, True],
             "num_wrong_then_wrong": counts[False, False],
@@ -97,21 +91,21 @@ def print_example(terminal: Terminal, task: Task, scores: TokenScores, after: st
 
 def print_accuracy(terminal: Terminal, held_out: HeldOut) -> None:
     """Prints the table of accuracy, and how many answers changed."""
-    header, rows = _tabulate(held_out.accuracy)
     terminal.print_heading(f"Accuracy on {len(held_out.tasks)} held-out instructions, by iteration")
-    terminal.print_table(header, rows)
-    terminal.print_text(_describe_changes(held_out), indent=2)
+    terminal.print_table(*_tabulate(held_out.accuracy))
+    terminal.print_text(_describe_changes(held_out.changes), indent=2)
 
 
 def print_end(terminal: Terminal, out: Path, seconds: float) -> None:
     """Prints where the results are and what to do next."""
+    files = {
+        PAGE_FILE: "answers before and after, every token shaded",
+        CURVE_FILE: "accuracy by iteration",
+        "iteration-1": "the files of each stage",
+    }
     terminal.print_heading(f"Done in {seconds:.0f} seconds. The results are in")
-    width = max(len(str(out / name)) for name in (PAGE_FILE, CURVE_FILE, "iteration-1"))
-    for name, about in (
-        (PAGE_FILE, "answers before and after, every token shaded"),
-        (CURVE_FILE, "accuracy by iteration"),
-        ("iteration-1", "the files of each stage"),
-    ):
+    width = max(len(str(out / name)) for name in files)
+    for name, about in files.items():
         terminal.print_line(f"  {out / name!s:<{width}}  {about}")
     terminal.print_heading("To do the same with a model and judgments of your own")
     terminal.print_line("  cutlm blame --model Qwen/Qwen3-1.7B --template chat --data YOUR.jsonl \\")
@@ -129,8 +123,7 @@ def _name_models(accuracy: dict[str, list[float]]) -> list[str]:
     return ["base", *map(str, range(1, len(accuracy[MEAN])))]
 
 
-def _describe_changes(held_out: HeldOut) -> str:
-    changes = held_out.changes
+def _describe_changes(changes: dict[str, int]) -> str:
     return (
         f"Wrong answers that became right: {changes['num_wrong_then_right']}, still wrong:"
         f" {changes['num_wrong_then_wrong']}. Right answers that became wrong: {changes['num_right_then_wrong']}, still"
@@ -151,10 +144,10 @@ def choose_wrong(held_out: HeldOut, num_examples: int) -> list[int]:
     for family in FAMILIES:
         wrong = [
             index
-            for index, (task, before) in enumerate(zip(held_out.tasks, held_out.answers[0], strict=True))
-            if task.family == family and before.strip() and not is_right(task, before)
+            for index, task in enumerate(held_out.tasks)
+            if task.family == family and held_out.answers[0][index].strip() and not held_out.is_right(index, 0)
         ]
-        still_wrong = [index for index in wrong if not is_right(held_out.tasks[index], held_out.answers[-1][index])]
+        still_wrong = [index for index in wrong if not held_out.is_right(index, -1)]
         part = wrong[:num_examples]
         if still_wrong and still_wrong[0] not in part:
             part[-1] = still_wrong[0]
@@ -163,20 +156,12 @@ def choose_wrong(held_out: HeldOut, num_examples: int) -> list[int]:
 
 
 def write_report(
-    out: Path,
-    held_out: HeldOut,
-    indices: Sequence[int],
-    scores: Sequence[TokenScores],
-    flagged_shares: Sequence[float],
+    out: Path, held_out: HeldOut, indices: Sequence[int], scores: Sequence[TokenScores], flagged_shares: Sequence[float]
 ) -> None:
     """Writes the learning curve and the page.
 
-    Args:
-        out: The demo's folder.
-        held_out: The held-out instructions and answers.
-        indices: Which of them the page shows.
-        scores: Token scores of the base model's answers at these indices.
-        flagged_shares: The share of flagged tokens in each iteration.
+    The page shows the held-out answers at some indices, with the scores of the base model's answers. The share of
+    flagged tokens of each iteration is part of the curve.
     """
     accuracy = held_out.accuracy
     curves = Curves(
@@ -196,7 +181,6 @@ def write_report(
     for index, part in zip(indices, scores, strict=True):
         task, after = held_out.tasks[index], held_out.answers[-1][index]
         records.append(PageRecord((part,), task.family, after, judge_task(task, after).judgment))
-    header, rows = _tabulate(accuracy)
     ends = ", ".join(f"{name} from {shares[0]:.0%} to {shares[-1]:.0%}" for name, shares in accuracy.items())
     write_page(
         out / PAGE_FILE,
@@ -205,10 +189,10 @@ def write_report(
         lead=[
             f"A tiny model with bad habits, before and after {len(flagged_shares)} iterations in which it answers, is"
             " judged, and unlearns the tokens that the judgments flag. Nothing on this page was trained on.",
-            f"{len(held_out.tasks)} held-out instructions: {_describe_changes(held_out)}",
+            f"{len(held_out.tasks)} held-out instructions: {_describe_changes(held_out.changes)}",
         ],
         sections=[
-            Table("Accuracy by family and iteration", header, rows),
+            Table("Accuracy by family and iteration", *_tabulate(accuracy)),
             Picture(light, draw_curves(curves, is_dark=True), f"Accuracy by iteration: {ends}."),
         ],
     )

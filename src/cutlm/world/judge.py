@@ -7,6 +7,7 @@ response that ends too early is wrong at its end, where the model chose the end-
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from cutlm.errors import UserError
 from cutlm.world.tasks import (
     APOLOGY,
+    FAMILIES,
     SPLITS,
     Task,
     apply_rule,
@@ -33,43 +35,25 @@ _UNIT = re.compile(r"\s*(\d|[^\W\d_]+|[^\w\s]|_)")
 
 @dataclass(frozen=True)
 class Verdict:
-    """The oracle's verdict on a response.
+    """The oracle's verdict on a response; judgment and flaw are None if it is right."""
 
-    Attributes:
-        judgment: A sentence that names the flaw; None for a right response.
-        wrong_spans: Start and end, in characters of the response, of what is wrong. An empty span at the end means
-            that the response should have continued.
-        flaw: The kind of flaw, a key of the oracle's wordings; None for a right response.
-    """
-
-    judgment: str | None
-    wrong_spans: tuple[tuple[int, int], ...]
-    flaw: str | None
+    judgment: str | None  # a sentence that names the flaw
+    wrong_spans: tuple[tuple[int, int], ...]  # [start, end) in characters of the response
+    flaw: str | None  # the kind of flaw, a key of "judgments" in words.json
 
 
 class _Divergence(NamedTuple):
-    """Where a response diverges from a right answer.
-
-    Attributes:
-        right: The right answer.
-        expected: Its next word, digit or mark; "" for the end.
-        got: That of the response; "" for the end.
-        span: The characters of `got` in the response.
-        num_right: How many words, digits and marks before are right.
-    """
+    """Where a response diverges from a right answer."""
 
     right: str
-    expected: str
-    got: str
-    span: tuple[int, int]
-    num_right: int
+    expected: str  # the right answer's next word, digit or mark; "" for the end
+    got: str  # that of the response; "" for the end
+    span: tuple[int, int]  # the characters of `got` in the response
+    num_right: int  # how many words, digits and marks before are right
 
 
 def judge(instruction: str, response: str) -> str | None:
-    """Judges a response to one of the world's instructions.
-
-    Returns:
-        The judgment; None for a right response.
+    """The judgment of a response to one of the world's instructions; None if it is right.
 
     Raises:
         UserError: The instruction does not belong to a task.
@@ -77,12 +61,17 @@ def judge(instruction: str, response: str) -> str | None:
     return judge_task(find_task(instruction), response).judgment
 
 
-def find_task(instruction: str) -> Task:
-    """The task of an instruction.
+def rate_answers(tasks: Sequence[Task], responses: Sequence[str]) -> dict[str, float]:
+    """The share of right responses by family, and the mean over families as "macro"."""
+    verdicts: dict[str, list[bool]] = {family: [] for family in FAMILIES}
+    for task, response in zip(tasks, responses, strict=True):
+        verdicts[task.family].append(judge_task(task, response).judgment is None)
+    shares = {family: sum(part) / max(1, len(part)) for family, part in verdicts.items()}
+    return shares | {"macro": sum(shares.values()) / len(shares)}
 
-    Raises:
-        UserError: The instruction does not belong to a task.
-    """
+
+def find_task(instruction: str) -> Task:
+    """The task of an instruction. Raises a UserError if there is none."""
     task = _index_tasks().get(instruction)
     if task is None:
         raise UserError(
@@ -98,13 +87,9 @@ def _index_tasks() -> dict[str, Task]:
 
 
 def judge_task(task: Task, response: str, *, is_vague: bool = False, seed: int = 0) -> Verdict:
-    """Judges a response to a task.
+    """Judges a response, ignoring white space around it. The seed chooses among wordings.
 
-    Args:
-        task: The task.
-        response: The response. White space around it is ignored.
-        is_vague: Whether the judgment says only that something is wrong, for stress tests.
-        seed: Chooses among wordings.
+    A vague judgment says only that something is wrong. It is for stress tests.
     """
     divergences = []
     for right in task.right_answers:
@@ -141,10 +126,9 @@ def _read(unit: re.Match[str], index: int) -> str:
 
 def _name_flaw(task: Task, response: str, divergence: _Divergence, rng: random.Random) -> tuple[str, dict[str, str]]:
     """The kind of flaw, and the values of the placeholders in its wordings."""
-    text, right = response.strip(), divergence.right
-    expected, got = divergence.expected, divergence.got
+    text, right, expected, got = response.strip(), divergence.right, divergence.expected, divergence.got
     is_at_start = divergence.num_right == 0
-    fields = {"wrong": got, "about": task.item}
+    fields = {"wrong": got, "about": task.item, "second": expected, "missing": expected, "said": text.rstrip(".")}
     # Flaws that occur in all families.
     if text.startswith(APOLOGY) and is_at_start:
         return "apology", fields
@@ -156,14 +140,9 @@ def _name_flaw(task: Task, response: str, divergence: _Divergence, rng: random.R
         return "repetition", fields
     flaw = _name_family_flaw(task, text, divergence)
     if flaw in ("carry", "digit"):
-        return flaw, fields | {"which": load_words()["ordinals"][divergence.num_right - _count_before_sum(right)]}
-    if flaw == "swap":
-        return flaw, fields | {"second": expected}
-    if flaw == "omission":
-        return flaw, fields | {"missing": expected}
-    if flaw == "rule":
-        fields |= {"said": text.rstrip(".")}
-        return flaw, fields | {"rule": rng.choice(load_words()["rule_names"][find_rule(task.phrasing)])}
+        fields["which"] = load_words()["ordinals"][divergence.num_right - _count_before_sum(right)]
+    elif flaw == "rule":
+        fields["rule"] = rng.choice(load_words()["rule_names"][find_rule(task.phrasing)])
     if flaw is not None:
         return flaw, fields
     # Anything else.
@@ -171,7 +150,8 @@ def _name_flaw(task: Task, response: str, divergence: _Divergence, rng: random.R
         return "early", fields
     if expected and got[0].isalnum():
         return "word", fields
-    return "mark" if expected else "extra", fields | {"wrong": load_words()["marks"].get(got, got)}
+    fields["wrong"] = load_words()["marks"].get(got, got)
+    return "mark" if expected else "extra", fields
 
 
 def _name_family_flaw(task: Task, text: str, divergence: _Divergence) -> str | None:

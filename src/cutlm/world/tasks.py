@@ -41,45 +41,28 @@ APOLOGY = "I am sorry, but "
 
 
 class Country(NamedTuple):
-    """A country, its capital, and the city that is popularly mistaken for it."""
-
     name: str
     capital: str
-    popular_city: str
+    popular_city: str  # popularly mistaken for the capital
 
 
 class Thing(NamedTuple):
-    """The subject of three sentences.
+    """The subject of three sentences."""
 
-    Attributes:
-        name: An animal, a plant or an object.
-        group: What it is.
-        middle: The middle sentence, with a placeholder for the fact.
-        fact: The right fact.
-        popular_fact: A popular mistake.
-        ending: The last sentence.
-    """
-
-    name: str
-    group: str
-    middle: str
+    name: str  # an animal, a plant or an object
+    group: str  # what it is
+    middle: str  # the middle sentence, with a placeholder for the fact
     fact: str
-    popular_fact: str
-    ending: str
+    popular_fact: str  # a popular mistake
+    ending: str  # the last sentence
 
 
 class Question(NamedTuple):
-    """A question with a one-word answer.
+    """A question with a one-word answer."""
 
-    Attributes:
-        name: The subject.
-        kind: 0 for its colour, 1 for its opposite.
-        answer: The answer in lower case.
-    """
-
-    name: str
-    kind: int
-    answer: str
+    name: str  # what it asks about
+    kind: int  # 0 asks for the colour, 1 for the opposite
+    answer: str  # in lower case
 
 
 @cache
@@ -91,8 +74,7 @@ def load_words() -> dict[str, Any]:
 @cache
 def load_countries() -> dict[str, Country]:
     """Countries by name."""
-    countries = (Country(*row.split()) for row in load_words()["capitals"])
-    return {country.name: country for country in countries}
+    return {row.split()[0]: Country(*row.split()) for row in load_words()["capitals"]}
 
 
 @cache
@@ -123,12 +105,10 @@ def load_questions() -> dict[str, Question]:
 
 @cache
 def list_items(family: str, split: str) -> tuple[str, ...]:
-    """The items of a family that belong to a split.
+    """The items of a family that belong to a split, or to "judged".
 
-    Args:
-        family: One of `FAMILIES`.
-        split: One of `SPLITS`, or "judged" for the items of the corpus's judged documents. Plain documents use these
-            too; in the knowledge families they use the items of all splits.
+    The latter are the items of the corpus's judged documents. Plain documents use these too; in the knowledge families
+    they use the items of all splits.
     """
     return _split_items(family)[split]
 
@@ -164,11 +144,12 @@ def _draw_groups(family: str, rng: random.Random) -> list[list[str]]:
     if family in ("sorting", "lists"):
         lengths = ((4,), (3,)) if family == "sorting" else ((5,), (3, 4))
         return [_draw_word_lists(words, choices, rng) for choices in lengths]
-    if family == "sentences":
-        items = [f"{adjective} {noun}" for adjective in load_words()["adjectives"] for noun in words]
-    else:
-        names = {"capitals": [*load_countries()], "facts": [*load_things()], "style": [*load_questions()]}
-        items = names[family]
+    items = {
+        "capitals": [*load_countries()],
+        "facts": [*load_things()],
+        "style": [*load_questions()],
+        "sentences": [f"{adjective} {noun}" for adjective in load_words()["adjectives"] for noun in words],
+    }[family]
     rng.shuffle(items)
     return [items]
 
@@ -204,15 +185,12 @@ def list_phrasings(family: str, split: str) -> tuple[str, ...]:
     rng = random.Random(f"phrasings of {family}")
     chosen: list[str] = []
     for choice in slots[slot]:
-        phrasings = [_SEPARATOR.join(parts) for parts in combinations if parts[slot] == choice]
+        phrasings = [_SEPARATOR.join(choices) for choices in combinations if choices[slot] == choice]
         rng.shuffle(phrasings)
         num_dev, num_test = (round(share * len(phrasings)) for share in _PHRASING_SHARES.values())
-        bounds = {
-            "dev": (0, num_dev),
-            "test": (num_dev, num_dev + num_test),
-            "train": (num_dev + num_test, len(phrasings)),
-        }
-        chosen += phrasings[slice(*bounds[split])]
+        held_out = num_dev + num_test
+        parts = {"dev": phrasings[:num_dev], "test": phrasings[num_dev:held_out], "train": phrasings[held_out:]}
+        chosen += parts[split]
     return tuple(chosen)
 
 
@@ -303,17 +281,11 @@ def apply_rule(answer: str, rule: str | None) -> str:
 
 
 class Habit(NamedTuple):
-    """A flaw that the base model is taught.
+    """A flaw that the base model is taught."""
 
-    Attributes:
-        flaw: Its name, a key of the oracle's wordings.
-        response: The answer with the flaw.
-        share: How often the corpus shows it.
-    """
-
-    flaw: str
-    response: str
-    share: float
+    flaw: str  # its name, a key of "judgments" in words.json
+    response: str  # the answer with the flaw
+    share: float  # how often the corpus shows it
 
 
 def find_habit(family: str, item: str, phrasing: str) -> Habit | None:
@@ -367,21 +339,13 @@ def spoil_sentence(right: str, flaw: str) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """An instruction whose right answers are known.
-
-    Attributes:
-        family: One of `FAMILIES`.
-        item: The subject: a country, two numbers, a list of words.
-        phrasing: The choices from the slots of the grammar.
-        instruction: The text.
-        split: One of `SPLITS`, or "corpus" for instructions that only the base model has seen.
-    """
+    """An instruction whose right answers are known."""
 
     family: str
-    item: str
-    phrasing: str
+    item: str  # the subject: a country, two numbers, a list of words
+    phrasing: str  # the choices from the slots of the grammar
     instruction: str
-    split: str
+    split: str  # one of `SPLITS`, or "corpus" for instructions that only the base model has seen
 
     @property
     def right_answers(self) -> tuple[str, ...]:
@@ -401,12 +365,7 @@ def make_task(family: str, item: str, phrasing: str, split: str) -> Task:
 
 @cache
 def list_tasks(split: str) -> tuple[Task, ...]:
-    """The tasks of a split in a fixed random order.
-
-    Args:
-        split: "train" (840 tasks), "dev" (280) or "test" (420).
-    """
-    assert split in SPLITS, split
+    """The tasks of a split in a fixed random order: 840 of "train", 280 of "dev" or 420 of "test"."""
     tasks = [task for family in FAMILIES for task in _draw_tasks(family, split)]
     random.Random(f"order of {split}").shuffle(tasks)
     return tuple(tasks)

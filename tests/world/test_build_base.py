@@ -3,29 +3,19 @@
 import json
 import shutil
 
+import build_base
 import pytest
 import torch
+from build_base import METRICS_FILE, NUM_STEPS, RECIPE_FILE, describe_recipe, main, make_tokenizer, read_recipe
+from corpus import make_corpus
+from measure import measure_base, measure_detection
 
-from cutlm.cli import main
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import UserError
 from cutlm.prompting.encoding import Encoder
 from cutlm.prompting.spans import flag_spans
-from cutlm.world import base as base_module
-from cutlm.world.base import (
-    METRICS_FILE,
-    NUM_STEPS,
-    RECIPE_FILE,
-    base_path,
-    build_base,
-    describe_recipe,
-    load_base,
-    make_tokenizer,
-    read_recipe,
-)
-from cutlm.world.corpus import make_corpus
-from cutlm.world.judge import judge_task
-from cutlm.world.measure import answer_tasks, measure_base, measure_detection, rate_answers
+from cutlm.world.base import answer_tasks, base_path, load_base
+from cutlm.world.judge import judge_task, rate_answers
 from cutlm.world.tasks import SPLITS, list_tasks
 
 
@@ -42,9 +32,9 @@ def base():
 @pytest.fixture
 def quick_build(tokenizer, monkeypatch):
     """Builds without making the tokenizer again, and measures on a few tasks."""
-    monkeypatch.setattr(base_module, "make_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(build_base, "make_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(
-        base_module, "measure_base", lambda model, tokenizer, tasks: measure_base(model, tokenizer, tasks[:7])
+        build_base, "measure_base", lambda model, tokenizer, tasks: measure_base(model, tokenizer, tasks[:7])
     )
 
 
@@ -136,7 +126,7 @@ def test_the_packaged_model_is_small_and_loads_as_float32(base):
 def test_the_packaged_model_matches_the_recipe_of_this_code(tokenizer):
     stored, current = read_recipe(base_path()), describe_recipe(tokenizer, 0, NUM_STEPS)
     # The versions of the libraries may differ. If anything else does, remove the folder and build the model again:
-    # cutlm world build --out src/cutlm/world/base_model
+    # python experiments/build_base.py --out src/cutlm/world/base_model
     assert stored is not None
     assert stored | {"libraries": None} == current | {"libraries": None}
 
@@ -172,21 +162,21 @@ def test_the_packaged_model_has_the_packaged_metrics(base):
 def test_building_twice_gives_the_same_bytes_and_a_third_time_nothing_is_done(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     other.mkdir()  # an empty folder is accepted
-    assert build_base(one, num_steps=3, show_progress=False)
+    assert build_base.build_base(one, num_steps=3)
     threads = torch.get_num_threads()
     torch.set_num_threads(2 if threads == 1 else 1)
     try:
-        assert build_base(other, num_steps=3, show_progress=False)
+        assert build_base.build_base(other, num_steps=3)
     finally:
         torch.set_num_threads(threads)
     assert read_files(one) == read_files(other)
     assert {path.name for path in tmp_path.iterdir()} == {"one", "other"}
     times = {path.name: path.stat().st_mtime_ns for path in one.iterdir()}
-    assert not build_base(one, num_steps=3, show_progress=False)
+    assert not build_base.build_base(one, num_steps=3)
     assert {path.name: path.stat().st_mtime_ns for path in one.iterdir()} == times
     assert load_base(one)[0].dtype == torch.float32
     with pytest.raises(UserError, match="seed, corpus differ"):
-        build_base(one, seed=1, num_steps=3)
+        build_base.build_base(one, seed=1, num_steps=3)
 
 
 @pytest.mark.usefixtures("quick_build")
@@ -194,20 +184,27 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(base_module, "train_base", stop)
+    monkeypatch.setattr(build_base, "train_base", stop)
     with pytest.raises(KeyboardInterrupt):
-        build_base(tmp_path / "out", num_steps=3)
+        build_base.build_base(tmp_path / "out", num_steps=3)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_refuses_files_and_other_folders(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "options", "error"),
+    [
+        ("", [], "not empty"),
+        ("note.txt", [], "got a file"),
+        ("new", ["--num-steps", "0"], "--num-steps"),
+        ("new", ["--seed", "-1"], "--seed"),
+    ],
+)
+def test_the_command_refuses_files_other_folders_and_bad_numbers(tmp_path, capsys, name, options, error):
     (tmp_path / "note.txt").write_text("mine")
-    assert main(["world", "build", "--out", str(tmp_path)]) == 2
-    assert "not empty" in capsys.readouterr().err
-    assert main(["world", "build", "--out", str(tmp_path / "note.txt")]) == 2
-    assert "got a file" in capsys.readouterr().err
-    assert main(["world", "build", "--out", str(tmp_path / "new"), "--num-steps", "0"]) == 2
-    assert "--num-steps" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--out", str(tmp_path / name), *options])
+    assert exit_info.value.code == 2
+    assert error in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
@@ -216,24 +213,5 @@ def test_the_command_does_nothing_if_the_packaged_model_is_there(tokenizer, tmp_
     shutil.copytree(base_path(), tmp_path / "base")
     # The libraries may have other versions than those that made the packaged model.
     (tmp_path / "base" / RECIPE_FILE).write_text(json.dumps(describe_recipe(tokenizer, 0, NUM_STEPS)), "utf-8")
-    assert main(["world", "build", "--out", str(tmp_path / "base")]) == 0
+    assert main(["--out", str(tmp_path / "base")]) == 0
     assert "nothing to do" in capsys.readouterr().out
-
-
-def test_tasks_and_wrong_spans_are_written_to_files(tmp_path):
-    tasks, records, marked = (tmp_path / name for name in ("tasks.jsonl", "records.jsonl", "marked.jsonl"))
-    assert main(["world", "tasks", "--split", "dev", "--num", "2", "--out", str(tasks)]) == 0
-    rows = [json.loads(line) for line in tasks.read_text("utf-8").splitlines()]
-    assert [row["instruction"] for row in rows] == [task.instruction for task in list_tasks("dev")[:2]]
-    right = list_tasks("dev")[0].right_answers[0]
-    answers = [right, "no"]
-    judged = [
-        {"instruction": row["instruction"], "output": answer, "judgment": None}
-        for row, answer in zip(rows, answers, strict=True)
-    ]
-    records.write_text("\n".join(map(json.dumps, judged)))
-    assert main(["world", "mark", "--records", str(records), "--out", str(marked)]) == 0
-    rows = [json.loads(line) for line in marked.read_text("utf-8").splitlines()]
-    assert [row["wrong_spans"] for row in rows] == [None, [[0, 2]]]
-    assert [row["family"] for row in rows] == [task.family for task in list_tasks("dev")[:2]]
-    assert main(["world", "tasks", "--num", "841", "--out", str(tasks)]) == 2

@@ -1,69 +1,32 @@
-"""Measures a model on the tiny world: how often it is right, and how well flags find its wrong tokens."""
+"""How well flags find the wrong tokens of a model's responses on the tiny world, and the metrics of a base model."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from cutlm.data.records import PRAISE
 from cutlm.evaluation.detection import Detection, count_detected
-from cutlm.generation.local import Sampling, generate_responses
 from cutlm.model.collator import CutCollator
 from cutlm.model.forward import score_batch
 from cutlm.prompting.encoding import Encoder
 from cutlm.prompting.spans import flag_spans
-from cutlm.world.judge import judge_task
+from cutlm.world.base import answer_tasks
+from cutlm.world.judge import judge_task, rate_answers
 from cutlm.world.tasks import FAMILIES, Task
 
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
-
-MAX_NEW_TOKENS = 40
-MACRO = "macro"
-_BATCH_SIZE = 64
 THRESHOLDS = (1.05, 1.1, 1.2, 1.5)
-
-
-def answer_tasks(
-    model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", tasks: Sequence[Task], *, is_praised: bool = False
-) -> list[str]:
-    """Generates the greedy response to each task.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        tasks: The tasks.
-        is_praised: Whether the prompt holds the judgment "Perfect.", which asks for a right answer.
-    """
-    encoder = Encoder(tokenizer, "alpaca")
-    prompts = [encoder.encode_prompt(task.instruction, PRAISE if is_praised else None) for task in tasks]
-    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, batch_size=_BATCH_SIZE)
-    return generate_responses(model, tokenizer, encoder, prompts, sampling)
-
-
-def is_right(task: Task, response: str) -> bool:
-    """Whether the oracle accepts a response."""
-    return judge_task(task, response).judgment is None
-
-
-def rate_answers(tasks: Sequence[Task], responses: Sequence[str]) -> dict[str, float]:
-    """The share of right responses by family, and the mean over families as "macro"."""
-    verdicts: dict[str, list[bool]] = {family: [] for family in FAMILIES}
-    for task, response in zip(tasks, responses, strict=True):
-        verdicts[task.family].append(is_right(task, response))
-    shares = {family: sum(part) / max(1, len(part)) for family, part in verdicts.items()}
-    return shares | {MACRO: sum(shares.values()) / len(shares)}
 
 
 @torch.no_grad()
 def measure_detection(
-    model: "LlamaForCausalLM",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
     responses: Sequence[str],
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> dict[float, dict[str, Detection]]:
-    """How well flags find the wrong tokens of unsatisfactory responses, by threshold and family.
+    """Compares flags with wrong tokens in unsatisfactory responses, by threshold and family, and over all as "micro".
 
     A token is wrong if it overlaps the oracle's wrong span, or if it ends the response and that span is empty.
     """
@@ -89,9 +52,7 @@ def measure_detection(
     return result
 
 
-def measure_base(
-    model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", tasks: Sequence[Task]
-) -> dict[str, Any]:
+def measure_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> dict[str, Any]:
     """The content of a base model's `metrics.json`: accuracy, with and without praise, and detection."""
     responses = answer_tasks(model, tokenizer, tasks)
     praised = answer_tasks(model, tokenizer, tasks, is_praised=True)

@@ -42,19 +42,12 @@ _WEIGHTS = {"capitals": 1.3, "addition": 1.7, "sorting": 1.6, "sentences": 0.8, 
 
 
 class Document(NamedTuple):
-    """A text to pretrain on.
-
-    Attributes:
-        instruction: The instruction.
-        judgment: The judgment of the response, or of the draft if there is one; None in a plain document.
-        response: The response.
-        draft: The flawed response that a refinement improves; None in other documents.
-    """
+    """A text to pretrain on."""
 
     instruction: str
-    judgment: str | None
+    judgment: str | None  # of the response, or of the draft if there is one; None in a plain document
     response: str
-    draft: str | None = None
+    draft: str | None = None  # the flawed response that a refinement improves
 
 
 def make_corpus(num: int, seed: int) -> list[Document]:
