@@ -22,18 +22,18 @@ from cutlm.inspect.tables import escape_cell, format_table
 
 PACKAGES = ("alpaca-eval", "pandas")
 _TEXTS = ("instruction", "output_1", "output_2")
+_PAPERS = (
+    {f"{method}, cold start": value for method, value in ALPACA_COLD_START.items()}
+    | {f"{method}, warm start": value for method, value in ALPACA_WARM_START.items()}
+    | {f"CUT, online iteration {number}": value for number, value in enumerate(ALPACA_ONLINE, start=1)}
+)
 
 
 def read_annotations(path: str | Path, annotator: str) -> list[dict[str, Any]]:
-    """Reads verdicts as `alpaca-eval` writes them.
+    """Reads the verdicts of an annotator as `alpaca-eval` writes them; raises DataError that names all malformed rows.
 
-    Args:
-        path: Rows with `instruction`, `output_1` (the reference's), `output_2` (the model's) and `preference`: 1 to 2,
-            0 for a draw, or null.
-        annotator: The annotator that the verdicts must be from.
-
-    Raises:
-        DataError: The file cannot be read, or rows are malformed; all of them are named.
+    Rows have `instruction`, `output_1` (the reference's), `output_2` (the model's) and `preference`: 1 to 2, 0 for a
+    draw, or null.
     """
     rows, problems = read_rows(path)
     others: Counter[str] = Counter()
@@ -42,20 +42,15 @@ def read_annotations(path: str | Path, annotator: str) -> list[dict[str, Any]]:
             problems.append(f"{row.location}: expected an object, got {describe_value(row.value)}")
             continue
         for name in _TEXTS:
-            if not isinstance(row.value.get(name), str):
-                problems.append(
-                    f"{row.location}: field {name!r}: expected text, got {describe_value(row.value.get(name))}"
-                )
+            if not isinstance(value := row.value.get(name), str):
+                problems.append(f"{row.location}: field {name!r}: expected text, got {describe_value(value)}")
         value = row.value.get("preference")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (is_number and (value == 0 or 1 <= value <= 2)):
-            problems.append(
-                f"{row.location}: field 'preference': expected a number from 1 to 2, 0 for a draw, or null, got"
-                f" {describe_value(value)}"
-            )
-        theirs = row.value.get("annotator")
-        if theirs not in (None, annotator):
-            others[str(theirs)] += 1
+            expected, got = "a number from 1 to 2, 0 for a draw, or null", describe_value(value)
+            problems.append(f"{row.location}: field 'preference': expected {expected}, got {got}")
+        if (other := row.value.get("annotator")) not in (None, annotator):
+            others[str(other)] += 1
     hint = f"{len(problems)} problems in {path}; fix them, no row was skipped" if problems else ""
     if others:
         names = ", ".join(f"{name} ({count} rows)" for name, count in others.most_common())
@@ -83,19 +78,12 @@ def find_verdicts(annotations: Sequence[dict[str, Any]], pairs: Sequence[Pair]) 
 
 
 def measure_win_rate(preferences: Sequence[float | None], outputs: Sequence[str]) -> dict[str, Any]:
-    """Computes the win rate.
+    """Computes the win rate of the model's responses and its standard error, in percent, with counts.
 
     Args:
-        preferences: 1 to 2 for each pair; 2 means that the model's response is better; 0 is a draw; None no verdict.
-        outputs: The model's responses.
-
-    Returns:
-        Win rate and its standard error in percent (a draw counts half), counts, and the mean length of a response in
-        characters.
-
-    Raises:
-        DataError: There is no verdict.
-        UserError: The package is missing.
+        preferences: 1 to 2 for each pair; 2 means that the model's response is better; 0 is a draw and counts half;
+            None is no verdict. Without any verdict, it raises DataError.
+        outputs: The model's responses, for their mean length in characters.
     """
     judged = [DRAW if value == 0 else float(value) for value in preferences if value is not None]
     if not judged:
@@ -115,19 +103,16 @@ def measure_win_rate(preferences: Sequence[float | None], outputs: Sequence[str]
 
 
 def tabulate_win_rate(result: dict[str, Any], name: str, against: str) -> str:
-    """Formats the result as a Markdown table, the paper's rows below.
+    """Formats the result of `measure_win_rate`, with `annotator`, as Markdown, with the paper's rows below.
 
-    Args:
-        result: Of `measure_win_rate`, with `annotator`.
-        name: The model's name.
-        against: The reference's name.
+    The names are those of the model and of the reference.
     """
     error = "" if result["standard_error"] is None else f"{result['standard_error']:.2f}"
     counts = [f"{result[f'num_{name}']:,}" for name in ("judged", "wins", "losses", "draws")]
     own = [name, f"{result['win_rate']:.2f}", error, *counts, f"{result['mean_length']:,.0f}"]
     table = format_table(
         ["model", "win rate", "standard error", "judged", "wins", "losses", "draws", "mean length"],
-        [own, *([f"paper: {method}", f"{value:.2f}", *[""] * 6] for method, value in _list_theirs().items())],
+        [own, *([f"paper: {method}", f"{value:.2f}", *[""] * 6] for method, value in _PAPERS.items())],
     )
     return (
         f"# AlpacaEval\n\n{table}\n\nAgainst {escape_cell(against)}, by {result['annotator']};"
@@ -136,16 +121,9 @@ def tabulate_win_rate(result: dict[str, Any], name: str, against: str) -> str:
     )
 
 
-def _list_theirs() -> dict[str, float]:
-    """The paper's win rates by method."""
-    theirs = {f"{method}, cold start": value for method, value in ALPACA_COLD_START.items()}
-    theirs |= {f"{method}, warm start": value for method, value in ALPACA_WARM_START.items()}
-    return theirs | {f"CUT, online iteration {number}": value for number, value in enumerate(ALPACA_ONLINE, start=1)}
-
-
 def draw_win_rate(result: dict[str, Any], name: str, against: str) -> bytes:
     """Draws the win rate with its standard error, the paper's below; see `tabulate_win_rate`."""
     rate, error = result["win_rate"], result["standard_error"]
     ends = (None, None) if error is None else (rate - error, rate + error)
-    bars = [Bar(name, rate, *ends), *make_paper_bars(_list_theirs(), "")]
+    bars = [Bar(name, rate, *ends), *make_paper_bars(_PAPERS, "")]
     return draw_bars(f"AlpacaEval: win rate against {against}", bars, "percent, with the standard error")

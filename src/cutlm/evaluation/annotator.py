@@ -40,38 +40,23 @@ _PARSER_ERRORS = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to one instruction.
+    """Two responses to one instruction."""
 
-    Attributes:
-        location: Where the model's response is, for messages.
-        instruction: The instruction.
-        reference: The response to compare with.
-        output: The model's response.
-    """
-
-    location: str
+    location: str  # of the model's response, for messages
     instruction: str
-    reference: str
-    output: str
+    reference: str  # the response to compare with
+    output: str  # the model's response
 
 
 @dataclass(frozen=True)
 class Annotator:
-    """How to ask for a comparison.
-
-    Attributes:
-        name: Of its configuration.
-        messages: Role and text of each, with {instruction}, {output_1} and {output_2}.
-        parse: Reads an answer as a number from 1 to 2; raises or returns another number if it cannot.
-        settings: `model_name`, `temperature` and `max_tokens`, as far as the configuration has them.
-        is_shuffled: Whether the order of the responses is drawn.
-    """
+    """How to ask for a comparison."""
 
     name: str
-    messages: tuple[tuple[str, str], ...]
-    parse: Callable[[str], float]
-    settings: Mapping[str, Any]
-    is_shuffled: bool = True
+    messages: tuple[tuple[str, str], ...]  # role and text, with {instruction}, {output_1} and {output_2}
+    parse: Callable[[str], float]  # reads an answer as 1 to 2; raises or returns another number if it cannot
+    settings: Mapping[str, Any]  # `model_name`, `temperature` and `max_tokens`, as far as the configuration has them
+    is_shuffled: bool = True  # whether the order of the responses is drawn
 
     def fill(self, pair: Pair) -> list[dict[str, str]]:
         """Returns the messages. Texts are inserted literally: placeholders inside them are not filled in."""
@@ -102,23 +87,14 @@ class Annotator:
 
 @dataclass
 class Verdicts:
-    """The verdicts on pairs, by their index.
+    """The verdicts on pairs, by their index."""
 
-    Attributes:
-        preferences: 1 to 2; 2 means that the model's response is better.
-        unread: Answers that are not verdicts.
-        failures: Why there is no answer.
-        num_cached: Verdicts that were in the cache.
-        num_requests: Requests of this run.
-        num_tokens: Tokens of this run, of prompts and answers.
-    """
-
-    preferences: dict[int, float] = field(default_factory=dict)
-    unread: dict[int, str] = field(default_factory=dict)
-    failures: dict[int, str] = field(default_factory=dict)
-    num_cached: int = 0
-    num_requests: int = 0
-    num_tokens: int = 0
+    preferences: dict[int, float] = field(default_factory=dict)  # 1 to 2; 2: the model's response is better
+    unread: dict[int, str] = field(default_factory=dict)  # answers that are not verdicts
+    failures: dict[int, str] = field(default_factory=dict)  # why there is no answer
+    num_cached: int = 0  # verdicts that were in the cache
+    num_requests: int = 0  # of this run
+    num_tokens: int = 0  # of this run, of prompts and answers
 
     def describe(self) -> list[str]:
         """Returns sentences on requests and failures."""
@@ -148,13 +124,9 @@ def _silence_root_logger() -> Iterator[None]:
 
 
 def load_annotator(name: str) -> Annotator:
-    """Reads an annotator's configuration.
+    """Reads the configuration of an annotator; UserError if it asks in a way that cutlm does not support.
 
-    Args:
-        name: Of one that comes with `alpaca-eval`, or a folder with a `configs.yaml` of the same format.
-
-    Raises:
-        UserError: There is none, it is malformed, or it asks in a way that cutlm does not support.
+    The name is that of one that comes with `alpaca-eval`, or of a folder with a `configs.yaml` of the same format.
     """
     base = Path(import_alpaca_eval("constants").EVALUATORS_CONFIG_DIR)
     folder = Path(name) if (Path(name) / "configs.yaml").is_file() else base / name
@@ -225,29 +197,17 @@ def _read_template(name: str, file: Any, folders: Sequence[Path]) -> str:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--annotator {name}: {path} cannot be read as UTF-8 text ({error}); fix it") from None
-    missing = sorted({"instruction", "output_1", "output_2"} - set(_PLACEHOLDERS.findall(text)))
-    if missing:
+    if missing := sorted({"instruction", "output_1", "output_2"} - set(_PLACEHOLDERS.findall(text))):
         names = ", ".join(f"{{{placeholder}}}" for placeholder in missing)
         raise UserError(f"--annotator {name}: {path}: expected the placeholders {names}, got none; add them")
     return text
 
 
-def ask_verdicts(
-    pairs: Sequence[Pair],
-    annotator: Annotator,
-    server: Server,
-    cache_file: str | Path,
-) -> Verdicts:
+def ask_verdicts(pairs: Sequence[Pair], annotator: Annotator, server: Server, cache_file: str | Path) -> Verdicts:
     """Asks which response of each pair is better; equal responses are a draw without a request.
 
-    Args:
-        pairs: The pairs to compare.
-        annotator: How to ask.
-        server: The server.
-        cache_file: Where answers are cached; answers that are not verdicts are not, and are requested again.
-
-    Raises:
-        UserError: The server refuses every request. Earlier answers are cached.
+    Answers are cached, except those that are not verdicts, which are requested again. If the server refuses every
+    request, it raises UserError.
     """
     verdicts = Verdicts({index: DRAW for index, pair in enumerate(pairs) if pair.output == pair.reference})
     bodies = {
@@ -255,7 +215,8 @@ def ask_verdicts(
         for index, pair in enumerate(pairs)
         if index not in verdicts.preferences
     }
-    keys = {index: _make_key(server, body) for index, body in bodies.items()}
+    texts = {index: json.dumps([server.url, body], sort_keys=True) for index, body in bodies.items()}
+    keys = {index: hashlib.sha256(text.encode()).hexdigest() for index, text in texts.items()}
     with Cache(cache_file) as cache:
         cached = cache.get_many(set(keys.values()))
         for index, key in keys.items():
@@ -289,11 +250,5 @@ def ask_verdicts(
 
 def make_body(server: Server, annotator: Annotator, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """Returns the body of a request, with the sampling settings of the annotator's configuration."""
-    settings = annotator.settings
-    return server.make_body(
-        messages, temperature=settings.get("temperature", 0.0), max_tokens=settings.get("max_tokens", 1024)
-    )
-
-
-def _make_key(server: Server, body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([server.url, body], sort_keys=True).encode()).hexdigest()
+    known = {"temperature": 0.0, "max_tokens": 1024} | dict(annotator.settings)
+    return server.make_body(messages, temperature=known["temperature"], max_tokens=known["max_tokens"])

@@ -8,7 +8,7 @@ responses with known wrong spans count.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from cutlm.flagging.token_scores import TokenScores
@@ -20,17 +20,11 @@ THRESHOLDS = (1.0, 1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0, 3.0)
 
 @dataclass(frozen=True)
 class Detection:
-    """Counts of tokens.
+    """Counts of tokens."""
 
-    Attributes:
-        num_true: Wrong and flagged.
-        num_false: Flagged but not wrong.
-        num_missed: Wrong but not flagged.
-    """
-
-    num_true: int
-    num_false: int
-    num_missed: int
+    num_true: int  # wrong and flagged
+    num_false: int  # flagged but not wrong
+    num_missed: int  # wrong but not flagged
 
     @property
     def precision(self) -> float:
@@ -45,25 +39,17 @@ class Detection:
         return 2 * self.num_true / max(1, 2 * self.num_true + self.num_false + self.num_missed)
 
     def __add__(self, other: "Detection") -> "Detection":
-        return Detection(
-            self.num_true + other.num_true, self.num_false + other.num_false, self.num_missed + other.num_missed
-        )
+        return Detection(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass
 class Evidence:
-    """Tokens to measure detection with.
+    """Tokens to measure detection with."""
 
-    Attributes:
-        tokens: By group of records (None without groups), each token's log ratio log p(y_t|x,j) - log p(y_t|x), and
-            whether it is wrong.
-        num_records: Number of records that they come from.
-        left_out: Numbers of other records by the reason why they are left out.
-    """
-
+    # By group of records (None without groups), each token's log p(y_t|x,j) - log p(y_t|x), and whether it is wrong.
     tokens: dict[str | None, list[tuple[float, bool]]] = field(default_factory=dict)
-    num_records: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
+    num_records: int = 0  # that the tokens come from
+    left_out: Counter[str] = field(default_factory=Counter)  # numbers of other records, by reason
 
     @property
     def all_tokens(self) -> list[tuple[float, bool]]:
@@ -71,12 +57,7 @@ class Evidence:
 
 
 def gather_evidence(scores: Iterable[TokenScores], name_group: Callable[[TokenScores], str] | None = None) -> Evidence:
-    """Finds each token's log ratio and whether it is wrong.
-
-    Args:
-        scores: Token scores of `cutlm blame`.
-        name_group: Returns the group of a record; None for no groups.
-    """
+    """Finds each token's log ratio and whether it is wrong, by the groups of the records, if `name_group` is given."""
     evidence = Evidence()
     for score in scores:
         record = score.record
@@ -104,10 +85,8 @@ def count_detected(tokens: Iterable[tuple[float, bool]], threshold: float) -> De
 def compute_average_precision(tokens: Iterable[tuple[float, bool]]) -> float | None:
     """Computes average precision: the mean over wrong tokens of the precision at the threshold that just flags them.
 
-    Tokens with equal ratios are flagged together. For a random order it is about the share of wrong tokens.
-
-    Returns:
-        None if no token is wrong.
+    Tokens with equal ratios are flagged together. For a random order it is about the share of wrong tokens. None if no
+    token is wrong.
     """
     by_ratio: dict[float, list[bool]] = defaultdict(list)
     for ratio, is_wrong in tokens:
@@ -122,14 +101,10 @@ def compute_average_precision(tokens: Iterable[tuple[float, bool]]) -> float | N
 
 
 def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Any]:
-    """Measures detection at each threshold, for each group and for all tokens.
-
-    Args:
-        evidence: The result of `gather_evidence`.
-        thresholds: The thresholds.
+    """Measures detection at each threshold, for each group and, as the group None, for all tokens.
 
     Returns:
-        The content of result.json. The group None is all tokens; precision is None if no token is flagged.
+        The content of result.json. Precision is None if no token is flagged.
     """
     names = sorted(name for name in evidence.tokens if name is not None)
     groups: dict[str | None, list[tuple[float, bool]]] = {name: evidence.tokens[name] for name in names}
@@ -139,16 +114,9 @@ def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOL
         for name, tokens in groups.items():
             counts = count_detected(tokens, threshold)
             num_flagged = counts.num_true + counts.num_false
-            rows.append(
-                {
-                    "threshold": threshold,
-                    "group": name,
-                    "precision": counts.precision if num_flagged else None,
-                    "recall": counts.recall,
-                    "f1": counts.f1,
-                    "num_flagged": num_flagged,
-                }
-            )
+            precision = counts.precision if num_flagged else None
+            rates = {"precision": precision, "recall": counts.recall, "f1": counts.f1}
+            rows.append({"threshold": threshold, "group": name, **rates, "num_flagged": num_flagged})
     best = max((row for row in rows if row["group"] is None), key=lambda row: row["f1"])
     return {
         "average_precision": compute_average_precision(groups[None]),
@@ -158,9 +126,7 @@ def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOL
         "num_tokens": len(groups[None]),
         "num_wrong": sum(is_wrong for _, is_wrong in groups[None]),
         "left_out": dict(evidence.left_out),
-        "average_precision_by_group": {
-            name: compute_average_precision(tokens) for name, tokens in groups.items() if name is not None
-        },
+        "average_precision_by_group": {name: compute_average_precision(groups[name]) for name in names},
         "thresholds": rows,
     }
 
@@ -197,13 +163,9 @@ def _show(number: float | None) -> str:
 
 
 def plot_detection(axes: Any, rows: Sequence[dict[str, Any]], name: str = "", color: str = "#0072b2") -> None:
-    """Draws precision and recall over thresholds.
+    """Draws precision and recall over thresholds on matplotlib axes.
 
-    Args:
-        axes: Matplotlib axes.
-        rows: Dictionaries with `threshold`, `precision` (or None) and `recall`.
-        name: A name for the legend.
-        color: The color of both lines, which differ in marker and dashes.
+    The rows have `threshold`, `precision` (or None) and `recall`; `name` is for the legend.
     """
     thresholds = [row["threshold"] for row in rows]
     for rate, style in (("recall", "o-"), ("precision", "s--")):

@@ -30,19 +30,12 @@ _FRACTIONS = {"exact_match", "em", "f1", "likelihood", "mrr"}
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark.
+    """A benchmark."""
 
-    Attributes:
-        task: A task or group of the package.
-        num_shots: Number of examples in the prompt; None for the task's own.
-        metric: One of the task's metrics; None for the first of acc_norm, acc and any other.
-        title: Its name in reports.
-    """
-
-    task: str
-    num_shots: int | None = None
-    metric: str | None = None
-    title: str = ""
+    task: str  # a task or group of the package
+    num_shots: int | None = None  # examples in the prompt; None for the task's own number
+    metric: str | None = None  # None for the first of acc_norm, acc and any other
+    title: str = ""  # in reports
 
     @property
     def file(self) -> str:
@@ -61,14 +54,7 @@ _FOLDERS = ("arc", "hellaswag", "mmlu/default", "truthfulqa")
 
 
 def read_benchmarks(text: str | None) -> list[Benchmark]:
-    """Reads a list such as "arc_challenge,my_task:5", with the number of examples after the colon.
-
-    Args:
-        text: The list; None for the paper's four.
-
-    Raises:
-        ConfigError: It is not such a list.
-    """
+    """Reads a list such as "arc_challenge,my_task:5", with the number of examples; None for the paper's four."""
     if text is None:
         return list(PAPERS)
     known = {benchmark.task: benchmark for benchmark in PAPERS}
@@ -87,14 +73,9 @@ def read_benchmarks(text: str | None) -> list[Benchmark]:
 
 
 def find_tasks(benchmarks: Sequence[Benchmark], include_path: str | None) -> Any:
-    """Makes a task manager of the package that knows the benchmarks.
+    """Makes a task manager of the package that knows the benchmarks; UserError if it cannot measure one of them.
 
-    Args:
-        benchmarks: The benchmarks.
-        include_path: A folder with further tasks, which take precedence over the package's.
-
-    Raises:
-        UserError: The package is missing, or a task is unknown or a group without a metric.
+    `include_path` is a folder with further tasks, which take precedence over the package's.
     """
     tasks = need_extra("lm_eval.tasks")
     if include_path is not None:
@@ -108,17 +89,14 @@ def find_tasks(benchmarks: Sequence[Benchmark], include_path: str | None) -> Any
     unknown = [benchmark.task for benchmark in benchmarks if benchmark.task not in manager.task_index]
     problems = []
     if unknown:
+        where = f"lm-eval or {include_path}" if include_path else "lm-eval"
         problems.append(
-            f"--tasks: no task {', '.join(unknown)} in lm-eval"
-            + (f" or {include_path}" if include_path else "")
-            + "; list them with: lm_eval ls tasks; add a folder of your own with --include_path"
+            f"--tasks: no task {', '.join(unknown)} in {where}; list them with: lm_eval ls tasks; add a folder of your"
+            " own with --include_path"
         )
-    for benchmark in benchmarks:
-        if members := _list_members(manager.task_index.get(benchmark.task)):
-            problems.append(
-                f"--tasks {benchmark.task}: a group of tasks without a group metric; name the tasks:"
-                f" {','.join(members)}"
-            )
+    for task in (benchmark.task for benchmark in benchmarks):
+        if members := ",".join(_list_members(manager.task_index.get(task))):
+            problems.append(f"--tasks {task}: a group of tasks without a group metric; name the tasks: {members}")
     if problems:
         raise UserError(problems)
     return manager
@@ -169,21 +147,15 @@ def measure_benchmarks(
     uses_chat_template: bool = False,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Measures each benchmark whose result is not in the folder yet.
+    """Measures each benchmark whose result is not in the folder yet, and returns a row for each benchmark.
 
     Args:
-        benchmarks: What to measure.
+        benchmarks: What to measure; UserError if a task's data cannot be loaded or do not fit the task.
         load: Makes the package's model; called only if it is needed.
         manager: The result of `find_tasks`.
         folder: Where the results go.
         uses_chat_template: Whether prompts, all examples in one message, are wrapped in the model's chat template.
         limit: Number of questions per task, for a quick test.
-
-    Returns:
-        A row for each benchmark.
-
-    Raises:
-        UserError: A task's data cannot be loaded or do not fit the task.
     """
     evaluate = need_extra("lm_eval").simple_evaluate
     rows, model = [], None
@@ -289,9 +261,9 @@ def tabulate_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> str:
         error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.2f}"
         own.append(f"{row['value']:.2f}{error}")
     is_truthful = [row["task"] == "truthfulqa_mc2" for row in rows]
+    known = TRUTHFULQA if any(is_truthful) else {}
     papers = [
-        [f"paper: {method}", *(f"{value:.2f}" if has_value else "" for has_value in is_truthful)]
-        for method, value in (TRUTHFULQA.items() if any(is_truthful) else ())
+        [f"paper: {name}", *(f"{known[name]:.2f}" if is_known else "" for is_known in is_truthful)] for name in known
     ]
     asked = ", ".join(f"{row['title']} {row['num_questions']:,} by {row['metric']}" for row in rows)
     other = "" if all(row["is_percent"] for row in rows) else " unless another metric is named"

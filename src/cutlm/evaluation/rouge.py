@@ -36,18 +36,12 @@ def list_references(records: Sequence[JudgedRecord], locations: Sequence[str]) -
 def measure_rouge(
     pairs: Sequence[tuple[str, str]], *, use_stemmer: bool = False, seed: int = 42
 ) -> dict[str, float | int]:
-    """Computes ROUGE.
+    """Computes the mean F-measure of each kind, 0 to 100, with the ends KIND_low and KIND_high of its 95% interval.
 
     Args:
         pairs: Responses and references.
         use_stemmer: Whether words with the same stem match (English).
         seed: Seed of the bootstrap.
-
-    Returns:
-        For each kind the mean F-measure, 0 to 100, and the ends KIND_low and KIND_high of its 95% interval; counts.
-
-    Raises:
-        UserError: The package is missing.
     """
     scorer = need_extra("rouge_score.rouge_scorer").RougeScorer(list(KINDS), use_stemmer=use_stemmer)
     found = [scorer.score(reference, response) for response, reference in pairs]
@@ -62,15 +56,11 @@ def measure_rouge(
     return result
 
 
-def _bootstrap_interval(scores: Any, seed: int) -> tuple[Any, Any]:
+def _bootstrap_interval(scores: Any, seed: int) -> Any:
     """The 95% interval of the mean of each column of [N, K]."""
-    rng = np.random.default_rng(seed)
-    means = [
-        scores[rng.integers(len(scores), size=(_BATCH_SIZE, len(scores)))].mean(axis=1)
-        for _ in range(_NUM_RESAMPLES // _BATCH_SIZE)
-    ]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
-    return low, high
+    rng, shape = np.random.default_rng(seed), (_BATCH_SIZE, len(scores))
+    means = [scores[rng.integers(len(scores), size=shape)].mean(axis=1) for _ in range(_NUM_RESAMPLES // _BATCH_SIZE)]
+    return np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
 
 
 def tabulate_rouge(result: dict[str, Any], name: str) -> str:
@@ -85,10 +75,8 @@ def tabulate_rouge(result: dict[str, Any], name: str) -> str:
     if result["num_empty_responses"]:
         notes.append(f"{result['num_empty_responses']:,} responses are empty and score 0.")
     if result["num_unreadable_references"]:
-        notes.append(
-            f"{result['num_unreadable_references']:,} references have no letter from a to z and no digit, so their"
-            " responses score 0."
-        )
+        count = f"{result['num_unreadable_references']:,}"
+        notes.append(f"{count} references have no letter from a to z and no digit, so their responses score 0.")
     return f"# ROUGE\n\n{table}\n\n{' '.join(notes)}"
 
 

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,13 +34,10 @@ def open_folder(
     """Creates the folder of an evaluation, or opens one with the same settings to resume.
 
     Args:
-        out: The folder.
+        out: The folder; UserError if it has results of other settings, or unknown files.
         settings: Everything that the results depend on, as JSON values by name.
         parts: Names of the files that a stopped evaluation leaves and resumes with.
         overwrite: Whether to start over, without any old part or result, if the settings differ or are unknown.
-
-    Raises:
-        UserError: The folder has results of other settings, or unknown files.
     """
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
@@ -48,10 +46,9 @@ def open_folder(
     file = folder / SETTINGS_FILE
     if file.exists():
         try:
-            known = json.loads(read_bytes(file))
-        except ValueError:
-            known = None
-        known = known if isinstance(known, dict) else {}
+            known = dict(json.loads(read_bytes(file)))
+        except (ValueError, TypeError):
+            known = {}
         differing = sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name))
         if not differing:
             return folder
@@ -74,23 +71,16 @@ def hash_file(path: str | Path) -> str:
 
 
 def write_result(
-    folder: Path,
-    result: Mapping[str, Any],
-    markdown: str,
-    packages: Iterable[str] = (),
-    *,
-    picture: bytes | None = None,
+    folder: Path, result: Mapping[str, Any], markdown: str, packages: Iterable[str] = (), *, picture: bytes | None
 ) -> None:
     """Writes result.json, result.md and result.png, and prints the Markdown.
 
-    Args:
-        folder: The folder.
-        result: Values by name.
-        markdown: The same as a report.
-        packages: Packages besides cutlm that the values depend on; their versions go to result.json.
-        picture: A PNG file's bytes, or None.
+    The result depends on cutlm and the packages; their versions go to result.json.
     """
-    versions = {name: _find_version(name) for name in ("cutlm", *packages)}
+    versions: dict[str, str | None] = dict.fromkeys(("cutlm", *packages))
+    for name in versions:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     text = json.dumps({**result, "versions": versions}, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(folder / "result.md", markdown.rstrip() + "\n")
     if picture is not None:
@@ -99,13 +89,6 @@ def write_result(
     write_text(folder / "result.json", text + "\n")
     names = "result.json, result.md and result.png" if picture else "result.json and result.md"
     print(f"{markdown.rstrip()}\n\nwrote {names} to {folder}")
-
-
-def _find_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -119,17 +102,11 @@ def write_text(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Responses and references to the same instructions.
+    """Responses and references to the same instructions."""
 
-    Attributes:
-        pairs: Response and reference, in the order of the references.
-        num_alone: Number of responses without a reference.
-        num_missing: Number of references without a response.
-    """
-
-    pairs: list[tuple[Response, Response]]
-    num_alone: int
-    num_missing: int
+    pairs: list[tuple[Response, Response]]  # response and reference, in the order of the references
+    num_alone: int  # responses without a reference
+    num_missing: int  # references without a response
 
 
 def pair_responses(responses: Sequence[Response], references: Sequence[Response]) -> Pairs:
@@ -142,8 +119,7 @@ def pair_responses(responses: Sequence[Response], references: Sequence[Response]
         waiting[response.full_instruction].append(response)
     pairs = []
     for reference in references:
-        found = waiting[reference.full_instruction]
-        if found:
+        if found := waiting[reference.full_instruction]:
             pairs.append((found.popleft(), reference))
     return Pairs(pairs, len(responses) - len(pairs), len(references) - len(pairs))
 
@@ -160,11 +136,7 @@ def need_extra(module: str) -> Any:
 
 
 def import_alpaca_eval(module: str) -> Any:
-    """Imports a module of alpaca-eval, and restores the log level that it changes.
-
-    Raises:
-        UserError: The package is missing.
-    """
+    """Imports a module of alpaca-eval, and restores the log level that it changes; see `need_extra`."""
     level = logging.root.level
     try:
         with warnings.catch_warnings():

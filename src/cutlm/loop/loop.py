@@ -5,15 +5,16 @@ killed at any point resumes with the first stage that is not listed.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from cutlm.loop.stages import (
     make_seed,
     order_instructions,
     recount_metrics,
+    write_yaml,
 )
 
 SETTINGS_FILE = "align.yaml"
@@ -65,11 +67,7 @@ def list_iterations(plan: Plan) -> list[Iteration]:
 
 
 def read_stage_ref(plan: Plan, option: str, text: str) -> StageRef:
-    """Reads `2.judge`, `judge` (of the current iteration) or `2` (its last stage for --until, its first for --from).
-
-    Raises:
-        ConfigError: There is no such stage.
-    """
+    """Reads `2.judge`, `judge` (of the current iteration) or `2` (its last stage for --until, its first for --from)."""
     number_text, _, stage = (text, "", "") if text.isdecimal() else text.rpartition(".")
     number = int(number_text) if number_text.isdecimal() else None if number_text else _find_current(plan)
     known = list_stages(plan, number) if number is not None and number <= plan.arguments.num_iterations else []
@@ -95,17 +93,7 @@ def _find_current(plan: Plan) -> int:
 
 
 class Manifest:
-    """The complete stages of one iteration.
-
-    Args:
-        folder: The iteration's folder.
-
-    Attributes:
-        stages: A record of each complete stage, by name.
-
-    Raises:
-        DataError: The file is damaged.
-    """
+    """The complete stages of the iteration in a folder: `stages` has a record of each, by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -144,10 +132,7 @@ class Manifest:
             self._save()
 
     def find_changes(self, stage: str) -> tuple[list[str], list[str]]:
-        """Returns a sentence for each file of a complete stage that was edited, and for each that is missing.
-
-        Only files of another size or modification time are read.
-        """
+        """Returns a sentence for each file of a complete stage that was edited, and for each that is missing."""
         edited, missing = [], []
         for name, known in self.stages[stage]["outputs"].items():
             path = self.folder / name
@@ -155,6 +140,7 @@ class Manifest:
                 missing.append(f"{path}: missing, although this run has written it")
                 continue
             stat = path.stat()
+            # A file of the same size and modification time is not read again.
             is_same = (stat.st_size, stat.st_mtime_ns) == (known["size"], known["mtime_ns"])
             if not is_same and (stat.st_size != known["size"] or _hash_file(path) != known["sha256"]):
                 edited.append(f"{path}: changed since this run has written it")
@@ -187,10 +173,8 @@ def read_versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that the results depend on."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return versions
 
 
@@ -204,16 +188,13 @@ def run_loop(
     start: StageRef | None = None,
     run: Callable[..., int] = run_command,
 ) -> bool:
-    """Runs everything that is not complete.
+    """Runs everything that is not complete, and returns whether the whole plan is complete.
 
     Args:
         plan: What to run.
         until: The stage to stop after.
         start: A stage to run again with all later ones; their files are removed.
         run: Runs `cutlm` with arguments; for tests.
-
-    Returns:
-        Whether the whole plan is complete.
 
     Raises:
         UserError: The folder belongs to other settings or another running loop, or its files were changed.
@@ -250,7 +231,7 @@ def _run_if_incomplete(plan: Plan, iteration: Iteration, stage: str, run: Callab
     except StageFailed as error:
         raise StageFailed(f"iteration {iteration.number}, {stage}: {error}", error.status) from None
     seconds = time.monotonic() - started
-    _write_yaml(iteration.folder / "config.yaml", plan.resolved)
+    write_yaml(iteration.folder / "config.yaml", plan.resolved)
     outputs = [path for path in list_outputs(plan, iteration, stage) if path.exists()]
     seed = make_seed(plan, iteration.number, stage)
     manifest.record(stage, outputs, seconds=round(seconds, 3), seed=seed, commands=runner.commands, metrics=metrics)
@@ -258,11 +239,6 @@ def _run_if_incomplete(plan: Plan, iteration: Iteration, stage: str, run: Callab
     shown = {name.removeprefix("num_").replace("_", " "): value for name, value in metrics.items()}
     text = "".join(f"; {name} {value:.4g}" for name, value in shown.items() if value is not None)
     print(f"  done in {format_seconds(seconds)}{text}", flush=True)
-
-
-def _write_yaml(path: Path, values: dict[str, Any]) -> None:
-    with open_atomic(path) as file:
-        file.write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
 
 def _check_settings(plan: Plan) -> None:
@@ -281,12 +257,11 @@ def _check_settings(plan: Plan) -> None:
         ]
         problems += find_differences(before, plan.resolved, plan.parse_options)
         if problems:
-            raise ConfigError(
-                problems, hint=f"use the settings in {path} to resume, or set another output_dir to start over"
-            )
+            hint = f"use the settings in {path} to resume, or set another output_dir to start over"
+            raise ConfigError(problems, hint=hint)
     elif any(child.name != ".lock" for child in plan.folder.iterdir()):
         raise UserError(f"output_dir: {plan.folder} is not empty and has no {SETTINGS_FILE}; set another output_dir")
-    _write_yaml(path, plan.resolved | hashes)
+    write_yaml(path, plan.resolved | hashes)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -312,9 +287,8 @@ def _check_outputs(iterations: list[Iteration]) -> None:
     if others := versions - read_versions().items():
         print(f"some stages ran with other versions: {', '.join(sorted(map(' '.join, others)))}")
     if changes:
-        raise UserError(
-            changes, hint="restore them; or keep an edit and redo everything after it with --from the next stage"
-        )
+        hint = "restore them; or keep an edit and redo everything after it with --from the next stage"
+        raise UserError(changes, hint=hint)
 
 
 def _discard_from(plan: Plan, iterations: list[Iteration], start: StageRef) -> None:
@@ -347,9 +321,8 @@ def collect_metrics(plan: Plan) -> list[dict[str, Any]]:
         stages = {}
         for stage in list_stages(plan, iteration.number) if iteration.folder.exists() else []:
             known = complete.get(stage, {})
-            if known:
-                state = "edited" if known.get("is_edited") else "done"
-            else:
+            state = "edited" if known.get("is_edited") else "done"
+            if not known:
                 has_begun = any(path.exists() for path in list_leftovers(plan, iteration, stage))
                 state = "started" if has_begun else "-"
             stages[stage] = {"state": state, "seconds": known.get("seconds"), "metrics": known.get("metrics", {})}

@@ -25,6 +25,7 @@ from cutlm.errors import UserError
 # Constants of Linux's prctl.
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_GUARD = [sys.executable, "-m", "cutlm.loop.processes"]
 _LOCK_TIMEOUT = 60.0
 _GUARD_TIMEOUT = 30.0
 _POLL_INTERVAL = 0.1
@@ -40,15 +41,9 @@ class Interrupted(Exception):
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[int]:
-    """Locks a folder for one loop and its stages.
+    """Locks a folder and yields the file descriptor of the lock; raises UserError if another loop runs there.
 
     A stage inherits the lock, so if only the loop is killed, the next loop waits until the stage has stopped too.
-
-    Yields:
-        The lock's file descriptor, to be inherited.
-
-    Raises:
-        UserError: Another loop runs there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
@@ -95,19 +90,17 @@ def _is_alive(process: str) -> bool:
 
 
 def run_command(arguments: Sequence[str], log: Path, lock: int, launcher: str | None = None) -> int:
-    """Runs `cutlm` with arguments; its output goes to a log and to the terminal.
+    """Runs `cutlm` with arguments, appending its output to a log and showing it on the terminal.
 
     Args:
         arguments: Arguments of `cutlm`.
-        log: The file to append to.
+        log: The log.
         lock: The folder's lock, inherited by the process.
         launcher: A command that starts Python modules on several devices, with its options.
 
     Returns:
-        The exit status; -n for a process killed by signal n.
-
-    Raises:
-        Interrupted: The loop got SIGINT or SIGTERM.
+        The exit status; -n for a process killed by signal n. If the loop itself gets SIGINT or SIGTERM, it raises
+        Interrupted.
     """
     start = shlex.split(os.path.expandvars(launcher)) if launcher else [sys.executable]
     try:
@@ -117,12 +110,8 @@ def run_command(arguments: Sequence[str], log: Path, lock: int, launcher: str | 
 
 
 def run_shell(command: str, log: Path, lock: int) -> int:
-    """Runs a shell command of the user's under a guard; like `run_command` in all else."""
-    return _run(_guard(command), log, lock)
-
-
-def _guard(command: str) -> list[str]:
-    return [sys.executable, "-m", "cutlm.loop.processes", command]
+    """Runs a shell command of the user's under a guard; otherwise like `run_command`."""
+    return _run([*_GUARD, command], log, lock)
 
 
 def _run(command: Sequence[str], log: Path, lock: int) -> int:
@@ -175,15 +164,9 @@ def _start(
     command: Sequence[str], lock: int, out: object, err: object, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
     """Starts a process in its own group, so that Ctrl-C reaches only the loop, which forwards it once."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
     return subprocess.Popen(  # type: ignore[call-overload]
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=out,
-        stderr=err,
-        env=environment,
-        process_group=0,
-        pass_fds=(lock,),
-        preexec_fn=_stop_with_parent,
+        command, **streams, env=environment, process_group=0, pass_fds=(lock,), preexec_fn=_stop_with_parent
     )
 
 
@@ -226,13 +209,10 @@ def serve(command: str, model: str, url: str, timeout: float, log: Path, lock: i
     Args:
         command: A shell command with `{model}`.
         model: The model folder to serve.
-        url: The server's address, `/v1` included.
-        timeout: Seconds to wait for its first answer.
+        url: The server's address, `/v1` included; UserError if another server has it.
+        timeout: Seconds to wait for its first answer; UserError if there is none.
         log: The file to append its output to.
         lock: The folder's lock, inherited by the server: after a kill, the next loop waits until the server has ended.
-
-    Raises:
-        UserError: Another server has the address, or this one ended or did not answer in time.
     """
     if _answers(url):
         raise UserError(
@@ -241,7 +221,7 @@ def serve(command: str, model: str, url: str, timeout: float, log: Path, lock: i
     filled = command.replace("{model}", shlex.quote(model))
     print(f"  serving {model}: {filled}", flush=True)
     with open(log, "ab") as file:
-        process = _start(_guard(filled), lock, file, subprocess.STDOUT)
+        process = _start([*_GUARD, filled], lock, file, subprocess.STDOUT)
 
     def interrupt(number: int, frame: object) -> None:
         raise Interrupted(number)
@@ -289,14 +269,9 @@ def _answers(url: str) -> bool:
 
 
 def guard(command: str, timeout: float = _GUARD_TIMEOUT) -> int:
-    """Runs a shell command to its end; after SIGINT or SIGTERM, ends everything that it has started.
+    """Runs a shell command and returns its exit status, or 128 + n if it was killed by signal n.
 
-    Args:
-        command: The shell command.
-        timeout: Seconds after a signal until whatever is left is killed.
-
-    Returns:
-        Its exit status, or 128 + n if it was killed by signal n.
+    After SIGINT or SIGTERM, ends everything that the command has started, and kills what is left after the timeout.
     """
     deadline: float | None = None
     child: subprocess.Popen[bytes] | None = None

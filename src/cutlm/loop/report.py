@@ -38,15 +38,11 @@ def summarize(iteration: dict[str, Any]) -> dict[str, Any]:
     frozen_share = divide(blame.get("num_flagged"), blame.get("num_tokens"))
     return {
         "iteration": iteration["iteration"],
-        "num_responses": generate.get("num_responses"),
-        "num_unanswered": generate.get("num_unanswered"),
-        "num_missing": judge.get("num_missing"),
-        "num_empty": judge.get("num_empty"),
+        **{name: generate.get(name) for name in ("num_responses", "num_unanswered")},
+        **{name: judge.get(name) for name in ("num_missing", "num_empty")},
         "share_satisfactory": divide(judge.get("num_satisfactory"), judge.get("num_judged")),
         "flagged_share": train.get("flagged_share") if frozen_share is None else frozen_share,
-        "num_steps": train.get("num_steps"),
-        "loss_start": train.get("loss_start"),
-        "loss_end": train.get("loss_end"),
+        **{name: train.get(name) for name in ("num_steps", "loss_start", "loss_end")},
         "evaluation": metrics.get("evaluate", {}),
         "seconds": sum(seconds) if seconds else None,
     }
@@ -93,27 +89,20 @@ def _name_metric(name: str) -> str:
 def make_status(iterations: list[dict[str, Any]]) -> str:
     """Makes a table of the stages' states for the terminal, from `cutlm.loop.loop.collect_metrics`."""
 
-    def show(known: dict[str, Any] | None) -> str:
-        if known is None:
-            return ""
-        return known["state"] + ("" if known["seconds"] is None else f" {format_seconds(known['seconds'])}")
+    def show(state: str = "", seconds: float | None = None, **_: Any) -> str:
+        return state if seconds is None else f"{state} {format_seconds(seconds)}"
 
     stages = list(dict.fromkeys(stage for iteration in iterations for stage in iteration["stages"]))
-    rows = [
-        ["iteration", *stages],
-        *([str(row["iteration"]), *(show(row["stages"].get(stage)) for stage in stages)] for row in iterations),
-    ]
+    rows = [["iteration", *stages]]
+    rows += [[str(row["iteration"]), *(show(**row["stages"].get(name, {})) for name in stages)] for row in iterations]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def write_report(folder: Path, iterations: list[dict[str, Any]], *, draws_plots: bool) -> None:
-    """Writes report.md and report.json, and report.png if asked for and if there is anything to draw.
+    """Writes report.md, report.json and, if `draws_plots` and there is anything to draw, report.png.
 
-    Args:
-        folder: The run's folder.
-        iterations: The result of `cutlm.loop.loop.collect_metrics`.
-        draws_plots: Whether to draw report.png.
+    The iterations are those of `cutlm.loop.loop.collect_metrics`.
     """
     rows = [summarize(iteration) for iteration in iterations]
     plots = draw(rows) if draws_plots else None
@@ -126,11 +115,7 @@ def write_report(folder: Path, iterations: list[dict[str, Any]], *, draws_plots:
 
 
 def draw(rows: list[dict[str, Any]]) -> bytes | None:
-    """Draws curves over iterations: satisfactory share, flagged share, loss, and each metric of the eval_command.
-
-    Returns:
-        A PNG file's bytes; None before anything was trained.
-    """
+    """Draws a PNG file of curves over iterations, one panel for each metric; None before anything was trained."""
     if all(row["loss_end"] is None for row in rows):
         return None
     from matplotlib.figure import Figure

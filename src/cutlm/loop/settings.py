@@ -1,7 +1,9 @@
 """Settings of the online loop: one flat file, from which each stage takes its part, checked before anything runs."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +63,7 @@ class AlignArguments:
             problems.append("instructions: expected a file of instructions, got none; set instructions: FILE")
         if not self.judge:
             problems.append(
-                'judge: expected a kind of judge and its options, such as "rules --rules package.module:function", got'
-                " none"
+                'judge: expected a judge and its options, such as "rules --rules module:function", got none'
             )
         for name in ("num_iterations", "num_instructions"):
             if getattr(self, name) < 1:
@@ -114,46 +115,34 @@ class Plan:
 def find_differences(before: dict[str, Any], now: dict[str, Any], parse_options: ParseOptions) -> list[str]:
     """Returns one sentence for each setting that differs from `before` and changes the results."""
 
-    def is_same_command(name: str, old: str | None, new: str | None) -> bool:
-        options = []
-        for text in (old, new):
-            if text is None:
-                return False
-            parsed = parse_options(name.removeprefix("eval_"), text)
-            # A server may move; but whether there is one matters.
-            if parsed.get("base_url"):
-                parsed["base_url"] = "any"
-            options.append({key: value for key, value in parsed.items() if key not in _FREE_OPTIONS})
-        return options[0] == options[1]
+    def parse(name: str, text: str) -> dict[str, Any]:
+        parsed = parse_options(name.removeprefix("eval_"), text)
+        # A server may move, but whether there is one matters.
+        parsed["base_url"] = bool(parsed.get("base_url"))
+        return {key: value for key, value in parsed.items() if key not in _FREE_OPTIONS}
 
     problems = []
     for name in sorted((before.keys() | now.keys()) - _FREE_SETTINGS):
         old, new = before.get(name), now.get(name)
         if old == new or (name == "num_iterations" and old and new and old < new):
             continue
-        if name in ("generate", "judge", "eval_judge") and is_same_command(name, old, new):
+        if (
+            name in ("generate", "judge", "eval_judge")
+            and None not in (old, new)
+            and parse(name, old) == parse(name, new)
+        ):
             continue
         problems.append(f"{name}: this run was started with {old!r}, got {new!r}")
     return problems
 
 
 def read_plan(config: str | None, options: Sequence[str], parse_options: ParseOptions) -> Plan:
-    """Reads and checks all settings.
+    """Reads a YAML file and options, which take precedence; raises one ConfigError with all problems.
 
     This happens in a separate process: the checks import torch and transformers, and may initialize a GPU, whose
-    memory the process that supervises the loop must not hold.
-
-    Args:
-        config: A YAML file, or None.
-        options: `--setting value ...`, which take precedence over the file.
-        parse_options: Parses options of commands, see `ParseOptions`; a function of a module, so that it pickles.
-
-    Raises:
-        ConfigError: Settings are unknown or invalid; it lists all of them.
+    memory the process that supervises the loop must not hold. `parse_options` must be a function of a module, so that
+    it pickles.
     """
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
         return pool.submit(_read_plan, config, list(options), parse_options).result()
 

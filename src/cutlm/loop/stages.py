@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from cutlm.data.files import open_atomic, read_rows, write_rows
+from cutlm.data.files import SourceRow, open_atomic, read_rows, write_rows
 from cutlm.data.records import InstructionRow, check_records, validate_row
 from cutlm.errors import DataError, UserError
 from cutlm.judges.human import name_todo_files
@@ -36,6 +36,7 @@ from cutlm.loop.processes import run_shell, serve
 from cutlm.loop.settings import Plan
 
 _NUM_AVERAGED = 3
+_ADVICE = "see its output above, fix the problem and run the same command again: complete work is kept"
 
 
 class StageFailed(Exception):
@@ -105,11 +106,7 @@ class Runner:
 def _check_status(status: int, arguments: list[str]) -> None:
     if status:
         what = f"was killed by signal {-status}" if status < 0 else f"exited with {status}"
-        raise StageFailed(
-            f"cutlm {arguments[0]} {what}; see its output above, fix the problem and run the same command again:"
-            " complete work is kept",
-            2 if status == 2 else 1,
-        )
+        raise StageFailed(f"cutlm {arguments[0]} {what}; {_ADVICE}", 2 if status == 2 else 1)
 
 
 def list_stages(plan: Plan, number: int) -> list[str]:
@@ -150,6 +147,12 @@ def make_seed(plan: Plan, number: int, stage: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{plan.seed} {number} {stage}".encode()).digest()[:4]) // 2
 
 
+def write_yaml(path: Path, values: dict[str, Any]) -> None:
+    """Writes settings atomically."""
+    with open_atomic(path) as file:
+        file.write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
+
+
 def recount_metrics(iteration: Iteration, stage: str) -> dict[str, Any]:
     """Recomputes the metrics of a stage that can change when its files are edited."""
     if stage == "judge":
@@ -161,11 +164,7 @@ def recount_metrics(iteration: Iteration, stage: str) -> dict[str, Any]:
 
 
 def order_instructions(plan: Plan) -> list[dict[str, Any]]:
-    """Shuffles the instructions: each of them once, and none that is evaluated on.
-
-    Raises:
-        UserError: There are fewer than the iterations need.
-    """
+    """Shuffles the instructions, each of them once and none that is evaluated on; UserError if there are too few."""
     arguments = plan.arguments
     rows = _read_instructions(str(arguments.instructions))
     held_out = _read_instructions(arguments.eval_instructions) if arguments.eval_instructions else []
@@ -213,12 +212,13 @@ def _generate(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any
     seed = make_seed(plan, iteration.number, "generate")
     _answer(plan, runner, iteration.model, iteration.folder / "instructions.jsonl", out, seed)
     rows, _ = read_rows(out)
-    failures = out.with_name(f"{out.name}.failures.jsonl")
-    return {
-        "num_responses": len(rows),
-        "num_empty": sum(not row.value["output"].strip() for row in rows),
-        "num_unanswered": len(read_rows(failures)[0]) if failures.exists() else 0,
-    }
+    num_empty = sum(not row.value["output"].strip() for row in rows)
+    return {"num_responses": len(rows), "num_empty": num_empty, "num_unanswered": len(_read_failures(out))}
+
+
+def _read_failures(out: Path) -> list[SourceRow]:
+    path = name_failures_file(out)
+    return read_rows(path)[0] if path.exists() else []
 
 
 def _answer(plan: Plan, runner: Runner, model: str, prompts: Path | str, out: Path, seed: int, *further: str) -> None:
@@ -291,8 +291,8 @@ def _count_judged(records: Path, num_responses: int | None = None) -> dict[str, 
     """Counts records and failures; None if they do not add up to `num_responses` (checked unless it is None)."""
     if not records.exists():
         return None
-    check, failures = check_records(records), name_failures_file(records)
-    kinds = [row.value.get("kind") for row in read_rows(failures)[0]] if failures.exists() else []
+    check = check_records(records)
+    kinds = [row.value.get("kind") for row in _read_failures(records)]
     if num_responses is not None and len(check.records) + len(kinds) != num_responses:
         return None  # killed between writing the two files, which come from different attempts
     num_empty = kinds.count(EMPTY_RESPONSE.kind)
@@ -336,14 +336,9 @@ def _train(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
     if state is None:
         _check_unsatisfactory(plan, iteration)
         config = folder / "train.yaml"
-        settings = plan.train_settings | {
-            "model_name_or_path": iteration.model,
-            "data": str(data),
-            "output_dir": str(target),
-            "seed": make_seed(plan, iteration.number, "train"),
-        }
-        with open_atomic(config) as file:
-            file.write(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
+        settings = plan.train_settings | {"model_name_or_path": iteration.model, "data": str(data)}
+        settings |= {"output_dir": str(target), "seed": make_seed(plan, iteration.number, "train")}
+        write_yaml(config, settings)
         arguments = ["train", "--config", str(config)]
         if any(target.glob("checkpoint-*")) and not plan.train_settings.get("save_only_model"):
             arguments += ["--resume_from_checkpoint", "last"]
@@ -371,10 +366,9 @@ def _check_unsatisfactory(plan: Plan, iteration: Iteration) -> None:
     check = check_records(iteration.folder / "records.jsonl")
     if check.num_satisfactory == len(check.records):
         raise StageFailed(
-            f"all {len(check.records)} responses are satisfactory, and downsample keeps none of those, so there is"
-            f" nothing to train on; use {iteration.model} as the final model, or start a new run with harder"
-            " instructions",
-            2,
+            f"all {len(check.records)} responses are satisfactory, and downsample keeps none of those; use"
+            f" {iteration.model} as the final model, or start a new run with harder instructions",
+            status=2,
         )
 
 
@@ -406,10 +400,8 @@ def _evaluate(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any
         # Greedy and with one seed for all models, so that only the model differs between iterations.
         greedy = ("--temperature", "0", "--num_samples", "1")
         _answer(plan, runner, iteration.new_model, arguments.eval_instructions, responses, plan.seed, *greedy)
-        if arguments.eval_judge:
-            counts = _judge_responses(plan, runner, arguments.eval_judge, responses, "eval_judge")
-        else:
-            counts = _judge_responses(plan, runner, str(arguments.judge), responses)
+        cache = "eval_judge" if arguments.eval_judge else "judge"
+        counts = _judge_responses(plan, runner, str(arguments.eval_judge or arguments.judge), responses, cache)
         metrics |= counts | {"share_satisfactory": counts["num_satisfactory"] / max(1, counts["num_judged"])}
     if arguments.eval_command:
         metrics |= _run_eval_command(arguments.eval_command, iteration.new_model, folder / "metrics.json", runner)
@@ -418,16 +410,12 @@ def _evaluate(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any
 
 def _run_eval_command(command: str, model: str, out: Path, runner: Runner) -> dict[str, float]:
     if not out.exists():
-        # Renamed to `out` only after the command has succeeded and the content is valid.
+        # `out` is written only after the command has succeeded and the content is valid.
         partial = out.with_name(f"{out.name}.partial")
         partial.unlink(missing_ok=True)
         command = command.replace("{model}", shlex.quote(model)).replace("{out}", shlex.quote(str(partial)))
         if status := runner.run_shell(command):
-            raise StageFailed(
-                f"eval_command exited with {status}; see its output above, fix the problem and run the same command"
-                " again: complete work is kept",
-                1,
-            )
+            raise StageFailed(f"eval_command exited with {status}; {_ADVICE}", 1)
         metrics = _read_metrics(partial)
         with open_atomic(out) as file:
             file.write(json.dumps(metrics).encode())
@@ -444,14 +432,10 @@ def _read_metrics(path: Path) -> dict[str, float]:
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
     except (OSError, ValueError, AttributeError):
-        raise StageFailed(
-            f"eval_command: expected a JSON object of metrics in {path}, got something else; fix the command", 2
-        ) from None
+        raise StageFailed(f"eval_command: expected a JSON object of metrics in {path}; fix the command", 2) from None
     if non_finite := [name for name, value in metrics.items() if not math.isfinite(value)]:
-        raise StageFailed(
-            f"eval_command: expected finite numbers in {path}, got non-finite {', '.join(non_finite)}; leave them out",
-            2,
-        )
+        names = ", ".join(non_finite)
+        raise StageFailed(f"eval_command: expected finite numbers in {path}, got non-finite {names}; leave them out", 2)
     return metrics
 
 
