@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cutlm.data.files import read_rows, refuse_overwriting, write_rows
 from cutlm.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.data.files import refuse_overwriting, write_rows
     from cutlm.data.records import check_rows, raise_problems
 
     if args.pairs and args.source != "ultrafeedback":
@@ -84,7 +84,6 @@ def _find_files(source: str, inputs: Sequence[str]) -> list[Path]:
 
 def _convert(source: str, paths: Sequence[Path], pairs: bool) -> "Conversion":
     from cutlm.data.convert import alpaca, critiques, shepherd, ultrafeedback
-    from cutlm.data.files import read_rows
 
     files, problems = [], []
     for path in paths:

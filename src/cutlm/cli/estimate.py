@@ -12,6 +12,8 @@ activation checkpointing. A pass has --max_tokens_per_batch tokens, by default t
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from cutlm.errors import ConfigError, UserError
+
 if TYPE_CHECKING:
     from cutlm.model.memory import Plan, Shape
 
@@ -45,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.errors import ConfigError
     from cutlm.model.memory import GPU_SIZES, USABLE, choose_gpus, estimate
 
     if args.table:
@@ -68,7 +69,6 @@ def run(args: argparse.Namespace) -> int:
 def _find_shape(args: argparse.Namespace) -> "Shape":
     from pathlib import Path
 
-    from cutlm.errors import UserError
     from cutlm.model.loading import load_config
     from cutlm.model.memory import SHAPES, read_shape
 
@@ -82,7 +82,6 @@ def _find_shape(args: argparse.Namespace) -> "Shape":
 
 
 def _read_plan(args: argparse.Namespace) -> "Plan":
-    from cutlm.errors import ConfigError
     from cutlm.model.memory import Plan
 
     if args.load_in_4bit and args.load_in_8bit:
@@ -106,7 +105,6 @@ def _make_table() -> list[str]:
     """A row for each model and way of training: GB on each GPU, and the smallest GPU that is large enough."""
     from dataclasses import replace
 
-    from cutlm.errors import ConfigError
     from cutlm.model.memory import SHAPES, Plan, choose_gpus, estimate
 
     lora = Plan(num_tokens=4096)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from cutlm.cli.generate import ANSWERING_OPTIONS, LOCAL_OPTIONS, add_answering_arguments
 from cutlm.cli.model_options import read_json_object
+from cutlm.data.files import write_rows
+from cutlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from cutlm.evaluation.annotator import Pair
@@ -86,7 +88,6 @@ _Compared = tuple[Path, "list[Response]", "list[Response]", list[float | None], 
 def _check_options(args: argparse.Namespace) -> None:
     """Refuses options that are at odds, before anything is loaded or paid for."""
     from cutlm.cli.reuse import check_source, list_given
-    from cutlm.errors import ConfigError
     from cutlm.servers.client import KEY_VARIABLE, read_key
 
     if args.annotations is not None:
@@ -140,7 +141,6 @@ def _replay(args: argparse.Namespace) -> _Compared:
 def _annotate(args: argparse.Namespace) -> _Compared | None:
     """Generates responses and asks the annotator to compare them; None if some pairs have no answer."""
     from cutlm.cli.reuse import PARTS, answer_once, describe_source
-    from cutlm.data.files import write_rows
     from cutlm.evaluation.annotator import ask_verdicts, load_annotator, make_body
     from cutlm.evaluation.shared import VERDICTS_FILE, hash_file, open_folder
     from cutlm.judges.responses import read_responses
@@ -188,7 +188,6 @@ def _annotate(args: argparse.Namespace) -> _Compared | None:
 
 
 def _make_server(args: argparse.Namespace, default_model: str | None) -> "Server":
-    from cutlm.errors import ConfigError
     from cutlm.servers.client import Server
 
     model = args.annotator_model or default_model
@@ -204,7 +203,6 @@ def _make_server(args: argparse.Namespace, default_model: str | None) -> "Server
 
 
 def _read_references(args: argparse.Namespace) -> "list[Response]":
-    from cutlm.errors import ConfigError
     from cutlm.generation.files import load_prompts
     from cutlm.judges import Response
     from cutlm.judges.responses import read_responses
@@ -235,7 +233,6 @@ def _hash_responses(responses: "list[Response]") -> str:
 def _pair(
     args: argparse.Namespace, responses: "list[Response]", references: "list[Response]"
 ) -> "tuple[list[Pair], dict[str, int]]":
-    from cutlm.errors import DataError
     from cutlm.evaluation.annotator import Pair
     from cutlm.evaluation.shared import pair_responses
 

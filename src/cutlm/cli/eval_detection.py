@@ -10,6 +10,8 @@ token if the judgment multiplies its probability by more; flags and thresholds i
 import argparse
 from typing import TYPE_CHECKING
 
+from cutlm.errors import ConfigError, DataError
+
 if TYPE_CHECKING:
     from cutlm.flagging.token_scores import TokenScores
 
@@ -21,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.errors import DataError
     from cutlm.evaluation.detection import gather_evidence, measure_detection, plot_detection, tabulate_detection
     from cutlm.evaluation.shared import hash_file, open_folder, write_result
     from cutlm.flagging.token_scores import read_token_scores
@@ -51,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
 def _read_thresholds(text: str | None) -> list[float]:
     import math
 
-    from cutlm.errors import ConfigError
     from cutlm.evaluation.detection import THRESHOLDS
 
     if text is None:
@@ -70,8 +70,6 @@ def _read_field(score: "TokenScores", name: str) -> str:
 
 
 def _check_field(args: argparse.Namespace, scores: "list[TokenScores]") -> None:
-    from cutlm.errors import DataError
-
     num_without = sum(args.by not in (score.record.model_extra or {}) for score in scores)
     if num_without:
         raise DataError(

@@ -10,6 +10,8 @@ for a model trained by cutlm. A stopped run resumes with the next benchmark."""
 import argparse
 from typing import Any
 
+from cutlm.errors import ConfigError, UserError
+
 # Files that can define a task.
 _SUFFIXES = (".yaml", ".py", ".json", ".jsonl", ".csv")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -80,7 +82,6 @@ def _check_options(args: argparse.Namespace) -> None:
     from importlib.util import find_spec
     from pathlib import Path
 
-    from cutlm.errors import ConfigError
     from cutlm.model.loading import is_adapter_folder
 
     problems = []
@@ -116,8 +117,6 @@ def _load(args: argparse.Namespace) -> Any:
 
 
 def _check_template(args: argparse.Namespace, tokenizer: Any) -> None:
-    from cutlm.errors import UserError
-
     if not args.apply_chat_template:
         return
     if not tokenizer.chat_template:

@@ -11,6 +11,8 @@ and counted. Responses are generated as by cutlm generate, or read from --output
 import argparse
 
 from cutlm.cli.generate import add_answering_arguments
+from cutlm.data.files import write_rows
+from cutlm.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from cutlm.cli.reuse import PARTS, answer_once, check_source, describe_source
-    from cutlm.data.files import write_rows
     from cutlm.data.records import check_records, raise_problems
-    from cutlm.errors import DataError
     from cutlm.evaluation.rouge import PACKAGES, draw_rouge, list_references, measure_rouge, tabulate_rouge
     from cutlm.evaluation.shared import PROMPTS_FILE, hash_file, need_extra, open_folder, pair_responses, write_result
     from cutlm.generation.local import describe_bad_seed

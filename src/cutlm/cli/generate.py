@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cutlm.cli.model_options import ModelOptions, add_sampling_options, load_model, make_sampling, make_server
+from cutlm.data.files import refuse_overwriting, write_rows
+from cutlm.errors import ConfigError, UserError
 
 LOCAL_OPTIONS = ModelOptions(("batch_size", "dtype", "device"))
 ANSWERING_OPTIONS = ModelOptions(LOCAL_OPTIONS.local, ("tokenizer", "concurrency", "timeout", "max_retries"))
@@ -63,8 +65,6 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: Options are at odds; all problems are named.
     """
-    from cutlm.errors import ConfigError
-
     problems = ANSWERING_OPTIONS.find_problems(args)
     if args.num_samples < 1:
         problems.append(f"--num_samples: expected a whole number of at least 1, got {args.num_samples}")
@@ -90,9 +90,6 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.data.files import refuse_overwriting
-    from cutlm.errors import UserError
-
     check_options(args)
     refuse_overwriting([args.prompts], args.out)
     if Path(args.out).exists() and not args.overwrite:
@@ -135,7 +132,6 @@ def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
 
 
 def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:
-    from cutlm.data.files import write_rows
     from cutlm.data.journal import Journal
     from cutlm.generation.files import describe_run, join_instruction, make_rows
     from cutlm.generation.server import generate_by_server

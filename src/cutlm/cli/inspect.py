@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from cutlm.cli.blame import add_scoring_arguments, score_file
 from cutlm.cli.reuse import list_given
+from cutlm.data.files import refuse_overwriting
+from cutlm.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
     from cutlm.flagging.token_scores import TokenScores
@@ -36,9 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.data.files import refuse_overwriting
-    from cutlm.errors import ConfigError, UserError
-
     _check_options(args)
     if Path(args.out).is_dir():
         raise ConfigError(f"--out {args.out or repr('')}: expected a file to write, got a folder; name a file in it")
@@ -67,8 +66,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    from cutlm.errors import ConfigError
-
     if args.scores and len(args.scores) > 2:
         raise ConfigError(f"--scores: expected one file or two, got {len(args.scores)}")
     if bool(args.scores) == bool(args.model or args.data) or bool(args.model) != bool(args.data):
@@ -83,7 +80,6 @@ def _pair(
     files: list[str], scores: "list[list[TokenScores]]"
 ) -> "tuple[list[tuple[TokenScores, ...]], tuple[int, ...]]":
     """The scores of each record and, for two files, how many records only one has (which is also printed)."""
-    from cutlm.errors import DataError
     from cutlm.inspect.tokens import has_same_tokens, pair_scores
 
     if len(scores) == 1:

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cutlm.cli.model_options import DEFAULTS, add_options, make_server, read_json_object
+from cutlm.data.files import refuse_overwriting
+from cutlm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from cutlm.judges import Outcome, Response
@@ -94,9 +96,6 @@ def add_local_arguments(parser: "argparse._ActionsContainer") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.data.files import refuse_overwriting
-    from cutlm.errors import UserError
-
     fill_options(args)
     refuse_overwriting([args.responses, *filter(None, (args.labels, args.prompt_file))], args.out)
     if Path(args.out).exists() and not args.overwrite:
@@ -133,8 +132,6 @@ def fill_options(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: Options are at odds or missing; all problems are named.
     """
-    from cutlm.errors import ConfigError
-
     own, given = _OPTIONS[args.judge], defaultdict(list)
     for name in {name: None for options in _OPTIONS.values() for name in options}:
         if getattr(args, name) is None:
@@ -155,8 +152,6 @@ def fill_options(args: argparse.Namespace) -> None:
 
 
 def _make_server(args: argparse.Namespace) -> "Server":
-    from cutlm.errors import ConfigError
-
     problems = []
     if args.max_tokens < 1:
         problems.append(f"max_tokens: expected a whole number of at least 1, got {args.max_tokens}")

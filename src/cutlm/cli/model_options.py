@@ -5,6 +5,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cutlm.errors import ConfigError, UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -68,7 +70,6 @@ class ModelOptions:
         local: Names of the options that only a local model has.
         server: Names of the options that only a server has, besides `base_url`; empty for a command that asks none.
     """
-
     local: tuple[str, ...]
     server: tuple[str, ...] = ()
 
@@ -93,7 +94,6 @@ class ModelOptions:
         Raises:
             ConfigError: Options of the other backend were given.
         """
-        from cutlm.errors import ConfigError
 
         if problems := self.find_problems(args):
             raise ConfigError(problems)
@@ -126,8 +126,6 @@ def read_json_object(text: str, option: str) -> dict[str, Any]:
     Raises:
         ConfigError: It holds something else.
     """
-    from cutlm.errors import ConfigError
-
     try:
         value = json.loads(text)
     except ValueError:
@@ -162,7 +160,6 @@ def load_model(args: argparse.Namespace) -> "tuple[Any, PreTrainedTokenizerBase,
     Raises:
         UserError: The model cannot be loaded, or its tokenizer has no chat template and none is chosen.
     """
-    from cutlm.errors import UserError
     from cutlm.model.loading import load_trained
     from cutlm.prompting.encoding import choose_template
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from cutlm.cli.generate import LOCAL_OPTIONS, print_counts
 from cutlm.cli.model_options import add_sampling_options, load_model, make_sampling
+from cutlm.data.files import refuse_overwriting
+from cutlm.errors import DataError, UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.data.files import refuse_overwriting
-    from cutlm.errors import DataError, UserError
-
     LOCAL_OPTIONS.fill(args)
     refuse_overwriting([args.data], args.out)
     if Path(args.out).exists() and not args.overwrite:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cutlm.cli import generate
+from cutlm.errors import ConfigError
 
 OUTPUTS_FILE = "outputs.json"
 # Files that a stopped `answer_once` can leave in a folder.
@@ -28,8 +29,6 @@ def check_source(args: argparse.Namespace, problems: Sequence[str] = (), *, also
     Raises:
         ConfigError: There are problems; all are named.
     """
-    from cutlm.errors import ConfigError
-
     problems = list(problems)
     if (args.model is None) == (args.outputs is None):
         got = "neither" if args.model is None else "both"

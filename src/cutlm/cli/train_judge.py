@@ -26,6 +26,7 @@ import argparse
 from pathlib import Path
 
 from cutlm.cli.judge import add_local_arguments
+from cutlm.errors import ConfigError, UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +52,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from cutlm.errors import ConfigError, UserError
-
     parser = argparse.ArgumentParser(prog="cutlm train-judge --evaluate MODEL", allow_abbrev=False)
     parser.add_argument("--data", required=True, metavar="FILE", help="held-out records")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
