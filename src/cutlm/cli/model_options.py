@@ -70,6 +70,7 @@ class ModelOptions:
         local: Names of the options that only a local model has.
         server: Names of the options that only a server has, besides `base_url`; empty for a command that asks none.
     """
+
     local: tuple[str, ...]
     server: tuple[str, ...] = ()
 
