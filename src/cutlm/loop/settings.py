@@ -25,36 +25,22 @@ _FREE_OPTIONS = {"concurrency", "timeout", "max_retries", "max_requests", "max_t
 
 @dataclass
 class AlignArguments:
-    """Settings of the loop other than those of training, which are in the same file.
+    """Settings of the loop other than those of training, which are in the same file."""
 
-    Attributes:
-        instructions: A file of instructions to sample from.
-        num_iterations: How many iterations to run; a finished run can be extended.
-        num_instructions: New instructions per iteration.
-        generate: Options for `cutlm generate`.
-        judge: Kind of judge, followed by options for `cutlm judge`.
-        max_failure_rate: Largest share of responses without a judgment, or of instructions without an answer from a
-            server, that is tolerated.
-        eval_instructions: Held-out instructions. Every model answers them greedily and `eval_judge` judges the answers.
-        eval_judge: Like `judge`, which is the default.
-        eval_command: A shell command; `{model}` is the model folder, `{out}` the JSON file of metrics that it writes.
-        server_command: A shell command that serves `{model}` while responses are generated.
-        server_timeout: Seconds to wait for that server's first answer.
-        launcher: A command that starts training, such as torchrun with its options.
-    """
-
-    instructions: str | None = None
-    num_iterations: int = 5
-    num_instructions: int = 1000
-    generate: str = ""
-    judge: str | None = None
+    instructions: str | None = None  # a file of instructions to sample from
+    num_iterations: int = 5  # a finished run can be extended
+    num_instructions: int = 1000  # new ones per iteration
+    generate: str = ""  # options for `cutlm generate`
+    judge: str | None = None  # kind of judge, followed by options for `cutlm judge`
+    # Largest tolerated share of responses without a judgment, or of instructions without an answer from a server.
     max_failure_rate: float = 0.02
+    # Held-out instructions. Every model answers them greedily, and `eval_judge` judges the answers.
     eval_instructions: str | None = None
-    eval_judge: str | None = None
-    eval_command: str | None = None
-    server_command: str | None = None
-    server_timeout: float = 1800.0
-    launcher: str | None = None
+    eval_judge: str | None = None  # default: `judge`
+    eval_command: str | None = None  # shell command; {model} is a folder, {out} a JSON file of metrics to write
+    server_command: str | None = None  # shell command that serves {model} while responses are generated
+    server_timeout: float = 1800.0  # seconds to wait for that server's first answer
+    launcher: str | None = None  # command that starts training, such as torchrun with its options
 
     def find_problems(self, parse_options: ParseOptions) -> list[str]:
         """Returns one sentence for each invalid setting."""
@@ -115,22 +101,19 @@ class Plan:
 def find_differences(before: dict[str, Any], now: dict[str, Any], parse_options: ParseOptions) -> list[str]:
     """Returns one sentence for each setting that differs from `before` and changes the results."""
 
-    def parse(name: str, text: str) -> dict[str, Any]:
-        parsed = parse_options(name.removeprefix("eval_"), text)
+    def normalize(name: str, value: Any) -> Any:
+        if value is None or name not in ("generate", "judge", "eval_judge"):
+            return value
+        options = parse_options(name.removeprefix("eval_"), value)
         # A server may move, but whether there is one matters.
-        parsed["base_url"] = bool(parsed.get("base_url"))
-        return {key: value for key, value in parsed.items() if key not in _FREE_OPTIONS}
+        options["base_url"] = bool(options.get("base_url"))
+        return {key: option for key, option in options.items() if key not in _FREE_OPTIONS}
 
     problems = []
     for name in sorted((before.keys() | now.keys()) - _FREE_SETTINGS):
         old, new = before.get(name), now.get(name)
-        if old == new or (name == "num_iterations" and old and new and old < new):
-            continue
-        if (
-            name in ("generate", "judge", "eval_judge")
-            and None not in (old, new)
-            and parse(name, old) == parse(name, new)
-        ):
+        is_extended = name == "num_iterations" and old and new and old < new
+        if old == new or is_extended or normalize(name, old) == normalize(name, new):
             continue
         problems.append(f"{name}: this run was started with {old!r}, got {new!r}")
     return problems
