@@ -71,7 +71,7 @@ def rate_answers(tasks: Sequence[Task], responses: Sequence[str]) -> dict[str, f
 
 
 def find_task(instruction: str) -> Task:
-    """The task of an instruction. Raises a UserError if there is none."""
+    """The task of an instruction; an instruction that no task has raises a UserError."""
     task = _index_tasks().get(instruction)
     if task is None:
         raise UserError(
