@@ -1,10 +1,10 @@
-"""Time of greedy generation: one prompt at a time, in batches, by continuous batching, by a server.
+"""Measure greedy generation: one prompt at a time, in batches, with continuous batching, and from a server.
 
   python benchmarks/generation.py
 
-Continuous batching is transformers' own (`generate_batch`, its start included); the server is `transformers serve` with
-continuous batching and its model at hand, asked by `cutlm generate --base_url`. Every response has `--max_new_tokens`
-tokens: weights are random and nothing ends one."""
+Continuous batching is that of transformers (`generate_batch`, including its start). The server is `transformers serve`
+with continuous batching and a loaded model, called by `cutlm generate --base_url`. Every response has
+`--max_new_tokens` tokens, because the random model never ends one."""
 
 import argparse
 import json
@@ -12,70 +12,56 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-from measuring import (
-    add_run_arguments,
-    add_shape_arguments,
-    describe_machine,
-    describe_options,
-    make_model,
-    make_tokenizer,
-    read_peak_bytes,
-    take_turns,
-    write_results,
-)
+from common import add_shape_arguments, make_model, make_parser, make_tokenizer, read_peak_bytes, run_benchmark
 
 ENGINES = ("one by one", "batched", "continuous", "server")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", metavar="FILE", help="whose instructions are the prompts (default: made up)")
+    parser = make_parser(__doc__)
+    parser.add_argument("--records", metavar="FILE", help="records with instructions (default: synthetic)")
     parser.add_argument("--num_prompts", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--bf16", action="store_true")
     add_shape_arguments(parser)
-    add_run_arguments(parser, num_repeats=3)
     args = parser.parse_args()
-    if args.variant:
-        result = _generate(args) if args.variant != "server" else _ask_server(args)
-        print(json.dumps(result))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        _prepare(args, Path(folder))
-        results = take_turns(ENGINES, args.repeats, folder)
     num_tokens = args.num_prompts * args.max_new_tokens
-    rows = []
-    for engine, result in results.items():
-        row = {"engine": engine}
-        if "failed" in result:
-            rows.append(row | {"seconds": result["failed"]})
-            continue
-        seconds = result["seconds"]
-        rows.append(
-            row | {"seconds": seconds, "tokens a second": num_tokens / seconds, "peak MB": result["peak"] / 1e6}
-        )
-    known = {"machine": describe_machine(), "options": describe_options(args), "results": results}
-    write_results(rows, known, args.json)
+
+    def summarize(results: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        rows = []
+        for engine, result in results.items():
+            row = {"engine": engine, "seconds": result.get("failed")}
+            if "failed" not in result:
+                seconds = result["seconds"]
+                row |= {"seconds": seconds, "tokens a second": num_tokens / seconds, "peak MB": result["peak"] / 1e6}
+            rows.append(row)
+        return rows, {}
+
+    run_benchmark(args, ENGINES, _run, summarize, prepare=_prepare)
 
 
-def _prepare(args: argparse.Namespace, folder: Path) -> None:
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    return _ask_server(args) if args.variant == "server" else _generate(args)
+
+
+def _prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     texts = _read_instructions(args)
     tokenizer = make_tokenizer(texts, args.vocab_size)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     tokenizer.save_pretrained(folder)
     model = make_model(args)
-    # A logit of 0 is never the largest: no response ends before its time.
+    # A logit of 0 is never the largest, so no response ends early.
     model.lm_head.weight.data[tokenizer.eos_token_id] = 0
     model.save_pretrained(folder)
     rows = [{"instruction": text} for text in texts[: args.num_prompts]]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {}
 
 
 def _read_instructions(args: argparse.Namespace) -> list[str]:
@@ -85,7 +71,7 @@ def _read_instructions(args: argparse.Namespace) -> list[str]:
 
     texts = [f"{record.instruction}\n{record.input}" for record in load_records(args.records)]
     if len(texts) < args.num_prompts:
-        sys.exit(f"{args.records}: expected {args.num_prompts} records, got {len(texts)}; give --num_prompts")
+        sys.exit(f"{args.records}: expected {args.num_prompts} records, got {len(texts)}; set --num_prompts")
     return texts
 
 
@@ -124,7 +110,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ask_server(args: argparse.Namespace) -> dict[str, Any]:
-    """Time to ask a server that has its model at hand; the peak is the server's."""
+    """Measures a server that has loaded its model; the peak is the server's."""
     from cutlm.cli import main as run_cutlm
 
     folder = Path(args.folder)
@@ -166,7 +152,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
                 return
         except OSError:
             if server.poll() is not None or time.monotonic() > deadline:
-                sys.exit("transformers serve does not answer; pip install 'cutlm[serve]'")
+                sys.exit("transformers serve does not respond; run: pip install 'cutlm[serve]'")
             time.sleep(0.3)
 
 

@@ -1,12 +1,12 @@
-"""Training on one CUDA GPU: tokens a second, share of the GPU's matrix rate, peak memory.
+"""Measure training on one CUDA GPU: tokens per second, share of the GPU's matrix rate, peak memory.
 
   python benchmarks/gpu.py                      LLaMA shapes of 1B and 7B
-  python benchmarks/gpu.py --large_vocabulary   128k tokens of vocabulary, 4096 positions: where released style fails
+  python benchmarks/gpu.py --large_vocabulary   a vocabulary of 128k and 4096 tokens per record, where released fails
 
-bfloat16, LoRA of rank 16 on the MLP, with activation checkpointing and without, on made-up records. The variants are
-those of `train_step.py`. Work is counted as 4 products with every weight of the body a token (forward, and the gradient
-for the input; LoRA's own and attention's are left out), 2 more with activation checkpointing where it runs again, and 4
-with the head's at response positions. The rate it is compared with is that of a product of two 8192 x 8192 matrices.
+bfloat16, LoRA of rank 16 on the MLP, with and without activation checkpointing, on synthetic records. The variants are
+those of `train_step.py`. The work is 4 operations per weight of the body and token (forward, and the gradient of the
+input, without LoRA and attention), 2 more for recomputation under activation checkpointing, and 4 per weight of the
+head and response token. The matrix rate is that of a product of two 8192 x 8192 matrices.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measuring import describe_machine, describe_options, write_results
+from common import describe_machine, describe_options, write_results
 
 SHAPES = {
     "1B": {"vocab_size": 32000, "num_layers": 16, "width": 2048, "num_heads": 32, "mlp_width": 8192},
@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("--num_records", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--large_vocabulary", action="store_true")
-    parser.add_argument("--torch_compile", action="store_true", help="compile all but released style")
-    parser.add_argument("--json", metavar="FILE", help="write the results here, too")
+    parser.add_argument("--torch_compile", action="store_true", help="compile all variants but released")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     args = parser.parse_args()
     import torch
 
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def measure_rate() -> float:
-    """Floating-point operations a second of a large product in bfloat16."""
+    """Floating-point operations per second of a large matrix product in bfloat16."""
     import torch
 
     size = 8192
@@ -78,13 +78,13 @@ def measure_rate() -> float:
 
 
 def run(options: list[str], variant: str) -> dict[str, Any]:
-    """One variant of `train_step.py`."""
+    """Runs one variant of `train_step.py`."""
     script = Path(__file__).with_name("train_step.py")
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, str(script), *options, "--variants", variant, "--json", file.name]
         done = subprocess.run(command, stdout=subprocess.DEVNULL)
         if done.returncode:
-            return {"failed": f"ended with {done.returncode}"}
+            return {"failed": f"exit code {done.returncode}"}
         found = json.loads(Path(file.name).read_text())
         return found["results"][variant] | {name: found[name] for name in ("num_tokens", "num_response_tokens")}
 
@@ -92,7 +92,7 @@ def run(options: list[str], variant: str) -> dict[str, Any]:
 def describe(
     name: str, shape: dict[str, int], variant: str, is_checkpointing: bool, result: dict[str, Any], rate: float
 ) -> dict[str, Any]:
-    """A line of the table."""
+    """A row of the table."""
     row: dict[str, Any] = {"shape": name, "checkpointing": "yes" if is_checkpointing else "no", "variant": variant}
     if "failed" in result:
         return row | {"tokens a second": result["failed"], "of the matrix rate": "", "peak GB": ""}

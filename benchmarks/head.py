@@ -1,53 +1,42 @@
-"""Log-probs of given tokens by the head, forward and backward: ours, dense, torch's, and on a GPU Liger's.
+"""Measure token log-probabilities from the head, forward and backward: ours, dense, torch's, and on a GPU Liger's.
 
   python benchmarks/head.py
 
-"products" are the two matrix products alone, the least that a head takes. The head is frozen, as under LoRA: the
-gradient goes to the hidden states alone. Memory is the peak above what the hidden states and the head take."""
+"products" are only the two matrix products, which every head needs. The head is frozen, as under LoRA, so only the
+hidden states get a gradient. Memory is the peak without the hidden states and the head's weight."""
 
 import argparse
-import json
 import time
 from typing import Any
 
-from measuring import (
-    add_run_arguments,
-    describe_machine,
-    describe_options,
-    read_peak_bytes,
-    take_turns,
-    write_results,
-)
+from common import make_parser, read_peak_bytes, run_benchmark
 
 KINDS = ("ours", "products", "dense", "torch", "liger")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--num_positions", type=int, default=1024)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--vocab_sizes", type=int, nargs="+", default=[32000, 128000, 256000])
     parser.add_argument("--bf16", action="store_true")
-    add_run_arguments(parser, num_repeats=3)
     args = parser.parse_args()
-    if args.variant:
-        print(json.dumps(_score(args)))
-        return
     import torch
 
     kinds = [kind for kind in KINDS if kind != "liger" or torch.cuda.is_available()]
     variants = [f"{kind} {vocab_size}" for vocab_size in args.vocab_sizes for kind in kinds]
-    results = take_turns(variants, args.repeats, "")
-    rows = []
+    run_benchmark(args, variants, _score, summarize)
+
+
+def summarize(results: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for variant, result in results.items():
         kind, vocab_size = variant.split()
-        row: dict[str, Any] = {"vocabulary": vocab_size, "head": kind}
-        if "failed" in result:
-            rows.append(row | {"seconds": result["failed"], "MB": ""})
-        else:
-            rows.append(row | {"seconds": result["seconds"], "MB": result["peak"] / 1e6})
-    known = {"machine": describe_machine(), "options": describe_options(args), "results": results}
-    write_results(rows, known, args.json)
+        known = {"seconds": result.get("failed"), "MB": ""}
+        if "failed" not in result:
+            known = {"seconds": result["seconds"], "MB": result["peak"] / 1e6}
+        rows.append({"vocabulary": vocab_size, "head": kind} | known)
+    return rows, {}
 
 
 def _score(args: argparse.Namespace) -> dict[str, Any]:
@@ -57,7 +46,7 @@ def _score(args: argparse.Namespace) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     torch.manual_seed(0)
-    # In place: a second copy, gone by then, would hide as much of the peak.
+    # In place, because a temporary second copy would raise the peak before the measurement.
     weight = torch.randn(int(vocab_size), args.width, device=device, dtype=dtype).mul_(args.width**-0.5)
     hidden = torch.randn(args.num_positions, args.width, device=device, dtype=dtype, requires_grad=True)
     targets = torch.randint(int(vocab_size), (args.num_positions,), device=device)
@@ -79,7 +68,7 @@ def _score(args: argparse.Namespace) -> dict[str, Any]:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    # The first may wait for kernels to be made.
+    # The first run may compile kernels.
     return {"seconds": min(seconds), "peak": read_peak_bytes() - before}
 
 
@@ -90,7 +79,7 @@ def _score_ours(hidden: Any, weight: Any, targets: Any) -> Any:
 
 
 def _multiply_alone(hidden: Any, weight: Any, targets: Any) -> Any:
-    """The two matrix products that any head takes, in chunks of ours; numbers of no meaning."""
+    """The two matrix products that every head needs, in our chunks; the result is arbitrary."""
     import torch
 
     from cutlm.model.logprobs import choose_chunk_size

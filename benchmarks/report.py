@@ -1,9 +1,9 @@
-"""Makes the tables and pictures of docs/performance.md from what the benchmarks have left in benchmarks/results.
+"""Update the tables and plots of docs/performance.md from benchmarks/results.
 
-  python benchmarks/report.py            fill in the tables, draw the pictures
-  python benchmarks/report.py --check    say whether the tables are those of the results; status 1 where not
+  python benchmarks/report.py            update the tables and plots
+  python benchmarks/report.py --check    exit with 1 if the tables differ from the results
 
-A table stands between the lines `<!-- results/NAME.json -->` and `<!-- end -->`. Nothing is measured here."""
+A table is between the lines `<!-- results/NAME.json -->` and `<!-- end -->`."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measuring import make_table
+from common import make_table
 
 RESULTS = Path(__file__).with_name("results")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -38,17 +38,17 @@ def main() -> None:
 
 
 def read_results(name: str) -> dict[str, Any]:
-    """What a benchmark has left."""
+    """Reads the results of a benchmark."""
     return dict(json.loads((RESULTS / f"{name}.json").read_text("utf-8")))
 
 
 def fill_in(page: str) -> str:
-    """The page with the tables of the results."""
+    """Replaces the tables of the page by those of the results."""
     return _PLACE.sub(lambda match: f"{match[1]}{describe(read_results(match[2]))}{match[3]}", page)
 
 
 def describe(results: dict[str, Any]) -> str:
-    """Where and when it was measured, the table, and the figures that compare its rows."""
+    """The machine and date, the table, and further figures."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "trl", "peft"))
     processor = machine["gpu"] or f"{machine['processor']}, {machine['num_threads']} threads"
@@ -60,7 +60,7 @@ def describe(results: dict[str, Any]) -> str:
 
 
 def draw_picture(draw: Callable[[Any, dict[str, Any]], None], results: dict[str, Any], out: Path) -> None:
-    # It announces on its first day on a machine that it is looking for fonts.
+    # On its first run, matplotlib logs that it builds a font cache.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -72,11 +72,11 @@ def draw_picture(draw: Callable[[Any, dict[str, Any]], None], results: dict[str,
 
 
 def draw_train_step(figure: Any, results: dict[str, Any]) -> None:
-    """Seconds and peak of memory of each variant, as bars."""
+    """Bars of the seconds and peak memory of each variant."""
     variants = {name: known for name, known in results["results"].items() if "failed" not in known}
     names = list(variants)
     for axes, unit, divisor, title in zip(
-        figure.subplots(1, 2), ("seconds", "peak"), (1, 1e9), ("Seconds", "Peak of memory, GB"), strict=True
+        figure.subplots(1, 2), ("seconds", "peak"), (1, 1e9), ("Seconds", "Peak memory, GB"), strict=True
     ):
         values = [variants[name][unit] / divisor for name in names]
         colours = [_COLOURS[0] if name in ("cutlm", "frozen") else _COLOURS[3] for name in names]
@@ -88,13 +88,14 @@ def draw_train_step(figure: Any, results: dict[str, Any]) -> None:
 
 
 def draw_head(figure: Any, results: dict[str, Any]) -> None:
-    """Seconds and peak of memory of each head over the size of the vocabulary."""
+    """Seconds and peak memory of each head over the size of the vocabulary."""
     kinds = list(dict.fromkeys(row["head"] for row in results["rows"]))
     for axes, unit, title in zip(figure.subplots(1, 2), ("seconds", "MB"), ("Seconds", "Memory, MB"), strict=True):
         for number, kind in enumerate(kinds):
             known = [row for row in results["rows"] if row["head"] == kind and not isinstance(row["seconds"], str)]
-            locations = [int(row["vocabulary"]) / 1000 for row in known]
-            _draw_line(axes, locations, [row[unit] for row in known], kind, number)
+            _draw_line(
+                axes, [int(row["vocabulary"]) / 1000 for row in known], [row[unit] for row in known], kind, number
+            )
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set_xlabel("vocabulary, thousands of tokens")
         axes.set_ylim(bottom=0)
@@ -124,8 +125,8 @@ def draw_scaling(figure: Any, results: dict[str, Any]) -> None:
         axes.legend(frameon=False)
 
 
-def _draw_line(axes: Any, locations: list[Any], values: list[float], label: str, number: int) -> None:
-    axes.plot(locations, values, marker=_MARKERS[number], color=_COLOURS[number], label=label, clip_on=False)
+def _draw_line(axes: Any, x: list[Any], y: list[float], label: str, number: int) -> None:
+    axes.plot(x, y, marker=_MARKERS[number], color=_COLOURS[number], label=label, clip_on=False)
 
 
 DRAWINGS = {"train_step": draw_train_step, "head": draw_head, "scaling": draw_scaling}

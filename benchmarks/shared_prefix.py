@@ -1,52 +1,39 @@
-"""What a CUT step costs over a plain likelihood step where prompts are long and responses short, as in summarization.
+"""Compare a CUT step with a likelihood step for long prompts and short responses, as in summarization.
 
 python benchmarks/shared_prefix.py
 
-  likelihood   the responses from the plain prompts
-  cut          both contexts, what they begin with run once (template: chat)
-  apart        both contexts, each by itself
-  frozen       token scores: the plain context, flags known
-  blame        the one pass without gradient by which token scores are made, counted apart"""
+  likelihood   likelihood of the responses in the plain context
+  cut          CUT in both contexts, whose shared prefix runs once (template: chat)
+  apart        CUT in both contexts, which run separately
+  frozen       CUT on token scores: the plain context, with known flags
+  blame        the pass without gradient that computes token scores"""
 
 import argparse
-import json
-import tempfile
 import time
 from typing import Any
 
-from measuring import (
-    add_run_arguments,
-    add_shape_arguments,
-    describe_machine,
-    describe_options,
-    make_model,
-    read_peak_bytes,
-    take_turns,
-    write_results,
-)
-from train_step import make_adapter, make_settings, time_trainer
+from common import add_shape_arguments, make_model, make_parser, read_peak_bytes, run_benchmark
+from train_step import add_flags, make_adapter, make_settings, time_trainer
 
 VARIANTS = ("likelihood", "cut", "apart", "frozen", "blame")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--num_records", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--num_prompt", type=int, default=800, help="tokens of a prompt (default: 800)")
-    parser.add_argument("--num_response", type=int, default=80, help="of a response (default: 80)")
-    parser.add_argument("--num_judgment", type=int, default=60, help="of a judgment (default: 60)")
+    parser.add_argument("--num_response", type=int, default=80, help="tokens of a response (default: 80)")
+    parser.add_argument("--num_judgment", type=int, default=60, help="tokens of a judgment (default: 60)")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.set_defaults(torch_compile=False)
     add_shape_arguments(parser)
-    add_run_arguments(parser, num_repeats=3)
     args = parser.parse_args()
-    if args.variant:
-        print(json.dumps(_blame(args) if args.variant == "blame" else _train(args)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        results = take_turns(VARIANTS, args.repeats, folder)
+    run_benchmark(args, VARIANTS, lambda args: _blame(args) if args.variant == "blame" else _train(args), summarize)
+
+
+def summarize(results: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     base = results["likelihood"]["seconds"]
     figures = {f"{variant}_over_likelihood": results[variant]["seconds"] / base for variant in VARIANTS[1:]}
     rows = [
@@ -58,12 +45,11 @@ def main() -> None:
         }
         for variant, result in results.items()
     ]
-    known = {"machine": describe_machine(), "options": describe_options(args), "results": results}
-    write_results(rows, figures | known, args.json)
+    return rows, figures
 
 
 def _make_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Random tokens, laid out as the chat template does: the judgment after what both contexts begin with."""
+    """Random tokens in the order of the chat template: the judgment follows the shared prefix of both contexts."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -95,16 +81,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     if args.variant == "likelihood":
         rows = [row | {"judged_prompt_ids": None} for row in rows]
     if args.variant == "frozen":
-        rows = [
-            row
-            | {
-                "judged_prompt_ids": None,
-                "is_satisfactory": False,
-                "is_flagged": [place % 10 == 0 for place in range(len(row["response_ids"]))],
-                "weights": [float(place % 10 == 0) for place in range(len(row["response_ids"]))],
-            }
-            for row in rows
-        ]
+        rows = [add_flags(row) for row in rows]
     detector = "frozen" if args.variant == "frozen" else None
     config = CUTConfig(**make_settings(args, args.folder), detector=detector, max_length=100_000)
     trainer = CUTTrainer(make_model(args), config, rows, peft_config=make_adapter())

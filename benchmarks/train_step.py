@@ -1,20 +1,19 @@
-"""Time and memory of training on judged records: released style, cutlm, the floor, and TRL's trainers.
+"""Measure time and memory of training on judged records: released style, cutlm, the floor, and TRL's trainers.
 
   python benchmarks/train_step.py --records records.json
 
-    released   a twin of the released code, naive as that is: both contexts of every record (dummy rows for satisfactory
-               ones) in one batch, padded to the longest of all, probabilities of the whole vocabulary in float32 at
-               every position, copied for each part, and attention as the transformers of its day had it, "eager"
-    cutlm      `CUTTrainer` with detector current, as `cutlm train` runs it
-    frozen     the same on token scores: known flags, the plain context only
-    floor      the body alone, forward and backward over the same tokens, and the head's two matrix products at the
-               response positions; nothing else
-    dpo, sft   TRL's `DPOTrainer` and `SFTTrainer` on the same prompts and responses (pairs of one length)
+    released   computed as by the released code: both contexts of every record (dummy rows for satisfactory ones) in one
+               batch, padded to the longest, float32 probabilities of the whole vocabulary at every position, copied for
+               each part of the loss, and eager attention, the default of transformers at the time
+    cutlm      `CUTTrainer` with detector current, as in `cutlm train`
+    frozen     `CUTTrainer` on token scores: known flags, the plain context only
+    floor      only the body, forward and backward over the same tokens, and the head's two matrix products at the
+               response positions
+    dpo, sft   TRL's `DPOTrainer` and `SFTTrainer` on the same prompts and responses (pairs of equal length)
 
-Each trains LoRA of rank 16 on the MLP of one and the same model over the first unsatisfactory records of a file
-(made-up ones where none is given), a step a micro-batch. The clock runs while it trains: loading and encoding are not
-in it. Variants take turns, and medians over the turns are told; what no longer fits into --limit is left out of a
-turn."""
+Each variant trains LoRA of rank 16 on the MLP of the same model on the first unsatisfactory records of a file (by
+default synthetic records), one step per micro-batch. Loading and encoding are not measured. Variants take turns;
+results are medians. Runs after the first turn that would exceed --limit are skipped."""
 
 import argparse
 import json
@@ -22,21 +21,11 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring import (
-    add_run_arguments,
-    add_shape_arguments,
-    describe_machine,
-    describe_options,
-    make_model,
-    make_tokenizer,
-    read_peak_bytes,
-    take_turns,
-    write_results,
-)
+from common import add_shape_arguments, make_model, make_parser, make_tokenizer, read_peak_bytes, run_benchmark
 
 VARIANTS = ("released", "cutlm", "frozen", "floor", "dpo", "sft")
 _TARGETS = ["gate_proj", "up_proj", "down_proj"]
@@ -44,45 +33,45 @@ _SETTINGS: dict[str, Any] = {"threshold": 1.1, "unlikelihood_weight": 1.0, "gamm
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", metavar="FILE", help="judged records (default: made up)")
+    parser = make_parser(__doc__)
+    parser.add_argument("--records", metavar="FILE", help="judged records (default: synthetic)")
     parser.add_argument("--num_records", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=4, help="records of a micro-batch (default: 4)")
+    parser.add_argument("--batch_size", type=int, default=4, help="records per micro-batch (default: 4)")
     parser.add_argument("--template", choices=("alpaca", "chat"), default="alpaca")
-    parser.add_argument("--num_tokens", type=int, help="of every record, made up (default: as they come)")
-    parser.add_argument("--bf16", action="store_true", help="by autocast; on a GPU the weights, too")
+    parser.add_argument("--num_tokens", type=int, help="tokens of every synthetic record (default: varying)")
+    parser.add_argument("--bf16", action="store_true", help="use autocast, and on a GPU bfloat16 weights")
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument(
         "--torch_compile",
         action="store_true",
-        help="compile all but released style, in a first round that is not timed",
+        help="compile all variants but released in a first run that is not timed",
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     add_shape_arguments(parser)
-    parser.add_argument(
-        "--limit", type=float, default=540, help="seconds within which turns after the first must fit (default: 540)"
-    )
-    add_run_arguments(parser, num_repeats=3)
+    parser.add_argument("--limit", type=float, default=540, help="seconds for all turns (default: 540)")
     args = parser.parse_args()
-    if args.variant:
-        print(json.dumps(RUNS[args.variant](args)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        counts = prepare(args, Path(folder))
-        results = take_turns(args.variants, args.repeats, folder, limit=args.limit)
-    figures = compare(results)
+    run_benchmark(
+        args,
+        args.variants,
+        lambda args: RUNS[args.variant](args),
+        summarize,
+        prepare=prepare,
+        limit=args.limit,
+    )
+
+
+def summarize(results: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     rows = []
     for variant, result in results.items():
         known = {"seconds": result.get("failed"), "peak GB": ""}
         if "failed" not in result:
             known = {"seconds": result["seconds"], "peak GB": result["peak"] / 1e9}
         rows.append({"variant": variant} | known)
-    known = {"machine": describe_machine(), "options": describe_options(args), "results": results}
-    write_results(rows, figures | counts | known, args.json)
+    return rows, compare(results)
 
 
 def compare(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """How many times the time, or memory, of one variant another takes."""
+    """Ratios of the time or memory of two variants."""
     figures = {}
     for name, one, other, unit in (
         ("speedup_over_released_style", "released", "cutlm", "seconds"),
@@ -97,14 +86,14 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     return figures
 
 
-# ---- The same for all ----
+# ---- Shared by the variants ----
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict[str, int]:
-    """Tokenizer and records, to be read by every variant's process.
+    """Writes the tokenizer and records for the processes of the variants.
 
     Returns:
-        Tokens of both contexts of all records, and of these the responses'.
+        The number of tokens of both contexts of all records, and of those in responses.
     """
     records = _read_records(args)
     fields = ("instruction", "input", "output", "judgment")
@@ -116,7 +105,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, int]:
     tokenizer.save_pretrained(folder)
     chosen = [record for record in records if record["judgment"] is not None][: args.num_records]
     if len(chosen) < args.num_records:
-        sys.exit(f"expected {args.num_records} unsatisfactory records, got {len(chosen)}; give --num_records")
+        sys.exit(f"expected {args.num_records} unsatisfactory records, got {len(chosen)}; set --num_records")
     (folder / "records.json").write_text(json.dumps(chosen))
     rows = _encode(args, tokenizer, chosen)
     prompts = [len(row["prompt_ids"]) + len(row["judged_prompt_ids"]) for row in rows]
@@ -140,11 +129,11 @@ def _read_records(args: argparse.Namespace) -> list[dict[str, Any]]:
         return " ".join(generator.choices(words, k=generator.randint(shortest, longest))) + "."
 
     if args.num_tokens:
-        # A word is about three tokens of this vocabulary's.
+        # A word has about three tokens.
         num = args.num_tokens // 3
         shape = {"instruction": write(num // 4, num // 4), "input": "", "output": write(num // 2, num // 2)}
         return [shape | {"judgment": write(num // 8, num // 8)} for _ in range(args.num_records)]
-    # About the lengths of an online iteration's records.
+    # About the lengths of records of an online iteration.
     return [
         {"instruction": write(10, 60), "input": "", "output": write(120, 480), "judgment": write(20, 80)}
         for _ in range(args.num_records)
@@ -152,7 +141,7 @@ def _read_records(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], Any]:
-    """Tokenizer, records and the model in float32, without its adapter."""
+    """Loads the tokenizer and the records, and makes the model without adapter."""
     import torch
     from transformers import AutoTokenizer
 
@@ -162,7 +151,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], Any]:
 
 
 def adapt(model: Any, args: argparse.Namespace) -> Any:
-    """The model with its adapter, for a bare loop."""
+    """Adds the adapter, for a training loop without trainer."""
     from peft import get_peft_model
 
     if args.activation_checkpointing:
@@ -190,7 +179,7 @@ def _encode(args: argparse.Namespace, tokenizer: Any, records: Sequence[dict[str
 
 
 def make_settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """Of every trainer."""
+    """Settings of every trainer."""
     import torch
 
     return {
@@ -218,13 +207,13 @@ def time_trainer(trainer: Any) -> dict[str, Any]:
         trainer.state.log_history.clear()
     began = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - began  # the last line of the log has waited for the GPU
+    seconds = time.perf_counter() - began  # logging the loss has synchronized with the GPU
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {"seconds": seconds, "peak": read_peak_bytes(), "first_loss": losses[0]}
 
 
 def time_loop(args: argparse.Namespace, model: Any, batches: Sequence[Any], find_loss: Any) -> dict[str, Any]:
-    """A bare loop: a loss, its gradient, a step."""
+    """Times a training loop without trainer."""
     import torch
 
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-4)
@@ -239,6 +228,13 @@ def time_loop(args: argparse.Namespace, model: Any, batches: Sequence[Any], find
         optimizer.zero_grad()
         losses.append(loss.item())
     return {"seconds": time.perf_counter() - began, "peak": read_peak_bytes(), "first_loss": losses[0]}
+
+
+def add_flags(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a frozen detector. Every tenth token is flagged; which ones does not affect the cost."""
+    flags = [index % 10 == 0 for index in range(len(row["response_ids"]))]
+    known = {"judged_prompt_ids": None, "is_satisfactory": False}
+    return row | known | {"is_flagged": flags, "weights": list(map(float, flags))}
 
 
 # ---- The variants ----
@@ -258,17 +254,7 @@ def run_frozen(args: argparse.Namespace) -> dict[str, Any]:
     from cutlm import CUTConfig, CUTTrainer
 
     tokenizer, records, model = _load(args)
-    rows = [
-        # Every tenth token is taken for inappropriate: what they are changes nothing of the cost.
-        row
-        | {
-            "is_flagged": [place % 10 == 0 for place in range(len(row["response_ids"]))],
-            "weights": [float(place % 10 == 0) for place in range(len(row["response_ids"]))],
-            "judged_prompt_ids": None,
-            "is_satisfactory": False,
-        }
-        for row in _encode(args, tokenizer, records)
-    ]
+    rows = [add_flags(row) for row in _encode(args, tokenizer, records)]
     with tempfile.TemporaryDirectory() as folder:
         config = CUTConfig(
             **make_settings(args, folder), **_SETTINGS, detector="frozen", template=args.template, max_length=100_000
@@ -286,15 +272,15 @@ def run_released(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def find_released_loss(model: Any, rows: Sequence[dict[str, Any]]) -> Any:
-    """CUT's loss as the released code takes it, with the size of the vocabulary at every position, many times over.
+    """CUT's loss computed as by the released code, with several copies of the probabilities of the whole vocabulary.
 
-    Both contexts are rows of one batch, padded to the longest of all of them. Each part of the loss has a copy of the
-    probabilities of its own, the likelihood's another one of their logarithms.
+    Both contexts are rows of one batch, padded to the longest. Each part of the loss copies the probabilities, and the
+    likelihood also their logarithms.
     """
     import torch
 
     judged = [row["judged_prompt_ids"] or row["prompt_ids"] for row in rows]
-    plain = [row["prompt_ids"] for row in rows]  # dummies for satisfactory records
+    plain = [row["prompt_ids"] for row in rows]  # including dummy rows for satisfactory records
     inputs, labels = _pad([*judged, *plain], [*rows, *rows], model.device)
     probs = model(**inputs).logits.float().softmax(-1)
     half, vocab_size = len(rows), probs.shape[-1]
@@ -344,7 +330,7 @@ def run_floor(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def find_floor(model: Any, batch: dict[str, Any]) -> Any:
-    """A number of no meaning that depends on every response position, at the least cost."""
+    """An arbitrary number that depends on every response position, at the lowest cost."""
     import torch
 
     inner = model.get_base_model()
@@ -360,57 +346,59 @@ def find_floor(model: Any, batch: dict[str, Any]) -> Any:
 
 
 def run_dpo(args: argparse.Namespace) -> dict[str, Any]:
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    tokenizer, records, model = _load(args)
-    rows = _make_completions(args, tokenizer, records)
-    # The same words in another order: as many tokens, but for a few.
-    pairs = [
-        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " ".join(row["completion"].split(" ")[::-1])}
-        for row in rows
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(**make_settings(args, folder), max_length=None)
-        trainer = DPOTrainer(
-            model,
-            args=config,
-            train_dataset=Dataset.from_list(pairs),
-            processing_class=tokenizer,
-            peft_config=make_adapter(),
-        )
-        return time_trainer(trainer)
+    # Reversing the words keeps the number of tokens nearly the same.
+    return _run_trl(
+        args,
+        DPOTrainer,
+        DPOConfig,
+        lambda prompt, response: {
+            "prompt": prompt,
+            "chosen": response,
+            "rejected": " ".join(response.split(" ")[::-1]),
+        },
+    )
 
 
 def run_sft(args: argparse.Namespace) -> dict[str, Any]:
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    return _run_trl(
+        args,
+        SFTTrainer,
+        SFTConfig,
+        lambda prompt, response: {"prompt": prompt, "completion": response},
+        completion_only_loss=True,
+    )
+
+
+def _run_trl(
+    args: argparse.Namespace,
+    trainer_class: Any,
+    config_class: Any,
+    make_row: Callable[[str, str], Any],
+    **settings: Any,
+) -> dict[str, Any]:
+    from datasets import Dataset
+
+    from cutlm.prompting.encoding import Encoder
+
     tokenizer, records, model = _load(args)
-    rows = _make_completions(args, tokenizer, records)
+    encoder = Encoder(tokenizer, args.template)
+    rows = []
+    for record in records:
+        instruction = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
+        rows.append(make_row(encoder.render(instruction).text, record["output"]))
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(**make_settings(args, folder), max_length=None, completion_only_loss=True)
-        trainer = SFTTrainer(
+        trainer = trainer_class(
             model,
-            args=config,
+            args=config_class(**make_settings(args, folder), max_length=None, **settings),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             peft_config=make_adapter(),
         )
         return time_trainer(trainer)
-
-
-def _make_completions(
-    args: argparse.Namespace, tokenizer: Any, records: Sequence[dict[str, Any]]
-) -> list[dict[str, str]]:
-    from cutlm.prompting.encoding import Encoder
-
-    encoder = Encoder(tokenizer, args.template)
-    rows = []
-    for record in records:
-        instruction = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
-        rows.append({"prompt": encoder.render(instruction).text, "completion": record["output"]})
-    return rows
 
 
 RUNS = {

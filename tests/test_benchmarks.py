@@ -1,8 +1,9 @@
-"""The benchmarks run, and say what they are asked for. What they measure here is of no meaning: the models are tiny."""
+"""The benchmarks run and report consistent figures, on models that are too tiny for meaningful ones."""
 
 import contextlib
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,12 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPE = {"vocab_size": 1000, "num_layers": 1, "width": 32, "num_heads": 2, "mlp_width": 64}
 OPTIONS = [f"--{name}={value}" for name, value in SHAPE.items()]
 
-
 Load = Callable[..., Any]
 
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Imports a script of benchmarks/, which stand beside each other and are no package."""
+    """Imports a script of benchmarks/, which is not a package."""
     monkeypatch.syspath_prepend(BENCHMARKS)
 
     def import_script(name: str, *options: str) -> Any:
@@ -31,22 +31,29 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
     return import_script
 
 
-def test_the_training_step_is_compared_with_every_other(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def train_step(load: Load, monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Runs train_step.py with its variants in this process."""
+    script = load("train_step")
+
+    def run(*options: str) -> None:
+        def run_here(variant: str, folder: str) -> Any:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                run("--variant", variant, "--folder", folder, *options)
+            return json.loads(printed.getvalue().splitlines()[-1])
+
+        monkeypatch.setattr("common.run_alone", run_here)
+        monkeypatch.setattr(sys, "argv", ["train_step.py", *options])
+        script.main()
+
+    return run
+
+
+def test_training_step_compares_all_variants(
+    train_step: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results.json"
-    train_step = load("train_step", *OPTIONS, "--num_records=3", "--repeats=1", f"--json={out}")
-    options = sys.argv
-
-    def run_here(variant: str, folder: str) -> Any:
-        """As `run_alone`, without a process that would spend its time on imports."""
-        monkeypatch.setattr(sys, "argv", [*options, "--variant", variant, "--folder", folder])
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            train_step.main()
-        return json.loads(printed.getvalue().splitlines()[-1])
-
-    monkeypatch.setattr("measuring.run_alone", run_here)
-    train_step.main()
+    train_step(*OPTIONS, "--num_records=3", "--repeats=1", f"--json={out}")
     known = json.loads(out.read_text())
     variants = ["released", "cutlm", "frozen", "floor", "dpo", "sft"]
     assert [row["variant"] for row in known["rows"]] == variants
@@ -57,26 +64,34 @@ def test_the_training_step_is_compared_with_every_other(
     assert known["time_over_trl_sft"] == pytest.approx(seconds["cutlm"] / seconds["sft"])
     peaks = {name: known["results"][name]["peak"] for name in variants}
     assert known["memory_ratio_over_released_style"] == pytest.approx(peaks["released"] / peaks["cutlm"])
-    # One and the same loss, whichever way it is taken.
+    # Both implementations compute the same loss.
     first = {name: known["results"][name]["first_loss"] for name in variants}
     assert first["cutlm"] == pytest.approx(first["released"], abs=1e-4)
     assert "| cutlm |" in capsys.readouterr().out
 
 
-def test_a_gpu_is_measured_by_the_variants_of_the_training_step(load: Load) -> None:
+def test_gpu_benchmark_runs_variants_of_the_training_step(
+    load: Load, train_step: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu = load("gpu")
+    assert gpu.run(["--num_records=nothing"], "frozen") == {"failed": "exit code 2"}
+
+    def run_here(command: list[str], **kwargs: Any) -> Any:
+        train_step(*command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run_here)
     result = gpu.run([*OPTIONS, "--num_records=2", "--batch_size=2", "--bf16", "--repeats=1"], "frozen")
     assert result["seconds"] > 0
     assert result["num_tokens"] > result["num_response_tokens"] > 0
-    assert gpu.run(["--num_records=nothing"], "frozen") == {"failed": "ended with 2"}
 
 
-def test_work_on_a_gpu_is_told_as_a_share_of_its_matrix_rate(
+def test_gpu_benchmark_reports_the_share_of_the_matrix_rate(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "results.json"
     gpu = load("gpu", "--variants", "cutlm", "--shapes", "tiny", f"--json={out}")
-    # What needs a GPU is left out: its name, its rate, and the measuring.
+    # Replace what needs a GPU.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(gpu, "measure_rate", lambda: 1e9)
@@ -99,6 +114,26 @@ def test_work_on_a_gpu_is_told_as_a_share_of_its_matrix_rate(
 
 
 @pytest.mark.parametrize("kind", ["ours", "products", "dense", "torch"])
-def test_every_head_is_measured(load: Load, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_head_benchmark_runs_every_kind(load: Load, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     load("head", "--num_positions=20", "--width=8", f"--variant={kind} 300").main()
     assert set(json.loads(capsys.readouterr().out)) == {"seconds", "peak"}
+
+
+@pytest.mark.parametrize("variant", ["cut", "frozen", "blame"])
+def test_shared_prefix_benchmark_runs(
+    load: Load, variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--num_records=2", "--num_prompt=20", "--num_response=5", "--num_judgment=6"]
+    load("shared_prefix", *OPTIONS, *sizes, f"--variant={variant}", f"--folder={tmp_path}").main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0
+
+
+@pytest.mark.parametrize("kind", ["cutlm", "floor"])
+def test_scaling_benchmark_runs(
+    load: Load, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaling = load("scaling", *OPTIONS, f"--variant={kind} num_records 4")
+    monkeypatch.setattr(scaling, "DEFAULTS", {"length": 32, "vocab_size": 1000, "num_records": 4})
+    scaling.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0
+    assert scaling.find_exponent((1, 2, 4), [3.0, 6.0, 12.0]) == pytest.approx(1)

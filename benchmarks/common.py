@@ -1,7 +1,7 @@
-"""What the benchmarks share: a model of a given shape with random weights, runs in processes of their own, and tables.
+"""Shared code of the benchmarks: models with random weights, one process per variant, and tables.
 
-Each variant of a benchmark runs in a fresh process, so that its peak of memory is its own and nothing is warm from
-another. Variants take turns, as a machine's speed drifts; medians over the turns are told.
+Each variant of a benchmark runs in a fresh process, so that its peak memory is its own and no cache is warm. Variants
+take turns, because a machine's speed drifts; results are medians over the turns.
 """
 
 import argparse
@@ -12,16 +12,26 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 
+def make_parser(description: str | None, num_repeats: int = 3) -> argparse.ArgumentParser:
+    """Makes a parser with the options of every benchmark; hidden ones select the variant of a child process."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=num_repeats, help=f"turns per variant (default: {num_repeats})")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    return parser
+
+
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    """The shape of a LLaMA."""
     shape = parser.add_argument_group("the model, a LLaMA with random weights")
     shape.add_argument("--vocab_size", type=int, default=32000)
     shape.add_argument("--num_layers", type=int, default=8)
@@ -30,16 +40,8 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--mlp_width", type=int, default=1376)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, num_repeats: int) -> None:
-    """How often, where the results go, and what a process is told to run alone."""
-    parser.add_argument("--repeats", type=int, default=num_repeats, help=f"turns of each (default: {num_repeats})")
-    parser.add_argument("--json", metavar="FILE", help="write the results here, too")
-    parser.add_argument("--variant", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-
-
 def make_model(args: argparse.Namespace) -> Any:
-    """The model, always with the same weights: in float32, on a GPU with --bf16 in bfloat16."""
+    """Makes the model, always with the same weights: in float32, or on a GPU with --bf16 in bfloat16."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,7 +65,7 @@ def make_model(args: argparse.Namespace) -> Any:
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level tokenizer of at most that many tokens, trained on these texts."""
+    """Trains a byte-level tokenizer of at most `vocab_size` tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -86,7 +88,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def read_peak_bytes() -> int:
-    """The most memory that this process has had, of the GPU where there is one, in bytes."""
+    """Peak memory of this process in bytes; on a GPU, that of the GPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -96,9 +98,10 @@ def read_peak_bytes() -> int:
 
 
 def run_alone(variant: str, folder: str | Path) -> dict[str, Any]:
-    """Runs this script's variant in a process of its own and returns the JSON of its last line.
+    """Runs a variant of this script, with the options of this process, in a new process.
 
-    The options of this process are passed on.
+    Returns:
+        The JSON object of its last line, or {"failed": reason}.
     """
     command = [sys.executable, *sys.argv, "--variant", variant, "--folder", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -108,7 +111,7 @@ def run_alone(variant: str, folder: str | Path) -> dict[str, Any]:
 
 
 def describe_failure(status: int) -> str:
-    return f"killed by signal {-status}" if status < 0 else f"ended with {status}"
+    return f"killed by signal {-status}" if status < 0 else f"exit code {status}"
 
 
 def take_turns(
@@ -117,19 +120,19 @@ def take_turns(
     """Runs the variants in turn.
 
     Args:
-        variants: Their names.
-        num_repeats: How many turns.
-        folder: What each is given.
-        limit: Seconds within which all must be over; after the first turn, what would take longer is left out.
+        variants: The names of the variants.
+        num_repeats: Number of turns.
+        folder: A folder for the variants.
+        limit: Seconds for all turns; after the first turn, runs that would exceed it are skipped.
 
     Returns:
-        By variant, the median of each figure, and all of `seconds` as `all_seconds`.
+        For each variant the median of each figure, and all values of `seconds` as `all_seconds`.
     """
     results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
     durations: dict[str, float] = {}
     began = time.monotonic()
     for turn in range(num_repeats):
-        # The quick ones first, once it is known which these are: they are repeated within any limit.
+        # The quick ones first, so that they are repeated within any limit.
         for variant in sorted(variants, key=lambda variant: durations.get(variant, 0.0)):
             started = time.monotonic()
             if turn and started - began + durations[variant] > limit:
@@ -149,8 +152,38 @@ def _take_medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return medians | {"all_seconds": [run["seconds"] for run in runs]}
 
 
+def run_benchmark(
+    args: argparse.Namespace,
+    variants: Sequence[str],
+    run_variant: Callable[[argparse.Namespace], dict[str, Any]],
+    summarize: Callable[[dict[str, dict[str, Any]]], tuple[list[dict[str, Any]], dict[str, Any]]],
+    *,
+    prepare: Callable[[argparse.Namespace, Path], dict[str, Any]] | None = None,
+    limit: float = math.inf,
+) -> None:
+    """Runs the variant of a child process, or else all variants in turn, and writes the results.
+
+    Args:
+        args: The options.
+        variants: The names of the variants.
+        run_variant: Measures `args.variant`.
+        summarize: Makes the rows of the table and further figures from the results.
+        prepare: Writes shared files into a folder and returns further figures.
+        limit: Seconds for all turns; see `take_turns`.
+    """
+    if args.variant:
+        print(json.dumps(run_variant(args)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        counts = prepare(args, Path(folder)) if prepare is not None else {}
+        results = take_turns(variants, args.repeats, folder, limit=limit)
+    rows, figures = summarize(results)
+    known = {"machine": describe_machine(), "options": describe_options(args), "results": results}
+    write_results(rows, figures | counts | known, args.json)
+
+
 def describe_machine() -> dict[str, Any]:
-    """Where and with what it was measured."""
+    """The date, hardware and library versions of a measurement."""
     from importlib.metadata import version
 
     import torch
@@ -172,7 +205,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What a benchmark was asked for, less what says nothing of its figures."""
+    """The options of a benchmark that affect its results."""
     options = {name: value for name, value in vars(args).items() if name not in ("variant", "folder", "json")}
     if options.get("records"):
         options["records"] = Path(options["records"]).name
@@ -180,7 +213,7 @@ def describe_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as a Markdown table, with the names of the first as its head."""
+    """Formats rows as a Markdown table, whose header has the keys of the first row."""
     names = list(rows[0])
     lines = [f"| {' | '.join(names)} |", f"|---{'|---:' * (len(names) - 1)}|"]
     lines += [f"| {' | '.join(_show(row.get(name)) for name in names)} |" for row in rows]
@@ -194,7 +227,7 @@ def _show(value: Any) -> str:
 
 
 def write_results(rows: Sequence[dict[str, Any]], results: dict[str, Any], path: str | None) -> None:
-    """Prints the rows as a table and all results as JSON; writes the JSON to a file where one is named."""
+    """Prints the rows as a table and all results as JSON, and writes the JSON to a file if `path` is given."""
     print(make_table(rows))
     text = json.dumps(results | {"rows": rows}, indent=1)
     print(text)
