@@ -1,7 +1,7 @@
 """Contrastive Unlikelihood Training (Xu et al. 2023, arXiv 2312.14591v4, eq. 5 to 7).
 
-The functions return sums over tokens. The trainer divides them by the counts of the whole optimizer step, so that the
-loss does not depend on micro-batches and ranks.
+Losses are sums over tokens. The trainer divides them by the counts of the whole optimizer step, so that micro-batches
+and ranks do not change the result.
 """
 
 import math
@@ -13,54 +13,35 @@ from torch import Tensor
 
 Number = TypeVar("Number", float, Tensor)
 
-
 # log(1 - p) is infinite for a p that rounds to 1. Where its slope in log p exceeds this, at p = 0.9999, the loss
 # continues as a straight line.
 MAX_SLOPE = 1e4
 
 
 class TokenFlags(NamedTuple):
-    """Flagged tokens and the weights of their unlikelihood terms, without gradient.
+    """Flagged tokens and the weights of their unlikelihood terms, without gradient."""
 
-    Attributes:
-        is_flagged: [N] bool.
-        weights: [N] alpha * p(y_t | x, j)^gamma of CUT's eq. 6 for flagged tokens, 0 for others.
-    """
-
-    is_flagged: Tensor
-    weights: Tensor
+    is_flagged: Tensor  # [N] bool
+    weights: Tensor  # [N] alpha * p(y_t | x, j)^gamma (eq. 6) for flagged tokens, 0 for others
 
 
 @dataclass(frozen=True)
 class CutLoss:
-    """The two parts of the loss, summed over (weighted) tokens, and the detector's results.
+    """The two parts of the loss, summed over (weighted) tokens, and the detector's results."""
 
-    Attributes:
-        contrast: [] L1 (eq. 6), summed over the tokens of unsatisfactory responses.
-        likelihood: [] L2 (eq. 7), summed over satisfactory responses and, with the judgment, unsatisfactory ones.
-        is_flagged: [U] bool, the inappropriate tokens (eq. 5).
-        log_ratios: [U] log p(y_t | x, j, y_<t) - log p(y_t | x, y_<t), without gradient.
-    """
-
-    contrast: Tensor
-    likelihood: Tensor
-    is_flagged: Tensor
-    log_ratios: Tensor
+    contrast: Tensor  # [] L1 (eq. 6), over unsatisfactory responses
+    likelihood: Tensor  # [] L2 (eq. 7), over satisfactory responses and, with the judgment, unsatisfactory ones
+    is_flagged: Tensor  # [U] bool, the inappropriate tokens (eq. 5)
+    log_ratios: Tensor  # [U] log p(y_t | x, j, y_<t) - log p(y_t | x, y_<t), without gradient
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Which parts of the loss are used; some are off in the paper's ablations (Table 4) and with frozen detection.
+    """Which parts of the loss are used; some are off in the paper's ablations (Table 4) and with frozen detection."""
 
-    Attributes:
-        contrast: L1 (eq. 6).
-        satisfactory: L2 (eq. 7) over satisfactory responses.
-        unsatisfactory: L2 over unsatisfactory responses, with the judgment.
-    """
-
-    contrast: bool = True
-    satisfactory: bool = True
-    unsatisfactory: bool = True
+    contrast: bool = True  # L1 (eq. 6)
+    satisfactory: bool = True  # L2 (eq. 7) over satisfactory responses
+    unsatisfactory: bool = True  # L2 over unsatisfactory responses, with the judgment
 
 
 ALL_PARTS = Parts()
@@ -78,9 +59,6 @@ def flag_tokens(
         unlikelihood_weight: alpha of eq. 6.
         gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6; 0 switches it off.
 
-    Returns:
-        Flags and weights, without gradient.
-
     Example:
 
         >>> without, with_judgment = torch.tensor([0.5, 0.2]).log(), torch.tensor([0.5, 0.4]).log()
@@ -90,21 +68,14 @@ def flag_tokens(
     logps_with = logps_with.detach()
     is_flagged = logps_with - logps_without.detach() > (math.log(threshold) if threshold else -math.inf)
     weights = unlikelihood_weight * torch.exp(gamma * logps_with)
-    return TokenFlags(is_flagged, torch.where(is_flagged, weights, torch.zeros_like(weights)))
+    return TokenFlags(is_flagged, torch.where(is_flagged, weights, 0.0))
 
 
 def unlikelihood_loss(logps: Tensor, flags: TokenFlags) -> Tensor:
-    """The terms of CUT's eq. 6: -log p of an unflagged token, -weight * log(1 - p) of a flagged one.
+    """The terms [N] of CUT's eq. 6: -log p of an unflagged token, -weight * log(1 - p) of a flagged one.
 
     The slope of a flagged term in log p is weight * p / (1 - p). CUT's own flags (eq. 5) bound it; for other flags,
     which may be on a token that the model is sure of, it stops growing at `MAX_SLOPE`.
-
-    Args:
-        logps: [N] log p(y_t | x, y_<t), in nats.
-        flags: The flags of the same tokens.
-
-    Returns:
-        [N] loss of each token.
 
     Example:
 
@@ -113,7 +84,7 @@ def unlikelihood_loss(logps: Tensor, flags: TokenFlags) -> Tensor:
         tensor([0.6931, 0.8047])
     """
     # Unflagged tokens get a harmless value: the gradient of log(1 - p) at p = 1 is infinite, and 0 * inf is NaN.
-    flagged = torch.where(flags.is_flagged, logps, torch.full_like(logps, -1.0))
+    flagged = torch.where(flags.is_flagged, logps, -1.0)
     max_logp = -math.log1p(1 / MAX_SLOPE)  # where p / (1 - p) = MAX_SLOPE
     excess = (flagged - max_logp).clamp(min=0)
     log_unlikelihood = log1mexp(flagged - excess) - MAX_SLOPE * excess
@@ -124,8 +95,8 @@ def log1mexp(logp: Tensor) -> Tensor:
     """log(1 - p) from log p < 0, accurate at both ends (Maechler 2012, "Accurately computing log(1 - exp(-|a|))")."""
     is_likely = logp > -math.log(2.0)
     # Each branch gets values that are safe for it, so that an infinite slope is never multiplied by zero.
-    likely = torch.log(-torch.expm1(torch.where(is_likely, logp, torch.full_like(logp, -0.5))))
-    unlikely = torch.log1p(-torch.exp(torch.where(is_likely, torch.full_like(logp, -1.0), logp)))
+    likely = torch.log(-torch.expm1(torch.where(is_likely, logp, -0.5)))
+    unlikely = torch.log1p(-torch.exp(torch.where(is_likely, -1.0, logp)))
     return torch.where(is_likely, likely, unlikely)
 
 
@@ -152,17 +123,12 @@ def cut_loss(
         logps_without: [U] log p(y_t | x, y_<t) of unsatisfactory responses, in nats.
         logps_with: [U] log p(y_t | x, j, y_<t) of the same tokens.
         logps_satisfactory: [S] log p(y_t | x, y_<t) of satisfactory responses and of others that have one context.
-        threshold: lambda of eq. 5, at least 1; 0 flags every token.
-        unlikelihood_weight: alpha of eq. 6.
-        gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6; 0 switches it off.
+        threshold: See `flag_tokens`, also for `unlikelihood_weight` and `gamma`.
         weights: [U] factors on the tokens of unsatisfactory responses, in both parts; None for ones.
         weights_satisfactory: [S] factors on the other tokens; None for ones.
         flags: [U] flags computed before, by a frozen detector; None computes them here.
         flags_satisfactory: [S] flags of the other tokens; None for none.
         parts: Which parts of the loss are used.
-
-    Returns:
-        Sums, flags and log ratios. No gradient flows through flags and dynamic weights.
 
     Example:
 
@@ -183,8 +149,7 @@ def cut_loss(
     if flags_satisfactory is not None:
         satisfactory = unlikelihood_loss(logps_satisfactory, flags_satisfactory)
     if weights is not None:
-        contrast = contrast * weights
-        logps_with = logps_with * weights
+        contrast, logps_with = contrast * weights, logps_with * weights
     if weights_satisfactory is not None:
         satisfactory = satisfactory * weights_satisfactory
     likelihood = satisfactory.sum() * parts.satisfactory

@@ -34,16 +34,13 @@ def dual_cut_loss(
         logps_without: [U] log p(y_t | x, y_<t) of responses with criticism or praise, in nats.
         logps_with: [U] log p(y_t | x, j, y_<t) of the same tokens.
         logps_satisfactory: [S] log p(y_t | x, y_<t) of responses that have one context.
-        is_praised: [U] bool, the tokens of praised responses.
+        is_praised: [U] bool, the tokens of praised responses; these are never flagged.
         threshold: lambda, for criticism and praise.
         unlikelihood_weight: alpha, the weight of flagged tokens.
         gamma: Exponent of the dynamic weights.
         praise_weight: The additional weight of praised tokens, before the dynamic weight.
         weights: [U] factors on tokens; None for ones.
         weights_satisfactory: [S] factors on tokens; None for ones.
-
-    Returns:
-        Sums, flags (of criticized tokens only) and log ratios.
 
     Example:
 
@@ -53,11 +50,8 @@ def dual_cut_loss(
         tensor([ True, False])
     """
     log_ratios = (logps_with - logps_without).detach()
-    bonus = torch.where(
-        is_praised & (log_ratios > math.log(threshold)),
-        praise_weight * torch.exp(gamma * logps_with.detach()),
-        torch.zeros_like(logps_without),
-    )
+    dynamic_weights = praise_weight * torch.exp(gamma * logps_with.detach())
+    bonus = torch.where(is_praised & (log_ratios > math.log(threshold)), dynamic_weights, 0.0)
     criticized = cut_loss(
         logps_without[~is_praised],
         logps_with[~is_praised],

@@ -6,7 +6,6 @@ import inspect
 import json
 import pickle
 import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 _ADAPTER_CONFIG = "adapter_config.json"
-# A layer is compiled again for one row or several, with or without mask, gradients and dropout, and for inputs with or
-# without gradient. After 8 versions, torch's default, it would run uncompiled.
+# A layer is compiled again for one row or several, with or without mask, dropout, gradients and gradients of its input.
+# After 8 versions, torch's default, it would run uncompiled.
 _MAX_COMPILED_VERSIONS = 32
 # What the libraries raise for files that are missing, damaged or of an unknown kind.
 _FILE_ERRORS = (
@@ -66,11 +65,7 @@ def _reading_files(path: str | Path, kind: str) -> Iterator[None]:
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder or the hub.
-
-    Raises:
-        UserError: It does not exist, or its files are damaged.
-    """
+    """Loads a tokenizer from a folder or the hub; raises `UserError` if it does not exist or is damaged."""
     _check_path(path)
     with _reading_files(path, "tokenizer"):
         return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
@@ -140,17 +135,15 @@ def load_model(
             f" shape, the first {missing[0]}; the model is of another kind or damaged"
         )
     for module in model.modules():
-        # On CPUs with AVX-512, bitsandbytes repacks 4-bit weights at the first evaluation into a form that passes no
-        # gradients, and later training would silently learn nothing. This switches the repacking off.
+        # Otherwise, on CPUs with AVX-512, bitsandbytes repacks 4-bit weights at the first evaluation into a form that
+        # passes no gradients, and later training would silently learn nothing.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
 
 
 def check_bitsandbytes() -> None:
-    """Raises:
-    UserError: bitsandbytes, which 8-bit and 4-bit loading needs, is not installed.
-    """
+    """Raises a `UserError` if bitsandbytes, which 8-bit and 4-bit loading needs, is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("load_in_8bit and load_in_4bit need bitsandbytes; run: pip install 'cutlm[quantization]'")
 
@@ -177,11 +170,7 @@ def _first_line(error: Exception) -> str:
 
 
 def check_lora_targets(model: nn.Module, config: "PeftConfig") -> None:
-    """Checks that each LoRA target matches a module and that no target is an embedding tied to the head.
-
-    Raises:
-        ConfigError: A target matches nothing, or matches a tied embedding.
-    """
+    """Raises a `ConfigError` if a LoRA target matches no module, or an embedding tied to the head."""
     targets = getattr(config, "target_modules", None)
     if not targets or targets == "all-linear":  # PEFT chooses
         return
@@ -189,13 +178,9 @@ def check_lora_targets(model: nn.Module, config: "PeftConfig") -> None:
     if isinstance(targets, str):
         matches = {targets: [name for name in modules if re.fullmatch(targets, name)]}
     else:
-        matches = {
-            target: [name for name in modules if name == target or name.endswith(f".{target}")]
-            for target in sorted(targets)
-        }
+        matches = {end: [name for name in modules if f".{name}".endswith(f".{end}")] for end in sorted(targets)}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    unmatched = [target for target, names in matches.items() if not names]
-    if unmatched:
+    if unmatched := [target for target, names in matches.items() if not names]:
         linear = {
             name.rpartition(".")[2]
             for name, module in modules.items()
@@ -219,18 +204,10 @@ def unwrap_peft(model: nn.Module) -> PreTrainedModel:
 
 
 def compile_layers(model: nn.Module, backend: str | None = None, mode: str | None = None) -> None:
-    """Compiles every decoder layer in place, for sequences of any length.
+    """Compiles every decoder layer in place, for sequences of any length; see `torch.compile`.
 
     `score_batch` calls the layers without the model's own forward pass, which the Trainer would compile. Layers are
     compiled when they first run; all layers of a class share one compilation.
-
-    Args:
-        model: A causal language model, with or without an adapter.
-        backend: See `torch.compile`; None for its default.
-        mode: See `torch.compile`.
-
-    Raises:
-        ConfigError: The model does not declare which of its modules are layers.
     """
     language_model = unwrap_peft(model)
     names = set(language_model._no_split_modules or ())
@@ -240,9 +217,9 @@ def compile_layers(model: nn.Module, backend: str | None = None, mode: str | Non
             f"torch_compile: {type(language_model).__name__} does not declare its layers (_no_split_modules); set"
             " torch_compile: false"
         )
-    limit: dict[str, Any] = {"recompile_limit": _MAX_COMPILED_VERSIONS}
-    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
-        limit = {}  # an older torch: further versions of a layer run uncompiled
+    # An older torch has no such option, and runs further versions of a layer uncompiled.
+    has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
+    limit: dict[str, Any] = {"recompile_limit": _MAX_COMPILED_VERSIONS} if has_limit else {}
     for layer in layers:
         layer.compile(dynamic=True, backend=backend or "inductor", mode=mode, **limit)
 
@@ -253,11 +230,7 @@ def is_adapter_folder(path: str | Path) -> bool:
 
 
 def find_base_model(adapter: str | Path, base: str | None = None) -> str:
-    """Returns `base`, or by default the base model that the config of an adapter folder names.
-
-    Raises:
-        UserError: The folder does not exist, holds no adapter, or names no base model or one that does not exist.
-    """
+    """Returns `base`, or by default the base model that the config of an adapter folder names, which must exist."""
     folder = Path(adapter)
     if not folder.is_dir():
         raise UserError(f"{adapter}: no such folder; pass the output_dir of a training run with use_peft: true")
@@ -279,11 +252,7 @@ def find_base_model(adapter: str | Path, base: str | None = None) -> str:
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path) -> nn.Module:
-    """Loads an adapter onto its base model.
-
-    Raises:
-        UserError: The adapter does not fit the model, or its file is damaged or lacks weights.
-    """
+    """Loads an adapter onto its base model; raises `UserError` if it does not fit, is damaged or lacks weights."""
     from peft import PeftModel, get_peft_model_state_dict
 
     file = Path(path) / "adapter_model.safetensors"
@@ -311,8 +280,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> nn.Module:
 
 def load_own_tokenizer(path: str | Path, base: str | None = None) -> PreTrainedTokenizerBase:
     """Loads the tokenizer saved with a model or adapter, or else its base model's."""
-    has_own = base is None or (Path(path) / "tokenizer_config.json").is_file()
-    return load_tokenizer(path if has_own or base is None else base)
+    return load_tokenizer(path if base is None or (Path(path) / "tokenizer_config.json").is_file() else base)
 
 
 def load_trained(
@@ -322,9 +290,9 @@ def load_trained(
 
     Args:
         path: A model folder, an adapter folder or a name on the hub.
-        dtype: A dtype or its name; "auto" for the checkpoint's.
+        dtype: See `load_model`.
         base: The base model of an adapter; None for the one that it names.
-        device: The device; None for a GPU if there is one.
+        device: None for a GPU if there is one.
 
     Returns:
         The model in evaluation mode, and the tokenizer it was trained with.
@@ -355,13 +323,10 @@ def list_rope_parameters(config: Any) -> list[dict[str, Any]]:
     return by_layer_type or [parameters]
 
 
-def count_parameters(model: nn.Module) -> Counter[str]:
+def count_parameters(model: nn.Module) -> dict[str, int]:
     """Counts parameters as "trained" and "all"."""
-    counts = Counter({"trained": 0, "all": 0})
-    for parameter in model.parameters():
-        counts["all"] += parameter.numel()
-        counts["trained"] += parameter.numel() if parameter.requires_grad else 0
-    return counts
+    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    return {"trained": sum(size for size, is_trained in sizes if is_trained), "all": sum(size for size, _ in sizes)}
 
 
 def fingerprint_model(path: str | Path) -> str:

@@ -21,35 +21,26 @@ _TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 @dataclass(frozen=True)
 class Merge:
-    """A finished merge.
+    """A finished merge."""
 
-    Attributes:
-        base: The base model.
-        dtype: The dtype of the merged weights, which is that of the base model.
-        difference: Largest change of a logit by merging, relative to the largest logit.
-        has_template: Whether the tokenizer has the training template as its chat template.
-    """
-
-    base: str
-    dtype: torch.dtype
-    difference: float
-    has_template: bool
+    base: str  # the base model
+    dtype: torch.dtype  # of the merged weights and of the base model
+    difference: float  # largest change of a logit by merging, relative to the largest logit
+    has_template: bool  # whether the tokenizer has the training template as its chat template
 
 
 def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | None = None, overwrite: bool = False) -> Merge:
     """Merges an adapter into its base model and saves the result with the tokenizer it was trained with.
 
-    The output folder appears only when it is complete.
-
     Args:
         adapter: The adapter's folder.
-        out: The folder to write.
+        out: The folder to write; it appears only when it is complete.
         base: The base model; None for the one that the adapter names.
         overwrite: Whether to replace a folder that holds a model.
 
     Raises:
-        UserError: The adapter or base model does not exist, they do not fit each other, the adapter has non-finite
-            values, the output folder is not empty, or logits change by more than rounding explains.
+        UserError: Adapter or base model are missing, do not fit each other or are non-finite, the output folder is not
+            empty, or logits change by more than rounding explains.
 
     Example:
 
