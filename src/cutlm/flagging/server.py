@@ -17,22 +17,12 @@ _ADVICE = "if the prompt is too long for the server, set a smaller --max_length"
 
 
 def score_rows_by_server(
-    client: Client,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    done: Collection[int] = (),
-    show_progress: bool = True,
+    client: Client, rows: Sequence[Mapping[str, Any]], *, done: Collection[int] = (), show_progress: bool = True
 ) -> Generator[list[Scored], None, None]:
     """Scores the responses of encoded rows, several at a time, the longest first.
 
-    Args:
-        client: The client of the server.
-        rows: With `prompt_ids`, `judged_prompt_ids` (or None), `response_ids` and `location`.
-        done: Indices of rows to leave out.
-        show_progress: Whether to show a progress bar.
-
-    Yields:
-        One row at a time, when it is finished: its index, log-probs [T] and those with the judgment [T] or None.
+    Each row has a `location` as well. The indices in `done` are left out. Yields one row at a time, when it is
+    finished.
 
     Raises:
         UserError: The server refuses every request or does not return log-probs, or some rows failed after all
@@ -41,11 +31,10 @@ def score_rows_by_server(
     order = sorted(set(range(len(rows))) - set(done), key=lambda index: (-count_tokens(rows[index]), index))
 
     def ask(number: int) -> Scored:
-        index = order[number]
-        row = rows[index]
-        contexts = [ids for ids in (row["prompt_ids"], row["judged_prompt_ids"]) if ids is not None]
-        logps = [_score(client, prompt_ids, row["response_ids"]) for prompt_ids in contexts]
-        return index, logps[0], logps[1] if len(logps) > 1 else None
+        row = rows[order[number]]
+        response_ids, judged_ids = row["response_ids"], row["judged_prompt_ids"]
+        without = _score(client, row["prompt_ids"], response_ids)
+        return order[number], without, None if judged_ids is None else _score(client, judged_ids, response_ids)
 
     failed: dict[int, RequestFailed] = {}
     locations = [rows[index]["location"] for index in order]
@@ -60,8 +49,8 @@ def score_rows_by_server(
     if failed:
         tried = {index: error for index, error in failed.items() if error.kind != NOT_SENT}
         num_unsent = len(failed) - len(tried)
-        first = min(tried)
         rest = f", and {num_unsent} more were not sent" if num_unsent else ""
+        first = min(tried)
         raise UserError(
             f"{len(tried)} of {len(order)} records failed{rest}; the first is {rows[first]['location']}:"
             f" {tried[first]}; finished records are kept: start again with the same options to resume"
@@ -77,17 +66,10 @@ def _score(client: Client, prompt_ids: list[int], response_ids: list[int]) -> to
 
 
 def read_prompt_logprobs(answer: Any, ids: Sequence[int], start: int, url: str) -> list[float]:
-    """Reads the log-probs of a prompt's own tokens from a server's answer.
+    """Reads the log-probs of a prompt's tokens `ids` from index `start` on, at least 1, from a server's answer.
 
-    Args:
-        answer: `choices[0].prompt_logprobs` is null for the first token, and for each other one an object that maps
-            the token's id to an object with its `logprob`.
-        ids: The prompt's token ids.
-        start: The first token to read, at least 1.
-        url: Of the server, for messages.
-
-    Raises:
-        UserError: The answer has another form.
+    `choices[0].prompt_logprobs` is null for the first token, and for each other one an object that maps the token's id
+    to an object with its `logprob`. Raises a `UserError` for answers of another form.
     """
     try:
         entries = answer["choices"][0]["prompt_logprobs"]
@@ -99,7 +81,7 @@ def read_prompt_logprobs(answer: Any, ids: Sequence[int], start: int, url: str) 
             " as vLLM"
         )
     if not isinstance(entries, list) or len(entries) != len(ids):
-        got = f"{len(entries)}" if isinstance(entries, list) else "no list"
+        got = len(entries) if isinstance(entries, list) else "no list"
         raise UserError(
             f"{url}: expected prompt_logprobs of {len(ids)} tokens, got {got}; use a server that takes a prompt of"
             " token ids unchanged"

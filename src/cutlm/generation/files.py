@@ -5,7 +5,7 @@ Finished responses go to `OUT.partial` at once, from which a stopped run resumes
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,7 @@ ALPACA_EVAL = "alpaca_eval"
 def load_prompts(source: str) -> list[dict[str, Any]]:
     """Reads instructions: a JSON array or JSON Lines with `instruction`, optional `input` and `dataset`.
 
-    Args:
-        source: A file, or "alpaca_eval" for the 805 instructions on the hub.
-
-    Raises:
-        DataError: The file cannot be read, or rows have no instruction; all such rows are named.
+    The source "alpaca_eval" stands for the 805 instructions on the hub. Raises a `DataError` that names all bad rows.
     """
     if source == ALPACA_EVAL and not Path(source).exists():
         source = _download_alpaca_eval()
@@ -68,20 +64,9 @@ def join_instruction(row: dict[str, Any]) -> str:
 
 
 def describe_run(inputs: Any, sampling: Sampling, template: str, model: str) -> dict[str, Any]:
-    """Returns the header of a run's journal: all settings that its responses depend on.
-
-    Args:
-        inputs: The contents of the prompts, as JSON values; only their hash is kept.
-        sampling: How to sample.
-        template: Name of the prompt template.
-        model: Fingerprint or name of the model.
-    """
-    return {
-        "sampling": asdict(sampling),
-        "template": template,
-        "model": model,
-        "prompts": hashlib.sha256(json.dumps(inputs).encode()).hexdigest(),
-    }
+    """Returns the header of a run's journal: all settings that its responses depend on, with a hash of the inputs."""
+    prompts = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+    return {"sampling": asdict(sampling), "template": template, "model": model, "prompts": prompts}
 
 
 def generate_file(
@@ -103,7 +88,7 @@ def generate_file(
         model: A causal language model in evaluation mode.
         tokenizer: Its tokenizer.
         encoder: Encodes the prompts.
-        prompts: Rows with `instruction`, optional `input` and `dataset`.
+        prompts: See `load_prompts`.
         out: The file to write.
         sampling: How to sample.
         generator: The model's name in the output.
@@ -117,12 +102,11 @@ def generate_file(
     instructions = [join_instruction(row) for row in prompts]
     header = describe_run([instructions, judgment], sampling, encoder.template, fingerprint)
     encoded = [encoder.encode_prompt(instruction, judgment) for instruction in instructions]
-    return _write_generated(
-        out,
-        header,
-        lambda journal: generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal),
-        lambda responses: make_rows(prompts, responses, generator, dataset),
-    )
+    journal = Journal(out, header)
+    generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
+    write_rows(out, make_rows(prompts, generated.responses, generator, dataset))
+    journal.remove()
+    return generated
 
 
 def refine_file(
@@ -137,38 +121,19 @@ def refine_file(
 ) -> Generated:
     """Writes records again, with an improved response in `i_ans` of each unsatisfactory one that has none.
 
-    These are for the ILF baselines, which learn from refinements; the paper takes them as given.
-
-    Args:
-        model: A causal language model in evaluation mode.
-        tokenizer: Its tokenizer.
-        encoder: Encodes the prompts.
-        records: The records.
-        out: The file to write.
-        sampling: How to sample.
-        fingerprint: Of the model; a partial file of another one is refused.
-
-    Raises:
-        UserError: There is a partial file of a run with other settings.
+    These are for the ILF baselines, which learn from refinements. See `generate_file` for the arguments.
     """
     unrefined = [index for index, record in enumerate(records) if not record.is_satisfactory and not record.i_ans]
-    header = describe_run(
-        [record.model_dump(mode="json") for record in records], sampling, encoder.template, fingerprint
-    )
+    inputs = [record.model_dump(mode="json") for record in records]
+    journal = Journal(out, describe_run(inputs, sampling, encoder.template, fingerprint))
     encoded = encode_refinement_prompts([records[index] for index in unrefined], encoder)
-
-    def refine_rows(responses: dict[int, str]) -> list[dict[str, Any]]:
-        rows = [record.model_dump(mode="json", exclude_unset=True) for record in records]
-        for number, index in enumerate(unrefined):
-            rows[index]["i_ans"] = responses[number]
-        return rows
-
-    return _write_generated(
-        out,
-        header,
-        lambda journal: generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal),
-        refine_rows,
-    )
+    generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
+    rows = [record.model_dump(mode="json", exclude_unset=True) for record in records]
+    for number, index in enumerate(unrefined):
+        rows[index]["i_ans"] = generated.responses[number]
+    write_rows(out, rows)
+    journal.remove()
+    return generated
 
 
 def encode_refinement_prompts(records: Sequence[JudgedRecord], encoder: Encoder) -> list[list[int]]:
@@ -190,16 +155,3 @@ def make_rows(
             answer |= {"input": row["input"]} if row.get("input") else {}
             rows.append(answer | {"dataset": row.get("dataset") or dataset})
     return rows
-
-
-def _write_generated(
-    out: str | Path,
-    header: dict[str, Any],
-    generate: Callable[[Journal], Generated],
-    make: Callable[[dict[int, str]], list[dict[str, Any]]],
-) -> Generated:
-    journal = Journal(out, header)
-    generated = generate(journal)
-    write_rows(out, make(generated.responses))
-    journal.remove()
-    return generated

@@ -22,30 +22,21 @@ MAX_NEW_TOKENS = 2048  # as in the paper
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample responses.
+    """How to sample responses; raises a `UserError` that names all settings out of range."""
 
-    Attributes:
-        max_new_tokens: Longest response; see `choose_max_new_tokens`.
-        temperature: 0 is greedy.
-        top_p: Nucleus sampling: only the likeliest tokens of this total probability.
-        seed: Each batch has its own seed, derived from this one and its number.
-        batch_size: Prompts at a time.
-
-    Raises:
-        UserError: A setting is out of range; all such settings are named.
-    """
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 42
+    max_new_tokens: int  # see `choose_max_new_tokens`
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0  # nucleus sampling: only the likeliest tokens of this total probability
+    seed: int = 42  # each batch has its own seed, derived from this one and its number
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name}: expected a whole number of at least 1, got {getattr(self, name)}")
+        minimum_1 = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        problems = [
+            f"{name}: expected a whole number of at least 1, got {value}"
+            for name, value in minimum_1.items()
+            if value < 1
+        ]
         if not self.temperature >= 0:
             problems.append(f"temperature: expected a number of at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -63,23 +54,14 @@ def describe_bad_seed(seed: int) -> str | None:
 
 @dataclass
 class Generated:
-    """The responses of a run, by the index of their prompt.
-
-    Attributes:
-        responses: The responses.
-        unfinished: Indices of those that were stopped at `max_new_tokens`.
-        failures: Why a prompt has no response; only a server fails for single prompts.
-        num_resumed: Responses of a stopped run, from the journal.
-        num_truncated: Prompts that were truncated on the left to fit the model's context.
-        num_redacted: Responses from which the key of a server was removed.
-    """
+    """The responses of a run, by the index of their prompt."""
 
     responses: dict[int, str] = field(default_factory=dict)
-    unfinished: set[int] = field(default_factory=set)
-    failures: dict[int, str] = field(default_factory=dict)
-    num_resumed: int = 0
-    num_truncated: int = 0
-    num_redacted: int = 0
+    unfinished: set[int] = field(default_factory=set)  # those that were stopped at `max_new_tokens`
+    failures: dict[int, str] = field(default_factory=dict)  # why a server gave no response to a prompt
+    num_resumed: int = 0  # responses from the journal of a stopped run
+    num_truncated: int = 0  # prompts that were truncated on the left to fit the model's context
+    num_redacted: int = 0  # responses from which the key of a server was removed
 
     @classmethod
     def resume(cls, journal: Journal) -> "Generated":
@@ -115,21 +97,10 @@ def generate_with_journal(
     sampling: Sampling,
     journal: Journal,
 ) -> Generated:
-    """Generates the responses that a journal does not hold yet and appends them to it batch by batch.
-
-    Args:
-        model: A causal language model in evaluation mode.
-        tokenizer: Its tokenizer.
-        encoder: Truncates prompts that are too long.
-        prompts: Token ids of the prompts.
-        sampling: How to sample.
-        journal: Of this run or of one that was stopped.
-    """
+    """Generates the responses that a journal does not hold yet and appends them to it batch by batch."""
     generated = Generated.resume(journal)
-    with (
-        journal,
-        tqdm(total=len(prompts), initial=generated.num_resumed, desc="generating", unit="response") as progress,
-    ):
+    progress = tqdm(total=len(prompts), initial=generated.num_resumed, desc="generating", unit="response")
+    with journal, progress:
         for batch in generate_batches(model, tokenizer, encoder, prompts, sampling, generated):
             journal.append(
                 {"index": index, "output": text, "is_unfinished": is_unfinished} for index, text, is_unfinished in batch
@@ -148,11 +119,8 @@ def generate_batches(
 ) -> Iterator[list[tuple[int, str, bool]]]:
     """Generates into `generated`, the longest prompts first, so that it runs out of memory at once or never.
 
-    Yields:
-        For each new response of a batch its index, its text, and whether it was stopped at `max_new_tokens`.
-
-    Raises:
-        UserError: The model's context has no room for a prompt.
+    Yields for each new response of a batch its index, its text, and whether it was stopped at `max_new_tokens`. Raises
+    a `UserError` if the model's context has no room for a prompt.
     """
     room = find_room(model, sampling.max_new_tokens)
     if room is not None:
@@ -185,11 +153,7 @@ def find_context_limit(model: nn.Module) -> int | None:
 
 
 def find_room(model: nn.Module, max_new_tokens: int) -> int | None:
-    """Returns how many tokens of the model's context are left for a prompt; None if it has no limit.
-
-    Raises:
-        UserError: None are left.
-    """
+    """Returns how many tokens of the model's context are left for a prompt, at least 1; None if it has no limit."""
     limit = find_context_limit(model)
     if limit is not None and limit <= max_new_tokens:
         raise UserError(f"max_new_tokens: expected fewer than the model's context of {limit}, got {max_new_tokens}")

@@ -17,18 +17,11 @@ _TOKENS_ADVICE = "; if the server does not accept token ids, leave out --templat
 
 
 def generate_by_server(
-    server: Server,
-    prompts: Sequence[str | list[int]],
-    sampling: Sampling,
-    journal: Journal,
+    server: Server, prompts: Sequence[str | list[int]], sampling: Sampling, journal: Journal
 ) -> Generated:
     """Generates the responses that a journal does not hold yet and appends each to it.
 
-    Args:
-        server: The server.
-        prompts: Instructions, or token ids of prompts.
-        sampling: How to sample; each prompt has its own seed, for servers that support one. `batch_size` is not used.
-        journal: Of this run or of one that was stopped.
+    Each prompt has its own seed, for servers that support one. `sampling.batch_size` is not used.
 
     Raises:
         UserError: The server refuses every request. Earlier responses are in the journal.
@@ -38,14 +31,8 @@ def generate_by_server(
 
     def ask(number: int) -> Answer:
         index = missing[number]
-        body = server.make_body(
-            prompts[index],
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_new_tokens,
-            seed=(sampling.seed + index) % 2**31,
-        )
-        return client.complete(body)
+        options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
+        return client.complete(server.make_body(prompts[index], seed=(sampling.seed + index) % 2**31, **options))
 
     progress = tqdm(total=len(prompts), initial=generated.num_resumed, desc="generating", unit="response")
     advice = _ADVICE + _TOKENS_ADVICE * any(not isinstance(prompt, str) for prompt in prompts)

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from cutlm.errors import UserError
@@ -72,20 +71,13 @@ class Cache:
     def __enter__(self) -> "Cache":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._lock:  # after Ctrl-C a thread may be in the middle of a write
             self._connection.close()
 
     def get_many(self, keys: Iterable[str]) -> dict[str, str | None]:
-        """Returns the cached answers by key.
-
-        Raises:
-            UserError: The file is damaged.
-        """
-        wanted = list(keys)
-        found: dict[str, str | None] = {}
+        """Returns the cached answers by key; raises `UserError` if the file is damaged, as all reading does."""
+        wanted, found = list(keys), dict[str, str | None]()
         for start in range(0, len(wanted), _NUM_KEYS_PER_QUERY):
             part = wanted[start : start + _NUM_KEYS_PER_QUERY]
             marks = ", ".join("?" * len(part))
@@ -93,28 +85,16 @@ class Cache:
         return found
 
     def put(self, key: str, answer: str | None) -> None:
-        """Stores an answer durably.
-
-        Raises:
-            UserError: The file cannot be written, for example because the disk is full.
-        """
+        """Stores an answer durably; raises `UserError` if the disk is full, as all writing does."""
         self._write("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, answer))
 
     def read_usage(self) -> tuple[int, int]:
-        """Returns the number of requests and of tokens of all runs with this file.
-
-        Raises:
-            UserError: The file is damaged.
-        """
+        """Returns the number of requests and of tokens of all runs with this file."""
         ((num_requests, num_tokens),) = self._read("SELECT requests, tokens FROM usage", ())
         return num_requests, num_tokens
 
     def add_usage(self, num_requests: int, num_tokens: int) -> None:
-        """Adds to the usage durably.
-
-        Raises:
-            UserError: The file cannot be written, for example because the disk is full.
-        """
+        """Adds to the usage durably."""
         self._write("UPDATE usage SET requests = requests + ?, tokens = tokens + ?", (num_requests, num_tokens))
 
     def _read(self, query: str, values: Sequence[Any]) -> list[Any]:
@@ -148,42 +128,34 @@ class Budget:
         cache: Stores the usage: the caps hold for all runs that share it.
         max_requests: Most requests, retries included; None for no cap.
         max_tokens: Number of tokens after which no further request is sent; None for no cap.
-
-    Attributes:
-        num_requests: Requests of this run, retries included.
-        num_tokens: Tokens of this run, of prompts and answers.
-        is_estimated: Whether some tokens are estimated because the server did not report them.
     """
 
     def __init__(self, cache: Cache, max_requests: int | None = None, max_tokens: int | None = None) -> None:
-        self.num_requests, self.num_tokens, self.is_estimated = 0, 0, False
+        self.num_requests, self.num_tokens = 0, 0  # of this run: retries included, of prompts and answers
+        self.is_estimated = False  # whether some tokens are estimated because the server did not report them
         self._cache, self._max_requests, self._max_tokens = cache, max_requests, max_tokens
         self._lock = threading.Lock()
         self._num_unwritten = 0
 
     def count_request(self) -> None:
-        """Counts a request before it is sent.
-
-        Raises:
-            BudgetExceeded: It must not be sent.
-            UserError: It cannot be written to the cache.
-        """
+        """Counts a request before it is sent; raises `BudgetExceeded` if it must not be sent."""
         with self._lock:
             num_requests, num_tokens = self.read_total()
-            if self._max_requests is not None and num_requests >= self._max_requests:
-                raise BudgetExceeded(self._explain(f"max_requests {self._max_requests}"))
-            if self._max_tokens is not None and num_tokens >= self._max_tokens:
-                raise BudgetExceeded(self._explain(f"max_tokens_total {self._max_tokens}"))
+            caps = {
+                "max_requests": (num_requests, self._max_requests),
+                "max_tokens_total": (num_tokens, self._max_tokens),
+            }
+            for name, (used, cap) in caps.items():
+                if cap is not None and used >= cap:
+                    raise BudgetExceeded(
+                        f"{name} {cap} is reached by all runs that share the cache {self._cache.path}; raise it to"
+                        " continue"
+                    )
             self._write(1)
             self.num_requests += 1
 
     def count_tokens(self, num_tokens: int | None, num_bytes: int) -> None:
-        """Counts the tokens of a prompt and its answer.
-
-        Args:
-            num_tokens: As reported by the server; None if it did not.
-            num_bytes: Length of prompt and answer, from which tokens are estimated that were not reported.
-        """
+        """Counts the tokens of a prompt and its answer, estimated from their bytes if the server reported None."""
         with self._lock:
             self.is_estimated |= num_tokens is None
             num_added = -(-num_bytes // _BYTES_PER_TOKEN) if num_tokens is None else num_tokens
@@ -194,13 +166,10 @@ class Budget:
                 self._write(0)
 
     def read_total(self) -> tuple[int, int]:
-        """Returns the requests and tokens that count against the caps."""
+        """Returns the requests and tokens of all runs, which count against the caps."""
         num_requests, num_tokens = self._cache.read_usage()
         return num_requests, num_tokens + self._num_unwritten
 
     def _write(self, num_requests: int) -> None:
         self._cache.add_usage(num_requests, self._num_unwritten)
         self._num_unwritten = 0
-
-    def _explain(self, cap: str) -> str:
-        return f"{cap} is reached by all runs that share the cache {self._cache.path}; raise it to continue"

@@ -1,10 +1,9 @@
 """The client for OpenAI-compatible servers, on the `openai` package.
 
-`openai` retries what may pass (timeouts, cut connections, 408, 409, 425, 429, 5xx) with backoff, and waits as long as
-`Retry-After` asks. This module adds what it lacks: answers that are not JSON or are errors under status 200 are
-retried too, answers are bounded in size and duration, redirects are not followed, every attempt counts against the
-budget, and many requests run at a time. The key is read from the environment variable OPENAI_API_KEY alone, and it is
-removed from whatever the server says.
+`openai` retries transient errors (timeouts, cut connections, 408, 409, 425, 429, 5xx) with backoff and obeys
+`Retry-After`. This module also retries answers that are not JSON or are errors under status 200, bounds answers in size
+and duration, follows no redirects, counts every attempt against the budget and runs many requests at a time. The key is
+read from the environment variable OPENAI_API_KEY alone, and removed from whatever the server says.
 """
 
 import json
@@ -30,8 +29,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_ANSWER_BYTES = 16 * 2**20
 # Prompt log-probabilities take about 100 bytes per token, and a token of the request at least 2.
 _MAX_ANSWER_GROWTH = 500
-# From its first byte to its last an answer may take this many times the timeout.
-_MAX_TIMEOUTS = 10
+_MAX_TIMEOUTS = 10  # that an answer may take from its first byte to its last
 # Servers without keys are given words such as EMPTY, which an answer may contain.
 _MIN_SECRET_LENGTH = 16
 _MAX_TOKENS_REPORTED = 10**9
@@ -53,7 +51,7 @@ Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 class Server:
     """A model on an OpenAI-compatible server, and how to send requests to it.
 
-    Attributes:
+    Args:
         base_url: Such as http://localhost:8000/v1; an address without a path stands for its /v1.
         model: The model's name on the server.
         extra_body: Further fields of every request; None removes a field.
@@ -77,9 +75,7 @@ class Server:
     max_tokens_total: int | None = None
 
     def __post_init__(self) -> None:
-        problems = []
-        if (problem := describe_bad_url(self.base_url)) is not None:
-            problems.append(problem)
+        problems = [problem] if (problem := _describe_bad_url(self.base_url)) else []
         minima = {"concurrency": 1, "max_retries": 0, "max_requests": 1, "max_tokens_total": 1}
         for name, least in minima.items():
             value = getattr(self, name)
@@ -108,8 +104,7 @@ class Server:
         return {name: value for name, value in body.items() if value is not None}
 
 
-def describe_bad_url(url: str) -> str | None:
-    """Says what is wrong with the address of a server; None if nothing is."""
+def _describe_bad_url(url: str) -> str | None:
     if "@" in url:  # a password must not be shown
         return f"base_url: expected an address without a name or password; set a key by {KEY_VARIABLE}"
     try:
@@ -123,11 +118,7 @@ def describe_bad_url(url: str) -> str | None:
 
 
 def read_key() -> str | None:
-    """Returns the key of the server; None if there is none.
-
-    Raises:
-        UserError: It contains characters that a header cannot have.
-    """
+    """Returns the key of the server, or None; raises `UserError` if an HTTP header cannot hold it."""
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not all("!" <= letter <= "~" for letter in key):  # an error of the HTTP library would quote it
         raise UserError(f"{KEY_VARIABLE}: expected only letters, digits and ASCII signs; set it again")
@@ -136,55 +127,39 @@ def read_key() -> str | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer.
-
-    Attributes:
-        text: None if there is none.
-        finish_reason: Why it ended; None if the server does not say.
-        is_redacted: Whether the key was removed from it.
-    """
+    """A model's answer; None stands for what the server does not say."""
 
     text: str | None
     finish_reason: str | None
-    is_redacted: bool = False
+    is_redacted: bool = False  # whether the key was removed from the text
 
 
 class RequestFailed(Exception):
-    """One request has no answer; others may have one.
-
-    Args:
-        kind: NO_ANSWER, MALFORMED, REFUSED or NOT_SENT.
-        reason: Why, without the key.
-    """
+    """One request has no answer; others may have one."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
-        self.kind = kind
+        self.kind = kind  # NO_ANSWER, MALFORMED, REFUSED or NOT_SENT
 
 
 class Refused(Exception):
-    """The server refuses a request and would refuse it again.
-
-    Args:
-        status: The HTTP status; 0 if the connection is refused on our side.
-        message: What the server says, on one line and without the key.
-    """
+    """The server refuses a request and would refuse it again."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(": ".join(filter(None, [str(status or ""), message])))
-        self.status = status
+        self.status = status  # of HTTP; 0 if the connection is refused on our side
 
 
 class _Stopped(Exception):
     """The run ends before this request is sent."""
 
 
-# Set in the threads of a run: when the event is set, a request that waits for a retry is not sent again.
-_STOP: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
-
-
 class _BadAnswer(httpx2.RequestError):
     """An answer that `openai` takes for a failed request, and so retries."""
+
+
+# Set in the threads of a run: when the event is set, a request that waits for a retry is not sent again.
+_STOP: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
 
 class Client:
@@ -224,12 +199,7 @@ class Client:
         self._options: Any = {"headers": headers if self._key else headers | {"Authorization": openai.Omit()}}
 
     def request(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Posts JSON and returns the JSON of the answer.
-
-        Raises:
-            Refused: The server refuses the request.
-            RequestFailed: All attempts failed, or the budget does not allow one.
-        """
+        """Posts JSON and returns the JSON of the answer; raises `Refused` or `RequestFailed`."""
         try:
             response = self._client.post(
                 path, content=json.dumps(body).encode(), cast_to=httpx2.Response, options=self._options
@@ -246,45 +216,30 @@ class Client:
             RequestFailed: There is no answer, it is malformed, or the budget does not allow a request.
         """
         value = self.request(_choose_path(body), body)
+        text = None
         try:
-            choice = value["choices"][0]
-            text = choice["message"].get("content") if "message" in choice else choice["text"]
-            finish_reason = choice.get("finish_reason")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            text, finish_reason = False, None
-        if self._budget is not None:
-            self._budget.count_tokens(_read_num_tokens(value), _count_bytes(body, text))
-        if not isinstance(text, str | None):
-            raise RequestFailed(MALFORMED, "expected the text of choices[0] in the server's answer, got none")
+            text, finish_reason = _read_choice(value)
+        finally:  # a malformed answer is paid for as well
+            if self._budget is not None:
+                self._budget.count_tokens(_read_num_tokens(value), _count_bytes(body, text))
         shown = _redact(text, self._key, is_content=True) if text else text
-        return Answer(shown, finish_reason if isinstance(finish_reason, str) else None, is_redacted=shown != text)
+        return Answer(shown, finish_reason, is_redacted=shown != text)
 
     def stream(self, body: Mapping[str, Any]) -> Generator[tuple[str, str | None], None, None]:
-        """Requests one completion and yields its pieces as they arrive.
-
-        Yields:
-            The text of each piece, and why the answer ended once that is known.
+        """Requests one completion and yields its pieces as they arrive, each with the finish reason once it is known.
 
         Raises:
             Refused: The server refuses the request.
             RequestFailed: There is no answer, or it breaks off.
         """
-        content = json.dumps({**body, "stream": True}).encode()
+        content, finish_reason = json.dumps({**body, "stream": True}).encode(), None
+        options: Any = {"options": self._options, "stream": True, "stream_cls": openai.Stream[object]}
         try:
-            stream = self._client.post(
-                _choose_path(body),
-                content=content,
-                cast_to=object,
-                options=self._options,
-                stream=True,
-                stream_cls=openai.Stream[object],
-            )
-            finish_reason = None
-            with stream:
+            with self._client.post(_choose_path(body), content=content, cast_to=object, **options) as stream:
                 for event in stream:
-                    text, reason = _read_event(event)
+                    text, reason = _read_choice(event, is_event=True)
                     finish_reason = reason or finish_reason
-                    yield text, finish_reason
+                    yield text or "", finish_reason
         except openai.APIError as error:
             raise self._explain(error) from None
         except (ValueError, RecursionError):
@@ -297,8 +252,10 @@ class Client:
     ) -> Iterator[tuple[int, Any]]:
         """Runs `ask` for the indices of `locations`, several at a time in threads.
 
-        Requests under way when the run ends are paid for, so they are awaited and yielded. Only leaving the loop, as
-        Ctrl-C does, waits for nothing.
+        Yields each index with what `ask` returned, or with the `RequestFailed` that it raised. Once the server answers
+        any request, a refusal of a single one is such a failure. If the server gives no answer to many requests in a
+        row, the others are not sent and fail as well. Requests under way when the run ends are paid for, so they are
+        awaited and yielded. Only leaving the loop, as Ctrl-C does, waits for nothing.
 
         Args:
             ask: Sends the request or requests of one index by `complete` or `request`, and returns what to yield.
@@ -306,28 +263,22 @@ class Client:
             advice: What to do about a request that the server refuses.
             is_answering: Whether the server is known to answer such requests.
 
-        Yields:
-            Each index with what `ask` returned, or with the `RequestFailed` that it raised. Once the server answers
-            any request, a refusal of a single one is such a failure. If the server gives no answer to many requests in
-            a row, the others are not sent and fail as well.
-
         Raises:
             UserError: The server refuses every request, or `ask` raised it.
         """
         unsent: queue.SimpleQueue[int] = queue.SimpleQueue()
         results: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
-        for index in range(len(locations)):
+        missing = set(range(len(locations)))
+        for index in sorted(missing):
             unsent.put(index)
         stop = threading.Event()
         num_threads = min(self.server.concurrency, len(locations))
         # Daemons, because the executors of the standard library join their threads at exit and would delay Ctrl-C.
         for _ in range(num_threads):
             threading.Thread(target=_work, args=(ask, unsent, results, stop), daemon=True).start()
-        max_in_a_row = max(8, 2 * self.server.concurrency)
-        num_in_a_row, missing = 0, set(range(len(locations)))
+        num_in_a_row, max_in_a_row, is_gone = 0, max(8, 2 * self.server.concurrency), False
         refused: list[tuple[int, Refused]] = []
         last: tuple[int, Exception] | None = None
-        is_gone = False
         try:
             while num_threads:
                 item = results.get()
@@ -362,20 +313,14 @@ class Client:
                 index, error = last
                 raise self.explain_refusal(error, locations[index], advice) if isinstance(error, Refused) else error
             if is_gone:
-                reason = f"the server gave no answer to {max_in_a_row} requests in a row"
                 for index in sorted(missing):
+                    reason = f"the server gave no answer to {max_in_a_row} requests in a row"
                     yield index, RequestFailed(NOT_SENT, reason)
         finally:
             stop.set()
 
     def explain_refusal(self, error: Refused, location: str, advice: str) -> UserError:
-        """Returns a refusal as one sentence for the user.
-
-        Args:
-            error: The refusal.
-            location: What the request was about.
-            advice: What to do if the refusal concerns this request.
-        """
+        """Returns a refusal as one sentence for the user; see `request_many` for the arguments."""
         url = self.server.url
         if not error.status:
             return UserError(f"{url}: {error}; pass another address by --base_url")
@@ -456,7 +401,7 @@ class _HttpClient(openai.DefaultHttpxClient):
         return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=response.request)
 
     def _check(self, content: bytes) -> None:
-        """Finds what is wrong with an answer that has the status of success."""
+        """Finds errors under the status of success."""
         try:
             value = json.loads(content)
         except (ValueError, RecursionError):
@@ -504,8 +449,7 @@ def _read_num_tokens(value: Any) -> int | None:
     """The tokens that the server reports; None if it reports no plausible number."""
     usage = value.get("usage") if isinstance(value, dict) else None
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
-    is_number = isinstance(total, int) and not isinstance(total, bool) and 0 <= total <= _MAX_TOKENS_REPORTED
-    return total if is_number else None
+    return total if type(total) is int and 0 <= total <= _MAX_TOKENS_REPORTED else None
 
 
 def _count_bytes(body: Mapping[str, Any], text: Any) -> int:
@@ -513,20 +457,21 @@ def _count_bytes(body: Mapping[str, Any], text: Any) -> int:
     return sum(len(part.encode("utf-8", "replace")) for part in texts)
 
 
-def _read_event(event: Any) -> tuple[str, str | None]:
-    """The text of an event of a stream, and why the answer ends if it ends there."""
+def _read_choice(value: Any, *, is_event: bool = False) -> tuple[str | None, str | None]:
+    """The text and the finish reason of a completion or of an event of a stream, which may lack both."""
     try:
-        if not event["choices"]:  # the usage
-            return "", None
-        choice = event["choices"][0]
-        delta = choice.get("delta")
-        text = choice.get("text") if delta is None else delta.get("content")
+        if is_event and not value["choices"]:  # the usage
+            return None, None
+        choice = value["choices"][0]
+        message = choice.get("delta" if is_event else "message")
+        text = choice.get("text", None if is_event else False) if message is None else message.get("content")
         finish_reason = choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError):
         text, finish_reason = False, None
     if not isinstance(text, str | None):
-        raise RequestFailed(MALFORMED, "expected pieces of a completion in the server's answer, got something else")
-    return text or "", finish_reason
+        what = "pieces of a completion" if is_event else "the text of choices[0]"
+        raise RequestFailed(MALFORMED, f"expected {what} in the server's answer, got something else")
+    return text, finish_reason if isinstance(finish_reason, str) else None
 
 
 def _redact(text: str, key: str | None, *, is_content: bool = False) -> str:
