@@ -161,11 +161,7 @@ def cut_loss(
 def combine_parts(contrast: Number, likelihood: Number, num_contrast: float, num_likelihood: float) -> Number:
     """Combines both sums as the released code does: the mean of their means, or one mean if the other has no tokens.
 
-    Args:
-        contrast: L1 (eq. 6), summed.
-        likelihood: L2 (eq. 7), summed.
-        num_contrast: Denominator of L1: tokens, or records if each token weighs 1/N.
-        num_likelihood: Denominator of L2.
+    The denominators `num_contrast` and `num_likelihood` are tokens, or records if each token weighs 1/N.
 
     Example:
 

@@ -31,7 +31,7 @@ def dual_cut_loss(
     threshold * p(y_t | x, y_<t) weighs 1 + praise_weight * p(y_t | x, j, y_<t)^gamma.
 
     Args:
-        logps_without: [U] log p(y_t | x, y_<t) of responses with criticism or praise, in nats.
+        logps_without: [U] log p(y_t | x, y_<t) of responses with criticism or praise. See `cut_loss` for the others.
         logps_with: [U] log p(y_t | x, j, y_<t) of the same tokens.
         logps_satisfactory: [S] log p(y_t | x, y_<t) of responses that have one context.
         is_praised: [U] bool, the tokens of praised responses; these are never flagged.
@@ -39,8 +39,6 @@ def dual_cut_loss(
         unlikelihood_weight: alpha, the weight of flagged tokens.
         gamma: Exponent of the dynamic weights.
         praise_weight: The additional weight of praised tokens, before the dynamic weight.
-        weights: [U] factors on tokens; None for ones.
-        weights_satisfactory: [S] factors on tokens; None for ones.
 
     Example:
 
@@ -52,24 +50,22 @@ def dual_cut_loss(
     log_ratios = (logps_with - logps_without).detach()
     dynamic_weights = praise_weight * torch.exp(gamma * logps_with.detach())
     bonus = torch.where(is_praised & (log_ratios > math.log(threshold)), dynamic_weights, 0.0)
+    is_criticized = ~is_praised
     criticized = cut_loss(
-        logps_without[~is_praised],
-        logps_with[~is_praised],
+        logps_without[is_criticized],
+        logps_with[is_criticized],
         logps_satisfactory,
         threshold=threshold,
         unlikelihood_weight=unlikelihood_weight,
         gamma=gamma,
-        weights=None if weights is None else weights[~is_praised],
+        weights=None if weights is None else weights[is_criticized],
         weights_satisfactory=weights_satisfactory,
     )
     contrast, likelihood = -logps_without * (1 + bonus), -logps_with
     if weights is not None:
         contrast, likelihood = contrast * weights, likelihood * weights
     is_flagged = torch.zeros_like(is_praised)
-    is_flagged[~is_praised] = criticized.is_flagged
-    return CutLoss(
-        contrast=criticized.contrast + contrast[is_praised].sum(),
-        likelihood=criticized.likelihood + likelihood[is_praised].sum(),
-        is_flagged=is_flagged,
-        log_ratios=log_ratios,
-    )
+    is_flagged[is_criticized] = criticized.is_flagged
+    contrast_sum = criticized.contrast + contrast[is_praised].sum()
+    likelihood_sum = criticized.likelihood + likelihood[is_praised].sum()
+    return CutLoss(contrast_sum, likelihood_sum, is_flagged, log_ratios)

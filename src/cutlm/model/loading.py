@@ -72,11 +72,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
-    """Loads a model's config from a folder, a file or the hub.
-
-    Raises:
-        UserError: It does not exist or is damaged.
-    """
+    """Loads a model config from a folder, a file or the hub; raises `UserError` if it is missing or damaged."""
     if not Path(path).is_file():
         _check_path(path)
     with _reading_files(path, "model config"):
@@ -98,8 +94,8 @@ def load_model(
         path: A folder or a name on the hub.
         revision: A branch, tag or commit on the hub.
         dtype: A dtype or its name; "auto" for the checkpoint's.
-        attn_implementation: See `transformers`; None lets it choose.
-        quantization: Loads 8-bit or 4-bit weights with bitsandbytes.
+        attn_implementation: See `transformers`.
+        quantization: Loads 8-bit or 4-bit weights.
         device: Device of a quantized model; None for the CPU.
 
     Raises:
@@ -286,16 +282,9 @@ def load_own_tokenizer(path: str | Path, base: str | None = None) -> PreTrainedT
 def load_trained(
     path: str | Path, *, dtype: str | torch.dtype = "auto", base: str | None = None, device: str | None = None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Loads a model for inference: a full model, or an adapter on its base model.
+    """Loads a model, or an adapter on its base model, for inference, with the tokenizer it was trained with.
 
-    Args:
-        path: A model folder, an adapter folder or a name on the hub.
-        dtype: See `load_model`.
-        base: The base model of an adapter; None for the one that it names.
-        device: None for a GPU if there is one.
-
-    Returns:
-        The model in evaluation mode, and the tokenizer it was trained with.
+    A `base` of None is the one that the adapter names; a `device` of None is a GPU if there is one.
 
     Raises:
         UserError: The model cannot be loaded, or the device is not available.

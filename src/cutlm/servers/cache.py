@@ -76,45 +76,36 @@ class Cache:
             self._connection.close()
 
     def get_many(self, keys: Iterable[str]) -> dict[str, str | None]:
-        """Returns the cached answers by key; raises `UserError` if the file is damaged, as all reading does."""
+        """Returns the cached answers by key; raises `UserError` if the file is damaged."""
         wanted, found = list(keys), dict[str, str | None]()
         for start in range(0, len(wanted), _NUM_KEYS_PER_QUERY):
             part = wanted[start : start + _NUM_KEYS_PER_QUERY]
             marks = ", ".join("?" * len(part))
-            found.update(self._read(f"SELECT key, answer FROM answers WHERE key IN ({marks})", part))
+            found.update(self._execute(f"SELECT key, answer FROM answers WHERE key IN ({marks})", part))
         return found
 
     def put(self, key: str, answer: str | None) -> None:
-        """Stores an answer durably; raises `UserError` if the disk is full, as all writing does."""
-        self._write("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, answer))
+        """Stores an answer durably; raises `UserError` if the disk is full."""
+        self._execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, answer))
 
     def read_usage(self) -> tuple[int, int]:
         """Returns the number of requests and of tokens of all runs with this file."""
-        ((num_requests, num_tokens),) = self._read("SELECT requests, tokens FROM usage", ())
+        ((num_requests, num_tokens),) = self._execute("SELECT requests, tokens FROM usage")
         return num_requests, num_tokens
 
     def add_usage(self, num_requests: int, num_tokens: int) -> None:
         """Adds to the usage durably."""
-        self._write("UPDATE usage SET requests = requests + ?, tokens = tokens + ?", (num_requests, num_tokens))
+        self._execute("UPDATE usage SET requests = requests + ?, tokens = tokens + ?", (num_requests, num_tokens))
 
-    def _read(self, query: str, values: Sequence[Any]) -> list[Any]:
+    def _execute(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
         try:
-            with self._lock, closing(self._connection.execute(query, values)) as rows:
+            with self._lock, closing(self._connection.execute(statement, values)) as rows:
                 return rows.fetchall()
         except sqlite3.DatabaseError as error:
-            raise UserError(
-                f"{self.path}: cannot read the cache ({error}); fix it, or pass another file by --cache to start over"
-            ) from None
-
-    def _write(self, statement: str, values: Sequence[Any]) -> None:
-        try:
-            with self._lock:
-                self._connection.execute(statement, values)
-        except sqlite3.DatabaseError as error:
-            raise UserError(
-                f"{self.path}: cannot write to the cache ({error}); earlier answers are kept: make room on the disk"
-                " and start again"
-            ) from None
+            remedy = "fix it, or pass another file by --cache to start over"
+            if isinstance(error, sqlite3.OperationalError):  # for example a full disk
+                remedy = "earlier answers are kept: make room on the disk and start again"
+            raise UserError(f"{self.path}: cannot use the cache ({error}); {remedy}") from None
 
 
 class BudgetExceeded(Exception):

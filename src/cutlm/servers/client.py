@@ -188,22 +188,16 @@ class Client:
                 "ALL_PROXY, HTTPS_PROXY or HTTP_PROXY: expected an address such as http://localhost:3128; fix or unset"
                 " it, or, for a SOCKS proxy, run: pip install socksio"
             ) from None
-        self._client = openai.OpenAI(
-            base_url=server.url,
-            api_key=self._key or "none",
-            max_retries=server.max_retries,
-            timeout=server.timeout,
-            http_client=http_client,
-        )
+        options: Any = {"max_retries": server.max_retries, "timeout": server.timeout, "http_client": http_client}
+        self._client = openai.OpenAI(base_url=server.url, api_key=self._key or "none", **options)
         headers: dict[str, Any] = {"Content-Type": "application/json"}
         self._options: Any = {"headers": headers if self._key else headers | {"Authorization": openai.Omit()}}
 
     def request(self, path: str, body: Mapping[str, Any]) -> Any:
         """Posts JSON and returns the JSON of the answer; raises `Refused` or `RequestFailed`."""
+        content = json.dumps(body).encode()
         try:
-            response = self._client.post(
-                path, content=json.dumps(body).encode(), cast_to=httpx2.Response, options=self._options
-            )
+            response = self._client.post(path, content=content, cast_to=httpx2.Response, options=self._options)
         except openai.APIError as error:
             raise self._explain(error) from None
         return json.loads(response.content)
@@ -278,7 +272,7 @@ class Client:
             threading.Thread(target=_work, args=(ask, unsent, results, stop), daemon=True).start()
         num_in_a_row, max_in_a_row, is_gone = 0, max(8, 2 * self.server.concurrency), False
         refused: list[tuple[int, Refused]] = []
-        last: tuple[int, Exception] | None = None
+        fatal: tuple[int, Exception] | None = None
         try:
             while num_threads:
                 item = results.get()
@@ -293,10 +287,10 @@ class Client:
                 if _is_about_one_request(result):
                     refused.append((index, result))
                     if not is_answering and len(refused) >= max_in_a_row:
-                        last = last or refused[0]
+                        fatal = fatal or refused[0]
                         stop.set()
                 elif isinstance(result, Exception) and not isinstance(result, RequestFailed):
-                    last = last or (index, result)
+                    fatal = fatal or (index, result)
                 else:
                     is_answering = is_answering or not isinstance(result, RequestFailed)
                     num_in_a_row = num_in_a_row + 1 if has_no_answer else 0
@@ -308,9 +302,9 @@ class Client:
                     for index, refusal in refused:
                         yield index, RequestFailed(REFUSED, f"the server refuses it ({refusal}); {advice}")
                     refused.clear()
-            last = last or (refused[0] if refused else None)
-            if last is not None:
-                index, error = last
+            fatal = fatal or (refused[0] if refused else None)
+            if fatal is not None:
+                index, error = fatal
                 raise self.explain_refusal(error, locations[index], advice) if isinstance(error, Refused) else error
             if is_gone:
                 for index in sorted(missing):
