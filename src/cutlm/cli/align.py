@@ -26,19 +26,15 @@ complete stages. The loop can be killed at any time: started again, it neither r
 import argparse
 import shlex
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from cutlm.cli import generate, judge
 from cutlm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from cutlm.loop.settings import Plan
 
 # Options that the loop itself sets.
 _LOOP_OPTIONS = {
-    "generate": (
-        *("--model", "--prompts", "--out", "--seed", "--overwrite", "--template", "--tokenizer", "--max_failure_rate"),
-    ),
-    "judge": ("--responses", "--judge", "--out", "--overwrite", "--labels"),
+    "generate": ("model", "prompts", "out", "seed", "overwrite", "template", "tokenizer", "max_failure_rate"),
+    "judge": ("responses", "judge", "out", "overwrite", "labels"),
 }
 
 
@@ -53,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from cutlm.loop.loop import collect_metrics, list_iterations, read_stage_ref, run_loop
     from cutlm.loop.processes import Interrupted
-    from cutlm.loop.report import make_table, summarize
+    from cutlm.loop.report import make_status, make_table, summarize
     from cutlm.loop.settings import read_plan
     from cutlm.loop.stages import StageFailed, WaitingForPerson
 
@@ -64,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
         print(yaml.safe_dump(plan.resolved, sort_keys=False, allow_unicode=True), end="")
         return 0
     if args.status:
-        _print_status(plan)
+        iterations = collect_metrics(plan)
+        table = make_table([summarize(iteration) for iteration in iterations])
+        print(f"{make_status(iterations)}\n\n{table}" if iterations else f"no iteration has started in {plan.folder}")
         return 0
     until = read_stage_ref(plan, "--until", args.until) if args.until else None
     start = read_stage_ref(plan, "--from", args.start) if args.start else None
@@ -92,43 +90,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_status(plan: "Plan") -> None:
-    from cutlm.loop.loop import collect_metrics
-    from cutlm.loop.report import make_status, make_table, summarize
-
-    iterations = collect_metrics(plan)
-    if not iterations:
-        print(f"no iteration has started in {plan.folder}")
-        return
-    print(f"{make_status(iterations)}\n\n{make_table([summarize(iteration) for iteration in iterations])}")
-
-
 class _OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
 def parse_stage_options(command: str, text: str) -> dict[str, Any]:
-    """Parses the options that a setting passes on to a stage's command.
+    """Parses the options that a setting passes on to `cutlm generate` or `cutlm judge`, and returns all of its options.
 
-    Args:
-        command: "generate", or "judge", whose text starts with the kind of judge.
-        text: The options as on a command line.
-
-    Returns:
-        All options of the command by name.
-
-    Raises:
-        ConfigError: An option is unknown or invalid, or the loop sets it itself.
+    The text is as on a command line, for judge with the kind of judge first. Raises ConfigError if an option is unknown
+    or invalid, or if the loop sets it itself.
     """
-    from cutlm.cli import generate, judge
-
     try:
         options = shlex.split(text)
     except ValueError as error:
         raise ConfigError(f"expected options as on a command line, got {text!r} ({error})") from None
-    own = [option for option in options if option.partition("=")[0] in _LOOP_OPTIONS[command]]
-    if own:
+    names = [f"--{name}" for name in _LOOP_OPTIONS[command]]
+    if own := [option for option in options if option.partition("=")[0] in names]:
         raise ConfigError(f"{', '.join(own)}: set by the loop itself; remove it")
     parser = _OptionParser(prog=f"cutlm {command}", allow_abbrev=False)
     if command == "generate":

@@ -15,7 +15,14 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cutlm.cli.model_options import ModelOptions, add_sampling_options, load_model, make_sampling, make_server
+from cutlm.cli.model_options import (
+    ModelOptions,
+    add_options,
+    add_sampling_options,
+    load_model,
+    make_sampling,
+    make_server,
+)
 
 if TYPE_CHECKING:
     from cutlm.chat.session import Engine
@@ -24,10 +31,7 @@ _OPTIONS = ModelOptions(("dtype", "device"), ("tokenizer", "timeout"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help="a model or adapter folder, or a hub name")
-    parser.add_argument(
-        "--template", choices=("alpaca", "chat"), help="default: the tokenizer's chat template, which training saves"
-    )
+    add_options(parser, "model", "template")
     parser.add_argument("--threshold", type=float, default=1.1, help="lambda of eq. 5, for /judge (default: 1.1)")
     add_sampling_options(parser)
     _OPTIONS.add(parser)

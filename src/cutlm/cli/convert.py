@@ -26,12 +26,10 @@ SOURCES = ("alpaca", "critiques", "shepherd", "ultrafeedback")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", choices=SOURCES, help=" | ".join(SOURCES))
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="JSON Lines or a JSON array, plain, .gz or .xz")
-    parser.add_argument(
-        "--out", metavar="FILE", required=True, help="one array if it ends in .json, else JSON Lines; also .gz, .xz"
-    )
-    parser.add_argument(
-        "--pairs", action="store_true", help="ultrafeedback: write prompt, chosen and rejected, as TRL's trainers read"
-    )
+    out = "one array if it ends in .json, else JSON Lines; also .gz, .xz"
+    parser.add_argument("--out", metavar="FILE", required=True, help=out)
+    pairs = "ultrafeedback: write prompt, chosen and rejected, as TRL's trainers read"
+    parser.add_argument("--pairs", action="store_true", help=pairs)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,10 +73,8 @@ def _find_files(source: str, inputs: Sequence[str]) -> list[Path]:
     if len(paths) == 1 and paths[0].is_dir():
         return [paths[0] / name for name in shepherd.FILE_NAMES]
     if len(paths) != 2:
-        raise UserError(
-            f"shepherd: expected two files, {' and '.join(shepherd.FILE_NAMES)}, or the folder that contains both,"
-            f" got {len(paths)} inputs"
-        )
+        names = " and ".join(shepherd.FILE_NAMES)
+        raise UserError(f"shepherd: expected two files, {names}, or the folder of both, got {len(paths)} inputs")
     return paths
 
 

@@ -15,6 +15,8 @@ With --annotations the verdicts are read from a file, and so are the responses u
 no annotator is asked."""
 
 import argparse
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,30 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="generate responses by this model: a folder, or a hub name")
     parser.add_argument("--prompts", default=_PROMPTS, metavar="FILE", help="the instructions (default: alpaca_eval)")
     parser.add_argument("--outputs", metavar="FILE", help="the model's responses, as cutlm generate writes them")
-    parser.add_argument(
-        "--reference", metavar="FILE", help="responses to compare with (default: the outputs in --prompts)"
-    )
-    parser.add_argument(
-        "--annotator",
-        default="alpaca_eval_gpt4",
-        metavar="NAME",
-        help="a configuration of alpaca-eval, or a folder with one (default: alpaca_eval_gpt4)",
-    )
+    parser.add_argument("--reference", metavar="FILE", help="responses to compare with (default: those in --prompts)")
+    annotator = "a configuration of alpaca-eval, or a folder with one (default: alpaca_eval_gpt4)"
+    parser.add_argument("--annotator", default="alpaca_eval_gpt4", metavar="NAME", help=annotator)
     parser.add_argument("--annotations", metavar="FILE", help="verdicts of an earlier annotation; no requests")
     server = parser.add_argument_group("the annotator's server")
     server.add_argument("--base_url", metavar="URL", help=f"default: {_OPENAI}")
     server.add_argument("--annotator_model", metavar="NAME", help="default: the one that the configuration names")
-    server.add_argument(
-        "--annotator_extra_body",
-        metavar="JSON",
-        help="""further fields of every request; null removes one: '{"max_tokens": 2000, "temperature": null}'""",
-    )
-    server.add_argument(
-        "--annotator_concurrency", type=int, default=8, metavar="N", help="requests at a time (default: 8)"
-    )
-    server.add_argument(
-        "--annotator_max_requests", type=int, metavar="N", help="most requests of all runs (default: no limit)"
-    )
+    body = """further fields of every request; null removes one: '{"max_tokens": 2000, "temperature": null}'"""
+    server.add_argument("--annotator_extra_body", default="{}", metavar="JSON", help=body)
+    concurrency = "requests at a time (default: 8)"
+    server.add_argument("--annotator_concurrency", type=int, default=8, metavar="N", help=concurrency)
+    limit = "most requests of all runs (default: no limit)"
+    server.add_argument("--annotator_max_requests", type=int, metavar="N", help=limit)
     add_answering_arguments(parser, LOCAL_OPTIONS)
 
 
@@ -86,13 +77,12 @@ _Compared = tuple[Path, "list[Response]", "list[Response]", list[float | None], 
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Refuses options that are at odds, before anything is loaded or paid for."""
+    """Refuses options that contradict each other, before anything is loaded or paid for."""
     from cutlm.cli.reuse import check_source, list_given
     from cutlm.servers.client import KEY_VARIABLE, read_key
 
     if args.annotations is not None:
-        own = list_given(args, add_arguments, ("annotations", "annotator", "outputs", "reference"))
-        if own:
+        if own := list_given(args, add_arguments, ("annotations", "annotator", "outputs", "reference")):
             raise ConfigError(f"{', '.join(own)}: expected only without --annotations; leave out one or the other")
         return
     problems = []
@@ -128,10 +118,8 @@ def _replay(args: argparse.Namespace) -> _Compared:
 
     responses, references = read(args.outputs, 2), read(args.reference, 1)
     settings = {"measure": "alpaca", "annotator": args.annotator}
-    settings |= {
-        name: None if getattr(args, name) is None else hash_file(getattr(args, name))
-        for name in ("annotations", "outputs", "reference")
-    }
+    files = {name: getattr(args, name) for name in ("annotations", "outputs", "reference")}
+    settings |= {name: None if file is None else hash_file(file) for name, file in files.items()}
     pairs, counts = _pair(args, responses, references)
     folder = open_folder(args.out, settings, overwrite=args.overwrite)
     about = {"annotator": args.annotator, "reference": _name_generators(references), **counts}
@@ -152,7 +140,8 @@ def _annotate(args: argparse.Namespace) -> _Compared | None:
     settings: dict[str, Any] = {"measure": "alpaca", "annotator": args.annotator, "url": server.url}
     # Either a name on the hub, or the contents of a file.
     prompts = hash_file(args.prompts) if Path(args.prompts).exists() else args.prompts
-    settings |= {"prompts": prompts, "reference": _hash_responses(references)}
+    texts = json.dumps([[response.full_instruction, response.output] for response in references])
+    settings |= {"prompts": prompts, "reference": hashlib.sha256(texts.encode()).hexdigest()[:16]}
     settings |= {"request": make_body(server, annotator, [])} | describe_source(answering)
     folder = open_folder(args.out, settings, (*PARTS, _ANNOTATIONS), overwrite=args.overwrite)
     outputs = args.outputs or answer_once(answering, folder, args.prompts)
@@ -168,20 +157,11 @@ def _annotate(args: argparse.Namespace) -> _Compared | None:
         return None
     preferences = [verdicts.preferences.get(index) for index in range(len(pairs))]
     names = {"generator_1": _name_generators(references), "generator_2": _name_generators(responses)}
-    write_rows(
-        folder / _ANNOTATIONS,
-        [
-            {
-                "instruction": pair.instruction,
-                "output_1": pair.reference,
-                "output_2": pair.output,
-                **names,
-                "annotator": annotator.name,
-                "preference": preference,
-            }
-            for pair, preference in zip(pairs, preferences, strict=True)
-        ],
-    )
+    rows = []
+    for pair, preference in zip(pairs, preferences, strict=True):
+        row = {"instruction": pair.instruction, "output_1": pair.reference, "output_2": pair.output} | names
+        rows.append({**row, "annotator": annotator.name, "preference": preference})
+    write_rows(folder / _ANNOTATIONS, rows)
     about: dict[str, Any] = {"annotator": annotator.name, "annotator_model": server.model, "annotator_url": server.url}
     about |= {"reference": _name_generators(references)} | counts
     return folder, responses, references, preferences, about
@@ -196,7 +176,7 @@ def _make_server(args: argparse.Namespace, default_model: str | None) -> "Server
     return Server(
         args.base_url or _OPENAI,
         model,
-        extra_body=read_json_object(args.annotator_extra_body or "{}", "--annotator_extra_body"),
+        extra_body=read_json_object(args.annotator_extra_body, "--annotator_extra_body"),
         concurrency=args.annotator_concurrency,
         max_requests=args.annotator_max_requests,
     )
@@ -210,8 +190,7 @@ def _read_references(args: argparse.Namespace) -> "list[Response]":
     if args.reference is not None:
         return read_responses(args.reference)
     rows = load_prompts(args.prompts)
-    num_without = sum(not isinstance(row.get("output"), str) for row in rows)
-    if num_without:
+    if num_without := sum(not isinstance(row.get("output"), str) for row in rows):
         raise ConfigError(
             f"--reference: expected a file of responses to compare with, got none, and {num_without} rows of"
             f" {args.prompts} have no output; pass one"
@@ -220,14 +199,6 @@ def _read_references(args: argparse.Namespace) -> "list[Response]":
         Response(f"{args.prompts}[{index}]", row["instruction"], row.get("input") or "", row["output"], row)
         for index, row in enumerate(rows)
     ]
-
-
-def _hash_responses(responses: "list[Response]") -> str:
-    import hashlib
-    import json
-
-    texts = [[response.full_instruction, response.output] for response in responses]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def _pair(
@@ -244,11 +215,9 @@ def _pair(
         )
     pairs = [Pair(own.location, own.full_instruction, other.output, own.output) for own, other in found.pairs]
     counts = {"num_without_reference": found.num_alone, "num_without_response": found.num_missing}
-    if found.num_alone or found.num_missing:
-        print(
-            f"{found.num_alone} responses without a reference and {found.num_missing} references without a response are"
-            " left out"
-        )
+    if any(counts.values()):
+        left_out = f"{found.num_alone} responses without a reference, {found.num_missing} references without a response"
+        print(f"left out: {left_out}")
     return pairs, counts
 
 

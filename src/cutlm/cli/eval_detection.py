@@ -8,12 +8,9 @@ The records must have wrong_spans: the wrong characters of output, marked by peo
 token if the judgment multiplies its probability by more; flags and thresholds in the file are not used."""
 
 import argparse
-from typing import TYPE_CHECKING
+import math
 
 from cutlm.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from cutlm.flagging.token_scores import TokenScores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,16 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.evaluation.detection import gather_evidence, measure_detection, plot_detection, tabulate_detection
+    from cutlm.evaluation import detection
     from cutlm.evaluation.shared import hash_file, open_folder, write_result
     from cutlm.flagging.token_scores import read_token_scores
     from cutlm.inspect.plots import draw_plot
 
-    thresholds = _read_thresholds(args.thresholds)
+    thresholds = list(detection.THRESHOLDS) if args.thresholds is None else _read_thresholds(args.thresholds)
     scores = read_token_scores(args.scores)
-    if args.by is not None:
-        _check_field(args, scores)
-    evidence = gather_evidence(scores, None if args.by is None else lambda score: _read_field(score, args.by))
+    num_without = sum(args.by not in (score.record.model_extra or {}) for score in scores)
+    if args.by is not None and num_without:
+        raise DataError(
+            f"--by {args.by}: expected this field in every record of {args.scores}, but {num_without} of {len(scores)}"
+            " lack it; name another field, or remove --by"
+        )
+    evidence = detection.gather_evidence(scores, args.by and (lambda score: str(score.record.model_extra[args.by])))
     if not evidence.num_records:
         reasons = ", ".join(f"{number} {reason}" for reason, number in evidence.left_out.items())
         raise DataError(
@@ -41,21 +42,15 @@ def run(args: argparse.Namespace) -> int:
         )
     settings = {"measure": "detection", "scores": hash_file(args.scores), "thresholds": thresholds, "by": args.by}
     folder = open_folder(args.out, settings, overwrite=args.overwrite)
-    result = measure_detection(evidence, thresholds)
+    result = detection.measure_detection(evidence, thresholds)
     whole = [row for row in result["thresholds"] if row["group"] is None]
-    picture = draw_plot("Detection of wrong tokens", lambda axes: plot_detection(axes, whole))
+    picture = draw_plot("Detection of wrong tokens", lambda axes: detection.plot_detection(axes, whole))
     detectors = sorted({score.detector for score in scores})
-    write_result(folder, result | {"detectors": detectors}, tabulate_detection(result), picture=picture)
+    write_result(folder, result | {"detectors": detectors}, detection.tabulate_detection(result), picture=picture)
     return 0
 
 
-def _read_thresholds(text: str | None) -> list[float]:
-    import math
-
-    from cutlm.evaluation.detection import THRESHOLDS
-
-    if text is None:
-        return list(THRESHOLDS)
+def _read_thresholds(text: str) -> list[float]:
     try:
         thresholds = sorted({float(part) for part in text.split(",")})
     except ValueError:
@@ -63,16 +58,3 @@ def _read_thresholds(text: str | None) -> list[float]:
     if not thresholds or not all(0 <= threshold < math.inf for threshold in thresholds):
         raise ConfigError(f"--thresholds: expected numbers of at least 0 such as 1.05,1.1,1.2, got {text!r}")
     return thresholds
-
-
-def _read_field(score: "TokenScores", name: str) -> str:
-    return str((score.record.model_extra or {}).get(name))
-
-
-def _check_field(args: argparse.Namespace, scores: "list[TokenScores]") -> None:
-    num_without = sum(args.by not in (score.record.model_extra or {}) for score in scores)
-    if num_without:
-        raise DataError(
-            f"--by {args.by}: expected this field in every record of {args.scores}, but {num_without} of {len(scores)}"
-            " lack it; name another field, or remove --by"
-        )

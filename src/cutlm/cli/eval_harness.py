@@ -8,80 +8,61 @@ Prompts are plain text; --apply_chat_template wraps them in the model's chat tem
 for a model trained by cutlm. A stopped run resumes with the next benchmark."""
 
 import argparse
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from cutlm.cli.model_options import add_options
 from cutlm.errors import ConfigError, UserError
 
 # Files that can define a task.
 _SUFFIXES = (".yaml", ".py", ".json", ".jsonl", ".csv")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help="a model or adapter folder, or a hub name")
-    parser.add_argument(
-        "--tasks", metavar="LIST", help="tasks of lm-eval, as NAME or NAME:EXAMPLES (default: the paper's four)"
-    )
+    add_options(parser, "model")
+    tasks = "tasks of lm-eval, as NAME or NAME:EXAMPLES (default: the paper's four)"
+    parser.add_argument("--tasks", metavar="LIST", help=tasks)
     parser.add_argument("--include_path", metavar="DIR", help="a folder with tasks of your own, as YAML files")
     parser.add_argument("--apply_chat_template", action="store_true", help="wrap prompts in the chat template")
     parser.add_argument("--backend", choices=("hf", "vllm"), default="hf", help="default: hf (transformers)")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="default: 16")
-    parser.add_argument("--dtype", choices=_DTYPES, default="auto")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add_options(parser, "dtype", "device")
     parser.add_argument("--limit", type=int, metavar="N", help="questions per task, for a quick test")
 
 
 def run(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from cutlm.evaluation.harness import (
-        PACKAGES,
-        draw_benchmarks,
-        find_tasks,
-        measure_benchmarks,
-        read_benchmarks,
-        summarize_benchmarks,
-        tabulate_benchmarks,
-    )
+    from cutlm.evaluation import harness
     from cutlm.evaluation.shared import hash_file, open_folder, write_result
     from cutlm.model.loading import fingerprint_model
 
     _check_options(args)
-    benchmarks = read_benchmarks(args.tasks)
-    manager = find_tasks(benchmarks, args.include_path)
+    args.dtype = args.dtype or "auto"
+    benchmarks = harness.read_benchmarks(args.tasks)
+    manager = harness.find_tasks(benchmarks, args.include_path)
     settings: dict[str, Any] = {"measure": "harness", "model": fingerprint_model(args.model)}
-    settings |= {
-        name: getattr(args, name) for name in ("apply_chat_template", "backend", "dtype", "limit", "include_path")
-    }
+    names = ("apply_chat_template", "backend", "dtype", "limit", "include_path")
+    settings |= {name: getattr(args, name) for name in names}
     settings["tasks"] = [[benchmark.task, benchmark.num_shots] for benchmark in benchmarks]
     if args.include_path is not None:
         files = sorted(path for path in Path(args.include_path).rglob("*") if path.suffix in _SUFFIXES)
         settings["include_files"] = {str(path.relative_to(args.include_path)): hash_file(path) for path in files}
     parts = [benchmark.file for benchmark in benchmarks]
     folder = open_folder(args.out, settings, parts, overwrite=args.overwrite)
-    rows = measure_benchmarks(
-        benchmarks,
-        lambda: _load(args),
-        manager,
-        folder,
-        uses_chat_template=args.apply_chat_template,
-        limit=args.limit,
-    )
+    options = {"uses_chat_template": args.apply_chat_template, "limit": args.limit}
+    rows = harness.measure_benchmarks(benchmarks, lambda: _load(args), manager, folder, **options)
     name = Path(args.model).resolve().name
-    table = tabulate_benchmarks(rows, name)
+    table = harness.tabulate_benchmarks(rows, name)
     if args.limit is not None:
         table += f"\n\nOnly {args.limit} questions per task were asked (--limit): do not report these values."
-    packages = (*PACKAGES, "vllm") if args.backend == "vllm" else PACKAGES
-    result = summarize_benchmarks(rows) | {"limit": args.limit}
-    write_result(folder, result, table, packages, picture=draw_benchmarks(rows, name))
+    packages = (*harness.PACKAGES, "vllm") if args.backend == "vllm" else harness.PACKAGES
+    result = harness.summarize_benchmarks(rows) | {"limit": args.limit}
+    write_result(folder, result, table, packages, picture=harness.draw_benchmarks(rows, name))
     return 0
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Checks the options before anything is loaded; raises ConfigError with all problems."""
-    from importlib.util import find_spec
-    from pathlib import Path
-
+    """Checks the options before anything is loaded."""
     from cutlm.model.loading import is_adapter_folder
 
     problems = []
@@ -111,14 +92,13 @@ def _load(args: argparse.Namespace) -> Any:
         kind = need_extra("lm_eval.models.vllm_causallms").VLLM
         return kind(pretrained=args.model, dtype=args.dtype, batch_size=args.batch_size)
     model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
-    _check_template(args, tokenizer)
+    if args.apply_chat_template:
+        _check_template(args, tokenizer)
     kind = need_extra("lm_eval.models.huggingface").HFLM
     return kind(pretrained=unwrap_peft(model), tokenizer=tokenizer, batch_size=args.batch_size)
 
 
 def _check_template(args: argparse.Namespace, tokenizer: Any) -> None:
-    if not args.apply_chat_template:
-        return
     if not tokenizer.chat_template:
         raise UserError(
             f"--apply_chat_template: the tokenizer of {args.model} has no chat template; remove the option, or merge"

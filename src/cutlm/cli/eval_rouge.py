@@ -16,9 +16,8 @@ from cutlm.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--references", required=True, metavar="FILE", help="records, or rows of instruction and output"
-    )
+    references = "records, or rows of instruction and output"
+    parser.add_argument("--references", required=True, metavar="FILE", help=references)
     parser.add_argument("--outputs", metavar="FILE", help="responses, as cutlm generate writes them")
     parser.add_argument("--use_stemmer", action="store_true", help="match words with the same stem (English)")
     parser.add_argument("--model", metavar="MODEL", help="generate responses with this model, a folder or hub name")
@@ -58,16 +57,10 @@ def run(args: argparse.Namespace) -> int:
     found = pair_responses(read_responses(outputs), references)
     if not found.pairs:
         raise DataError(f"{outputs}: no response to any instruction of {args.references}; check both files")
-    result = measure_rouge(
-        [(response.output, reference.output) for response, reference in found.pairs],
-        use_stemmer=args.use_stemmer,
-        seed=args.seed,
-    )
-    result |= {
-        "num_without_reference": num_left_out,
-        "num_without_response": found.num_missing,
-        "num_responses_left_out": found.num_alone,
-    }
+    pairs = [(response.output, reference.output) for response, reference in found.pairs]
+    result = measure_rouge(pairs, use_stemmer=args.use_stemmer, seed=args.seed)
+    result |= {"num_without_reference": num_left_out, "num_without_response": found.num_missing}
+    result["num_responses_left_out"] = found.num_alone
     name = ", ".join(sorted({str(response.row.get("generator") or "responses") for response, _ in found.pairs}))
     counts = (
         f"Left out: {num_left_out} records without a reference, {found.num_missing} references without a response,"

@@ -16,55 +16,45 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cutlm.cli.model_options import ModelOptions, add_sampling_options, load_model, make_sampling, make_server
-from cutlm.data.files import refuse_overwriting, write_rows
-from cutlm.errors import ConfigError, UserError
+from cutlm.cli.model_options import (
+    ModelOptions,
+    add_options,
+    add_sampling_options,
+    check_output,
+    load_model,
+    make_sampling,
+    make_server,
+)
+from cutlm.data.files import write_rows
+from cutlm.errors import ConfigError
 
 LOCAL_OPTIONS = ModelOptions(("batch_size", "dtype", "device"))
 ANSWERING_OPTIONS = ModelOptions(LOCAL_OPTIONS.local, ("tokenizer", "concurrency", "timeout", "max_retries"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help="a model or adapter folder, or a hub name")
-    parser.add_argument(
-        "--prompts", required=True, metavar="FILE", help="JSON array or JSON Lines with 'instruction'; or alpaca_eval"
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
-    parser.add_argument(
-        "--num_samples", type=int, default=1, metavar="N", help="responses to each instruction, in successive rows"
-    )
+    add_options(parser, "model", "out", "overwrite")
+    prompts = "JSON array or JSON Lines with 'instruction'; or alpaca_eval"
+    parser.add_argument("--prompts", required=True, metavar="FILE", help=prompts)
+    samples = "responses to each instruction, in successive rows (default: 1)"
+    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help=samples)
     add_answering_arguments(parser)
-    parser.add_argument(
-        "--max_failure_rate",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="largest share of prompts without an answer from a server with which OUT is written (default: 0)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
+    share = "largest share of prompts without an answer from a server with which OUT is written (default: 0)"
+    parser.add_argument("--max_failure_rate", type=float, default=0.0, metavar="SHARE", help=share)
 
 
 def add_answering_arguments(parser: argparse.ArgumentParser, options: ModelOptions = ANSWERING_OPTIONS) -> None:
     """Adds the options of answering a file, for every command that has a model do so."""
-    parser.add_argument(
-        "--template", choices=("alpaca", "chat"), help="default: the tokenizer's chat template, which training saves"
-    )
-    parser.add_argument(
-        "--judgment",
-        metavar="TEXT",
-        help='ask for a response that deserves this judgment, such as "Perfect.": for models trained by hindsight',
-    )
+    add_options(parser, "template")
+    judgment = 'ask for a response that deserves this judgment, such as "Perfect.": for models trained by hindsight'
+    parser.add_argument("--judgment", metavar="TEXT", help=judgment)
     add_sampling_options(parser)
     options.add(parser)
     parser.add_argument("--generator", metavar="NAME", help="name of the model in the output (default: its folder)")
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuses options that are at odds and fills in the defaults.
-
-    Raises:
-        ConfigError: Options are at odds; all problems are named.
-    """
+    """Refuses options that contradict each other, all in one ConfigError, and fills in the defaults."""
     problems = ANSWERING_OPTIONS.find_problems(args)
     if args.num_samples < 1:
         problems.append(f"--num_samples: expected a whole number of at least 1, got {args.num_samples}")
@@ -91,9 +81,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_options(args)
-    refuse_overwriting([args.prompts], args.out)
-    if Path(args.out).exists() and not args.overwrite:
-        raise UserError(f"{args.out}: exists; pass another file, or replace it with --overwrite")
+    check_output(args, [args.prompts])
 
     from cutlm.generation.files import load_prompts
 
@@ -102,10 +90,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _name_output(args: argparse.Namespace) -> dict[str, str]:
-    return {
-        "generator": args.generator or Path(args.model).resolve().name,
-        "dataset": Path(args.prompts).name.partition(".")[0],
-    }
+    name = args.generator or Path(args.model).resolve().name
+    return {"generator": name, "dataset": Path(args.prompts).name.partition(".")[0]}
 
 
 def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:
@@ -115,17 +101,9 @@ def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
 
     model, tokenizer, template = load_model(args)
     sampling = make_sampling(args, model)
-    generated = generate_file(
-        model,
-        tokenizer,
-        Encoder(tokenizer, template),
-        prompts,
-        args.out,
-        sampling,
-        **_name_output(args),
-        fingerprint=fingerprint_model(args.model),
-        judgment=args.judgment,
-    )
+    encoder, names = Encoder(tokenizer, template), _name_output(args)
+    names |= {"fingerprint": fingerprint_model(args.model)}
+    generated = generate_file(model, tokenizer, encoder, prompts, args.out, sampling, **names, judgment=args.judgment)
     print_counts(generated)
     _print_total(args, generated, sampling.max_new_tokens)
     return 0
@@ -153,9 +131,8 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
     failures_file = Path(f"{args.out}.failures.jsonl")
     if generated.failures:
         failed = sorted(generated.failures.items())
-        write_rows(
-            failures_file, [{"number": index + 1, "reason": reason} | prompts[index] for index, reason in failed]
-        )
+        rows = [{"number": index + 1, "reason": reason} | prompts[index] for index, reason in failed]
+        write_rows(failures_file, rows)
         summary = f"{num_failed} of {len(prompts)} prompts have no answer, listed with the reasons in {failures_file}"
         if not generated.responses or num_failed > args.max_failure_rate * len(prompts):
             print(

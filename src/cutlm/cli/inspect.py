@@ -15,21 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cutlm.cli.blame import add_scoring_arguments, score_file
+from cutlm.cli.model_options import check_output
 from cutlm.cli.reuse import list_given
-from cutlm.data.files import refuse_overwriting
-from cutlm.errors import ConfigError, DataError, UserError
+from cutlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from cutlm.flagging.token_scores import TokenScores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--scores",
-        action="append",
-        metavar="FILE",
-        help="token scores from cutlm blame; give it twice to compare before and after training",
-    )
+    scores = "token scores from cutlm blame; pass it twice to compare before and after training"
+    parser.add_argument("--scores", action="append", metavar="FILE", help=scores)
     parser.add_argument("--model", metavar="MODEL", help="instead of --scores: a model or adapter folder, or hub name")
     parser.add_argument("--data", metavar="FILE", help="the records to score with --model: JSON array or JSON Lines")
     parser.add_argument("--out", required=True, metavar="FILE", help="the HTML page to write")
@@ -42,9 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if Path(args.out).is_dir():
         raise ConfigError(f"--out {args.out or repr('')}: expected a file to write, got a folder; name a file in it")
     files = args.scores or [str(Path(args.out).with_suffix(".scores.jsonl"))]
-    refuse_overwriting([*files, *([args.data] if args.data else [])], args.out)
-    if Path(args.out).exists() and not args.overwrite:
-        raise UserError(f"{args.out}: already exists; name another file, or pass --overwrite to replace it")
+    check_output(args, [*files, *([args.data] if args.data else [])])
     if args.model:
         score_file(argparse.Namespace(**vars(args) | {"out": files[0]}))
         print(f"{files[0]} holds the token scores")
@@ -53,13 +47,9 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.inspect.page import PageRecord, write_page
 
     rows, num_unpaired = _pair(files, [read_token_scores(file) for file in files])
-    short = [Path(file).name for file in files]
-    num_bytes = write_page(
-        args.out,
-        [PageRecord(row) for row in rows],
-        names=short if len(set(short)) == len(short) else files,
-        num_unpaired=num_unpaired,
-    )
+    names = [Path(file).name for file in files]
+    names = names if len(set(names)) == len(names) else files
+    num_bytes = write_page(args.out, [PageRecord(row) for row in rows], names=names, num_unpaired=num_unpaired)
     pairs = "pairs of " if num_unpaired else ""
     print(f"{args.out}: {len(rows)} {pairs}records, {num_bytes / 1e6:.1f} MB; open it in a browser")
     return 0
@@ -71,8 +61,7 @@ def _check_options(args: argparse.Namespace) -> None:
     if bool(args.scores) == bool(args.model or args.data) or bool(args.model) != bool(args.data):
         got = " and ".join(name for name in ("--scores", "--model", "--data") if getattr(args, name[2:]))
         raise ConfigError(f"expected either --scores or both --model and --data, got {got or 'none of them'}")
-    given = list_given(args, add_scoring_arguments)
-    if args.scores and given:
+    if args.scores and (given := list_given(args, add_scoring_arguments)):
         raise ConfigError(f"{', '.join(given)}: used only with --model, because --scores are already computed; remove")
 
 
@@ -93,7 +82,6 @@ def _pair(
     for file, number in zip(files, num_unpaired, strict=True):
         if number:
             print(f"{file}: skipped {number} records that the other file does not have", file=sys.stderr)
-    num_other = sum(not has_same_tokens(*pair) for pair in pairs)
-    if num_other:
+    if num_other := sum(not has_same_tokens(*pair) for pair in pairs):
         print(f"{num_other} responses have different tokens in the second file and are not compared token by token")
     return [*pairs], num_unpaired

@@ -23,12 +23,10 @@ the input is correct, so that another try may succeed."""
 import argparse
 import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutlm.cli.model_options import DEFAULTS, add_options, make_server, read_json_object
-from cutlm.data.files import refuse_overwriting
-from cutlm.errors import ConfigError, UserError
+from cutlm.cli.model_options import DEFAULTS, add_options, check_output, make_server, read_json_object
+from cutlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from cutlm.judges import Outcome, Response
@@ -62,23 +60,20 @@ _REQUIRED = {"http": ("base_url", "judge_model"), "local": ("judge_model",), "ru
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--responses", required=True, metavar="FILE", help="JSON array or JSON Lines, not judged yet")
     parser.add_argument("--judge", required=True, choices=JUDGES, help="the kind of judge")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file of records to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
+    add_options(parser, "out", "overwrite")
     parser.add_argument("--judge_model", metavar="MODEL", help="http: its name on the server; local: a folder")
     http = parser.add_argument_group("--judge http")
     add_options(http, "base_url")
     http.add_argument("--prompt_file", metavar="FILE", help="your own prompt, with {instruction} and {response}")
-    http.add_argument(
-        "--trained", action="store_const", const=True, help="the model is trained by cutlm train-judge: use its prompt"
-    )
+    trained = "the model is trained by cutlm train-judge: use its prompt"
+    http.add_argument("--trained", action="store_const", const=True, help=trained)
     http.add_argument("--temperature", type=float, help="0: greedy (default)")
     http.add_argument("--max_tokens", type=int, metavar="N", help="longest answer (default: 1024)")
     add_options(http, "extra_body")
     http.add_argument("--cache", metavar="FILE", help="cache of judgments (default: OUT.cache.sqlite)")
     add_options(http, *_SERVER)
-    http.add_argument(
-        "--max_requests", type=int, metavar="N", help="most requests of all runs with this cache, retries included"
-    )
+    requests = "most requests of all runs with this cache, retries included"
+    http.add_argument("--max_requests", type=int, metavar="N", help=requests)
     http.add_argument("--max_tokens_total", type=int, metavar="N", help="most tokens of all runs with this cache")
     add_local_arguments(parser.add_argument_group("--judge local"))
     rules = parser.add_argument_group("--judge rules")
@@ -89,17 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_local_arguments(parser: "argparse._ActionsContainer") -> None:
     """Adds the options of a local judge."""
-    parser.add_argument(
-        "--max_new_tokens", type=int, metavar="N", help="longest answer (default: 1024, or a quarter of the context)"
-    )
+    longest = "longest answer (default: 1024, or a quarter of the context)"
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help=longest)
     add_options(parser, *_LOCAL)
 
 
 def run(args: argparse.Namespace) -> int:
     fill_options(args)
-    refuse_overwriting([args.responses, *filter(None, (args.labels, args.prompt_file))], args.out)
-    if Path(args.out).exists() and not args.overwrite:
-        raise UserError(f"{args.out}: exists; pass another file, or replace it with --overwrite")
+    check_output(args, [args.responses, *filter(None, (args.labels, args.prompt_file))])
 
     from cutlm.judges.responses import describe_outcome, read_responses, write_outcome
 
@@ -127,11 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def fill_options(args: argparse.Namespace) -> None:
-    """Refuses options of other judges, requires those of this one, and fills in the defaults.
-
-    Raises:
-        ConfigError: Options are at odds or missing; all problems are named.
-    """
+    """Refuses options of other judges, requires those of this one, and fills in the defaults."""
     own, given = _OPTIONS[args.judge], defaultdict(list)
     for name in {name: None for options in _OPTIONS.values() for name in options}:
         if getattr(args, name) is None:
@@ -198,8 +186,7 @@ def _write_todo(args: argparse.Namespace, responses: "list[Response]") -> int:
 
     num_rows = write_todo(responses, args.out)
     lines, table = name_todo_files(args.out)
-    num_empty = len(responses) - num_rows
-    if num_empty:
+    if num_empty := len(responses) - num_rows:
         print(f"{num_empty} responses are empty and are left out")
     print(
         f"{num_rows} responses to judge in {lines} and {table}: fill in the column 'judgment' of one of them, with"

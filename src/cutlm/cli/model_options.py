@@ -1,10 +1,13 @@
-"""Options of the commands that run a local model or ask a server: one name, one default and one meaning each."""
+"""Options that several commands have: one name, one default and one meaning each."""
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cutlm.data.files import refuse_overwriting
 from cutlm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -28,6 +31,11 @@ DEFAULTS: dict[str, Any] = {
 }
 # Every default is None here, to tell given options from missing ones.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
+    "model": {"required": True, "metavar": "MODEL", "help": "model or adapter folder, or hub name"},
+    "data": {"required": True, "metavar": "FILE", "help": "file of records: JSON array or JSON Lines"},
+    "out": {"required": True, "metavar": "FILE", "help": "file to write"},
+    "overwrite": {"action": "store_true", "help": "replace the output file"},
+    "template": {"choices": ("alpaca", "chat"), "help": "default: the tokenizer's chat template, which training saves"},
     "base": {"metavar": "MODEL", "help": "base model of an adapter (default: the one that the adapter names)"},
     "dtype": {"choices": ("auto", "float32", "bfloat16", "float16"), "help": "default: auto"},
     "device": {"help": "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"},
@@ -52,6 +60,13 @@ def add_options(parser: "argparse._ActionsContainer", *names: str) -> None:
         parser.add_argument(f"--{name}", **_ARGUMENTS[name])
 
 
+def check_output(args: argparse.Namespace, inputs: Sequence[str]) -> None:
+    """Refuses to write to an input, or to a file that exists without --overwrite."""
+    refuse_overwriting(inputs, args.out)
+    if Path(args.out).exists() and not args.overwrite:
+        raise UserError(f"{args.out}: exists; pass another file, or replace it with --overwrite")
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `make_sampling`."""
     parser.add_argument(
@@ -64,15 +79,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The options of one command whose model is local or, with --base_url, on a server.
+    """The options of one command whose model is local or, with --base_url, on a server."""
 
-    Attributes:
-        local: Names of the options that only a local model has.
-        server: Names of the options that only a server has, besides `base_url`; empty for a command that asks none.
-    """
-
-    local: tuple[str, ...]
-    server: tuple[str, ...] = ()
+    local: tuple[str, ...]  # only for a local model
+    server: tuple[str, ...] = ()  # only for a server, besides `base_url`; empty for a command that uses none
 
     def add(self, parser: argparse.ArgumentParser) -> None:
         """Adds all of them, in a group for each backend."""
@@ -90,11 +100,7 @@ class ModelOptions:
         return [f"{', '.join(given)}: expected {advice}, or leave these out"]
 
     def fill(self, args: argparse.Namespace) -> None:
-        """Refuses options of the other backend and fills in the defaults.
-
-        Raises:
-            ConfigError: Options of the other backend were given.
-        """
+        """Refuses options of the other backend and fills in the defaults."""
 
         if problems := self.find_problems(args):
             raise ConfigError(problems)
@@ -104,16 +110,7 @@ class ModelOptions:
 
 
 def make_server(args: argparse.Namespace, model: str, **others: Any) -> "Server":
-    """Returns the server that the options name.
-
-    Args:
-        args: With `base_url` and, if the command has them, `concurrency`, `timeout` and `max_retries`.
-        model: The model's name on the server.
-        others: Other settings of `Server`.
-
-    Raises:
-        ConfigError: A setting is out of range.
-    """
+    """Returns the server that the options name, for a model's name on it and other settings of `Server`."""
     from cutlm.servers.client import Server
 
     names = ("concurrency", "timeout", "max_retries")
@@ -122,11 +119,7 @@ def make_server(args: argparse.Namespace, model: str, **others: Any) -> "Server"
 
 
 def read_json_object(text: str, option: str) -> dict[str, Any]:
-    """Reads an option that holds a JSON object.
-
-    Raises:
-        ConfigError: It holds something else.
-    """
+    """Reads an option that holds a JSON object."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -137,11 +130,9 @@ def read_json_object(text: str, option: str) -> dict[str, Any]:
 
 
 def make_sampling(args: argparse.Namespace, model: Any = None) -> "Sampling":
-    """Returns how to sample.
+    """Returns how to sample by the options of `add_sampling_options` and `batch_size`.
 
-    Args:
-        args: With the options of `add_sampling_options` and, for a local model, `batch_size`.
-        model: The local model, whose context bounds the default of `max_new_tokens`; None for a server.
+    The context of a local model bounds the default of `max_new_tokens`; without a model, a server generates.
     """
     from cutlm.generation.local import MAX_NEW_TOKENS, Sampling, choose_max_new_tokens
 
@@ -153,14 +144,7 @@ def make_sampling(args: argparse.Namespace, model: Any = None) -> "Sampling":
 
 
 def load_model(args: argparse.Namespace) -> "tuple[Any, PreTrainedTokenizerBase, TemplateName]":
-    """Loads the local model, its tokenizer, and chooses the prompt template.
-
-    Args:
-        args: With `model`, `dtype`, `device`, and `template`: None for the tokenizer's chat template.
-
-    Raises:
-        UserError: The model cannot be loaded, or its tokenizer has no chat template and none is chosen.
-    """
+    """Loads the local model and its tokenizer, and chooses the prompt template."""
     from cutlm.model.loading import load_trained
     from cutlm.prompting.encoding import choose_template
 

@@ -6,31 +6,23 @@ the improved responses (i_ans).
 A run that was stopped resumes when started again with the same settings."""
 
 import argparse
-from pathlib import Path
 
 from cutlm.cli.generate import LOCAL_OPTIONS, print_counts
-from cutlm.cli.model_options import add_sampling_options, load_model, make_sampling
-from cutlm.data.files import refuse_overwriting
-from cutlm.errors import DataError, UserError
+from cutlm.cli.model_options import add_options, add_sampling_options, check_output, load_model, make_sampling
+from cutlm.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help="a model or adapter folder, or a hub name")
-    parser.add_argument("--data", required=True, metavar="FILE", help="records: JSON array or JSON Lines")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
-    parser.add_argument(
-        "--template", choices=("alpaca", "chat"), default="alpaca", help="as in training (default: alpaca)"
-    )
+    add_options(parser, "model", "data", "out", "overwrite")
+    template = "as in training (default: alpaca)"
+    parser.add_argument("--template", choices=("alpaca", "chat"), default="alpaca", help=template)
     add_sampling_options(parser)
     LOCAL_OPTIONS.add(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
 
 
 def run(args: argparse.Namespace) -> int:
     LOCAL_OPTIONS.fill(args)
-    refuse_overwriting([args.data], args.out)
-    if Path(args.out).exists() and not args.overwrite:
-        raise UserError(f"{args.out}: exists; pass another file, or replace it with --overwrite")
+    check_output(args, [args.data])
 
     from cutlm.data.records import load_records
     from cutlm.generation.files import refine_file
@@ -42,15 +34,8 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(f"{args.data}: nothing to refine: every record is satisfactory or has an i_ans")
     model, tokenizer, template = load_model(args)
     sampling = make_sampling(args, model)
-    refined = refine_file(
-        model,
-        tokenizer,
-        Encoder(tokenizer, template),
-        records,
-        args.out,
-        sampling,
-        fingerprint=fingerprint_model(args.model),
-    )
+    encoder, fingerprint = Encoder(tokenizer, template), fingerprint_model(args.model)
+    refined = refine_file(model, tokenizer, encoder, records, args.out, sampling, fingerprint=fingerprint)
     print_counts(refined)
     print(
         f"{len(refined.responses)} of {len(records)} responses improved in {args.out}; {len(refined.unfinished)} of"

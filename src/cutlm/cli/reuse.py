@@ -19,15 +19,12 @@ _SETTINGS = (
 
 
 def check_source(args: argparse.Namespace, problems: Sequence[str] = (), *, also_used: Sequence[str] = ()) -> None:
-    """Requires either responses or a model to generate them, and refuses options that are at odds.
+    """Requires either responses or a model to generate them, and refuses options that contradict each other.
 
     Args:
         args: The options of `generate.add_answering_arguments`, `model` and `outputs`.
         problems: Problems found before, reported together with these.
         also_used: Options of answering that also apply to given responses.
-
-    Raises:
-        ConfigError: There are problems; all are named.
     """
     problems = list(problems)
     if (args.model is None) == (args.outputs is None):
@@ -65,15 +62,9 @@ def describe_source(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def answer_once(args: argparse.Namespace, folder: Path, prompts: str) -> Path | None:
-    """Generates responses as `cutlm generate` does, unless the folder has them.
+    """Generates a file of responses as `cutlm generate` does, unless the folder of the evaluation has it.
 
-    Args:
-        args: The options of `generate.add_answering_arguments`, and `model`.
-        folder: Of the evaluation.
-        prompts: As for `cutlm generate --prompts`.
-
-    Returns:
-        The file of responses; None if some prompts have no answer from a server.
+    None if some prompts have no answer from a server.
     """
     out = folder / OUTPUTS_FILE
     if out.exists():

@@ -25,6 +25,7 @@ evaluation.json, evaluation.md, and judged.jsonl with its judgment of each respo
 import argparse
 from pathlib import Path
 
+from cutlm.cli.generate import LOCAL_OPTIONS
 from cutlm.cli.judge import add_local_arguments
 from cutlm.errors import ConfigError, UserError
 
@@ -66,14 +67,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from cutlm.judges.evaluation import evaluate_judge
 
-    text = evaluate_judge(
-        args.evaluate,
-        options.data,
-        folder,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=16 if options.batch_size is None else options.batch_size,
-        dtype=options.dtype or "auto",
-        device=options.device,
-    )
-    print(text, end="")
+    LOCAL_OPTIONS.fill(options)
+    settings = {name: getattr(options, name) for name in ("max_new_tokens", *LOCAL_OPTIONS.local)}
+    print(evaluate_judge(args.evaluate, options.data, folder, **settings), end="")
     return 0
