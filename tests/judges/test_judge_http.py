@@ -27,7 +27,7 @@ from judged_rows import (
 from cutlm.cli import main
 from cutlm.data.records import load_records
 from cutlm.errors import UserError
-from cutlm.judges.prompt import DEFAULT_PROMPT, fill_prompt, write_question
+from cutlm.judges.prompt import DEFAULT_PROMPT, TRAINED_PROMPT, fill_prompt
 from cutlm.judges.responses import read_responses
 from cutlm.judges.server import make_key
 from cutlm.servers.cache import Cache
@@ -377,7 +377,7 @@ def test_a_trained_judge_is_asked_with_the_prompt_of_its_training(
     server.reply = decide
     assert main(list_options(server, responses, out, "--trained")) == 0, capsys.readouterr().err
     assert [row["judgment"] for row in read_lines(out)] == [expect(index) for index in range(NUM_RESPONSES)]
-    assert write_question(load_records(responses)[0]) in server.prompts
+    assert fill_prompt(TRAINED_PROMPT, load_records(responses)[0]) in server.prompts
     # Another prompt has other keys in the cache.
     server.reply = lambda prompt: "It is wrong."
     assert main(list_options(server, responses, out, "--overwrite")) == 0

@@ -26,7 +26,6 @@ from cutlm.judges.prompt import (
     fill_prompt,
     read_trained_answer,
     write_answer,
-    write_question,
 )
 
 LONG = "The capital of Australia is Sydney, which is also the largest city of the whole country."
@@ -109,7 +108,7 @@ def test_the_answer_of_training_is_read_back(judgment: str | None, score: float 
         instruction="Name the capital.", output="It is Sydney, of course.", judgment=judgment, score=score
     )
     response = Response("", record.instruction, "", record.output)
-    question = write_question(record)
+    question = fill_prompt(TRAINED_PROMPT, record)
     assert question == fill_prompt(TRAINED_PROMPT, response), "training and judging ask the same question"
     read_back = read_trained_answer(write_answer(record), "stop", response, question)
     assert read_back == (None if record.is_satisfactory else record.stated_judgment.strip())

@@ -35,13 +35,10 @@ class Conversation:
         return [text for turn in self.turns for text in (turn.message, turn.answer)] + [message]
 
     def make_record(self, judgment: str) -> JudgedRecord:
-        """Makes a record of the last exchange.
+        """Makes a record of the last exchange; raises a DataError if it is not valid, such as with an empty answer.
 
         The instruction is the message or, after earlier turns, the whole conversation up to the answer as plain text
         (see `join_texts`). A judgment that is praise becomes null.
-
-        Raises:
-            DataError: The exchange is not a valid record; for example, the answer is empty.
         """
         last = self.turns[-1]
         row = {
@@ -56,13 +53,7 @@ class Conversation:
 
 
 def join_texts(texts: Sequence[str]) -> str:
-    """Joins a conversation into plain text; a single message stays as it is.
-
-    Example:
-
-        >>> join_texts(["Hello.", "Hi!", "Count to two."])
-        'User: Hello.\\n\\nAssistant: Hi!\\n\\nUser: Count to two.'
-    """
+    r"""Joins a conversation into plain text, "User: Hi.\n\nAssistant: Hi!"; a single message stays as it is."""
     if len(texts) == 1:
         return texts[0]
     return "\n\n".join(f"{_SPEAKERS[index % 2]}: {text}" for index, text in enumerate(texts))
@@ -71,18 +62,13 @@ def join_texts(texts: Sequence[str]) -> str:
 def append_record(path: str | Path, record: JudgedRecord) -> int:
     """Appends a record to a JSON Lines file, creating it if necessary, and syncs it to disk.
 
-    Returns:
-        The number of records in the file, including the new one.
-
-    Raises:
-        DataError: The file cannot be written, is not a JSON Lines file of records, or already has this record.
+    Returns the number of records in the file. Raises a DataError if the file cannot be written, is not a JSON Lines
+    file of records, or already has this record.
     """
-    path = Path(path)
+    path, num_records, gap = Path(path), 0, b""
     if path.suffix in (".gz", ".xz"):
         raise DataError(f"{path}: cannot append to a compressed file; name another file")
-    num_records, gap = 0, b""
-    is_new = not path.exists()
-    if not is_new:
+    if not (is_new := not path.exists()):
         num_records = _count_records(path, record)
         gap = b"" if read_bytes(path).endswith(b"\n") or not num_records else b"\n"
     line = gap + json.dumps(record.model_dump(mode="json", exclude_unset=True), ensure_ascii=False).encode() + b"\n"
@@ -107,9 +93,7 @@ def _count_records(path: Path, record: JudgedRecord) -> int:
         raise DataError(f"{path}: cannot append to a compressed file; name another file")
     text = data.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"["):
-        raise DataError(
-            f"{path}: expected JSON Lines, got a JSON array, which cannot be appended to; name another file"
-        )
+        raise DataError(f"{path}: expected JSON Lines, got a JSON array, which cannot be extended; name another file")
     if not text:
         return 0
     check = check_records(path)

@@ -31,15 +31,8 @@ _NO_LIMIT = 2**31  # for models without a context limit
 class LocalEngine:
     """An `Engine` that runs a model in this process.
 
-    Args:
-        model: A causal language model in evaluation mode, with or without an adapter.
-        tokenizer: Its tokenizer.
-        template: The prompt template.
-        sampling: How to sample answers.
-        settings: How to flag tokens; `max_length` is replaced by the model's context length.
-
-    Raises:
-        UserError: The tokenizer lacks the template, or the context is too short for a prompt.
+    The model is in evaluation mode, with or without an adapter. `max_length` of the flag settings is replaced by the
+    model's context length. Raises a UserError if the tokenizer lacks the template.
     """
 
     def __init__(
@@ -58,12 +51,10 @@ class LocalEngine:
         self.set_template(template)
 
     def set_template(self, name: TemplateName) -> None:
-        """See `Engine`."""
         self._encoder = Encoder(self._tokenizer, name)
         self.template: TemplateName | None = name
 
     def prepare(self, texts: Sequence[str]) -> tuple[list[int], int]:
-        """See `Engine`."""
         for num_dropped in range((len(texts) + 1) // 2):
             ids = encode_texts(self._encoder, texts[2 * num_dropped :])
             if self._room is None or len(ids) <= self._room:
@@ -74,7 +65,6 @@ class LocalEngine:
         )
 
     def answer(self, prompt: list[int], seed_offset: int, show: Callable[[str], None]) -> bool:
-        """See `Engine`."""
         language_model: Any = unwrap_peft(self._model)
         config = make_generation_config(language_model, self._tokenizer, self._sampling)
         streamer = _Streamer(self._tokenizer, config.eos_token_id, show)
@@ -94,7 +84,6 @@ class LocalEngine:
         return streamer.is_ended
 
     def blame(self, record: JudgedRecord) -> tuple[TokenScores, bool]:
-        """See `Engine`."""
         check_head(self._model)
 
         def score(rows: Any, done: Any) -> Any:

@@ -21,17 +21,14 @@ from cutlm.servers.client import Client, Refused, RequestFailed, Server
 
 
 class ServerEngine:
-    """Answers with a model on a server; see `Engine`.
+    """An `Engine` for a model on a server.
 
     Args:
         server: The server.
-        tokenizer: The model's, needed to encode prompts here and to blame tokens; None for neither.
+        tokenizer: The model's, needed to encode prompts here and to flag tokens; None for neither.
         template: Encodes prompts here; None leaves that to the server.
-        sampling: How to sample.
-        settings: How tokens are flagged.
-
-    Raises:
-        UserError: The tokenizer has no such template, or the key of the server cannot be used.
+        sampling: How to sample answers.
+        settings: How to flag tokens.
     """
 
     def __init__(
@@ -52,7 +49,6 @@ class ServerEngine:
             self._encoder = Encoder(tokenizer, choose_template(tokenizer))
 
     def set_template(self, name: TemplateName) -> None:
-        """See `Engine`."""
         if self._tokenizer is None:
             raise UserError(
                 "/template: the server uses the model's own template; start with --tokenizer MODEL to encode prompts"
@@ -62,7 +58,7 @@ class ServerEngine:
         self.template = name
 
     def prepare(self, texts: Sequence[str]) -> tuple[list[dict[str, str]] | list[int], int]:
-        """See `Engine`. Nothing is truncated, because the length of the context is not known."""
+        """Never drops turns, because the length of the context is not known."""
         if self.template is not None:
             assert self._encoder is not None
             return encode_texts(self._encoder, texts), 0
@@ -70,15 +66,9 @@ class ServerEngine:
         return [{"role": roles[index % 2], "content": text} for index, text in enumerate(texts)], 0
 
     def answer(self, prompt: list[dict[str, str]] | list[int], seed_offset: int, show: Callable[[str], None]) -> bool:
-        """See `Engine`."""
         client, sampling, finish_reason = self._client, self._sampling, None
-        body = client.server.make_body(
-            prompt,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_new_tokens,
-            seed=(sampling.seed + seed_offset) % 2**31,
-        )
+        options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
+        body = client.server.make_body(prompt, **options, seed=(sampling.seed + seed_offset) % 2**31)
         try:
             with closing(client.stream(body)) as pieces:
                 for text, reason in pieces:
@@ -95,7 +85,6 @@ class ServerEngine:
         return finish_reason != "length"
 
     def blame(self, record: JudgedRecord) -> tuple[TokenScores, bool]:
-        """See `Engine`."""
         if self._encoder is None:
             raise UserError("blaming needs the model's tokenizer; start with --tokenizer MODEL")
 

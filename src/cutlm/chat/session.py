@@ -36,31 +36,22 @@ _HELP_NOTES = (
 
 
 class Engine(Protocol):
-    """A model that answers. All methods raise UserError for problems that the user can fix.
+    """A model that answers. All methods raise UserError for problems that the user can fix."""
 
-    Attributes:
-        template: The prompt template; None if a server applies its own.
-        max_new_tokens: The maximal length of an answer.
-    """
-
-    template: TemplateName | None
+    template: TemplateName | None  # None if a server applies its own
     max_new_tokens: int
 
     def set_template(self, name: TemplateName) -> None:
         """Switches the prompt template."""
 
     def prepare(self, texts: Sequence[str]) -> tuple[Any, int]:
-        """Makes a prompt.
+        """Makes a prompt of texts of the user and the model in turn; the last is the user's.
 
-        Args:
-            texts: Texts of the user and the model in turn, the last of them the user's.
-
-        Returns:
-            The prompt, and the number of oldest turns dropped to make it fit.
+        Returns the prompt, and the number of oldest turns dropped to make it fit.
         """
 
     def answer(self, prompt: Any, seed_offset: int, show: Callable[[str], None]) -> bool:
-        """Generates an answer; raises KeyboardInterrupt if the user stops it.
+        """Generates an answer to a prompt of `prepare`; raises KeyboardInterrupt if the user stops it.
 
         Args:
             prompt: From `prepare`.
@@ -85,12 +76,8 @@ class Message(NamedTuple):
 def read_message(read_line: Callable[[str], str]) -> Message:
     """Reads one message: a line, lines continued by a backslash, or lines between triple quotes.
 
-    Args:
-        read_line: Shows a prompt and returns a line without its end; raises EOFError at the end of the input.
-
-    Raises:
-        EOFError: No input is left.
-        DataError: Triple quotes are not closed.
+    `read_line` shows a prompt and returns a line without its end; it raises EOFError at the end of the input, and so
+    does this function if no message is left.
     """
     line = read_line(PROMPT)
     lines = []
@@ -125,12 +112,7 @@ class Session:
     def run(self, read_line: Callable[[str], str], *, is_interactive: bool) -> None:
         """Handles messages and commands until /quit or the end of the input.
 
-        Args:
-            read_line: See `read_message`.
-            is_interactive: Whether a person types. If so, Ctrl-C stops only the current answer.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C, if not interactive.
+        If a person types (`is_interactive`), Ctrl-C stops only the current answer.
         """
         while True:
             is_reading = True
@@ -169,9 +151,8 @@ class Session:
         if name in commands:
             commands[name](argument)
         elif name not in ("/reset", "/help", "/quit"):
-            raise UserError(
-                f'{name}: unknown command; /help lists all; to send a message that begins with /, put it between """'
-            )
+            hint = 'to send a message that begins with /, put it between """'
+            raise UserError(f"{name}: unknown command; /help lists all; {hint}")
         elif argument:
             raise UserError(f"{name}: takes no argument, got {argument!r}")
         elif name == "/reset":
@@ -249,10 +230,10 @@ class Session:
     def _print_flags(self, scores: TokenScores) -> None:
         self._terminal.print_marked(scores)
         print()
-        ratios = compute_log_ratios(scores)
+        ratios, without, judged = compute_log_ratios(scores), scores.logps_without, scores.logps_with
         assert ratios is not None
-        assert scores.logps_without is not None
-        assert scores.logps_with is not None
+        assert without is not None
+        assert judged is not None
         flagged = [index for index, is_flagged in enumerate(scores.is_flagged) if is_flagged]
         listed = sorted(sorted(flagged, key=lambda index: -ratios[index])[:MAX_TOKENS_LISTED])
         if listed:
@@ -260,16 +241,12 @@ class Session:
         for index in listed:
             is_end = scores.spans[index] == (len(scores.record.output),) * 2
             token = "<end>" if is_end else scores.tokens[index].strip() or repr(scores.tokens[index])
-            # exp overflows above 709
-            values = (scores.logps_without[index], scores.logps_with[index], min(ratios[index], 700.0))
+            values = (without[index], judged[index], min(ratios[index], 700.0))  # exp overflows above 709
             self._terminal.print_line(f"  {token:<24}" + "".join(f"{math.exp(value):>10.3g}" for value in values))
         if len(listed) < len(flagged):
             print(f"  and {len(flagged) - len(listed)} more with smaller ratios")
-        print(
-            f"{len(flagged)} of {len(ratios)} tokens are more than {scores.threshold:g} times as likely with the"
-            " judgment",
-            flush=True,
-        )
+        counts = f"{len(flagged)} of {len(ratios)} tokens"
+        print(f"{counts} are more than {scores.threshold:g} times as likely with the judgment", flush=True)
 
     def _save(self, name: str) -> None:
         last = self._get_last("/save")
@@ -316,11 +293,8 @@ def _drop_end(scores: TokenScores) -> TokenScores:
 
 def print_help() -> None:
     """Prints the commands."""
-    for command, meaning in _HELP:
-        print(f"  {command:<18} {meaning}")
-    for note in _HELP_NOTES:
-        print(f"  {note}")
-    sys.stdout.flush()
+    lines = [*(f"{command:<18} {meaning}" for command, meaning in _HELP), *_HELP_NOTES]
+    print("\n".join(f"  {line}" for line in lines), flush=True)
 
 
 def remark(text: str) -> None:

@@ -10,9 +10,11 @@ import lzma
 import math
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -33,11 +35,7 @@ class SourceRow:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Reads and decompresses a file.
-
-    Raises:
-        DataError: The file is missing, is a directory, cannot be opened, or its compressed data is damaged.
-    """
+    """Reads and decompresses a file; raises a DataError if it cannot be read."""
     path = Path(path)
     try:
         raw = path.read_bytes()
@@ -57,10 +55,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
-    """Reads the rows of a JSON array or a JSON Lines file, whichever it is.
-
-    Args:
-        path: The file, which may be compressed.
+    """Reads the rows of a JSON array or a JSON Lines file, whichever it is, compressed or not.
 
     Returns:
         The rows, and a sentence for each line that is not valid JSON and each row with an infinite number or too
@@ -82,10 +77,9 @@ def parse_rows(path: str | Path, content: bytes) -> tuple[list[SourceRow], list[
         raise DataError(f"{path}:{number}: expected UTF-8 text, got the byte 0x{data[error.start]:02x}") from None
     is_array = text.lstrip().startswith("[")
     rows, problems = (_parse_array(path, text), []) if is_array else _parse_lines(path, text)
-    unusable = [(row.location, problem) for row in rows if (problem := _find_problem(row.value))]
-    bad = dict(unusable)
-    problems += [f"{location}: {problem}" for location, problem in unusable]
-    return [row for row in rows if row.location not in bad], problems
+    unusable = {row.location: problem for row in rows if (problem := _find_problem(row.value))}
+    problems += [f"{location}: {problem}" for location, problem in unusable.items()]
+    return [row for row in rows if row.location not in unusable], problems
 
 
 def _parse_array(path: str | Path, text: str) -> list[SourceRow]:
@@ -139,8 +133,7 @@ def _refuse_constant(name: str) -> NoReturn:
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+        repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {repeated!r} occurs twice in one object")
     return value
 
@@ -172,11 +165,8 @@ def refuse_overwriting(inputs: Iterable[str | Path], out: str | Path) -> None:
 def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a file for writing that replaces `path` only once it is complete and synced to disk.
 
-    The data is written to a temporary file next to it; after an error or a kill, `path` is unchanged. It is compressed
-    according to the suffix.
-
-    Raises:
-        DataError: The folder cannot be created or written to, or the path is a directory.
+    The data is written to a temporary file next to it, compressed according to the suffix; after an error or a kill,
+    `path` is unchanged. Raises a DataError if it cannot be written.
     """
     path = Path(path)
     if path.is_dir():
@@ -189,15 +179,13 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
     try:
         with raw:
-            if path.suffix == ".gz":
-                # No timestamp, so that the same rows give the same bytes.
-                with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
-                    yield packed  # type: ignore[misc]
-            elif path.suffix == ".xz":
-                with lzma.LZMAFile(raw, "wb") as packed:
-                    yield packed  # type: ignore[misc]
-            else:
-                yield raw
+            # Without name and time, so that the same rows give the same bytes.
+            compressors: dict[str, Any] = {
+                ".gz": partial(gzip.GzipFile, filename="", mode="wb", fileobj=raw, mtime=0),
+                ".xz": partial(lzma.LZMAFile, raw, "wb"),
+            }
+            with compressors.get(path.suffix, partial(nullcontext, raw))() as file:
+                yield file
             raw.flush()
             os.fsync(raw.fileno())
         os.replace(temporary, path)
@@ -226,10 +214,9 @@ def sync_tree(folder: str | Path) -> None:
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Writes rows atomically: one JSON array if the name ends in `.json` (or `.json.gz`), otherwise JSON Lines.
+    """Writes rows atomically and returns their number.
 
-    Returns:
-        The number of rows written.
+    The file is one JSON array if the name ends in `.json` (or `.json.gz`), otherwise JSON Lines.
     """
     is_array = Path(path).name.removesuffix(".gz").removesuffix(".xz").endswith(".json")
     first, separator, last = (b"[\n  ", b",\n  ", b"\n]\n") if is_array else (b"", b"\n", b"\n")

@@ -1,14 +1,13 @@
 """The partial file of a long run: finished results are in `OUT.partial` at once, so that a stopped run can resume.
 
 The first line is a header of the settings that the results depend on; a run with different ones is refused. The caller
-defines the lines after it, and the file that is made from them in the end.
+defines the lines after it.
 """
 
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from cutlm.data.files import open_atomic, read_bytes, sync_directory
@@ -21,14 +20,7 @@ class Journal:
     Args:
         out: The output file of the run.
         header: The settings that the results depend on, by name.
-        overwrite: Whether to replace a partial file that cannot be resumed from.
-
-    Attributes:
-        path: The partial file.
-        lines: The results of a stopped run, in the order in which they were appended.
-
-    Raises:
-        UserError: The existing partial file is from a run with different settings, or is not a partial file.
+        overwrite: Whether to replace a partial file that cannot be resumed from, instead of raising a UserError.
 
     Example:
 
@@ -38,7 +30,7 @@ class Journal:
     """
 
     def __init__(self, out: str | Path, header: dict[str, Any], *, overwrite: bool = False) -> None:
-        self.path = Path(f"{out}.partial")
+        self.path = Path(f"{out}.partial")  # the partial file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lines = _read_lines(self.path, header) if self.path.exists() else None
@@ -49,7 +41,7 @@ class Journal:
         if lines is None:
             with open_atomic(self.path) as file:
                 file.write(f"{json.dumps(header)}\n".encode())
-        self.lines = lines or []
+        self.lines = lines or []  # the results of a stopped run, in the order in which they were appended
         self._is_empty = not lines
         self._file: TextIO | None = None
 
@@ -57,9 +49,7 @@ class Journal:
         self._file = open(self.path, "a", encoding="utf-8")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is not None:
             self._file.close()
         if kind is not None and self._is_empty:

@@ -24,6 +24,7 @@ FilledText = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00\x1c-\x1f][^\x00]*$
 # A null `input` means no input.
 InputText = Annotated[Text, BeforeValidator(lambda value: "" if value is None else value)]
 _LaxSpan = Annotated[tuple[int, int], Field(strict=False)]
+_Spans = tuple[tuple[int, int], ...] | None
 
 
 class JudgedRecord(BaseModel):
@@ -62,28 +63,19 @@ class JudgedRecord(BaseModel):
 
     @field_validator("wrong_spans")
     @classmethod
-    def _check_range(
-        cls, spans: tuple[tuple[int, int], ...] | None, info: ValidationInfo
-    ) -> tuple[tuple[int, int], ...] | None:
+    def _check_range(cls, spans: _Spans, info: ValidationInfo) -> _Spans:
         length = len(info.data.get("output", ""))
         for span in (spans or ()) if "output" in info.data else ():
             if not 0 <= span[0] <= span[1] <= length:
-                raise PydanticCustomError(
-                    "range",
-                    "expected 0 <= start <= end <= {length}, the length of output, got {span}",
-                    {"length": length, "span": str(list(span))},
-                )
+                message = "expected 0 <= start <= end <= {length}, the length of output, got {span}"
+                raise PydanticCustomError("range", message, {"length": length, "span": str(list(span))})
         return spans
 
     @property
     def is_satisfactory(self) -> bool:
-        """Whether nothing is wrong with the response, so that it may be learned as it is.
-
-        The judgment is null or starts with the word "Perfect" in any letter case, or the score is 7 or more.
-        """
-        if self.score is not None and self.score >= SATISFACTORY_SCORE:
-            return True
-        return self.judgment is None or is_praise(self.judgment)
+        """Whether nothing is wrong with the response: the judgment is null or praise, or the score is 7 or more."""
+        is_high = self.score is not None and self.score >= SATISFACTORY_SCORE
+        return is_high or self.judgment is None or is_praise(self.judgment)
 
     @property
     def stated_judgment(self) -> str:
@@ -102,13 +94,7 @@ class JudgedRecord(BaseModel):
 
 
 class InstructionRow(BaseModel):
-    """An instruction to be answered, such as a row of AlpacaEval.
-
-    Attributes:
-        instruction: The instruction.
-        input: Further material for the instruction.
-        dataset: Where it comes from.
-    """
+    """An instruction to be answered, such as a row of AlpacaEval, with the data set that it comes from."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
@@ -128,21 +114,13 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 @dataclass
 class RecordCheck:
-    """The contents of a file of records: its valid rows, and everything wrong with the others.
+    """The contents of a file of records: its valid rows, and everything wrong with the others."""
 
-    Attributes:
-        records: The valid rows, in the order of the file.
-        locations: The location of each, such as `data.jsonl:17`.
-        problems: A sentence for every row and field that is not valid.
-        duplicates: A sentence for every row that repeats an earlier one word for word.
-        num_rows: The number of rows in the file, valid or not.
-    """
-
-    records: list[JudgedRecord] = field(default_factory=list)
-    locations: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    duplicates: list[str] = field(default_factory=list)
-    num_rows: int = 0
+    records: list[JudgedRecord] = field(default_factory=list)  # the valid rows, in the order of the file
+    locations: list[str] = field(default_factory=list)  # the location of each, such as `data.jsonl:17`
+    problems: list[str] = field(default_factory=list)  # a sentence for every row and field that is not valid
+    duplicates: list[str] = field(default_factory=list)  # a sentence for every row that repeats an earlier one
+    num_rows: int = 0  # valid or not
 
     @property
     def num_satisfactory(self) -> int:
@@ -154,10 +132,7 @@ class RecordCheck:
 
 
 def load_records(path: str | Path) -> list[JudgedRecord]:
-    """Reads a file of records: a JSON array or JSON Lines, plain or compressed with gzip or xz.
-
-    Returns:
-        Every record of the file, in its order.
+    """Reads all records of a file: a JSON array or JSON Lines, plain or compressed with gzip or xz.
 
     Raises:
         DataError: The file cannot be read or has no records, or rows are not valid; all of them are named.
@@ -172,11 +147,7 @@ def load_records(path: str | Path) -> list[JudgedRecord]:
 
 
 def check_records(path: str | Path) -> RecordCheck:
-    """Reads a file of records and collects everything that is wrong with it.
-
-    Raises:
-        DataError: The file as a whole cannot be read, or is not a list of records.
-    """
+    """Reads a file of records and collects its problems; raises a DataError if it cannot be read as a whole."""
     rows, problems = read_rows(path)
     check = check_rows(rows)
     check.problems[:0] = problems
@@ -185,10 +156,10 @@ def check_records(path: str | Path) -> RecordCheck:
 
 
 def as_records(rows: Sequence[Any], source: str) -> RecordCheck:
-    """Validates records in memory.
+    """Validates records in memory, dictionaries or `JudgedRecord`s.
 
     Args:
-        rows: Dictionaries or `JudgedRecord`s.
+        rows: The records.
         source: Their name in messages, such as `train_dataset`.
 
     Raises:
@@ -249,14 +220,8 @@ def validate_row(row: SourceRow, model: type[ModelT], problems: list[str]) -> Mo
         return None
 
 
-_EXPECTED = {
-    "string_type": "a string",
-    "list_type": "a list",
-    "dict_type": "an object",
-    "model_type": "an object",
-    "bool_type": "a boolean",
-    "float_type": "a number",
-}
+_EXPECTED = {"string_type": "a string", "list_type": "a list", "dict_type": "an object", "model_type": "an object"}
+_EXPECTED |= {"bool_type": "a boolean", "float_type": "a number"}
 
 
 def _describe_error(values: Mapping[str, Any], model: type[BaseModel], detail: Any) -> str:

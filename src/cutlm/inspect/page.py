@@ -27,19 +27,12 @@ _SETTINGS = ("threshold", "unlikelihood_weight", "gamma", "detector", "tokenizer
 
 @dataclass(frozen=True)
 class PageRecord:
-    """A record to show.
+    """A record to show."""
 
-    Attributes:
-        scores: Its scores by each file: one, or two (before and after training).
-        group: A name to filter by; "" for none.
-        answer: A trained model's answer to the same instruction, if any.
-        answer_judgment: The judgment of that answer; None if it is satisfactory.
-    """
-
-    scores: tuple[TokenScores, ...]
-    group: str = ""
-    answer: str | None = None
-    answer_judgment: str | None = None
+    scores: tuple[TokenScores, ...]  # its scores by each file: one, or two (before and after training)
+    group: str = ""  # a name to filter by; "" for none
+    answer: str | None = None  # a trained model's answer to the same instruction, if any
+    answer_judgment: str | None = None  # the judgment of that answer; None if it is satisfactory
 
 
 @dataclass(frozen=True)
@@ -67,16 +60,7 @@ class Picture:
 
 
 def write_page(path: str | Path, records: Sequence[PageRecord], **options: Any) -> int:
-    """Writes a token page atomically.
-
-    Args:
-        path: The HTML file.
-        records: The records to show.
-        **options: See `render_page`.
-
-    Returns:
-        Its size in bytes.
-    """
+    """Writes a token page (see `render_page`) atomically and returns its size in bytes."""
     page = render_page(records, **options).encode()
     with open_atomic(path) as file:
         file.write(page)
@@ -133,12 +117,8 @@ def _describe_record(record: PageRecord, settings: dict[tuple[Any, ...], int]) -
     if len(sides) == 2 and has_same_tokens(*record.scores):
         for name in ("pieces", "sizes", "has_end"):
             sides[1].pop(name, None)  # the page takes the first side's
-    row: dict[str, Any] = {
-        "instruction": judged.full_instruction,
-        "judgment": judged.judgment,
-        "is_satisfactory": judged.is_satisfactory,
-        "sides": sides,
-    }
+    row: dict[str, Any] = {"instruction": judged.full_instruction, "judgment": judged.judgment}
+    row |= {"is_satisfactory": judged.is_satisfactory, "sides": sides}
     if record.group:
         row["group"] = record.group
     if record.answer is not None:
@@ -157,19 +137,15 @@ def _describe_side(scores: TokenScores, settings: dict[tuple[Any, ...], int]) ->
         "with": scores.logps_with,
         "flagged": flagged,
         "weights": [scores.weights[index] for index in flagged],
-        "wrong": _list_wrong(scores),
+        "wrong": None,  # the tokens inside `wrong_spans`
         "settings": settings.setdefault(tuple(getattr(scores, name) for name in _SETTINGS), len(settings)),
     }
+    if scores.record.wrong_spans and not scores.record.is_satisfactory:
+        marks = flag_spans(scores.spans, scores.record.wrong_spans)
+        side["wrong"] = [index for index, is_wrong in enumerate(marks) if is_wrong]
     if any(len(piece.indices) != 1 for piece in pieces):
         side["sizes"] = [len(piece.indices) for piece in pieces]
     return side
-
-
-def _list_wrong(scores: TokenScores) -> list[int] | None:
-    """The tokens inside `wrong_spans`; None for a record without them."""
-    if scores.record.is_satisfactory or not scores.record.wrong_spans:
-        return None
-    return [index for index, flag in enumerate(flag_spans(scores.spans, scores.record.wrong_spans)) if flag]
 
 
 def _encode_png(png: bytes) -> str:

@@ -28,16 +28,7 @@ _LABEL_GAP = 0.058  # as a fraction of the height of the axes
 
 
 def draw_plot(title: str, plot: Callable[[Any], None], *, height: float = 4.6) -> bytes:
-    """Draws one plot.
-
-    Args:
-        title: The title above it.
-        plot: Draws on the matplotlib axes that it gets.
-        height: In inches.
-
-    Returns:
-        The PNG file's bytes.
-    """
+    """Draws one plot, `height` inches high, and returns the bytes of a PNG; `plot` draws on matplotlib's axes."""
     with _quiet_fonts():
         from matplotlib.figure import Figure
 
@@ -75,21 +66,13 @@ def _save(figure: "Figure") -> bytes:
 
 @dataclass(frozen=True)
 class Bar:
-    """A value to draw as a bar.
-
-    Attributes:
-        name: The label at its left.
-        value: At least 0.
-        low: Lower end of its confidence interval; None without one.
-        high: Upper end.
-        is_from_paper: Whether the value is the paper's rather than ours.
-    """
+    """A value to draw as a bar, with its confidence interval if there is one."""
 
     name: str
-    value: float
+    value: float  # at least 0
     low: float | None = None
     high: float | None = None
-    is_from_paper: bool = False
+    is_from_paper: bool = False  # whether the value is the paper's rather than ours
 
 
 def make_paper_bars(values: dict[str, float], kind: str) -> list[Bar]:
@@ -98,16 +81,7 @@ def make_paper_bars(values: dict[str, float], kind: str) -> list[Bar]:
 
 
 def draw_bars(title: str, bars: Sequence[Bar], label: str) -> bytes:
-    """Draws bars from top to bottom.
-
-    Args:
-        title: The title above them.
-        bars: At least one.
-        label: The label of the value axis.
-
-    Returns:
-        The PNG file's bytes.
-    """
+    """Draws at least one bar, from top to bottom, and returns the bytes of a PNG; `label` is that of the value axis."""
     return draw_plot(title, lambda axes: plot_bars(axes, bars, label), height=1.2 + 0.27 * len(bars))
 
 
@@ -141,33 +115,19 @@ def _shorten(name: str) -> str:
 
 @dataclass(frozen=True)
 class Curves:
-    """Shares by stage as lines, and a second share by stage as small bars next to them.
+    """Shares by stage as lines, and a second share by stage as small bars next to them."""
 
-    Attributes:
-        title: Title of the lines.
-        label: Label of the horizontal axis.
-        stages: Names along the horizontal axis.
-        lines: By name, a share at each stage.
-        mean: Their mean at each stage, drawn as a thick line.
-        bar_title: Title of the bars.
-        bars: A share for each of the last `len(bars)` stages.
-    """
-
-    title: str
-    label: str
-    stages: Sequence[str]
-    lines: dict[str, Sequence[float]]
-    mean: Sequence[float]
+    title: str  # of the lines
+    label: str  # of the horizontal axis
+    stages: Sequence[str]  # names along the horizontal axis
+    lines: dict[str, Sequence[float]]  # by name, a share at each stage
+    mean: Sequence[float]  # of the lines at each stage, drawn as a thick line
     bar_title: str
-    bars: Sequence[float]
+    bars: Sequence[float]  # a share for each of the last `len(bars)` stages
 
 
 def draw_curves(curves: Curves, *, is_dark: bool = False) -> bytes:
-    """Draws curves for a light or a dark page.
-
-    Returns:
-        The bytes of a PNG file of `CURVES_SIZE`.
-    """
+    """Draws curves for a light or a dark page and returns the bytes of a PNG of `CURVES_SIZE`."""
     with _quiet_fonts():
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -227,12 +187,9 @@ def _plot_shares(axes: "Axes", curves: Curves, text: str, palette: Sequence[str]
 
 
 def spread_labels(heights: Sequence[float], gap: float, bounds: tuple[float, float] = (0.0, 1.0)) -> list[float]:
-    """Moves labels apart by as little as possible, keeping their order.
+    """Moves labels from their preferred heights apart by as little as possible, keeping their order.
 
-    Args:
-        heights: Preferred heights.
-        gap: Minimal distance of two labels.
-        bounds: Lowest and highest allowed heights, if the labels fit.
+    `gap` is the minimal distance of two labels, `bounds` are the lowest and highest allowed heights if the labels fit.
     """
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     # Labels that touch form a block: (how many, sum of the bottom heights that each of them would prefer).

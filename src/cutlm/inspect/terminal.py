@@ -24,15 +24,10 @@ _END = "<end>"
 
 @dataclass
 class Stage:
-    """A timed stage.
+    """A timed stage."""
 
-    Attributes:
-        text: Its result, to be set within the stage and printed at its end.
-        seconds: How long it took.
-    """
-
-    text: str = ""
-    seconds: float = 0.0
+    text: str = ""  # its result, to be set within the stage and printed at its end
+    seconds: float = 0.0  # how long it took
 
 
 class Terminal:
@@ -110,8 +105,7 @@ class Terminal:
                 shown = self._mark_word(part, style)
                 length = len(part) if self._has_color else len(shown)
                 words[-1] = (words[-1][0] + length, words[-1][1] + shown)
-        lines: list[str] = []
-        room = -1
+        lines, room = [], -1
         for length, shown in words:
             if length + 1 > room:
                 lines.append(shown)

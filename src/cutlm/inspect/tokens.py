@@ -11,18 +11,14 @@ from cutlm.flagging.token_scores import TokenScores
 class Piece(NamedTuple):
     """A part of a response that is shown as one unit.
 
-    Attributes:
-        text: Its characters; "" for the end-of-sequence token.
-        indices: The tokens it covers: one, several that share a character (such as the bytes of an emoji), or none
-            for text that no token claims, as in an edited file.
-        is_flagged: Whether one of these tokens is flagged.
-        is_end: Whether it is the end-of-sequence token.
+    It covers one token, several that share a character (such as the bytes of an emoji), or none if no token claims the
+    text, as in an edited file.
     """
 
-    text: str
-    indices: tuple[int, ...]
-    is_flagged: bool
-    is_end: bool = False
+    text: str  # "" for the end-of-sequence token
+    indices: tuple[int, ...]  # of the tokens that it covers
+    is_flagged: bool  # whether one of these tokens is flagged
+    is_end: bool = False  # whether it is the end-of-sequence token
 
 
 def split_pieces(scores: TokenScores) -> list[Piece]:
@@ -61,15 +57,10 @@ def compute_log_ratios(scores: TokenScores) -> list[float] | None:
 
 
 class Pairing(NamedTuple):
-    """The records that two files of scores share.
+    """The records that two files of scores share."""
 
-    Attributes:
-        pairs: Both scores of each shared record, in the order of the first file.
-        num_unpaired: The number of records that only the first and only the second file has.
-    """
-
-    pairs: list[tuple[TokenScores, TokenScores]]
-    num_unpaired: tuple[int, int]
+    pairs: list[tuple[TokenScores, TokenScores]]  # both scores of each, in the order of the first file
+    num_unpaired: tuple[int, int]  # number of records that only the first and only the second file has
 
 
 def pair_scores(first: Sequence[TokenScores], second: Sequence[TokenScores]) -> Pairing:
@@ -82,8 +73,7 @@ def pair_scores(first: Sequence[TokenScores], second: Sequence[TokenScores]) -> 
         waiting[_identify(scores.record)].append(scores)
     pairs = []
     for scores in first:
-        matches = waiting[_identify(scores.record)]
-        if matches:
+        if matches := waiting[_identify(scores.record)]:
             pairs.append((scores, matches.popleft()))
     return Pairing(pairs, (len(first) - len(pairs), len(second) - len(pairs)))
 

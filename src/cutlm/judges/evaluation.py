@@ -1,7 +1,4 @@
-"""How well a trained judge agrees with the judgments of held-out records.
-
-ROUGE-L is that of the package `rouge-score`.
-"""
+"""How well a trained judge agrees with the judgments of held-out records."""
 
 import json
 from collections import Counter
@@ -20,7 +17,7 @@ _CLASSES = ("satisfactory", "unsatisfactory")
 
 
 def evaluate_judge(model: str, data: str, folder: Path, **settings: Any) -> str:
-    """Judges the responses of judged records with a model, and compares.
+    """Judges the responses of judged records with a model and compares its judgments with theirs.
 
     Args:
         model: The judge's folder: an adapter or a whole model.
@@ -30,9 +27,6 @@ def evaluate_judge(model: str, data: str, folder: Path, **settings: Any) -> str:
 
     Returns:
         The text of `evaluation.md`.
-
-    Raises:
-        UserError: The records or the model cannot be used, or rouge-score is not installed.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -40,10 +34,8 @@ def evaluate_judge(model: str, data: str, folder: Path, **settings: Any) -> str:
         raise UserError("rouge-score is not installed; run: pip install 'cutlm[eval]'") from None
     check = check_records(data)
     raise_problems(check, data)
-    responses = [
-        Response(location, record.instruction, record.input, record.output)
-        for record, location in zip(check.records, check.locations, strict=True)
-    ]
+    pairs = zip(check.records, check.locations, strict=True)
+    responses = [Response(location, record.instruction, record.input, record.output) for record, location in pairs]
     judged = folder / "judged.jsonl"
     outcome, journal = judge_locally(responses, model, str(judged), **settings)
     rows = compare_judgments(check.records, outcome, RougeScorer(["rougeL"]))
@@ -59,17 +51,10 @@ def evaluate_judge(model: str, data: str, folder: Path, **settings: Any) -> str:
 
 
 def compare_judgments(records: Sequence[JudgedRecord], outcome: Outcome, scorer: Any) -> list[dict[str, Any]]:
-    """Returns a row per record: both judgments, and their ROUGE-L if both object to the response.
-
-    Args:
-        records: The records.
-        outcome: The judge's outcome for their responses.
-        scorer: A `RougeScorer`.
-    """
+    """Returns a row per record: both judgments, and their ROUGE-L if both object to the response."""
     rows = []
     for index, record in enumerate(records):
-        failure = outcome.failures.get(index)
-        said = outcome.judgments.get(index)
+        failure, said = outcome.failures.get(index), outcome.judgments.get(index)
         has_rouge = said is not None and not record.is_satisfactory
         rows.append(
             {
@@ -91,9 +76,8 @@ def compare_judgments(records: Sequence[JudgedRecord], outcome: Outcome, scorer:
 def compute_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Computes the metrics of compared records.
 
-    An answer without a judgment is a wrong decision in `accuracy`, and left out of `accuracy_where_decided`. An
-    unsatisfactory record to whose response the judge does not object counts as 0 in `rouge_l`, and is left out of
-    `rouge_l_where_objected`.
+    An answer without a judgment is wrong in `accuracy` and left out of `accuracy_where_decided`. An unsatisfactory
+    record that the judge does not object to is 0 in `rouge_l` and left out of `rouge_l_where_objected`.
     """
     pairs = Counter((row["is_said_satisfactory"], row["is_satisfactory"]) for row in rows)
     cases = {
@@ -102,8 +86,7 @@ def compute_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for truly in _CLASSES
     }
     num_correct = cases["satisfactory_truly_satisfactory"] + cases["unsatisfactory_truly_unsatisfactory"]
-    num_decided = sum(cases.values())
-    num_satisfactory = sum(row["is_satisfactory"] for row in rows)
+    num_decided, num_satisfactory = sum(cases.values()), sum(row["is_satisfactory"] for row in rows)
     num_unsatisfactory = len(rows) - num_satisfactory
     rouges = [row["rouge_l"] for row in rows if row["rouge_l"] is not None]
     return {
@@ -123,7 +106,6 @@ def compute_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
-    """Formats the metrics as Markdown."""
     cases = metrics["cases"]
     kinds = ", ".join(f"{num} {kind}" for kind, num in metrics["failures"].items())
     failures = f"{metrics['num_failures']} ({kinds})" if kinds else metrics["num_failures"]
@@ -148,10 +130,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         "",
         "| metric | value |",
         "|---|---:|",
-        *(f"| {name} | {_format_value(value)} |" for name, value in values.items()),
     ]
+    for name, value in values.items():
+        lines.append(f"| {name} | {'–' if value is None else f'{value:.3f}' if isinstance(value, float) else value} |")
     return "\n".join(lines) + "\n"
-
-
-def _format_value(value: float | str | None) -> str:
-    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)

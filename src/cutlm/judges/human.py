@@ -23,10 +23,10 @@ _MAX_CELL = 2**31 - 1
 
 
 class _Filled(NamedTuple):
-    """A row filled in by a person, with every cell as text; None if the row has no such cell."""
+    """A row filled in by a person."""
 
     location: str
-    cells: dict[str, str | None]
+    cells: dict[str, str | None]  # None if the row has no such cell
 
 
 def name_todo_files(out: str | Path) -> tuple[Path, Path]:
@@ -35,17 +35,13 @@ def name_todo_files(out: str | Path) -> tuple[Path, Path]:
 
 
 def write_todo(responses: Sequence[Response], out: str | Path) -> int:
-    """Writes the two lists to be filled.
-
-    Returns:
-        The number of responses in them; empty ones are left out.
+    """Writes the two lists to be filled and returns the number of responses in them; empty ones are left out.
 
     Raises:
         UserError: A list exists already, and may contain a person's work.
     """
     lines, table = name_todo_files(out)
-    existing = [str(path) for path in (lines, table) if path.exists()]
-    if existing:
+    if existing := [str(path) for path in (lines, table) if path.exists()]:
         raise UserError(
             f"{' and '.join(existing)}: exists already and may be filled; pass one with --labels FILE, or remove it to"
             " start over"
@@ -67,11 +63,7 @@ def guard_cell(text: str) -> str:
 
 
 def read_todo(responses: Sequence[Response], path: str | Path) -> Outcome:
-    """Reads a list that a person has filled.
-
-    Args:
-        responses: The responses that the list was made from.
-        path: CSV if it ends in `.csv`, otherwise JSON Lines or a JSON array.
+    """Reads a list that a person has filled: CSV if it ends in `.csv`, otherwise JSON Lines or a JSON array.
 
     Raises:
         DataError: Judgments or rows are missing, or texts differ from those of the responses; all of them are named.
@@ -80,7 +72,8 @@ def read_todo(responses: Sequence[Response], path: str | Path) -> Outcome:
     indices = {str(index + 1): index for index in kept}
     problems: list[str] = []
     locations: dict[int, str] = {}
-    for location, cells in _read_csv(Path(path)) if Path(path).suffix.lower() == ".csv" else _read_json(path, problems):
+    is_csv = Path(path).suffix.lower() == ".csv"
+    for location, cells in _read_csv(path) if is_csv else _read_json(path, problems):
         number = (cells.get("number") or "").strip()
         index = indices.get(number)
         if index is None:
@@ -116,14 +109,11 @@ def read_todo(responses: Sequence[Response], path: str | Path) -> Outcome:
 
 def _is_same(cell: str, text: str) -> bool:
     """Whether a cell holds a text, with or without the guard and whatever its line breaks."""
-    return any(_join_lines(cell) == _join_lines(form) for form in (text, guard_cell(text)))
+    given, *accepted = (form.replace("\r\n", "\n").replace("\r", "\n") for form in (cell, text, guard_cell(text)))
+    return given in accepted
 
 
-def _join_lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _read_csv(path: Path) -> list[_Filled]:
+def _read_csv(path: str | Path) -> list[_Filled]:
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -144,8 +134,7 @@ def _read_csv(path: Path) -> list[_Filled]:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error}); save it as CSV again") from None
     finally:
         csv.field_size_limit(limit)
-    missing = [name for name in COLUMNS if name not in names]
-    if missing:
+    if missing := [name for name in COLUMNS if name not in names]:
         raise DataError(
             f"{path}:1: expected the columns {', '.join(COLUMNS)}, got none named {', '.join(missing)}; restore them"
         )
@@ -160,8 +149,5 @@ def _read_json(path: str | Path, problems: list[str]) -> Iterator[_Filled]:
             problems.append(f"{row.location}: expected an object with the fields {', '.join(COLUMNS)}")
             continue
         values = {name: row.value.get(name) for name in COLUMNS}
-        texts = {
-            name: value if value is None or isinstance(value, str) else json.dumps(value)
-            for name, value in values.items()
-        }
-        yield _Filled(row.location, texts)
+        others = {name: json.dumps(value) for name, value in values.items() if not isinstance(value, str | None)}
+        yield _Filled(row.location, values | others)

@@ -14,7 +14,6 @@ from cutlm.judges.prompt import (
     fill_prompt,
     read_trained_answer,
     write_answer,
-    write_question,
 )
 from cutlm.judges.responses import Failure, Outcome, Response, set_aside_empty
 from cutlm.model.loading import fingerprint_model, load_trained, unwrap_peft
@@ -33,14 +32,10 @@ def make_training_records(records: Sequence[Any]) -> list[JudgedRecord]:
     """
     if not all(isinstance(record, JudgedRecord) for record in records):
         raise DataError("data: expected plain records to train a judge on, got token scores; pass their records")
+    pairs = [(record, fill_prompt(TRAINED_PROMPT, record)) for record in records]
     return [
-        JudgedRecord(
-            instruction=write_question(record),
-            output=write_answer(record),
-            judgment=record.judgment,
-            score=record.score,
-        )
-        for record in records
+        JudgedRecord(instruction=question, output=write_answer(one), judgment=one.judgment, score=one.score)
+        for one, question in pairs
     ]
 
 
@@ -67,9 +62,6 @@ def judge_locally(
 
     Returns:
         A judgment or a failure for each response, and the journal, to be removed once the outcome is written.
-
-    Raises:
-        UserError: The model cannot be loaded, or there is a partial file of a different run.
     """
     model, tokenizer = load_trained(path, dtype=dtype, device=device)
     if not tokenizer.chat_template:

@@ -20,21 +20,13 @@ _JUDGMENT_FIELDS = ("judgment", "score", "wrong_spans")
 
 @dataclass(frozen=True)
 class Response:
-    """A response to be judged.
+    """A response to be judged."""
 
-    Attributes:
-        location: Where it is from: `responses.jsonl:17`.
-        instruction: The instruction.
-        input: Further material for the instruction.
-        output: The response.
-        row: All fields of the original row.
-    """
-
-    location: str
+    location: str  # where it is from: `responses.jsonl:17`
     instruction: str
-    input: str
+    input: str  # further material for the instruction, or ""
     output: str
-    row: dict[str, Any] = field(default_factory=dict)
+    row: dict[str, Any] = field(default_factory=dict)  # all fields of the original row
 
     @property
     def full_instruction(self) -> str:
@@ -49,32 +41,20 @@ class Response:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a response has no judgment.
+    """Why a response has no judgment."""
 
-    Attributes:
-        kind: One or two words, by which failures are counted.
-        reason: A sentence.
-        answer: The judge's answer, if there was one.
-    """
-
-    kind: str
-    reason: str
-    answer: str = ""
+    kind: str  # a few words, by which failures are counted
+    reason: str  # a sentence
+    answer: str = ""  # the judge's answer, if there was one
 
 
 @dataclass
 class Outcome:
-    """The judgments of responses, by the index of the response.
+    """The judgments of responses, by the index of the response."""
 
-    Attributes:
-        judgments: The judgment; None if nothing is wrong.
-        failures: Why there is no judgment.
-        notes: Sentences for the user.
-    """
-
-    judgments: dict[int, str | None] = field(default_factory=dict)
-    failures: dict[int, Failure] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    judgments: dict[int, str | None] = field(default_factory=dict)  # None if nothing is wrong
+    failures: dict[int, Failure] = field(default_factory=dict)  # why there is no judgment
+    notes: list[str] = field(default_factory=list)  # sentences for the user
 
 
 EMPTY_RESPONSE = Failure("empty response", "there is no response to judge")
@@ -92,13 +72,7 @@ def read_responses(path: str | Path) -> list[Response]:
 
 
 def parse_responses(rows: Sequence[SourceRow], problems: Sequence[str], source: str) -> list[Response]:
-    """Parses the rows of a file of responses; see `read_responses`.
-
-    Args:
-        rows: Its rows.
-        problems: Problems found while reading them.
-        source: The name of the file, for messages.
-    """
+    """Parses the rows of a file of responses; `problems` were found while reading them."""
     problems = [*problems, *check_rows(SourceRow(row.location, _fill_empty(row.value)) for row in rows).problems]
     for row in rows:
         names = [name for name in _JUDGMENT_FIELDS if isinstance(row.value, dict) and row.value.get(name) is not None]
@@ -124,13 +98,9 @@ def _fill_empty(value: Any) -> Any:
 
 def set_aside_empty(responses: Sequence[Response]) -> tuple[list[int], Outcome]:
     """Returns the indices of the responses that are not empty, and an outcome in which the others have failed."""
-    kept, outcome = [], Outcome()
-    for index, response in enumerate(responses):
-        if response.output.strip():
-            kept.append(index)
-        else:
-            outcome.failures[index] = EMPTY_RESPONSE
-    return kept, outcome
+    empty = [index for index, response in enumerate(responses) if not response.output.strip()]
+    kept = [index for index, response in enumerate(responses) if response.output.strip()]
+    return kept, Outcome(failures=dict.fromkeys(empty, EMPTY_RESPONSE))
 
 
 def name_failures_file(out: str | Path) -> Path:
@@ -142,27 +112,19 @@ def write_outcome(responses: Sequence[Response], outcome: Outcome, out: str | Pa
     """Writes the records, in the order of the responses, and a list of failures if there are any.
 
     If it is killed, the files have fewer rows than there are responses, or are both from the earlier run: a list of
-    failures never accompanies records of another run.
-
-    Args:
-        responses: The responses.
-        outcome: A judgment or a failure for each; gets a note if records of an earlier run are removed.
-        out: The file of records. If every judgment fails, it is not written: no trainer accepts an empty one.
+    failures never accompanies records of another run. If every judgment fails, OUT is not written, because no trainer
+    accepts an empty file; if there is one of an earlier run, it is removed and the outcome gets a note.
     """
     assert len(outcome.judgments) + len(outcome.failures) == len(responses)
     failures_file = name_failures_file(out)
     # First, because the rows of an earlier list could make up for missing records.
     _remove(failures_file)
-    if outcome.judgments:
-        write_rows(
-            out, [make_record_row(responses[index], outcome.judgments[index]) for index in sorted(outcome.judgments)]
-        )
+    if judgments := sorted(outcome.judgments.items()):
+        write_rows(out, [make_record_row(responses[index], judgment) for index, judgment in judgments])
     elif _remove(Path(out)):
         outcome.notes.append(f"removed {out} of an earlier run")
-    if outcome.failures:
-        write_rows(
-            failures_file, [_make_row(responses[index], outcome.failures[index]) for index in sorted(outcome.failures)]
-        )
+    if failures := sorted(outcome.failures.items()):
+        write_rows(failures_file, [_make_row(responses[index], failure) for index, failure in failures])
 
 
 def _remove(path: Path) -> bool:

@@ -22,14 +22,7 @@ Rules = Callable[[str, str], str | None]
 
 
 def load_rules(name: str) -> Rules:
-    """Imports a rules function.
-
-    Args:
-        name: `package.module:function`, on Python's path or in the current directory.
-
-    Raises:
-        UserError: There is no such function, or its module cannot be imported.
-    """
+    """Imports a rules function, `package.module:function`, from Python's path or the current directory."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise UserError(f"--rules: expected package.module:function, got {name!r}")
@@ -56,11 +49,7 @@ def load_rules(name: str) -> Rules:
 
 
 def judge_by_rules(responses: Sequence[Response], rules: Rules) -> Outcome:
-    """Judges responses by a rules function.
-
-    Args:
-        responses: The responses.
-        rules: Called with the instruction (including the input) and the response; returns what is wrong, or None.
+    """Judges responses by a function of the instruction (including the input) and the response.
 
     Raises:
         DataError: The function raised, or did not return text or None; all such responses are named.
@@ -74,10 +63,8 @@ def judge_by_rules(responses: Sequence[Response], rules: Rules) -> Outcome:
         except (Exception, SystemExit) as error:  # the user's code, which may raise anything
             problems.append(f"{response.location}: the rules raised {_describe(error)}; fix them or remove the row")
             continue
-        row = SourceRow(
-            f"{response.location}: returned by the rules", {"instruction": "-", "output": "-", "judgment": judgment}
-        )
-        if validate_row(row, JudgedRecord, problems):
+        value = {"instruction": "-", "output": "-", "judgment": judgment}
+        if validate_row(SourceRow(f"{response.location}: returned by the rules", value), JudgedRecord, problems):
             outcome.judgments[index] = None if judgment is None or is_praise(judgment) else judgment.strip()
     if problems:
         raise DataError(problems, hint=f"{len(problems)} of {len(kept)} responses could not be judged")

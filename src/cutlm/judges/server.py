@@ -45,11 +45,7 @@ def judge_by_server(
         cache_file: Where judgments are cached.
         template: The prompt, with `{instruction}` and `{response}`; it decides how answers are parsed.
         temperature: Of the sampling; 0 is greedy.
-        max_tokens: Longest answer.
-
-    Returns:
-        A judgment for each response, or why there is none: no answer after all retries, a request that the server
-        refuses, an answer that is not a judgment, or an exhausted budget.
+        max_tokens: The maximum length of an answer.
 
     Raises:
         UserError: The server refuses every request, or the cache cannot be written. Earlier judgments are cached.
@@ -94,16 +90,15 @@ def judge_by_server(
             for number, result in client.request_many(ask, locations, advice=_ADVICE, is_answering=bool(cached)):
                 group = groups[missing[number]]
                 if isinstance(result, RequestFailed):
-                    outcome.failures |= dict.fromkeys(group, Failure(result.kind, str(result)))
-                    if result.kind == NOT_SENT:
+                    result = Failure(result.kind, str(result)), False
+                judgment, is_redacted = result
+                num_redacted += is_redacted
+                if isinstance(judgment, Failure):
+                    outcome.failures |= dict.fromkeys(group, judgment)
+                    if judgment.kind == NOT_SENT:
                         continue
                 else:
-                    judgment, is_redacted = result
-                    num_redacted += is_redacted
-                    if isinstance(judgment, Failure):
-                        outcome.failures |= dict.fromkeys(group, judgment)
-                    else:
-                        outcome.judgments |= dict.fromkeys(group, judgment)
+                    outcome.judgments |= dict.fromkeys(group, judgment)
                 # As text, because tqdm would write 4e+4 for 40000.
                 progress.set_postfix(tokens=f"{budget.num_tokens}", failed=len(outcome.failures), refresh=False)
                 progress.update(len(group))

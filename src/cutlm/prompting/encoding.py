@@ -31,11 +31,8 @@ class Encoder:
     """Turns prompts and responses into token ids, with one tokenizer and one template.
 
     Args:
-        tokenizer: Any tokenizer of `transformers`.
+        tokenizer: Any tokenizer of `transformers` with an end-of-sequence token.
         template: "alpaca", or "chat" for the tokenizer's own chat template.
-
-    Raises:
-        ConfigError: The tokenizer has no end-of-sequence token, or no chat template under "chat".
 
     Example:
 
@@ -65,8 +62,7 @@ class Encoder:
 
     def render(self, instruction: str, judgment: str | None = None) -> Prompt:
         """Renders a prompt as text."""
-        render_prompt = self._chat.render_prompt if self._chat else render_alpaca_prompt
-        return render_prompt(instruction, judgment)
+        return (self._chat.render_prompt if self._chat else render_alpaca_prompt)(instruction, judgment)
 
     def encode_prompt(self, instruction: str, judgment: str | None = None) -> list[int]:
         """Encodes a prompt as it is fed to the model for generation."""
@@ -78,11 +74,7 @@ class Encoder:
         return self._encode_prompt(render_prompt(instruction, response, judgment))
 
     def encode_conversation(self, messages: Sequence[str]) -> list[int]:
-        """Encodes a conversation in the chat template as it is fed to the model for generation.
-
-        Args:
-            messages: The messages of the user and the assistant in turn; the last one is the user's.
-        """
+        """Encodes messages of the user and the assistant in turn, in the chat template; the last is the user's."""
         assert self._chat is not None, "the alpaca prompt has no turns"
         return self._encode_prompt(self._chat.render(messages))
 
@@ -96,23 +88,13 @@ class Encoder:
         joint = self._tokenize(self._tail + response, [(len(self._tail), len(self._tail) + len(response))])
         num_tail = len(self._tail_ids)
         if joint[:num_tail] == self._tail_ids:
-            ids = joint[num_tail:]
-        else:
-            ids = self._tokenize_after_merge(response, joint)
+            return [*joint[num_tail:], self.tokenizer.eos_token_id]
+        # The first characters merge with the last ones of the prompt. In generation the prompt's tokens are fixed, so
+        # take the tokenization of the response alone that decodes to the same text.
+        ids = self._tokenize_plain(response)
+        if self.tokenizer.decode(self._tail_ids + ids) != self.tokenizer.decode(joint):
+            ids = self._tokenize_continuation(response)
         return [*ids, self.tokenizer.eos_token_id]
-
-    def _tokenize_after_merge(self, response: str, joint: list[int]) -> list[int]:
-        """Tokenizes a response whose first characters merge with the last ones of the prompt.
-
-        In generation the prompt's tokens are fixed, so take the tokenization of the response alone that decodes to the
-        same text.
-        """
-        text = self.tokenizer.decode(joint)
-        for tokenize in (self._tokenize_plain, self._tokenize_continuation):
-            ids = tokenize(response)
-            if self.tokenizer.decode(self._tail_ids + ids) == text:
-                break
-        return ids
 
     def locate_tokens(self, response: str, response_ids: list[int]) -> list[Span]:
         """Finds the characters that each token of `encode_response(response)` covers; see `cutlm.prompting.spans`."""
@@ -124,14 +106,9 @@ class Encoder:
         return self.fit(view_both_contexts(record, self), max_length)
 
     def fit(self, record: "EncodedRecord", max_length: int) -> "EncodedRecord | None":
-        """Truncates the prompts of a record on the left.
+        """Truncates prompts on the left, so that each has at most `max_length` tokens together with the response.
 
-        Args:
-            record: The record.
-            max_length: The maximum number of tokens of a prompt and the response together.
-
-        Returns:
-            None if the response, which is never truncated, leaves no space for a prompt.
+        Returns None if the response, which is never truncated, leaves no space for a prompt.
         """
         num_tokens = max_length - len(record.response_ids)
         if num_tokens < 1:
@@ -152,16 +129,14 @@ class Encoder:
         if len(ids) <= num_tokens:
             return ids
         bos_id = self.tokenizer.bos_token_id
-        if bos_id is not None and ids[0] == bos_id and num_tokens > 1:
-            return [bos_id, *ids[len(ids) - num_tokens + 1 :]]
-        return ids[len(ids) - num_tokens :]
+        leading_ids = [bos_id] if bos_id is not None and ids[0] == bos_id and num_tokens > 1 else []
+        return leading_ids + ids[len(ids) - num_tokens + len(leading_ids) :]
 
     def build_chat_template(self) -> str | None:
         """Builds the chat template with which other tools prompt a model as it was trained.
 
-        Returns:
-            Under "chat" the tokenizer's own. Under "alpaca" one that gives exactly the ids of `encode_prompt` for one
-            user turn, or None if no such template does with this tokenizer.
+        Under "chat" it is the tokenizer's own. Under "alpaca" it gives exactly the ids of `encode_prompt` for one user
+        turn; it is None if no such template does with this tokenizer.
         """
         if self._chat:
             return self.tokenizer.chat_template
@@ -169,23 +144,16 @@ class Encoder:
         expected = self.encode_prompt(instruction)
         for gap in ("", " "):
             template = build_alpaca_chat_template(bool(self._leading_ids), gap)
-            ids = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": instruction}],
-                chat_template=template,
-                add_generation_prompt=True,
-                return_dict=False,
-            )
-            if ids == expected:
+            options: Any = {"chat_template": template, "add_generation_prompt": True, "return_dict": False}
+            if self.tokenizer.apply_chat_template([{"role": "user", "content": instruction}], **options) == expected:
                 return template
         return None
 
     def _tokenize(self, text: str, user_spans: Sequence[Span] = ()) -> list[int]:
         """Tokenizes text without adding tokens.
 
-        Args:
-            text: The text.
-            user_spans: Characters written by a user or a model, in order. Under "chat", special tokens count as such
-                outside of them and are plain text inside; under "alpaca" nothing is a special token.
+        Under "chat", special tokens count as such outside of the spans written by a user or a model, and are plain text
+        inside; under "alpaca" nothing is a special token.
         """
         if not self._chat:
             return self._tokenize_plain(text)
@@ -198,11 +166,8 @@ class Encoder:
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         encoding = self.tokenizer(text, add_special_tokens=False)
         ids, offsets = encoding["input_ids"], encoding[0].offsets
-        special = [
-            index
-            for index, token_id in enumerate(ids)
-            if token_id in self._candidates and self._is_special(token_id, text, offsets[index])
-        ]
+        candidates = [index for index, token_id in enumerate(ids) if token_id in self._candidates]
+        special = [index for index in candidates if self._is_special(ids[index], text, offsets[index])]
         spelled = {
             index: (start, end)
             for index in special
@@ -211,13 +176,10 @@ class Encoder:
         }
         # Around each such span, everything between the template's own special tokens is tokenized again as plain text.
         frame = [index for index in special if index not in spelled]
-        regions = {
-            (
-                max((index + 1 for index in frame if offsets[index][1] <= start), default=0),
-                min((index for index in frame if offsets[index][0] >= end), default=len(ids)),
-            )
-            for start, end in spelled.values()
-        }
+        regions = set()
+        for start, end in spelled.values():
+            first = max((index + 1 for index in frame if offsets[index][1] <= start), default=0)
+            regions.add((first, min((index for index in frame if offsets[index][0] >= end), default=len(ids))))
         result: list[int] = []
         num_done = 0
         for first, last in sorted(regions):
@@ -231,9 +193,8 @@ class Encoder:
 
     def _is_special(self, token_id: int, text: str, span: Span) -> bool:
         """Whether a token is a special one; the unknown token is only if the text spells it out."""
-        if token_id == self._unk_id:
-            return text[slice(*span)].strip() == self.tokenizer.unk_token
-        return token_id in self._special_ids
+        is_unknown_spelled = token_id == self._unk_id and text[slice(*span)].strip() == self.tokenizer.unk_token
+        return is_unknown_spelled or token_id in self._special_ids
 
     def _tokenize_plain(self, text: str) -> list[int]:
         """Tokenizes text as plain text, even if it spells out special tokens."""
@@ -253,8 +214,7 @@ class Encoder:
         spans = [(start, end) for start, end in spans if end - start > 1]
         if not spans:
             return ids
-        start, end = min(spans)
-        middle = (start + end) // 2
+        middle = sum(min(spans)) // 2
         return self._tokenize_plain(text[:middle]) + self._tokenize_continuation(text[middle:])
 
     def _tokenize_continuation(self, text: str) -> list[int]:
@@ -292,41 +252,27 @@ def choose_template(tokenizer: "PreTrainedTokenizerBase") -> TemplateName:
 
 @dataclass(frozen=True)
 class EncodedRecord:
-    """One record as token ids.
+    """One record as token ids."""
 
-    Attributes:
-        prompt_ids: The prompt without the judgment, or the only prompt of a view.
-        judged_prompt_ids: The prompt with the judgment; None if there is only one context.
-        response_ids: The response, end-of-sequence token included.
-        extra: Further columns of the row.
-        is_truncated: Whether a prompt was truncated.
-    """
-
-    prompt_ids: list[int]
-    judged_prompt_ids: list[int] | None
-    response_ids: list[int]
-    extra: dict[str, Any] = field(default_factory=dict)
-    is_truncated: bool = False
+    prompt_ids: list[int]  # the prompt without the judgment, or the only prompt of a view
+    judged_prompt_ids: list[int] | None  # the prompt with the judgment; None if there is only one context
+    response_ids: list[int]  # end-of-sequence token included
+    extra: dict[str, Any] = field(default_factory=dict)  # further columns of the row
+    is_truncated: bool = False  # whether a prompt was truncated
 
 
 @dataclass
 class EncodedRecords:
-    """The records of a data set as rows, and the numbers of those left out.
+    """The records of a data set as rows, and those left out.
 
-    Attributes:
-        rows: Dictionaries with `prompt_ids`, `judged_prompt_ids`, `response_ids`, `location`, `is_satisfactory` and
-            the columns of a view.
-        indices: For each row, the index of its record.
-        num_truncated: The number of records with a truncated prompt.
-        left_out: A sentence for each record whose response is too long.
-        skipped: The number of records that a view leaves out, by reason.
+    Columns: `prompt_ids`, `judged_prompt_ids`, `response_ids`, `location`, `is_satisfactory` and those of a view.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
-    num_truncated: int = 0
-    left_out: list[str] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
+    indices: list[int] = field(default_factory=list)  # for each row, the index of its record
+    num_truncated: int = 0  # number of records with a truncated prompt
+    left_out: list[str] = field(default_factory=list)  # a sentence for each record whose response is too long
+    skipped: Counter[str] = field(default_factory=Counter)  # number of records that a view leaves out, by reason
 
     @property
     def num_left_out(self) -> int:
@@ -378,22 +324,14 @@ def encode_records(
         if isinstance(viewed, str):
             encoded.skipped[viewed] += 1
             continue
-        row = encoder.fit(viewed, max_length)
-        if row is None:
+        if (row := encoder.fit(viewed, max_length)) is None:
             encoded.left_out.append(f"{location}: the response alone fills max_length {max_length}; left out")
             continue
         encoded.num_truncated += row.is_truncated
         encoded.indices.append(index)
-        encoded.rows.append(
-            {
-                "prompt_ids": row.prompt_ids,
-                "judged_prompt_ids": row.judged_prompt_ids,
-                "response_ids": row.response_ids,
-                "location": location,
-                "is_satisfactory": record.is_satisfactory,
-                **row.extra,
-            }
-        )
+        columns = {"prompt_ids": row.prompt_ids, "judged_prompt_ids": row.judged_prompt_ids}
+        columns |= {"response_ids": row.response_ids, "location": location, "is_satisfactory": record.is_satisfactory}
+        encoded.rows.append(columns | row.extra)
     # `datasets` takes its columns from the first row.
     names = sorted({name for row in encoded.rows for name in row})
     encoded.rows = [dict.fromkeys(names) | row for row in encoded.rows]

@@ -1,14 +1,13 @@
 """Which characters of a response each of its tokens covers, and which tokens a person's marks flag.
 
-A span is [start, end) in characters. It leaves out the white space around a token's own characters, so " word" and
-"word" have the same span however a tokenizer splits; only a token of nothing but white space covers that. A token that
-is part of a character, such as a byte of an emoji, covers the whole character. The end-of-sequence token has the empty
-span at the very end.
+A span is [start, end) in characters. It leaves out the white space around a token's own characters, so that " word"
+and "word" have the same span; only a token of nothing but white space covers that. A token that is part of a character,
+such as a byte of an emoji, covers the whole character. The end-of-sequence token has the empty span at the very end.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,15 +40,10 @@ def locate_tokens(
 
 
 def flag_spans(token_spans: Sequence[Span], wrong_spans: Sequence[Span]) -> list[bool]:
-    """Flags the tokens that overlap a span marked as wrong.
+    """Flags the tokens (spans from `Encoder.locate_tokens`) that overlap a span marked as wrong.
 
-    Args:
-        token_spans: The result of `Encoder.locate_tokens`, end-of-sequence token included.
-        wrong_spans: [start, end) in the same text. An empty span marks the token that starts or lies there, otherwise
-            the next one; at the very end, the end-of-sequence token.
-
-    Returns:
-        A flag per token.
+    An empty span marks the token that starts or lies there, otherwise the next one; at the very end, the
+    end-of-sequence token.
     """
     flags = [False] * len(token_spans)
     for left, right in wrong_spans:
@@ -68,19 +62,13 @@ def _read_offsets(
     tokenizer: "PreTrainedTokenizerBase", tail: str, tail_ids: Sequence[int], text: str, ids: Sequence[int]
 ) -> list[Span] | None:
     """Returns the tokenizer's own offsets from the first way to tokenize the text that gives these ids, or None."""
-
-    def list_leads() -> Iterator[tuple[str, list[int]]]:
-        yield tail, list(tail_ids)
-        yield "", []
-        for anchor in CONTINUATION_ANCHORS:
-            yield anchor, tokenizer(anchor, add_special_tokens=False)["input_ids"]
-
-    for lead, lead_ids in list_leads():
+    known = {"": [], tail: list(tail_ids)}
+    for lead in (tail, "", *CONTINUATION_ANCHORS):
+        lead_ids = known[lead] if lead in known else tokenizer(lead, add_special_tokens=False)["input_ids"]
         # Without splitting first: the end of a chat prompt has special tokens, and few responses do.
         for is_split in (False, True):
-            encoding = tokenizer(
-                lead + text, add_special_tokens=False, split_special_tokens=is_split, return_offsets_mapping=True
-            )
+            options: Any = {"split_special_tokens": is_split, "return_offsets_mapping": True}
+            encoding = tokenizer(lead + text, add_special_tokens=False, **options)
             if encoding["input_ids"] == [*lead_ids, *ids]:
                 offsets = encoding["offset_mapping"][len(lead_ids) :]
                 return [(max(0, start - len(lead)), max(0, end - len(lead))) for start, end in offsets]
@@ -130,8 +118,7 @@ def _align(decoded: str, text: str) -> list[int]:
 
 def _close_gaps(spans: Sequence[Span], length: int) -> list[Span]:
     """Orders spans, and gives characters that no token covers to the next token, or at the end to the last."""
-    closed: list[Span] = []
-    first, num_done = 0, 0
+    closed, first, num_done = [], 0, 0
     for start, end in spans:
         first = max(first, min(start, num_done))
         num_done = min(max(num_done, end), length)

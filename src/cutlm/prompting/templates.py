@@ -44,10 +44,8 @@ _PLACEHOLDER = "[text {} of the conversation]"
 class Prompt(NamedTuple):
     """The text that precedes a response.
 
-    Attributes:
-        text: The whole text.
-        user_spans: Where text written by a user or a model stands: [start, end) in characters, in order. Special
-            tokens of a chat template count as such only outside of these.
+    `user_spans` are the [start, end) of text written by a user or a model, in characters and in order; special tokens
+    of a chat template count as such only outside of these.
     """
 
     text: str
@@ -78,11 +76,7 @@ def _render_alpaca(task: str, content: str) -> Prompt:
 
 
 class ChatTemplate:
-    """A tokenizer's own chat template, which also locates each message in the rendered text.
-
-    Raises:
-        ConfigError: The tokenizer has no chat template.
-    """
+    """A tokenizer's own chat template, which also locates each message in the rendered text."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         if not getattr(tokenizer, "chat_template", None):
@@ -104,29 +98,28 @@ class ChatTemplate:
     def render(self, messages: Sequence[str]) -> Prompt:
         """Renders a conversation and the start of the assistant's next turn.
 
-        Args:
-            messages: The messages of the user and the assistant in turn; the first and the last are the user's. A
-                template may drop parts of the assistant's messages, such as its reasoning.
+        Messages are of the user and the assistant in turn; the first and the last are the user's. A template may drop
+        parts of the assistant's messages, such as its reasoning.
 
         Raises:
             ConfigError: The template refuses the messages or alters those of the user.
         """
-        num = len(messages)
-        if num in self._frames and (prompt := self._fill(self._frames[num], messages)):
+        placeholders = [_PLACEHOLDER.format(index) for index in range(len(messages))]
+        frame = self._frames.get(len(messages))
+        if frame is not None and (prompt := self._fill(frame, placeholders, messages)):
             return prompt
         # Not cached, or out of date: a template may write the current time, or was replaced.
-        self._frames[num] = self._apply(_make_placeholders(num))
-        if prompt := self._fill(self._frames[num], messages):
+        frame = self._frames[len(messages)] = self._apply(placeholders)
+        if prompt := self._fill(frame, placeholders, messages):
             return prompt
         raise ConfigError("template: chat: the tokenizer's chat template changes the user's text; use template: alpaca")
 
-    def _fill(self, frame: str, messages: Sequence[str]) -> Prompt | None:
+    def _fill(self, frame: str, placeholders: list[str], messages: Sequence[str]) -> Prompt | None:
         """Puts messages in place of a frame's placeholders; None if the template does not render them like that.
 
         Searching the rendered text for a message would not do: a short one may occur in the template's own words, and
         some templates strip messages.
         """
-        placeholders = _make_placeholders(len(messages))
         text, spans, rest = "", [], frame
         for index, message in enumerate(messages):
             rendered = self._apply([*placeholders[:index], message, *placeholders[index + 1 :]])
@@ -147,32 +140,22 @@ class ChatTemplate:
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
-            raise ConfigError(
-                f"template: chat: the tokenizer's chat template does not accept the messages ({error}); use template:"
-                " alpaca"
-            ) from None
+            message = f"template: chat: the tokenizer's chat template does not accept the messages ({error})"
+            raise ConfigError(f"{message}; use template: alpaca") from None
         assert isinstance(text, str)
         return text
-
-
-def _make_placeholders(num: int) -> list[str]:
-    return [_PLACEHOLDER.format(index) for index in range(num)]
 
 
 def build_alpaca_chat_template(has_bos: bool, gap: str = "") -> str:
     """Builds the alpaca prompt as a Jinja chat template, so that other tools prompt a trained model as it was trained.
 
-    One user turn gives exactly the training prompt; further turns follow in the same style.
-
-    Args:
-        has_bos: Whether the tokenizer starts every text with a beginning-of-sequence token, which tools do not add
-            to a rendered chat template.
-        gap: Text after that token, for tokenizers that would otherwise split the first word differently.
+    One user turn gives exactly the training prompt; further turns follow in the same style. If the tokenizer starts
+    every text with a beginning-of-sequence token (`has_bos`), the template does, because tools do not add it; some
+    tokenizers need a gap after it to split the first word as usual.
     """
     start = f"{{{{ bos_token }}}}{gap}" if has_bos else ""
-    task, instruction, response = (
-        part.replace("\n", "\\n") for part in (_ALPACA_TASK, _ALPACA_INSTRUCTION, _ALPACA_RESPONSE)
-    )
+    parts = (_ALPACA_TASK, _ALPACA_INSTRUCTION, _ALPACA_RESPONSE)
+    task, instruction, response = (part.replace("\n", "\\n") for part in parts)
     return (
         f"{start}{{{{ '{task}' }}}}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}"
         f"{{{{ '{response}' + message['content'] + eos_token + '\\n\\n' }}}}{{% elif message['role'] == 'user' %}}"

@@ -20,17 +20,11 @@ class Source(BaseModel):
 
 @dataclass
 class Conversion:
-    """The result of converting a source.
+    """The result of converting a source."""
 
-    Attributes:
-        unit: The name of the items that are counted.
-        rows: The converted rows, each with its location in the source.
-        left_out: The number of `unit` that were left out, by reason.
-    """
-
-    unit: str = "rows"
-    rows: list[SourceRow] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
+    unit: str = "rows"  # the name of the items that are counted
+    rows: list[SourceRow] = field(default_factory=list)  # each with its location in the source
+    left_out: Counter[str] = field(default_factory=Counter)  # number of items by reason
 
     @property
     def num_read(self) -> int:

@@ -8,10 +8,7 @@ from cutlm.data.files import SourceRow
 
 
 def convert(rows: list[SourceRow]) -> Conversion:
-    """Turns a null `input` into "" and drops an empty `score` or `i_ans`; all other fields are kept.
-
-    No row is left out, and none is validated.
-    """
+    """Turns a null `input` into "" and drops an empty `score` or `i_ans`; rows are not validated."""
     return Conversion(rows=[SourceRow(row.location, _convert_row(row.value)) for row in rows])
 
 
@@ -19,6 +16,4 @@ def _convert_row(row: Any) -> Any:
     if not isinstance(row, Mapping):
         return row
     record = {key: value for key, value in row.items() if key not in ("score", "i_ans") or value not in (None, "")}
-    if "input" in record and record["input"] is None:
-        record["input"] = ""
-    return record
+    return record | {"input": ""} if record.get("input", "") is None else record

@@ -63,9 +63,6 @@ def convert(rows: Iterable[SourceRow]) -> Conversion:
     """Turns each question into a record of its best answer, with all critiques as the judgment.
 
     A question whose best answer cannot be used is left out; no worse answer is taken instead.
-
-    Raises:
-        DataError: Lines are not valid; all of them are named.
     """
     conversion = Conversion("questions")
     problems: list[str] = []
@@ -102,11 +99,8 @@ def _find_fault(answer: Answer) -> str | None:
 
 
 def _make_record(line: Line, question: Question, answer: Answer) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "instruction": f"{line.data.passage.text}\n{question.question}",
-        "output": answer.answer,
-        "judgment": None,
-    }
+    instruction = f"{line.data.passage.text}\n{question.question}"
+    record: dict[str, Any] = {"instruction": instruction, "output": answer.answer, "judgment": None}
     if critiques := answer.feedback and answer.feedback.critiques:
         judgment = " ".join(critique.text for critique in critiques).strip()
         record |= {"judgment": judgment, "i_ans": critiques[-1].refinement}
@@ -114,12 +108,8 @@ def _make_record(line: Line, question: Question, answer: Answer) -> dict[str, An
 
 
 def _describe_rankings(question: Question) -> str:
-    if question.rankings is None:
-        got = "none"
-    elif None in question.rankings:
-        got = "a null among them"
-    else:
-        got = f"{len(question.rankings)} of them"
+    rankings = question.rankings
+    got = "none" if rankings is None else "a null among them" if None in rankings else f"{len(rankings)} of them"
     return (
         f"expected a number for each of the {len(question.answers)} answers, got {got}; without them the best answer is"
         " unknown"

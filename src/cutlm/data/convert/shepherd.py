@@ -16,8 +16,6 @@ FILE_NAMES = ("human_data_for_model.jsonl", "human_data_raw.jsonl")
 
 
 class ModelRow(Source):
-    """A line of `human_data_for_model.jsonl`."""
-
     id: Any = None
     dataset: Any = None
     question: str
@@ -32,23 +30,13 @@ class Metadata(Source):
 
 
 class RawRow(Source):
-    """A line of `human_data_raw.jsonl`."""
-
     metadata: Metadata
 
 
 def convert(one: Sequence[SourceRow], other: Sequence[SourceRow]) -> Conversion:
-    """Turns Shepherd's two files into records, with the feedback as judgment and the correct answer as `i_ans`.
+    """Turns Shepherd's two files, in any order, into records with the correct answer as `i_ans`.
 
-    Args:
-        one: The rows of either file; which one it is shows by its fields.
-        other: The rows of the other file.
-
-    Returns:
-        A record per line; lines without an answer or feedback are left out.
-
-    Raises:
-        DataError: These are not the two files, their lengths differ, or lines are not valid or do not match.
+    Lines without an answer or feedback are left out.
     """
     if _is_raw(one) == _is_raw(other):
         raise DataError(

@@ -37,9 +37,7 @@ Number = Annotated[float | None, BeforeValidator(_read_number)]
 
 
 class Annotation(Source):
-    """The rating of a completion in one aspect, 1 to 5."""
-
-    Rating: Number = None
+    Rating: Number = None  # in one aspect, 1 to 5
 
 
 class Completion(Source):
@@ -72,9 +70,6 @@ def convert(rows: Iterable[SourceRow]) -> Conversion:
     """Turns every completion into a record with the critique as judgment.
 
     A completion with a low score and no critique is left out: a record without a judgment would count as satisfactory.
-
-    Raises:
-        DataError: Rows are not valid; all of them are named.
     """
     conversion = Conversion("completions")
     for location, row in validate_rows(rows, Row):
@@ -85,15 +80,7 @@ def convert(rows: Iterable[SourceRow]) -> Conversion:
 
 
 def convert_to_pairs(rows: Iterable[SourceRow]) -> Conversion:
-    """Turns the completions of each instruction into preference pairs, with the better-scored one as chosen.
-
-    Returns:
-        Every pair of completions with different scores, in the format of TRL's trainers: `prompt`, `chosen`,
-        `rejected`, and the two scores.
-
-    Raises:
-        DataError: Rows are not valid; all of them are named.
-    """
+    """Turns all pairs of an instruction's completions into preference pairs in the format of TRL's trainers."""
     conversion = Conversion("pairs")
     for location, row in validate_rows(rows, Row):
         for one, other in combinations(row.completions, 2):
@@ -135,11 +122,7 @@ def _find_missing_judgment(completion: Completion) -> str | None:
 
 
 def _make_record(row: Row, completion: Completion) -> dict[str, Any]:
-    critique = completion.critique or ""
-    record: dict[str, Any] = {
-        "instruction": row.instruction,
-        "output": completion.response,
-        "judgment": critique if critique.strip() else None,
-    }
+    judgment = completion.critique if (completion.critique or "").strip() else None
+    record = {"instruction": row.instruction, "output": completion.response, "judgment": judgment}
     further = {"score": completion.score, "source": row.source, "model": completion.model}
     return record | {key: value for key, value in further.items() if value is not None}
