@@ -116,18 +116,15 @@ class _Streamer(BaseStreamer):
             self.is_ended = self.is_ended or token_id in self._end_ids
             if not self.is_ended:
                 self._ids.append(token_id)
-        text = self._decode()
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # an incomplete character
-            self._show_rest(text)
+        self._show_rest()
 
     def end(self) -> None:
-        self._show_rest(self._decode())
+        self._show_rest(is_last=True)
 
-    def _decode(self) -> str:
-        return str(self._tokenizer.decode(self._ids or [], skip_special_tokens=True))
-
-    def _show_rest(self, text: str) -> None:
-        if len(text) > self._num_shown:
+    def _show_rest(self, is_last: bool = False) -> None:
+        text = str(self._tokenizer.decode(self._ids or [], skip_special_tokens=True))
+        is_incomplete = text.endswith("\N{REPLACEMENT CHARACTER}") and not is_last
+        if len(text) > self._num_shown and not is_incomplete:
             rest, self._num_shown = text[self._num_shown :], len(text)
             self._show(rest)
 

@@ -156,14 +156,9 @@ def check_records(path: str | Path) -> RecordCheck:
 
 
 def as_records(rows: Sequence[Any], source: str) -> RecordCheck:
-    """Validates records in memory, dictionaries or `JudgedRecord`s.
+    """Validates records in memory, dictionaries or `JudgedRecord`s; raises a DataError if some are not valid or none.
 
-    Args:
-        rows: The records.
-        source: Their name in messages, such as `train_dataset`.
-
-    Raises:
-        DataError: There are no records, or some are not valid.
+    `source` is their name in messages, such as `train_dataset`.
     """
     check = check_rows(SourceRow(f"{source}[{index}]", row) for index, row in enumerate(rows))
     raise_problems(check, source)
@@ -246,16 +241,11 @@ def _describe_error(values: Mapping[str, Any], model: type[BaseModel], detail: A
 
 def join_path(parts: Sequence[str | int]) -> str:
     """Returns the path of a field within a row, such as `turns[2].text`."""
-    path = ""
-    for part in parts:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    return path
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
 def describe_value(value: Any) -> str:
     """Describes a JSON value by its kind; also shows numbers and booleans."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    if value is None:
-        return "null"
-    kind = kinds.get(type(value), type(value).__name__)
+    kind = "null" if value is None else kinds.get(type(value), type(value).__name__)
     return f"{kind} ({value})" if isinstance(value, int | float) else kind

@@ -43,9 +43,6 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
-    def to_json(self) -> dict[str, Any]:
-        return {"caption": self.caption, "header": list(self.header), "rows": [list(row) for row in self.rows]}
-
 
 @dataclass(frozen=True)
 class Picture:
@@ -54,9 +51,6 @@ class Picture:
     light: bytes
     dark: bytes | None
     alt: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {"light": _encode_png(self.light), "dark": self.dark and _encode_png(self.dark), "alt": self.alt}
 
 
 def write_page(path: str | Path, records: Sequence[PageRecord], **options: Any) -> int:
@@ -90,7 +84,10 @@ def render_page(
     data = {
         "title": title,
         "lead": list(lead),
-        "sections": [section.to_json() for section in sections],
+        "sections": [
+            {name: _encode_png(value) if isinstance(value, bytes) else value for name, value in vars(section).items()}
+            for section in sections
+        ],
         "names": list(names),
         "unpaired": list(num_unpaired),
         "records": [_describe_record(record, settings) for record in records],

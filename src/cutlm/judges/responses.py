@@ -104,7 +104,6 @@ def set_aside_empty(responses: Sequence[Response]) -> tuple[list[int], Outcome]:
 
 
 def name_failures_file(out: str | Path) -> Path:
-    """Returns the path of the list of failures of a run."""
     return Path(f"{out}.failures.jsonl")
 
 
@@ -151,14 +150,11 @@ def describe_outcome(outcome: Outcome, out: str | Path) -> str:
     """Returns the notes and the counts of judgments and of failures by kind, one per line."""
     num_judged = len(outcome.judgments)
     num_satisfactory = sum(judgment is None for judgment in outcome.judgments.values())
-    lines = list(outcome.notes)
-    if num_judged:
-        lines.append(
-            f"{num_judged} records in {out}: {num_satisfactory} satisfactory,"
-            f" {num_judged - num_satisfactory} unsatisfactory"
-        )
-    else:
-        lines.append(f"every judgment failed; {out} was not written")
+    counts = f"{num_satisfactory} satisfactory, {num_judged - num_satisfactory} unsatisfactory"
+    result = (
+        f"{num_judged} records in {out}: {counts}" if num_judged else f"every judgment failed; {out} was not written"
+    )
+    lines = [*outcome.notes, result]
     if outcome.failures:
         kinds = Counter(failure.kind for failure in outcome.failures.values()).most_common()
         lines.append(

@@ -1,6 +1,6 @@
-"""The judge on a server: a language model behind any OpenAI-compatible chat endpoint, asked for each judgment once.
+"""The judge on a server: a language model behind any OpenAI-compatible chat endpoint.
 
-Judgments are cached as they arrive; a run that is stopped or killed and started again asks only for the missing ones.
+A run that is stopped or killed and started again asks only for the missing judgments.
 """
 
 import hashlib
@@ -37,18 +37,12 @@ def judge_by_server(
     temperature: float = 0.0,
     max_tokens: int = 1024,
 ) -> Outcome:
-    """Judges responses by a language model on a server.
+    """Judges responses by a language model on a server; judgments are cached in `cache_file` as they arrive.
 
-    Args:
-        responses: The responses to judge.
-        server: The server, and the budget for it.
-        cache_file: Where judgments are cached.
-        template: The prompt, with `{instruction}` and `{response}`; it decides how answers are parsed.
-        temperature: Of the sampling; 0 is greedy.
-        max_tokens: The maximum length of an answer.
+    The template has `{instruction}` and `{response}`, and decides how answers are parsed.
 
     Raises:
-        UserError: The server refuses every request, or the cache cannot be written. Earlier judgments are cached.
+        UserError: The server refuses every request, or the cache cannot be written.
     """
     kept, outcome = set_aside_empty(responses)
     prompts = {index: fill_prompt(template, responses[index]) for index in kept}

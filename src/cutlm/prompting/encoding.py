@@ -329,7 +329,7 @@ def encode_records(
             continue
         encoded.num_truncated += row.is_truncated
         encoded.indices.append(index)
-        columns = {"prompt_ids": row.prompt_ids, "judged_prompt_ids": row.judged_prompt_ids}
+        columns: dict[str, Any] = {"prompt_ids": row.prompt_ids, "judged_prompt_ids": row.judged_prompt_ids}
         columns |= {"response_ids": row.response_ids, "location": location, "is_satisfactory": record.is_satisfactory}
         encoded.rows.append(columns | row.extra)
     # `datasets` takes its columns from the first row.

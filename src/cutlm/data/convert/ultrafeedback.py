@@ -94,13 +94,8 @@ def _make_pair(row: Row, one: Completion, other: Completion) -> dict[str, Any] |
     if one.score == other.score:
         return "the same score"
     chosen, rejected = (one, other) if one.score > other.score else (other, one)
-    return {
-        "prompt": row.instruction,
-        "chosen": chosen.response,
-        "rejected": rejected.response,
-        "chosen_score": chosen.score,
-        "rejected_score": rejected.score,
-    }
+    pair = {"prompt": row.instruction, "chosen": chosen.response, "rejected": rejected.response}
+    return pair | {"chosen_score": chosen.score, "rejected_score": rejected.score}
 
 
 def _find_fault(completion: Completion) -> str | None:
@@ -123,6 +118,6 @@ def _find_missing_judgment(completion: Completion) -> str | None:
 
 def _make_record(row: Row, completion: Completion) -> dict[str, Any]:
     judgment = completion.critique if (completion.critique or "").strip() else None
-    record = {"instruction": row.instruction, "output": completion.response, "judgment": judgment}
+    record: dict[str, Any] = {"instruction": row.instruction, "output": completion.response, "judgment": judgment}
     further = {"score": completion.score, "source": row.source, "model": completion.model}
     return record | {key: value for key, value in further.items() if value is not None}
