@@ -534,4 +534,4 @@ def test_a_tokenizer_without_a_chat_template_is_a_user_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["chat", "--model", str(save_tiny_model(tmp_path / "model"))]) == 2
-    assert "its tokenizer has no chat template; say how to prompt it by --template alpaca" in capsys.readouterr().err
+    assert "its tokenizer has no chat template; set --template alpaca" in capsys.readouterr().err
