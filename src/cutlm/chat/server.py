@@ -16,7 +16,7 @@ from cutlm.flagging.server import score_rows_by_server
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.generation.local import Sampling
 from cutlm.prompting.encoding import Encoder, choose_template
-from cutlm.prompting.templates import TemplateName
+from cutlm.prompting.templates import TemplateName, make_messages
 from cutlm.servers.client import Client, Refused, RequestFailed, Server
 
 
@@ -62,8 +62,7 @@ class ServerEngine:
         if self.template is not None:
             assert self._encoder is not None
             return encode_texts(self._encoder, texts), 0
-        roles = ("user", "assistant")
-        return [{"role": roles[index % 2], "content": text} for index, text in enumerate(texts)], 0
+        return make_messages(texts), 0
 
     def answer(self, prompt: list[dict[str, str]] | list[int], seed_offset: int, show: Callable[[str], None]) -> bool:
         client, sampling, finish_reason = self._client, self._sampling, None

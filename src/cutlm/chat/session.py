@@ -79,8 +79,7 @@ def read_message(read_line: Callable[[str], str]) -> Message:
     `read_line` shows a prompt and returns a line without its end; it raises EOFError at the end of the input, and so
     does this function if no message is left.
     """
-    line = read_line(PROMPT)
-    lines = []
+    line, lines = read_line(PROMPT), []
     if line.lstrip().startswith(_QUOTES):
         line = line.lstrip()[len(_QUOTES) :]
         while not line.rstrip().endswith(_QUOTES):
@@ -138,27 +137,24 @@ class Session:
         text = message.text
         if not text:
             return True
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError("the input is not valid UTF-8; nothing was sent") from None
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError("the input is not valid UTF-8; nothing was sent")
         if message.is_quoted or not text.startswith("/"):
             self._say(text)
             return True
         name, *rest = text.split(maxsplit=1)
         argument = rest[0].strip() if rest else ""
         commands = {"/judge": self._judge, "/save": self._save, "/template": self._choose_template}
+        simple_commands = {"/reset": self._reset, "/help": print_help, "/quit": lambda: None}
         if name in commands:
             commands[name](argument)
-        elif name not in ("/reset", "/help", "/quit"):
+        elif name not in simple_commands:
             hint = 'to send a message that begins with /, put it between """'
             raise UserError(f"{name}: unknown command; /help lists all; {hint}")
         elif argument:
             raise UserError(f"{name}: takes no argument, got {argument!r}")
-        elif name == "/reset":
-            self._reset()
-        elif name == "/help":
-            print_help()
+        else:
+            simple_commands[name]()
         return name != "/quit"
 
     def _say(self, text: str) -> None:
@@ -225,7 +221,10 @@ class Session:
             raise KeyboardInterrupt("stopped; /save can still save the judgment") from None
         if is_truncated:
             remark("the prompt was truncated from the left to fit the model's context")
-        self._print_flags(scores if last.is_ended else _drop_end(scores))
+        if not last.is_ended:  # a stopped response has no end-of-sequence token
+            names = ("token_ids", "tokens", "spans", "logps_without", "logps_with", "is_flagged", "weights")
+            scores = replace(scores, **{name: getattr(scores, name)[:-1] for name in names})
+        self._print_flags(scores)
 
     def _print_flags(self, scores: TokenScores) -> None:
         self._terminal.print_marked(scores)
@@ -283,12 +282,6 @@ class Session:
 
 def _describe_rest(pieces: Sequence[str]) -> str:
     return "kept the part that was generated" if pieces else "no answer, so the message was dropped"
-
-
-def _drop_end(scores: TokenScores) -> TokenScores:
-    """Removes the end-of-sequence token, which a stopped response does not have."""
-    names = ("token_ids", "tokens", "spans", "logps_without", "logps_with", "is_flagged", "weights")
-    return replace(scores, **{name: getattr(scores, name)[:-1] for name in names})
 
 
 def print_help() -> None:

@@ -39,11 +39,11 @@ class Terminal:
     def print_text(self, text: str = "", indent: int = 0) -> None:
         """Prints a wrapped paragraph."""
         for line in self._wrap([(text, "")], WIDTH - indent) or [""]:
-            _print(f"{' ' * indent}{line}".rstrip())
+            print(f"{' ' * indent}{line}".rstrip(), flush=True)
 
     def print_line(self, text: str) -> None:
         """Prints a line without wrapping, such as a path or a command."""
-        _print(make_printable(text))
+        print(make_printable(text), flush=True)
 
     def print_piece(self, text: str) -> None:
         """Prints a piece of a text with its line breaks, and no line break after it."""
@@ -55,11 +55,11 @@ class Terminal:
         for text, style in _mark(scores):
             for part in re.findall(r"\s+|\S+", make_printable(text, keep="\n\t")):
                 shown += part if part.isspace() else self._mark_word(part, style)
-        _print(shown)
+        print(shown, flush=True)
 
     def print_heading(self, text: str) -> None:
         """Prints a heading after an empty line."""
-        _print(f"\n{self._paint(make_printable(text), _BOLD)}")
+        print(f"\n{self._paint(make_printable(text), _BOLD)}", flush=True)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -68,23 +68,26 @@ class Terminal:
         yield stage
         stage.seconds = round(time.perf_counter() - started, 2)
         width = WIDTH - _INDENT - _LABEL - 9
-        _print(f"  {self._paint(f'{name:<{_LABEL}}', _DIM)}{make_printable(stage.text):<{width}}{stage.seconds:6.1f} s")
+        print(
+            f"  {self._paint(f'{name:<{_LABEL}}', _DIM)}{make_printable(stage.text):<{width}}{stage.seconds:6.1f} s",
+            flush=True,
+        )
 
     def print_pairs(self, pairs: Sequence[tuple[str, str | TokenScores]]) -> None:
         """Prints labelled texts; for token scores, the response with its flagged tokens marked."""
-        _print()
+        print(flush=True)
         for name, content in pairs:
             runs = [(content, "")] if isinstance(content, str) else list(_mark(content))
             for number, line in enumerate(self._wrap(runs, WIDTH - 2 * _INDENT - _LABEL)):
                 label = self._paint(f"{'' if number else name:<{_LABEL}}", _DIM)
-                _print(f"{' ' * 2 * _INDENT}{label}{line}")
+                print(f"{' ' * 2 * _INDENT}{label}{line}", flush=True)
 
     def print_table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table with its first column left-aligned; the last row is a summary in bold."""
         first = max(len(row[0]) for row in (header, *rows))
         for number, row in enumerate([header, *rows]):
             line = f"  {row[0]:<{first}}" + "".join(f"{cell:>8}" for cell in row[1:])
-            _print(self._paint(line, _DIM if number == 0 else _BOLD if number == len(rows) else ""))
+            print(self._paint(line, _DIM if number == 0 else _BOLD if number == len(rows) else ""), flush=True)
 
     def _paint(self, text: str, style: str) -> str:
         return f"{style}{text}{_RESET}" if self._has_color and style else text
@@ -143,7 +146,3 @@ def make_printable(text: str, keep: str = "") -> str:
 def _is_harmless(letter: str) -> bool:
     is_joiner = letter in "\u200c\u200d" or "\U000e0020" <= letter <= "\U000e007f"
     return letter.isprintable() or is_joiner or unicodedata.category(letter) == "Zs"
-
-
-def _print(text: str = "") -> None:
-    print(text, flush=True)

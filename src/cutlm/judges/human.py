@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cutlm.data.files import SourceRow, open_atomic, read_bytes, read_rows, write_rows
 from cutlm.data.records import PRAISE, JudgedRecord, is_praise, validate_row
@@ -20,13 +20,6 @@ COLUMNS = ("number", "instruction", "input", "output", "judgment")
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 # The largest value that the csv module accepts on every platform; its default is smaller than some responses.
 _MAX_CELL = 2**31 - 1
-
-
-class _Filled(NamedTuple):
-    """A row filled in by a person."""
-
-    location: str
-    cells: dict[str, str | None]  # None if the row has no such cell
 
 
 def name_todo_files(out: str | Path) -> tuple[Path, Path]:
@@ -42,10 +35,8 @@ def write_todo(responses: Sequence[Response], out: str | Path) -> int:
     """
     lines, table = name_todo_files(out)
     if existing := [str(path) for path in (lines, table) if path.exists()]:
-        raise UserError(
-            f"{' and '.join(existing)}: exists already and may be filled; pass one with --labels FILE, or remove it to"
-            " start over"
-        )
+        advice = "pass one with --labels FILE, or remove it to start over"
+        raise UserError(f"{' and '.join(existing)}: exists already and may be filled; {advice}")
     kept, _ = set_aside_empty(responses)
     rows: list[dict[str, Any]] = [{"number": index + 1, **responses[index].fields, "judgment": ""} for index in kept]
     text = io.StringIO()
@@ -73,13 +64,12 @@ def read_todo(responses: Sequence[Response], path: str | Path) -> Outcome:
     problems: list[str] = []
     locations: dict[int, str] = {}
     is_csv = Path(path).suffix.lower() == ".csv"
-    for location, cells in _read_csv(path) if is_csv else _read_json(path, problems):
+    for row in _read_csv(path) if is_csv else _read_json(path, problems):
+        location, cells = row.location, row.value
         number = (cells.get("number") or "").strip()
         index = indices.get(number)
         if index is None:
-            problems.append(
-                f"{location}: field 'number': expected the number of a response, got {number!r}; restore it"
-            )
+            problems.append(f"{location}: field 'number': expected the number of a response, got {number!r}; fix it")
             continue
         if index in locations:
             problems.append(f"{location}: number {number} again, after {locations[index]}; keep one of the two")
@@ -113,7 +103,8 @@ def _is_same(cell: str, text: str) -> bool:
     return given in accepted
 
 
-def _read_csv(path: str | Path) -> list[_Filled]:
+def _read_csv(path: str | Path) -> list[SourceRow]:
+    """Reads a row per response: its cells by column."""
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -128,20 +119,20 @@ def _read_csv(path: str | Path) -> list[_Filled]:
         start = reader.line_num + 1
         for row in reader:
             if any(row):
-                rows.append(_Filled(f"{path}:{start}", dict(zip(names, row, strict=False))))
+                rows.append(SourceRow(f"{path}:{start}", dict(zip(names, row, strict=False))))
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error}); save it as CSV again") from None
     finally:
         csv.field_size_limit(limit)
     if missing := [name for name in COLUMNS if name not in names]:
-        raise DataError(
-            f"{path}:1: expected the columns {', '.join(COLUMNS)}, got none named {', '.join(missing)}; restore them"
-        )
+        expected = f"expected the columns {', '.join(COLUMNS)}"
+        raise DataError(f"{path}:1: {expected}, got none named {', '.join(missing)}; restore them")
     return rows
 
 
-def _read_json(path: str | Path, problems: list[str]) -> Iterator[_Filled]:
+def _read_json(path: str | Path, problems: list[str]) -> Iterator[SourceRow]:
+    """Reads the same as `_read_csv`; a field that is missing is None."""
     rows, invalid = read_rows(path)
     problems += invalid
     for row in rows:
@@ -150,4 +141,4 @@ def _read_json(path: str | Path, problems: list[str]) -> Iterator[_Filled]:
             continue
         values = {name: row.value.get(name) for name in COLUMNS}
         others = {name: json.dumps(value) for name, value in values.items() if not isinstance(value, str | None)}
-        yield _Filled(row.location, values | others)
+        yield SourceRow(row.location, values | others)

@@ -4,7 +4,7 @@ Two templates: `alpaca`, the text of the paper and its released code, and `chat`
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -135,15 +135,19 @@ class ChatTemplate:
         return Prompt(text + rest, spans)
 
     def _apply(self, contents: Sequence[str]) -> str:
-        roles = ("user", "assistant")
-        messages = [{"role": roles[index % 2], "content": content} for index, content in enumerate(contents)]
+        options: Any = {"tokenize": False, "add_generation_prompt": True}
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(make_messages(contents), **options)
         except TemplateError as error:
             message = f"template: chat: the tokenizer's chat template does not accept the messages ({error})"
             raise ConfigError(f"{message}; use template: alpaca") from None
         assert isinstance(text, str)
         return text
+
+
+def make_messages(contents: Sequence[str]) -> list[dict[str, str]]:
+    """Makes messages of the user and the assistant in turn, the first by the user."""
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
 
 
 def build_alpaca_chat_template(has_bos: bool, gap: str = "") -> str:
