@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from judged_rows import make_rows
 from tiny import save_tiny_model
 
@@ -95,3 +96,11 @@ def test_the_example_trains_and_merges(tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="merged"):
         merge(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_sampling_does_not_touch_the_random_numbers_of_the_caller(model: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    generate(model, ["One."], template="alpaca", max_new_tokens=4, temperature=1.0, device="cpu")
+    assert torch.rand(1) == expected

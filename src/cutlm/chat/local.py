@@ -18,7 +18,7 @@ from cutlm.errors import UserError
 from cutlm.flagging.detector import FlagSettings, blame_record
 from cutlm.flagging.scoring import score_rows
 from cutlm.flagging.token_scores import TokenScores
-from cutlm.generation.local import Sampling, find_context_limit, find_room, make_generation_config
+from cutlm.generation.local import Sampling, find_context_limit, find_room, make_generation_config, seeded
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.forward import check_head
 from cutlm.model.loading import unwrap_peft
@@ -70,8 +70,8 @@ class LocalEngine:
         streamer = _Streamer(self._tokenizer, config.eos_token_id, show)
         input_ids = torch.tensor([prompt], device=language_model.device)
         model: Any = self._model
-        torch.manual_seed(self._sampling.seed + seed_offset)
-        with _catch_interrupt() as stop, _explain_out_of_memory(), torch.inference_mode():
+        seed = seeded(self._sampling.seed + seed_offset, language_model.device)
+        with _catch_interrupt() as stop, _explain_out_of_memory(), torch.inference_mode(), seed:
             model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),

@@ -4,6 +4,7 @@ Batches and their seeds do not depend on the journal, so a resumed run gives the
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,13 +133,21 @@ def generate_batches(
         missing = {index for index in batch if index not in generated.responses}
         if not missing:
             continue
-        torch.manual_seed(sampling.seed + number)
         # A batch of which the journal holds a part is generated whole: its random numbers depend on all of it.
-        texts = _generate_batch(model, tokenizer, [prompts[index] for index in batch], sampling)
+        with seeded(sampling.seed + number, unwrap_peft(model).device):
+            texts = _generate_batch(model, tokenizer, [prompts[index] for index in batch], sampling)
         answers = [(index, *answer) for index, answer in zip(batch, texts, strict=True) if index in missing]
         generated.responses |= {index: text for index, text, _ in answers}
         generated.unfinished |= {index for index, _, is_unfinished in answers if is_unfinished}
         yield answers
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds torch's random numbers, and restores the caller's state afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def choose_max_new_tokens(model: nn.Module) -> int:
