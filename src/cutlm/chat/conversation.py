@@ -41,11 +41,9 @@ class Conversation:
         (see `join_texts`). A judgment that is praise becomes null.
         """
         last = self.turns[-1]
-        row = {
-            "instruction": join_texts(Conversation(self.turns[:-1]).list_texts(last.message)),
-            "output": last.answer,
-            "judgment": None if is_praise(judgment) else judgment,
-        }
+        instruction = join_texts(Conversation(self.turns[:-1]).list_texts(last.message))
+        stated = None if is_praise(judgment) else judgment
+        row = {"instruction": instruction, "output": last.answer, "judgment": stated}
         check = check_rows([SourceRow("the last exchange", row)])
         if check.problems:
             raise DataError(check.problems)

@@ -21,21 +21,13 @@ from cutlm.servers.client import Client, Refused, RequestFailed, Server
 
 
 class ServerEngine:
-    """An `Engine` for a model on a server.
-
-    Args:
-        server: The server.
-        tokenizer: The model's, needed to encode prompts here and to flag tokens; None for neither.
-        template: Encodes prompts here; None leaves that to the server.
-        sampling: How to sample answers.
-        settings: How to flag tokens.
-    """
+    """An `Engine` for a model on a server."""
 
     def __init__(
         self,
         server: Server,
-        tokenizer: Any,
-        template: TemplateName | None,
+        tokenizer: Any,  # the model's, needed to encode prompts here and to flag tokens; None for neither
+        template: TemplateName | None,  # encodes prompts here; None leaves that to the server
         sampling: Sampling,
         settings: FlagSettings,
     ) -> None:

@@ -53,13 +53,8 @@ class Engine(Protocol):
     def answer(self, prompt: Any, seed_offset: int, show: Callable[[str], None]) -> bool:
         """Generates an answer to a prompt of `prepare`; raises KeyboardInterrupt if the user stops it.
 
-        Args:
-            prompt: From `prepare`.
-            seed_offset: Added to the seed, so that a repeated question may get a different answer.
-            show: Called with each piece of the answer.
-
-        Returns:
-            Whether the model ended the answer within `max_new_tokens`.
+        `seed_offset` is added to the seed, so that a repeated question may get a different answer; `show` is called
+        with each piece. Returns whether the model ended the answer within `max_new_tokens`.
         """
 
     def blame(self, record: JudgedRecord) -> tuple[TokenScores, bool]:

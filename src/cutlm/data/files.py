@@ -86,10 +86,9 @@ def _parse_array(path: str | Path, text: str) -> list[SourceRow]:
     try:
         values = _parse(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); expected one JSON array of objects,"
-            " or one JSON object per line"
-        ) from None
+        expected = "expected one JSON array of objects, or one JSON object per line"
+        location = f"{path}:{error.lineno}"
+        raise DataError(f"{location}: not JSON ({error.msg}, column {error.colno}); {expected}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error})") from None
     return [SourceRow(f"{path}[{index}]", value) for index, value in enumerate(values)]
@@ -140,10 +139,10 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _find_problem(row: Any) -> str | None:
     """Returns why a row cannot be written again, or None."""
-    for name, value in row.items() if isinstance(row, dict) else [(None, row)]:
-        if problem := _find_unwritable(value):
-            return problem if name is None else f"field {name!r}: {problem}"
-    return None
+    if not isinstance(row, dict):
+        return _find_unwritable(row)
+    problems = ((name, _find_unwritable(value)) for name, value in row.items())
+    return next((f"field {name!r}: {problem}" for name, problem in problems if problem), None)
 
 
 def _find_unwritable(value: Any, depth: int = 0) -> str | None:

@@ -89,12 +89,9 @@ def _read_lines(path: Path, header: dict[str, Any]) -> list[dict[str, Any]] | No
         refuse_foreign(path)
     if not lines or (len(lines) == 1 and set(lines[0]) & set(header)):
         return None
-    differing = [name for name in header if lines[0].get(name) != header[name]]
-    if differing:
-        raise UserError(
-            f"{path}: started with other settings ({', '.join(differing)} differ); use the same ones to resume, or"
-            " remove it to start over"
-        )
+    if differing := [name for name in header if lines[0].get(name) != header[name]]:
+        advice = "use the same ones to resume, or remove it to start over"
+        raise UserError(f"{path}: started with other settings ({', '.join(differing)} differ); {advice}")
     if num_bytes < len(data):
         with open(path, "r+b") as file:
             file.truncate(num_bytes)

@@ -65,21 +65,12 @@ def render_page(
     records: Sequence[PageRecord],
     *,
     title: str = "Flagged tokens",
-    lead: Sequence[str] = (),
-    sections: Sequence[Table | Picture] = (),
-    names: Sequence[str] = (),
-    num_unpaired: Sequence[int] = (),
+    lead: Sequence[str] = (),  # paragraphs below the title
+    sections: Sequence[Table | Picture] = (),  # shown before the records
+    names: Sequence[str] = (),  # of the files of scores; two if records have two scores each
+    num_unpaired: Sequence[int] = (),  # for each of two files, the number of records that only it has
 ) -> str:
-    """Renders a token page.
-
-    Args:
-        records: The records to show.
-        title: The heading.
-        lead: Paragraphs below it.
-        sections: Shown before the records.
-        names: Names of the files of scores; two if records have two scores each.
-        num_unpaired: For each of two files, the number of records that only it has.
-    """
+    """Renders a token page."""
     settings: dict[tuple[Any, ...], int] = {}
     data = {
         "title": title,

@@ -17,16 +17,10 @@ _CLASSES = ("satisfactory", "unsatisfactory")
 
 
 def evaluate_judge(model: str, data: str, folder: Path, **settings: Any) -> str:
-    """Judges the responses of judged records with a model and compares its judgments with theirs.
+    """Judges the responses of a file of records with a model and compares its judgments with theirs.
 
-    Args:
-        model: The judge's folder: an adapter or a whole model.
-        data: A file of records that it was not trained on.
-        folder: The folder for `evaluation.json`, `evaluation.md` and `judged.jsonl`.
-        **settings: Passed to `judge_locally`.
-
-    Returns:
-        The text of `evaluation.md`.
+    Writes `evaluation.json`, `evaluation.md` and `judged.jsonl` to a folder and returns the text of `evaluation.md`.
+    The settings are those of `judge_locally`.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer

@@ -56,7 +56,9 @@ def judge_locally(
         path: The model's folder: an adapter or a whole model.
         out: The output file; finished batches are kept in `OUT.partial`, from which a stopped run resumes.
         max_new_tokens: The maximum length of an answer; None: 1024, but at most a quarter of the model's context.
-        batch_size, dtype, device: Of the generation; the device None uses a GPU if there is one.
+        batch_size: The number of responses per batch.
+        dtype: The data type of the weights.
+        device: None uses a GPU if there is one.
 
     Returns:
         A judgment or a failure for each response, and the journal, to be removed once the outcome is written.

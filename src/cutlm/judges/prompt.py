@@ -69,10 +69,8 @@ def read_prompt_file(path: str | Path) -> str:
     except UnicodeDecodeError:
         raise UserError(f"{path}: expected UTF-8 text, got other bytes; save it as UTF-8") from None
     if missing := [name for name in ("{instruction}", "{response}") if name not in template]:
-        raise UserError(
-            f"{path}: expected a prompt with {{instruction}} and {{response}}, got one without"
-            f" {' and '.join(missing)}; add them where the texts belong"
-        )
+        expected = "expected a prompt with {instruction} and {response}"
+        raise UserError(f"{path}: {expected}, got one without {' and '.join(missing)}; add what is missing")
     return template
 
 
@@ -101,13 +99,7 @@ def write_answer(record: JudgedRecord) -> str:
 
 
 def read_answer(text: str | None, finish_reason: str | None, response: Response, prompt: str) -> str | None:
-    """Reads a model's answer to any prompt but `TRAINED_PROMPT`.
-
-    Args:
-        text: The answer.
-        finish_reason: Why it ended, as the server reports it.
-        response: The response that was judged.
-        prompt: The question.
+    """Reads a model's answer to any prompt but `TRAINED_PROMPT`; the finish reason is that of the server.
 
     Returns:
         The judgment; None if the answer is "Perfect." and nothing else.

@@ -77,10 +77,8 @@ def parse_responses(rows: Sequence[SourceRow], problems: Sequence[str], source: 
     for row in rows:
         names = [name for name in _JUDGMENT_FIELDS if isinstance(row.value, dict) and row.value.get(name) is not None]
         if names:
-            problems.append(
-                f"{row.location}: field {', '.join(map(repr, names))}: expected a response that is not judged yet;"
-                " remove the field"
-            )
+            fields = ", ".join(map(repr, names))
+            problems.append(f"{row.location}: field {fields}: expected a response without a judgment; remove it")
     if problems:
         raise DataError(problems, hint=f"{len(problems)} problems in {source}; fix them and try again")
     if not rows:
@@ -156,9 +154,8 @@ def describe_outcome(outcome: Outcome, out: str | Path) -> str:
     )
     lines = [*outcome.notes, result]
     if outcome.failures:
-        kinds = Counter(failure.kind for failure in outcome.failures.values()).most_common()
-        lines.append(
-            f"{len(outcome.failures)} responses have no judgment ({', '.join(f'{num} {kind}' for kind, num in kinds)});"
-            f" they are listed in {name_failures_file(out)}, not among the records"
-        )
+        counter = Counter(failure.kind for failure in outcome.failures.values())
+        kinds = ", ".join(f"{num} {kind}" for kind, num in counter.most_common())
+        rest = f"they are listed in {name_failures_file(out)}, not among the records"
+        lines.append(f"{len(outcome.failures)} responses have no judgment ({kinds}); {rest}")
     return "\n".join(lines)

@@ -304,19 +304,14 @@ def view_both_contexts(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
 
 def encode_records(
     records: Sequence[JudgedRecord],
-    locations: Sequence[str],
+    locations: Sequence[str],  # where each is from, such as `data.jsonl:17`
     encoder: Encoder,
     max_length: int,
     view: Callable[[JudgedRecord, Encoder], EncodedRecord | str] = view_both_contexts,
 ) -> EncodedRecords:
-    """Encodes records and reports those that do not fit.
+    """Encodes records and reports those that do not fit; see `Encoder.fit`.
 
-    Args:
-        records: The records.
-        locations: Where each is from, such as `data.jsonl:17`.
-        encoder: Tokenizer and template.
-        max_length: The maximum number of tokens of a prompt and the response together.
-        view: Selects the training data of a record, or returns the reason for leaving it out.
+    The view selects the training data of a record, or returns the reason for leaving it out.
     """
     encoded = EncodedRecords()
     for index, (record, location) in enumerate(zip(records, locations, strict=True)):

@@ -21,17 +21,10 @@ CONTINUATION_ANCHORS = ("\n", ":", "a")
 def locate_tokens(
     tokenizer: "PreTrainedTokenizerBase", tail: str, tail_ids: Sequence[int], text: str, ids: Sequence[int]
 ) -> list[Span]:
-    """Finds the characters that each token covers.
+    """Finds the span of each token of a text that was tokenized as the continuation of `tail`, the end of a prompt.
 
-    Args:
-        tokenizer: Any tokenizer. For a slow one, tokens are decoded one by one, in time quadratic in their number.
-        tail: The text before `text`: the end of a prompt.
-        tail_ids: Its token ids.
-        text: The text, tokenized as the continuation of `tail`.
-        ids: Its token ids, without the end-of-sequence token.
-
-    Returns:
-        A span per token. Starts and ends never decrease, and every character but white space is covered.
+    `ids` exclude the end-of-sequence token. Starts and ends never decrease, and every character but white space is
+    covered. With a slow tokenizer, it takes time quadratic in the number of tokens.
     """
     spans = _read_offsets(tokenizer, tail, tail_ids, text, ids) if tokenizer.is_fast else None
     if spans is None:

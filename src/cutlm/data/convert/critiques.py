@@ -110,7 +110,5 @@ def _make_record(line: Line, question: Question, answer: Answer) -> dict[str, An
 def _describe_rankings(question: Question) -> str:
     rankings = question.rankings
     got = "none" if rankings is None else "a null among them" if None in rankings else f"{len(rankings)} of them"
-    return (
-        f"expected a number for each of the {len(question.answers)} answers, got {got}; without them the best answer is"
-        " unknown"
-    )
+    expected = f"expected a number for each of the {len(question.answers)} answers"
+    return f"{expected}, got {got}; without them the best answer is unknown"

@@ -39,16 +39,13 @@ def convert(one: Sequence[SourceRow], other: Sequence[SourceRow]) -> Conversion:
     Lines without an answer or feedback are left out.
     """
     if _is_raw(one) == _is_raw(other):
-        raise DataError(
-            "shepherd: expected one file with 'question', 'answer' and 'feedback' and one with 'metadata', got"
-            f" {_describe_file(one)} and {_describe_file(other)}; name {' and '.join(FILE_NAMES)}"
-        )
+        expected = "one file with 'question', 'answer' and 'feedback' and one with 'metadata'"
+        got = f"{_describe_file(one)} and {_describe_file(other)}"
+        raise DataError(f"shepherd: expected {expected}, got {got}; name {' and '.join(FILE_NAMES)}")
     model_rows, raw_rows = (other, one) if _is_raw(one) else (one, other)
     if len(model_rows) != len(raw_rows):
-        raise DataError(
-            "shepherd: expected two files of the same length, got"
-            f" {_describe_file(model_rows)} and {_describe_file(raw_rows)}; download them again"
-        )
+        got = f"{_describe_file(model_rows)} and {_describe_file(raw_rows)}"
+        raise DataError(f"shepherd: expected two files of the same length, got {got}; download them again")
     problems: list[str] = []
     conversion = Conversion()
     for model_row, raw_row in zip(model_rows, raw_rows, strict=True):
