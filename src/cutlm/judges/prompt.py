@@ -70,7 +70,9 @@ def read_prompt_file(path: str | Path) -> str:
         raise UserError(f"{path}: expected UTF-8 text, got other bytes; save it as UTF-8") from None
     if missing := [name for name in ("{instruction}", "{response}") if name not in template]:
         expected = "expected a prompt with {instruction} and {response}"
-        raise UserError(f"{path}: {expected}, got one without {' and '.join(missing)}; add what is missing")
+        raise UserError(
+            f"{path}: {expected}, got one without {' and '.join(missing)}; insert them where the texts belong"
+        )
     return template
 
 
