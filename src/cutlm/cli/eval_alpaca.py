@@ -65,8 +65,9 @@ def run(args: argparse.Namespace) -> int:
     if compared is None:
         return 1
     folder, responses, references, preferences, about = compared
-    result = measure_win_rate(preferences, [response.output for response in responses]) | about
     names = _name_generators(responses), _name_generators(references)
+    result = measure_win_rate(preferences, [response.output for response in responses])
+    result |= {"reference": names[1]} | about
     table, picture = tabulate_win_rate(result, *names), draw_win_rate(result, *names)
     write_result(folder, result, table, PACKAGES, picture=picture)
     return 0
@@ -110,11 +111,9 @@ def _replay(args: argparse.Namespace) -> _Compared:
     def read(file: str | None, number: int) -> list[Response]:
         if file is not None:
             return read_responses(file)
-        return [
-            Response(args.annotations, row["instruction"], "", row[f"output_{number}"], {"generator": generator})
-            for row in rows
-            for generator in [row.get(f"generator_{number}")]
-        ]
+        texts = [(row["instruction"], "", row[f"output_{number}"]) for row in rows]
+        names = [{"generator": row.get(f"generator_{number}")} for row in rows]
+        return [Response(args.annotations, *text, name) for text, name in zip(texts, names, strict=True)]
 
     responses, references = read(args.outputs, 2), read(args.reference, 1)
     settings = {"measure": "alpaca", "annotator": args.annotator}
@@ -122,8 +121,7 @@ def _replay(args: argparse.Namespace) -> _Compared:
     settings |= {name: None if file is None else hash_file(file) for name, file in files.items()}
     pairs, counts = _pair(args, responses, references)
     folder = open_folder(args.out, settings, overwrite=args.overwrite)
-    about = {"annotator": args.annotator, "reference": _name_generators(references), **counts}
-    return folder, responses, references, find_verdicts(rows, pairs), about
+    return folder, responses, references, find_verdicts(rows, pairs), {"annotator": args.annotator, **counts}
 
 
 def _annotate(args: argparse.Namespace) -> _Compared | None:
@@ -163,8 +161,7 @@ def _annotate(args: argparse.Namespace) -> _Compared | None:
         rows.append({**row, "annotator": annotator.name, "preference": preference})
     write_rows(folder / _ANNOTATIONS, rows)
     about: dict[str, Any] = {"annotator": annotator.name, "annotator_model": server.model, "annotator_url": server.url}
-    about |= {"reference": _name_generators(references)} | counts
-    return folder, responses, references, preferences, about
+    return folder, responses, references, preferences, about | counts
 
 
 def _make_server(args: argparse.Namespace, default_model: str | None) -> "Server":

@@ -104,8 +104,7 @@ def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
     encoder, names = Encoder(tokenizer, template), _name_output(args)
     names |= {"fingerprint": fingerprint_model(args.model)}
     generated = generate_file(model, tokenizer, encoder, prompts, args.out, sampling, **names, judgment=args.judgment)
-    print_counts(generated)
-    _print_total(args, generated, sampling.max_new_tokens)
+    print_counts(generated, f"responses in {args.out}", sampling)
     return 0
 
 
@@ -135,31 +134,25 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
         write_rows(failures_file, rows)
         summary = f"{num_failed} of {len(prompts)} prompts have no answer, listed with the reasons in {failures_file}"
         if not generated.responses or num_failed > args.max_failure_rate * len(prompts):
-            print(
-                f"{summary}; {len(generated.responses)} answers are kept in {journal.path}: start again with the same"
-                " options to ask for the others"
-            )
+            kept = f"{len(generated.responses)} answers are kept in {journal.path}"
+            print(f"{summary}; {kept}: start again with the same options to ask for the others")
             return 1
         print(f"{summary}, and are left out (--max_failure_rate {args.max_failure_rate:g})")
     write_rows(args.out, make_rows(prompts, generated.responses, **_name_output(args)))
     journal.remove()
     if not generated.failures:
         failures_file.unlink(missing_ok=True)  # of an earlier run
-    print_counts(generated)
-    _print_total(args, generated, sampling.max_new_tokens)
+    print_counts(generated, f"responses in {args.out}", sampling)
     return 0
 
 
-def print_counts(generated: Any) -> None:
-    """Prints the unusual counts of a `Generated`: redacted, resumed and truncated."""
+def print_counts(generated: Any, kind: str, sampling: Any) -> None:
+    """Prints the counts of a `Generated`, without those that are usually 0."""
     if generated.num_redacted:
         print(f"{generated.num_redacted} responses contained the key of the server; [key] replaces it")
     if generated.num_resumed:
         print(f"{generated.num_resumed} responses are from the run that was stopped")
     if generated.num_truncated:
         print(f"{generated.num_truncated} prompts were truncated on the left to fit the model's context")
-
-
-def _print_total(args: argparse.Namespace, generated: Any, max_new_tokens: int) -> None:
     num_responses, num_unfinished = len(generated.responses), len(generated.unfinished)
-    print(f"{num_responses} responses in {args.out}; {num_unfinished} of them stopped at {max_new_tokens} tokens")
+    print(f"{num_responses} {kind}; {num_unfinished} of them stopped at {sampling.max_new_tokens} tokens")

@@ -36,20 +36,11 @@ JUDGES = ("http", "local", "rules", "human")
 _SERVER = ("concurrency", "timeout", "max_retries")
 _LOCAL = ("batch_size", "dtype", "device")
 # The options of each judge and their defaults.
+_HTTP: dict[str, Any] = {"base_url": None, "judge_model": None, "prompt_file": None, "trained": False}
+_HTTP |= {"temperature": 0.0, "max_tokens": 1024, "extra_body": "{}", "cache": None}
+_HTTP |= {"max_requests": None, "max_tokens_total": None}
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "http": {
-        "base_url": None,
-        "judge_model": None,
-        "prompt_file": None,
-        "trained": False,
-        "temperature": 0.0,
-        "max_tokens": 1024,
-        "extra_body": "{}",
-        "cache": None,
-        **{name: DEFAULTS[name] for name in _SERVER},
-        "max_requests": None,
-        "max_tokens_total": None,
-    },
+    "http": _HTTP | {name: DEFAULTS[name] for name in _SERVER},
     "local": {"judge_model": None, "max_new_tokens": None, **{name: DEFAULTS[name] for name in _LOCAL}},
     "rules": {"rules": None},
     "human": {"labels": None},
@@ -147,13 +138,9 @@ def _make_server(args: argparse.Namespace) -> "Server":
         problems.append(f"temperature: expected a number of at least 0, got {args.temperature}")
     if problems:
         raise ConfigError(problems)
-    return make_server(
-        args,
-        args.judge_model,
-        extra_body=read_json_object(args.extra_body, "--extra_body"),
-        max_requests=args.max_requests,
-        max_tokens_total=args.max_tokens_total,
-    )
+    limits = {"max_requests": args.max_requests, "max_tokens_total": args.max_tokens_total}
+    body = read_json_object(args.extra_body, "--extra_body")
+    return make_server(args, args.judge_model, extra_body=body, **limits)
 
 
 def _judge(args: argparse.Namespace, responses: "list[Response]", server: "Server | None") -> "Outcome":
@@ -165,10 +152,9 @@ def _judge(args: argparse.Namespace, responses: "list[Response]", server: "Serve
         if args.prompt_file is not None:
             template = read_prompt_file(args.prompt_file)
         cache = args.cache or f"{args.out}.cache.sqlite"
+        settings = {"template": template, "temperature": args.temperature, "max_tokens": args.max_tokens}
         try:
-            return judge_by_server(
-                responses, server, cache, template=template, temperature=args.temperature, max_tokens=args.max_tokens
-            )
+            return judge_by_server(responses, server, cache, **settings)
         except KeyboardInterrupt:
             print(f"\nfinished judgments are in {cache}; resume with the same options", file=sys.stderr)
             raise

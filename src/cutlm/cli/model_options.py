@@ -17,18 +17,8 @@ if TYPE_CHECKING:
     from cutlm.prompting.templates import TemplateName
     from cutlm.servers.client import Server
 
-DEFAULTS: dict[str, Any] = {
-    "base": None,
-    "dtype": "auto",
-    "device": None,
-    "bf16": False,
-    "batch_size": 16,
-    "max_tokens_per_batch": 8192,
-    "tokenizer": None,
-    "concurrency": 8,
-    "timeout": 600.0,
-    "max_retries": 5,
-}
+DEFAULTS: dict[str, Any] = {"base": None, "dtype": "auto", "device": None, "bf16": False, "batch_size": 16}
+DEFAULTS |= {"max_tokens_per_batch": 8192, "tokenizer": None, "concurrency": 8, "timeout": 600.0, "max_retries": 5}
 # Every default is None here, to tell given options from missing ones.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": {"required": True, "metavar": "MODEL", "help": "model or adapter folder, or hub name"},
@@ -69,9 +59,8 @@ def check_output(args: argparse.Namespace, inputs: Sequence[str]) -> None:
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `make_sampling`."""
-    parser.add_argument(
-        "--max_new_tokens", type=int, metavar="N", help="longest response (default: 2048, or half of the context)"
-    )
+    longest = "longest response (default: 2048, or half of the context)"
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help=longest)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     parser.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling (default: 1, off)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling (default: 42)")
@@ -101,7 +90,6 @@ class ModelOptions:
 
     def fill(self, args: argparse.Namespace) -> None:
         """Refuses options of the other backend and fills in the defaults."""
-
         if problems := self.find_problems(args):
             raise ConfigError(problems)
         for name in (*self.local, *self.server):

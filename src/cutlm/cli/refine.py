@@ -36,10 +36,6 @@ def run(args: argparse.Namespace) -> int:
     sampling = make_sampling(args, model)
     encoder, fingerprint = Encoder(tokenizer, template), fingerprint_model(args.model)
     refined = refine_file(model, tokenizer, encoder, records, args.out, sampling, fingerprint=fingerprint)
-    print_counts(refined)
-    print(
-        f"{len(refined.responses)} of {len(records)} responses improved in {args.out}; {len(refined.unfinished)} of"
-        f" them stopped at {sampling.max_new_tokens} tokens. Next, run:\n"
-        f"  cutlm train --objective ilf_mle --data {args.out} ..."
-    )
+    print_counts(refined, f"of {len(records)} responses improved in {args.out}", sampling)
+    print(f"Next, run:\n  cutlm train --objective ilf_mle --data {args.out} ...")
     return 0
