@@ -194,6 +194,12 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     sync_directory(path.parent)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 text file atomically."""
+    with open_atomic(path) as file:
+        file.write(text.encode())
+
+
 def sync_directory(path: str | Path) -> None:
     """Makes a rename or removal inside a directory durable."""
     handle = os.open(path, os.O_RDONLY)

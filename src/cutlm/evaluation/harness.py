@@ -17,9 +17,10 @@ from typing import Any
 import yaml
 from jinja2 import TemplateError
 
+from cutlm.data.files import write_text
 from cutlm.errors import ConfigError, UserError
 from cutlm.evaluation.paper import SOURCE, TRUTHFULQA
-from cutlm.evaluation.shared import need_extra, write_text
+from cutlm.evaluation.shared import need_extra
 from cutlm.inspect.plots import Bar, draw_bars, make_paper_bars
 from cutlm.inspect.tables import format_table
 

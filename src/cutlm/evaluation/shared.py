@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cutlm.data.files import open_atomic, read_bytes
+from cutlm.data.files import open_atomic, read_bytes, write_text
 from cutlm.errors import DataError, UserError
 from cutlm.judges import Response
 
@@ -89,12 +89,6 @@ def write_result(
     write_text(folder / "result.json", text + "\n")
     names = "result.json, result.md and result.png" if picture else "result.json and result.md"
     print(f"{markdown.rstrip()}\n\nwrote {names} to {folder}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    with open_atomic(path) as file:
-        file.write(text.encode())
 
 
 # ---- Pairs of responses ----

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from cutlm.data.files import open_atomic, sync_directory
+from cutlm.data.files import sync_directory, write_text
 from cutlm.errors import ConfigError, DataError, UserError
 from cutlm.loop.processes import lock_folder, run_command
 from cutlm.loop.report import format_seconds, write_report
@@ -154,8 +154,7 @@ class Manifest:
         self._save()
 
     def _save(self) -> None:
-        with open_atomic(self.path) as file:
-            file.write((json.dumps({"stages": self.stages}, indent=2, ensure_ascii=False) + "\n").encode())
+        write_text(self.path, json.dumps({"stages": self.stages}, indent=2, ensure_ascii=False) + "\n")
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
@@ -190,17 +189,9 @@ def run_loop(
 ) -> bool:
     """Runs everything that is not complete, and returns whether the whole plan is complete.
 
-    Args:
-        plan: What to run.
-        until: The stage to stop after.
-        start: A stage to run again with all later ones; their files are removed.
-        run: Runs `cutlm` with arguments; for tests.
-
-    Raises:
-        UserError: The folder belongs to other settings or another running loop, or its files were changed.
-        StageFailed: A stage's command failed.
-        WaitingForPerson: A person has to judge responses first.
-        Interrupted: The loop got SIGINT or SIGTERM.
+    `until` is the stage to stop after, `start` one to run again with all later ones, whose files are removed. Tests pass
+    a `run` of their own. Raises StageFailed, WaitingForPerson, Interrupted, or UserError if the folder belongs to other
+    settings or another running loop, or if its files were changed.
     """
     with lock_folder(plan.folder) as lock:
         order_instructions(plan)  # fails if there are too few
@@ -265,10 +256,9 @@ def _check_settings(plan: Plan) -> None:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    try:
+    settings = None
+    with suppress(yaml.YAMLError, UnicodeDecodeError):
         settings = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        settings = None
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise DataError(f"{path}: not the settings of a run; restore it, or set another output_dir to start over")
     return settings
@@ -278,8 +268,7 @@ def _check_outputs(iterations: list[Iteration]) -> None:
     """Raises UserError if files of complete stages were changed."""
     changes: list[str] = []
     versions: set[tuple[str, str]] = set()
-    for iteration in iterations:
-        manifest = Manifest(iteration.folder)
+    for manifest in (Manifest(iteration.folder) for iteration in iterations):
         for stage, known in manifest.stages.items():
             edited, missing = manifest.find_changes(stage)
             changes += [*edited, *missing]

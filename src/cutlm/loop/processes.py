@@ -92,11 +92,7 @@ def _is_alive(process: str) -> bool:
 def run_command(arguments: Sequence[str], log: Path, lock: int, launcher: str | None = None) -> int:
     """Runs `cutlm` with arguments, appending its output to a log and showing it on the terminal.
 
-    Args:
-        arguments: Arguments of `cutlm`.
-        log: The log.
-        lock: The folder's lock, inherited by the process.
-        launcher: A command that starts Python modules on several devices, with its options.
+    The process inherits the folder's lock. A launcher is a command that starts Python modules on several devices.
 
     Returns:
         The exit status; -n for a process killed by signal n. If the loop itself gets SIGINT or SIGTERM, it raises

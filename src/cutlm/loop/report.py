@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cutlm.data.files import open_atomic
+from cutlm.data.files import open_atomic, write_text
 from cutlm.inspect.tables import format_table
 
 _COLORS = ("#0072b2", "#d55e00")
@@ -61,18 +61,13 @@ def make_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         missing = [count for count in (row["num_missing"], row["num_empty"]) if count is not None]
         losses = [row["loss_start"], row["loss_end"]]
-        cells.append(
-            [
-                str(row["iteration"]) if row["iteration"] else "before",
-                show(row["num_responses"], ","),
-                show(sum(missing) if missing else None, ","),
-                show(row["share_satisfactory"], ".1%"),
-                show(row["flagged_share"], ".1%"),
-                " → ".join(f"{loss:.3f}" for loss in losses) if None not in losses else "",
-                *(show(row["evaluation"].get(name), ".1%" if name.startswith("share_") else ".4g") for name in names),
-                format_seconds(row["seconds"]) if row["seconds"] is not None else "",
-            ]
-        )
+        counts = [show(row["num_responses"], ","), show(sum(missing) if missing else None, ",")]
+        shares = [show(row[name], ".1%") for name in ("share_satisfactory", "flagged_share")]
+        loss = " → ".join(f"{loss:.3f}" for loss in losses) if None not in losses else ""
+        forms = [".1%" if name.startswith("share_") else ".4g" for name in names]
+        metrics = [show(row["evaluation"].get(name), form) for name, form in zip(names, forms, strict=True)]
+        seconds = "" if row["seconds"] is None else format_seconds(row["seconds"])
+        cells.append([str(row["iteration"] or "before"), *counts, *shares, loss, *metrics, seconds])
     return format_table(header, cells)
 
 
@@ -108,10 +103,11 @@ def write_report(folder: Path, iterations: list[dict[str, Any]], *, draws_plots:
     plots = draw(rows) if draws_plots else None
     image = "\n![Curves over iterations](report.png)\n" if plots is not None else ""
     text = f"# Online alignment\n\n{make_table(rows)}\n{_NOTE}{image}"
-    contents = {"report.json": (json.dumps(rows, indent=2) + "\n").encode(), "report.md": text.encode()}
-    for name, content in (contents | ({} if plots is None else {"report.png": plots})).items():
-        with open_atomic(folder / name) as file:
-            file.write(content)
+    write_text(folder / "report.json", json.dumps(rows, indent=2) + "\n")
+    write_text(folder / "report.md", text)
+    if plots is not None:
+        with open_atomic(folder / "report.png") as file:
+            file.write(plots)
 
 
 def draw(rows: list[dict[str, Any]]) -> bytes | None:

@@ -52,8 +52,8 @@ class AlignArguments:
                 'judge: expected a judge and its options, such as "rules --rules module:function", got none'
             )
         for name in ("num_iterations", "num_instructions"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name}: expected a whole number of at least 1, got {getattr(self, name)}")
+            if (number := getattr(self, name)) < 1:
+                problems.append(f"{name}: expected a whole number of at least 1, got {number}")
         if not 0 <= self.max_failure_rate < 1:
             problems.append(f"max_failure_rate: expected a share from 0 to below 1, got {self.max_failure_rate}")
         if not self.server_timeout > 0:
@@ -148,18 +148,13 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
     training = {name: value for name, value in settings.resolved.items() if name not in own}
     if "save_steps" not in training and "save_strategy" not in training:
         training |= {"save_steps": 0.25, "save_total_limit": 1}  # a kill then costs at most a quarter of a training
-    blame_options = [
-        f"--{name}={getattr(train_args, name)}"
-        for name in ("threshold", "unlikelihood_weight", "gamma", "template", "max_length")
-    ]
+    shared = ("threshold", "unlikelihood_weight", "gamma", "template", "max_length")
+    blame_options = [f"--{name}={getattr(train_args, name)}" for name in shared]
     blame_options += ["--bf16"] * bool(train_args.bf16) + ["--device=cpu"] * bool(train_args.use_cpu)
     blame_options += [f"--dtype={model_args.dtype}"] if model_args.dtype else []
     generate = parse_options("generate", arguments.generate)
-    refine_options = [
-        f"--{name}={generate[name]}"
-        for name in ("max_new_tokens", "temperature", "top_p", "batch_size", "dtype", "device")
-        if generate.get(name) is not None
-    ]
+    shared = ("max_new_tokens", "temperature", "top_p", "batch_size", "dtype", "device")
+    refine_options = [f"--{name}={generate[name]}" for name in shared if generate.get(name) is not None]
     judges = {"judge": arguments.judge, "eval_judge": arguments.eval_judge}
     prompts = {name: parse_options("judge", text).get("prompt_file") for name, text in judges.items() if text}
     return Plan(

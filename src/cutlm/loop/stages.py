@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from cutlm.data.files import SourceRow, open_atomic, read_rows, write_rows
+from cutlm.data.files import SourceRow, read_rows, write_rows, write_text
 from cutlm.data.records import InstructionRow, check_records, validate_row
 from cutlm.errors import DataError, UserError
 from cutlm.judges.human import name_todo_files
@@ -149,8 +149,7 @@ def make_seed(plan: Plan, number: int, stage: str) -> int:
 
 def write_yaml(path: Path, values: dict[str, Any]) -> None:
     """Writes settings atomically."""
-    with open_atomic(path) as file:
-        file.write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def recount_metrics(iteration: Iteration, stage: str) -> dict[str, Any]:
@@ -241,25 +240,19 @@ def _answer(plan: Plan, runner: Runner, model: str, prompts: Path | str, out: Pa
 
 
 def _judge(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
-    return _judge_responses(plan, runner, str(plan.arguments.judge), iteration.folder / "responses.jsonl")
+    return _judge_responses(plan, runner, str(plan.arguments.judge), iteration.folder / "responses.jsonl", "judge")
 
 
-def _judge_responses(
-    plan: Plan, runner: Runner, judge: str, responses: Path, cache_name: str = "judge"
-) -> dict[str, Any]:
+def _judge_responses(plan: Plan, runner: Runner, judge: str, responses: Path, cache_name: str) -> dict[str, Any]:
     """Judges responses into `records.jsonl` in the same folder, until few enough judgments are missing.
 
     All iterations share one cache of a paid judge's answers, so limits on spending hold for the whole run.
     """
     records, kind = responses.with_name("records.jsonl"), judge.split()[0]
-    num_responses, max_rate = len(read_rows(responses)[0]), plan.arguments.max_failure_rate
-
-    def is_enough(counts: dict[str, Any]) -> bool:
-        num_without = counts["num_missing"] + counts["num_empty"]
-        return num_without <= max_rate * (num_without + counts["num_judged"])
-
+    num_responses = len(read_rows(responses)[0])
+    max_missing = plan.arguments.max_failure_rate * num_responses
     counts = _count_judged(records, num_responses)
-    if counts is not None and is_enough(counts):
+    if counts is not None and counts["num_missing"] + counts["num_empty"] <= max_missing:
         return counts
     arguments = ["judge", "--responses", str(responses), "--out", str(records), "--judge", *shlex.split(judge)]
     if kind == "http" and not any(argument.partition("=")[0] == "--cache" for argument in arguments):
@@ -275,13 +268,12 @@ def _judge_responses(
     if status not in (0, 1) or counts is None:
         _check_status(status or 1, arguments)
     assert counts is not None
-    if not is_enough(counts):
-        num_without = counts["num_missing"] + counts["num_empty"]
+    if (num_without := counts["num_missing"] + counts["num_empty"]) > max_missing:
         empty = f" ({counts['num_empty']} of them are empty)" if counts["num_empty"] else ""
         retry = "" if kind == "local" else "run the same command again to retry these only, or "
         raise StageFailed(
             f"{num_without} of {num_responses} responses have no judgment{empty}, more than max_failure_rate"
-            f" ({max_rate:.0%}); {name_failures_file(records)} lists the reasons; {retry}raise max_failure_rate",
+            f" ({plan.arguments.max_failure_rate:.0%}); {name_failures_file(records)} lists the reasons; {retry}raise max_failure_rate",
             1,
         )
     return counts
@@ -334,7 +326,13 @@ def _train(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
     target = folder / ("adapter" if plan.has_merge else "model")
     state = _read_trainer_state(target)
     if state is None:
-        _check_unsatisfactory(plan, iteration)
+        records = folder / "records.jsonl"
+        if plan.train_settings.get("downsample") is not None and not check_records(records).num_unsatisfactory:
+            raise StageFailed(
+                f"all responses are satisfactory, and downsample keeps none of those; use {iteration.model} as the"
+                " final model, or start a new run with harder instructions",
+                status=2,
+            )
         config = folder / "train.yaml"
         settings = plan.train_settings | {"model_name_or_path": iteration.model, "data": str(data)}
         settings |= {"output_dir": str(target), "seed": make_seed(plan, iteration.number, "train")}
@@ -358,18 +356,6 @@ def _train(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
         "loss_end": mean(losses[-_NUM_AVERAGED:]) if losses else None,
         "flagged_share": mean(shares) if shares else None,
     }
-
-
-def _check_unsatisfactory(plan: Plan, iteration: Iteration) -> None:
-    if plan.train_settings.get("downsample") is None:
-        return
-    check = check_records(iteration.folder / "records.jsonl")
-    if check.num_satisfactory == len(check.records):
-        raise StageFailed(
-            f"all {len(check.records)} responses are satisfactory, and downsample keeps none of those; use"
-            f" {iteration.model} as the final model, or start a new run with harder instructions",
-            status=2,
-        )
 
 
 def _read_trainer_state(target: Path) -> dict[str, Any] | None:
@@ -416,9 +402,7 @@ def _run_eval_command(command: str, model: str, out: Path, runner: Runner) -> di
         command = command.replace("{model}", shlex.quote(model)).replace("{out}", shlex.quote(str(partial)))
         if status := runner.run_shell(command):
             raise StageFailed(f"eval_command exited with {status}; {_ADVICE}", 1)
-        metrics = _read_metrics(partial)
-        with open_atomic(out) as file:
-            file.write(json.dumps(metrics).encode())
+        write_text(out, json.dumps(_read_metrics(partial)))
         partial.unlink()
     return _read_metrics(out)
 
