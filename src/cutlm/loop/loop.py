@@ -189,9 +189,9 @@ def run_loop(
 ) -> bool:
     """Runs everything that is not complete, and returns whether the whole plan is complete.
 
-    `until` is the stage to stop after, `start` one to run again with all later ones, whose files are removed. Tests pass
-    a `run` of their own. Raises StageFailed, WaitingForPerson, Interrupted, or UserError if the folder belongs to other
-    settings or another running loop, or if its files were changed.
+    `until` is the stage to stop after, `start` one to run again with all later ones, whose files are removed. Tests
+    pass a `run` of their own. Raises StageFailed, WaitingForPerson, Interrupted, or UserError if the folder belongs to
+    other settings or another running loop, or if its files were changed.
     """
     with lock_folder(plan.folder) as lock:
         order_instructions(plan)  # fails if there are too few

@@ -153,8 +153,8 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
     blame_options += ["--bf16"] * bool(train_args.bf16) + ["--device=cpu"] * bool(train_args.use_cpu)
     blame_options += [f"--dtype={model_args.dtype}"] if model_args.dtype else []
     generate = parse_options("generate", arguments.generate)
-    shared = ("max_new_tokens", "temperature", "top_p", "batch_size", "dtype", "device")
-    refine_options = [f"--{name}={generate[name]}" for name in shared if generate.get(name) is not None]
+    names = ("max_new_tokens", "temperature", "top_p", "batch_size", "dtype", "device")
+    refine_options = [f"--{name}={generate[name]}" for name in names if generate.get(name) is not None]
     judges = {"judge": arguments.judge, "eval_judge": arguments.eval_judge}
     prompts = {name: parse_options("judge", text).get("prompt_file") for name, text in judges.items() if text}
     return Plan(

@@ -273,8 +273,9 @@ def _judge_responses(plan: Plan, runner: Runner, judge: str, responses: Path, ca
         retry = "" if kind == "local" else "run the same command again to retry these only, or "
         raise StageFailed(
             f"{num_without} of {num_responses} responses have no judgment{empty}, more than max_failure_rate"
-            f" ({plan.arguments.max_failure_rate:.0%}); {name_failures_file(records)} lists the reasons; {retry}raise max_failure_rate",
-            1,
+            f" {plan.arguments.max_failure_rate:g}; {name_failures_file(records)} lists the reasons; {retry}raise"
+            " max_failure_rate",
+            status=1,
         )
     return counts
 
