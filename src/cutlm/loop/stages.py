@@ -327,11 +327,11 @@ def _train(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
     target = folder / ("adapter" if plan.has_merge else "model")
     state = _read_trainer_state(target)
     if state is None:
-        records = folder / "records.jsonl"
-        if plan.train_settings.get("downsample") is not None and not check_records(records).num_unsatisfactory:
+        counts = _count_judged(folder / "records.jsonl") or {}
+        if plan.train_settings.get("downsample") is not None and counts["num_judged"] == counts["num_satisfactory"]:
             raise StageFailed(
-                f"all responses are satisfactory, and downsample keeps none of those; use {iteration.model} as the"
-                " final model, or start a new run with harder instructions",
+                f"all {counts['num_judged']} responses are satisfactory, and downsample keeps none of those; use"
+                f" {iteration.model} as the final model, or start a new run with harder instructions",
                 status=2,
             )
         config = folder / "train.yaml"
