@@ -323,14 +323,15 @@ def _count_flagged(scores: Path) -> dict[str, Any]:
 
 def _train(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
     folder = iteration.folder
-    data = folder / ("scores.jsonl" if plan.has_blame else "refined.jsonl" if plan.has_refine else "records.jsonl")
+    judged = folder / "records.jsonl"
+    data = folder / "scores.jsonl" if plan.has_blame else folder / "refined.jsonl" if plan.has_refine else judged
     target = folder / ("adapter" if plan.has_merge else "model")
     state = _read_trainer_state(target)
     if state is None:
-        counts = _count_judged(folder / "records.jsonl") or {}
-        if plan.train_settings.get("downsample") is not None and counts["num_judged"] == counts["num_satisfactory"]:
+        records = [] if plan.train_settings.get("downsample") is None else check_records(judged).records
+        if records and all(record.is_satisfactory for record in records):
             raise StageFailed(
-                f"all {counts['num_judged']} responses are satisfactory, and downsample keeps none of those; use"
+                f"all {len(records)} responses are satisfactory, and downsample keeps none of those; use"
                 f" {iteration.model} as the final model, or start a new run with harder instructions",
                 status=2,
             )
