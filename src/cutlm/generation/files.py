@@ -26,7 +26,7 @@ ALPACA_EVAL = "alpaca_eval"
 def load_prompts(source: str) -> list[dict[str, Any]]:
     """Reads instructions: a JSON array or JSON Lines with `instruction`, optional `input` and `dataset`.
 
-    The source "alpaca_eval" stands for the 805 instructions on the hub. Raises a `DataError` that names all bad rows.
+    The source "alpaca_eval" is the 805 instructions on the hub. Raises a `DataError` that names all bad rows.
     """
     if source == ALPACA_EVAL and not Path(source).exists():
         source = _download_alpaca_eval()

@@ -118,7 +118,7 @@ def generate_batches(
     sampling: Sampling,
     generated: Generated,
 ) -> Iterator[list[tuple[int, str, bool]]]:
-    """Generates into `generated`, the longest prompts first, so that it runs out of memory at once or never.
+    """Generates into `generated`, the longest prompts first, so that it runs out of memory at the start or never.
 
     Yields for each new response of a batch its index, its text, and whether it was stopped at `max_new_tokens`. Raises
     a `UserError` if the model's context has no room for a prompt.

@@ -35,7 +35,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 # A layer is compiled again for one row or several, with or without mask, dropout, gradients and gradients of its input.
 # After 8 versions, torch's default, it would run uncompiled.
 _MAX_COMPILED_VERSIONS = 32
-# What the libraries raise for files that are missing, damaged or of an unknown kind.
+# Exceptions that the libraries raise for missing, damaged or unknown files.
 _FILE_ERRORS = (
     OSError,  # transformers and huggingface_hub: a missing file, a config that is not JSON, no network
     ValueError,  # transformers: an unknown architecture; json: a damaged tokenizer_config.json
@@ -52,7 +52,7 @@ _FILE_ERRORS = (
 
 @contextmanager
 def _reading_files(path: str | Path, kind: str) -> Iterator[None]:
-    """Turns what a library raises about the files of a model into a `UserError`; wraps library calls only."""
+    """Turns a library's exception about the files of a model into a `UserError`; wraps library calls only."""
     try:
         yield
     except torch.OutOfMemoryError:

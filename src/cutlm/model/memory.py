@@ -120,7 +120,7 @@ class Memory:
     weights: float  # as stored, and those that are gathered or cast for computing
     gradients: float  # and the buckets in which processes sum them
     optimizer: float  # Adam's two moments
-    activations: float  # what the forward pass keeps for the backward pass
+    activations: float  # saved by the forward pass for the backward pass
     work: float  # temporary memory of what runs: the head, or the backward pass of a layer
 
     @property
@@ -228,7 +228,7 @@ def _count_stored(shape: Shape, plan: Plan) -> tuple[float, int]:
     """Bytes of all weights, and the number of trained ones."""
     stored: float = shape.num_weights * plan.weight_size
     if plan.load_in is not None:
-        # PEFT's `prepare_model_for_kbit_training` casts what is not quantized to float32.
+        # PEFT's `prepare_model_for_kbit_training` casts the other weights to float32.
         num_quantized = shape.num_layers * shape.num_layer_weights
         stored = num_quantized * _QUANTIZED[plan.load_in] + shape.num_other_weights * _FLOAT32
     if plan.lora_r is None:

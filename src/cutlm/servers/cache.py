@@ -104,7 +104,7 @@ class Cache:
         except sqlite3.DatabaseError as error:
             remedy = "fix it, or pass another file by --cache to start over"
             if isinstance(error, sqlite3.OperationalError):  # for example a full disk
-                remedy = "earlier answers are kept: make room on the disk and start again"
+                remedy = "free disk space and start again; earlier answers are kept"
             raise UserError(f"{self.path}: cannot use the cache ({error}); {remedy}") from None
 
 

@@ -52,7 +52,7 @@ class Server:
     """A model on an OpenAI-compatible server, and how to send requests to it.
 
     Args:
-        base_url: Such as http://localhost:8000/v1; an address without a path stands for its /v1.
+        base_url: Such as http://localhost:8000/v1; /v1 is added to an address without a path.
         model: The model's name on the server.
         extra_body: Further fields of every request; None removes a field.
         concurrency: Requests at a time.
@@ -127,7 +127,7 @@ def read_key() -> str | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer; None stands for what the server does not say."""
+    """A model's answer; text and finish reason are None if the server returns none."""
 
     text: str | None
     finish_reason: str | None
