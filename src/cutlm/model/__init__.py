@@ -1,5 +1,5 @@
 """Models: load them, run them over micro-batches, and merge adapters.
 
-Read `loading` (models, tokenizers, adapters), `collator` (what a micro-batch is), `forward` (how it runs through the
-model) and `logprobs` (the output head). `merge` and `memory` are the commands `merge` and `estimate`.
+Read `loading` (models, tokenizers, adapters), `collator` (the micro-batch), `forward` (its log-probabilities) and
+`logprobs` (the output head). The commands `merge` and `estimate` use `merge` and `memory`.
 """

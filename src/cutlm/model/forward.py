@@ -402,8 +402,8 @@ def _make_mask(model: nn.Module, tree_ids: Tensor, branch_ids: Tensor) -> Tensor
         branch_ids: [L] its branch, 0 for the trunk.
 
     Returns:
-        [1, 1, L, L], True (for eager attention, which adds the mask to its logits: 0.0) where the token of a row
-        attends to that of a column.
+        [1, 1, L, L], True where the token of a row attends to the token of a column. Eager attention adds the mask to
+        its logits and gets 0.0 there, and the smallest number elsewhere.
     """
     is_visible = (tree_ids[:, None] == tree_ids) & ((branch_ids == 0) | (branch_ids[:, None] == branch_ids))
     is_visible = is_visible.tril()[None, None]
