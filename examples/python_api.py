@@ -2,7 +2,8 @@
 
     python examples/python_api.py [FOLDER]
 
-It takes about a minute on a CPU. For a model of your own, replace `base`, the instructions and the judge.
+It takes less than half a minute on two CPU cores. For a model of your own, replace `base`, the instructions and the
+judge.
 """
 
 import sys

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutlm.cli.model_options import ModelOptions, make_server
+from cutlm.cli.model_options import ModelOptions, add_options, check_output, make_server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,12 +29,7 @@ _OPTIONS = ModelOptions(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help="model or adapter folder, or hub name")
-    parser.add_argument("--data", required=True, metavar="FILE", help="file of records: JSON array or JSON Lines")
-    parser.add_argument("--out", required=True, metavar="FILE", help="file to write")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the output file, and a partial file of other settings"
-    )
+    add_options(parser, "model", "data", "out", "overwrite")
     add_scoring_arguments(parser)
 
 
@@ -63,13 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
 def score_file(args: argparse.Namespace) -> None:
     """Score the records of `args.data`, write `args.out` and print counts."""
-    from cutlm.data.files import refuse_overwriting
-    from cutlm.errors import UserError
-
     _OPTIONS.fill(args)
-    refuse_overwriting([args.data], args.out)
-    if Path(args.out).exists() and not args.overwrite:
-        raise UserError(f"{args.out}: exists; name another file, or replace it with --overwrite")
+    check_output(args, [args.data])
 
     from cutlm.data.records import check_records, raise_problems
     from cutlm.flagging.detector import FlagSettings, blame_file
