@@ -22,7 +22,7 @@ from typing import Any
 
 
 def make_parser(description: str | None, num_repeats: int = 3) -> argparse.ArgumentParser:
-    """Makes a parser with the options of every benchmark; hidden ones select the variant of a child process."""
+    """Make a parser with the options of every benchmark; hidden ones select the variant of a child process."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=num_repeats, help=f"turns per variant (default: {num_repeats})")
     parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
@@ -41,7 +41,7 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_model(args: argparse.Namespace) -> Any:
-    """Makes the model, always with the same weights: in float32, or on a GPU with --bf16 in bfloat16."""
+    """Make the model, always with the same weights: in float32, or on a GPU with --bf16 in bfloat16."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,7 +65,7 @@ def make_model(args: argparse.Namespace) -> Any:
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """Trains a byte-level tokenizer of at most `vocab_size` tokens."""
+    """Train a byte-level tokenizer of at most `vocab_size` tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -98,7 +98,7 @@ def read_peak_bytes() -> int:
 
 
 def run_alone(variant: str, folder: str | Path) -> dict[str, Any]:
-    """Runs a variant of this script, with the options of this process, in a new process.
+    """Run a variant of this script, with the options of this process, in a new process.
 
     Returns:
         The JSON object of its last line, or {"failed": reason}.
@@ -117,7 +117,7 @@ def describe_failure(status: int) -> str:
 def take_turns(
     variants: Sequence[str], num_repeats: int, folder: str | Path, *, limit: float = math.inf
 ) -> dict[str, dict[str, Any]]:
-    """Runs the variants in turn.
+    """Run the variants in turn.
 
     Args:
         variants: The names of the variants.
@@ -161,7 +161,7 @@ def run_benchmark(
     prepare: Callable[[argparse.Namespace, Path], dict[str, Any]] | None = None,
     limit: float = math.inf,
 ) -> None:
-    """Runs the variant of a child process, or else all variants in turn, and writes the results.
+    """Run the variant of a child process, or else all variants in turn, and write the results.
 
     Args:
         args: The options.
@@ -213,7 +213,7 @@ def describe_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Formats rows as a Markdown table, whose header has the keys of the first row."""
+    """Format rows as a Markdown table, whose header has the keys of the first row."""
     names = list(rows[0])
     lines = [f"| {' | '.join(names)} |", f"|---{'|---:' * (len(names) - 1)}|"]
     lines += [f"| {' | '.join(_show(row.get(name)) for name in names)} |" for row in rows]
@@ -227,7 +227,7 @@ def _show(value: Any) -> str:
 
 
 def write_results(rows: Sequence[dict[str, Any]], results: dict[str, Any], path: str | None) -> None:
-    """Prints the rows as a table and all results as JSON, and writes the JSON to a file if `path` is given."""
+    """Print the rows as a table and all results as JSON, and write the JSON to a file if `path` is given."""
     print(make_table(rows))
     text = json.dumps(results | {"rows": rows}, indent=1)
     print(text)

@@ -110,7 +110,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ask_server(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures a server that has loaded its model; the peak is the server's."""
+    """Measure a server that has loaded its model; the peak is the server's."""
     from cutlm.cli import main as run_cutlm
 
     folder = Path(args.folder)

@@ -78,7 +78,7 @@ def measure_rate() -> float:
 
 
 def run(options: list[str], variant: str) -> dict[str, Any]:
-    """Runs one variant of `train_step.py`."""
+    """Run one variant of `train_step.py`."""
     script = Path(__file__).with_name("train_step.py")
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, str(script), *options, "--variants", variant, "--json", file.name]

@@ -38,12 +38,12 @@ def main() -> None:
 
 
 def read_results(name: str) -> dict[str, Any]:
-    """Reads the results of a benchmark."""
+    """Read the results of a benchmark."""
     return dict(json.loads((RESULTS / f"{name}.json").read_text("utf-8")))
 
 
 def fill_in(page: str) -> str:
-    """Replaces the tables of the page by those of the results."""
+    """Replace the tables of the page by those of the results."""
     return _PLACE.sub(lambda match: f"{match[1]}{describe(read_results(match[2]))}{match[3]}", page)
 
 

@@ -90,7 +90,7 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict[str, int]:
-    """Writes the tokenizer and records for the processes of the variants.
+    """Write the tokenizer and records for the processes of the variants.
 
     Returns:
         The number of tokens of both contexts of all records, and of those in responses.
@@ -141,7 +141,7 @@ def _read_records(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], Any]:
-    """Loads the tokenizer and the records, and makes the model without adapter."""
+    """Load the tokenizer and the records, and make the model without adapter."""
     import torch
     from transformers import AutoTokenizer
 
@@ -151,7 +151,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], Any]:
 
 
 def adapt(model: Any, args: argparse.Namespace) -> Any:
-    """Adds the adapter, for a training loop without trainer."""
+    """Add the adapter, for a training loop without trainer."""
     from peft import get_peft_model
 
     if args.activation_checkpointing:
@@ -213,7 +213,7 @@ def time_trainer(trainer: Any) -> dict[str, Any]:
 
 
 def time_loop(args: argparse.Namespace, model: Any, batches: Sequence[Any], find_loss: Any) -> dict[str, Any]:
-    """Times a training loop without trainer."""
+    """Time a training loop without trainer."""
     import torch
 
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-4)

@@ -52,7 +52,7 @@ RECORDS: list[tuple[str, str, str | None]] = [
 
 
 def encode_record(tokenizer, instruction: str, response: str, judgment: str | None) -> dict:
-    """Encodes a record in the paper's template: token ids of both prompts and of the response."""
+    """Encode a record in the paper's template: token ids of both prompts and of the response."""
     plain = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     judged = (
         "Below is an instruction that describes a task. Write a response to the instruction and the response should"

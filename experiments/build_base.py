@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_base(out: str | Path, seed: int = 0, num_steps: int = NUM_STEPS) -> bool:
-    """Trains a base model and writes its folder: float16 weights, tokenizer, recipe, and metrics on the dev tasks.
+    """Train a base model and write its folder: float16 weights, tokenizer, recipe, and metrics on the dev tasks.
 
     The folder appears only when it is complete.
 
@@ -151,7 +151,7 @@ _NUM_HASHED_ENCODINGS = 1_000
 
 
 def describe_recipe(tokenizer: PreTrainedTokenizerBase, seed: int, num_steps: int) -> dict[str, Any]:
-    """Describes everything that determines a base model, as JSON.
+    """Describe everything that determines a base model, as JSON.
 
     The recipe is stored with the model, so a test can detect that the packaged model no longer matches the code. Corpus
     and vocabulary are identified by hashes of the generated data, not of the code.
@@ -170,7 +170,7 @@ def describe_recipe(tokenizer: PreTrainedTokenizerBase, seed: int, num_steps: in
 
 
 def read_recipe(folder: str | Path) -> dict[str, Any] | None:
-    """Reads the recipe in a base model's folder; None if it is missing or damaged."""
+    """Read the recipe in a base model's folder; None if it is missing or damaged."""
     try:
         recipe = json.loads((Path(folder) / RECIPE_FILE).read_text("utf-8"))
     except (OSError, ValueError):
@@ -190,7 +190,7 @@ _NUM_TOKENIZER_DOCUMENTS = 30_000
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
-    """Makes the world's tokenizer, with the alpaca prompt as its chat template.
+    """Make the world's tokenizer, with the alpaca prompt as its chat template.
 
     Every word of the world is one token, digits are single tokens, and other text is split into bytes. Each fixed piece
     of the prompts is one token, so that long prompts cost a small model little.
@@ -252,7 +252,7 @@ class EncodedDocument(NamedTuple):
 
 
 def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
-    """Encodes a document with the prompt that its parts call for."""
+    """Encode a document with the prompt that its parts call for."""
     instruction, judgment, response, draft = document
     if draft is not None and judgment is not None:
         prompt_ids = encoder.encode_refinement_prompt(instruction, draft, judgment)
@@ -262,7 +262,7 @@ def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
 
 
 def train_base(tokenizer: PreTrainedTokenizerBase, seed: int, num_steps: int) -> LlamaForCausalLM:
-    """Makes and trains a base model; the same arguments give the same bits on one machine.
+    """Make and train a base model; the same arguments give the same bits on one machine.
 
     Documents are not repeated, except by chance.
     """

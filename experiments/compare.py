@@ -297,7 +297,7 @@ class Pool:
 
 
 def _start_worker() -> None:
-    """Prepares a process for runs: one thread, and no logs, because the results hold what they would say."""
+    """Prepare a process for runs: one thread, and no logs, because the results hold what they would say."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -307,7 +307,7 @@ def _start_worker() -> None:
 
 
 def _hash_code() -> str:
-    """Identifies the code: results of other code are not reused."""
+    """Identify the code: results of other code are not reused."""
     return _hash_files(sorted([*Path(cutlm.__file__).parent.rglob("*.py"), *FOLDER.glob("*.py")]))
 
 

@@ -51,7 +51,7 @@ class Document(NamedTuple):
 
 
 def make_corpus(num: int, seed: int) -> list[Document]:
-    """Draws a number of documents."""
+    """Draw a number of documents."""
     rng = random.Random(f"corpus {seed}")
     weights = [_WEIGHTS.get(family, 1.0) for family in FAMILIES]
     debts: dict[str, float] = {}

@@ -26,7 +26,7 @@ def measure_detection(
     responses: Sequence[str],
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> dict[float, dict[str, Detection]]:
-    """Compares flags with wrong tokens in unsatisfactory responses, by threshold and family, and over all as "micro".
+    """Compare flags with wrong tokens in unsatisfactory responses, by threshold and family, and over all as "micro".
 
     A token is wrong if it overlaps the oracle's wrong span, or if it ends the response and that span is empty.
     """

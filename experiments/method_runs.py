@@ -148,7 +148,7 @@ class Run:
 
 
 def execute(run: Run) -> dict[str, Any]:
-    """Trains and measures.
+    """Train and measure.
 
     Returns:
         `accuracy` by family and as "macro", one for each iteration; `seconds` of training (including the frozen
@@ -301,7 +301,7 @@ def train(
     run: Run,
     seed: int,
 ) -> dict[str, float]:
-    """Trains the model in place and returns the costs."""
+    """Train the model in place and return the costs."""
     if method.settings.get("detector") != "spans":
         records = [record.model_copy(update={"wrong_spans": None}) for record in records]
     is_pairs = "dpo" in method.settings.get("objective", "cut")

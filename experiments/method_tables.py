@@ -31,7 +31,7 @@ def summarize(values: Sequence[float]) -> tuple[float, float | None]:
 def write_results(
     folder: Path, name: str, rows: Sequence[dict[str, Any]], seeds: Sequence[int], command: str, base: str
 ) -> None:
-    """Writes NAME.json, NAME.md and NAME.png.
+    """Write NAME.json, NAME.md and NAME.png.
 
     Args:
         folder: The output folder.

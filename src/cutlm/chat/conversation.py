@@ -35,7 +35,7 @@ class Conversation:
         return [text for turn in self.turns for text in (turn.message, turn.answer)] + [message]
 
     def make_record(self, judgment: str) -> JudgedRecord:
-        """Makes a record of the last exchange; raises a DataError if it is not valid, such as with an empty answer.
+        """Make a record of the last exchange; raise a DataError if it is not valid, such as with an empty answer.
 
         The instruction is the message or, after earlier turns, the whole conversation up to the answer as plain text
         (see `join_texts`). A judgment that is praise becomes null.
@@ -51,16 +51,16 @@ class Conversation:
 
 
 def join_texts(texts: Sequence[str]) -> str:
-    r"""Joins a conversation into plain text, "User: Hi.\n\nAssistant: Hi!"; a single message stays as it is."""
+    r"""Join a conversation into plain text, "User: Hi.\n\nAssistant: Hi!"; a single message stays as it is."""
     if len(texts) == 1:
         return texts[0]
     return "\n\n".join(f"{_SPEAKERS[index % 2]}: {text}" for index, text in enumerate(texts))
 
 
 def append_record(path: str | Path, record: JudgedRecord) -> int:
-    """Appends a record to a JSON Lines file, creating it if necessary, and syncs it to disk.
+    """Append a record to a JSON Lines file, creating it if necessary, and sync it to disk.
 
-    Returns the number of records in the file. Raises a DataError if the file cannot be written, is not a JSON Lines
+    Return the number of records in the file. Raise a DataError if the file cannot be written, is not a JSON Lines
     file of records, or already has this record.
     """
     path, num_records, gap = Path(path), 0, b""
@@ -83,7 +83,7 @@ def append_record(path: str | Path, record: JudgedRecord) -> int:
 
 
 def _count_records(path: Path, record: JudgedRecord) -> int:
-    """Counts the records of a file after checking that `record` can be appended to it."""
+    """Count the records of a file after checking that `record` can be appended to it."""
     if not path.is_file():
         raise DataError(f"{path}: not a regular file; name another")
     data = read_bytes(path)

@@ -95,7 +95,7 @@ class LocalEngine:
 
 
 def encode_texts(encoder: Encoder, texts: Sequence[str]) -> list[int]:
-    """Encodes a conversation; for the alpaca template, which has no turns, only its last message."""
+    """Encode a conversation; for the alpaca template, which has no turns, only its last message."""
     return encoder.encode_prompt(texts[-1]) if encoder.template == "alpaca" else encoder.encode_conversation(texts)
 
 
@@ -139,7 +139,7 @@ def _explain_out_of_memory() -> Iterator[None]:
 
 @contextmanager
 def _catch_interrupt() -> Iterator[threading.Event]:
-    """Makes the first Ctrl-C set an event that stops generation at the next token; a second one raises at once."""
+    """Make the first Ctrl-C set an event that stops generation at the next token; a second one raises at once."""
     stop = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -42,23 +42,23 @@ class Engine(Protocol):
     max_new_tokens: int
 
     def set_template(self, name: TemplateName) -> None:
-        """Switches the prompt template."""
+        """Switch the prompt template."""
 
     def prepare(self, texts: Sequence[str]) -> tuple[Any, int]:
-        """Makes a prompt of texts of the user and the model in turn; the last is the user's.
+        """Make a prompt of texts of the user and the model in turn; the last is the user's.
 
-        Returns the prompt, and the number of oldest turns dropped to make it fit.
+        Return the prompt, and the number of oldest turns dropped to make it fit.
         """
 
     def answer(self, prompt: Any, seed_offset: int, show: Callable[[str], None]) -> bool:
-        """Generates an answer to a prompt of `prepare`; raises KeyboardInterrupt if the user stops it.
+        """Generate an answer to a prompt of `prepare`; raise KeyboardInterrupt if the user stops it.
 
         `seed_offset` is added to the seed, so that a repeated question may get a different answer; `show` is called
-        with each piece. Returns whether the model ended the answer within `max_new_tokens`.
+        with each piece. Return whether the model ended the answer within `max_new_tokens`.
         """
 
     def blame(self, record: JudgedRecord) -> tuple[TokenScores, bool]:
-        """Scores a record as `cutlm blame` does; also returns whether a prompt was truncated from the left."""
+        """Score a record as `cutlm blame` does; also returns whether a prompt was truncated from the left."""
 
 
 class Message(NamedTuple):
@@ -69,7 +69,7 @@ class Message(NamedTuple):
 
 
 def read_message(read_line: Callable[[str], str]) -> Message:
-    """Reads one message: a line, lines continued by a backslash, or lines between triple quotes.
+    """Read one message: a line, lines continued by a backslash, or lines between triple quotes.
 
     `read_line` shows a prompt and returns a line without its end; it raises EOFError at the end of the input, and so
     does this function if no message is left.
@@ -104,7 +104,7 @@ class Session:
         self._is_single_turn_noted = False
 
     def run(self, read_line: Callable[[str], str], *, is_interactive: bool) -> None:
-        """Handles messages and commands until /quit or the end of the input.
+        """Handle messages and commands until /quit or the end of the input.
 
         If a person types (`is_interactive`), Ctrl-C stops only the current answer.
         """
@@ -128,7 +128,7 @@ class Session:
                 remark(str(error))
 
     def handle(self, message: Message) -> bool:
-        """Handles a message or command and returns whether the session continues."""
+        """Handle a message or command and return whether the session continues."""
         text = message.text
         if not text:
             return True
@@ -280,12 +280,12 @@ def _describe_rest(pieces: Sequence[str]) -> str:
 
 
 def print_help() -> None:
-    """Prints the commands."""
+    """Print the commands."""
     lines = [*(f"{command:<18} {meaning}" for command, meaning in _HELP), *_HELP_NOTES]
     print("\n".join(f"  {line}" for line in lines), flush=True)
 
 
 def remark(text: str) -> None:
-    """Prints a remark on standard error."""
+    """Print a remark on standard error."""
     for line in text.splitlines():
         print(f"-- {make_printable(line)}", file=sys.stderr, flush=True)

@@ -96,9 +96,9 @@ class _OptionParser(argparse.ArgumentParser):
 
 
 def parse_stage_options(command: str, text: str) -> dict[str, Any]:
-    """Parses the options that a setting passes on to `cutlm generate` or `cutlm judge`, and returns all of its options.
+    """Parse the options that a setting passes on to `cutlm generate` or `cutlm judge`, and return all of its options.
 
-    The text is as on a command line, for judge with the kind of judge first. Raises ConfigError if an option is unknown
+    The text is as on a command line, for judge with the kind of judge first. Raise ConfigError if an option is unknown
     or invalid, or if the loop sets it itself.
     """
     try:

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _find_files(source: str, inputs: Sequence[str]) -> list[Path]:
-    """Returns the files to read; Shepherd's two files may be given as their folder."""
+    """Return the files to read; Shepherd's two files may be given as their folder."""
     from cutlm.data.convert import shepherd
 
     paths = [Path(name) for name in inputs]

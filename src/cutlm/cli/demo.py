@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _import_with_defaults() -> None:
-    """Imports the libraries that read environment variables once, with defaults for those that the user has not set."""
+    """Import the libraries that read environment variables once, with defaults for those that the user has not set."""
     # When other programs use the CPU, too, threads that spin while they wait make the demo three times as slow.
     defaults = {"OMP_WAIT_POLICY": "PASSIVE"}
     # Progress bars fit a narrow terminal and vanish when they are done. They are off unless stderr is a terminal.

@@ -78,7 +78,7 @@ _Compared = tuple[Path, "list[Response]", "list[Response]", list[float | None], 
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Refuses options that contradict each other, before anything is loaded or paid for."""
+    """Refuse options that contradict each other, before anything is loaded or paid for."""
     from cutlm.cli.reuse import check_source, list_given
     from cutlm.servers.client import KEY_VARIABLE, read_key
 
@@ -100,7 +100,7 @@ def _select_answering(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _replay(args: argparse.Namespace) -> _Compared:
-    """Reads verdicts from a file, and the responses too if they are not given."""
+    """Read verdicts from a file, and the responses too if they are not given."""
     from cutlm.evaluation.alpaca_eval import find_verdicts, read_annotations
     from cutlm.evaluation.shared import hash_file, open_folder
     from cutlm.judges import Response
@@ -125,7 +125,7 @@ def _replay(args: argparse.Namespace) -> _Compared:
 
 
 def _annotate(args: argparse.Namespace) -> _Compared | None:
-    """Generates responses and asks the annotator to compare them; None if some pairs have no answer."""
+    """Generate responses and ask the annotator to compare them; None if some pairs have no answer."""
     from cutlm.cli.reuse import PARTS, answer_once, describe_source
     from cutlm.evaluation.annotator import ask_verdicts, load_annotator, make_body
     from cutlm.evaluation.shared import VERDICTS_FILE, hash_file, open_folder

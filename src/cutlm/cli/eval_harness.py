@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """Checks the options before anything is loaded."""
+    """Check the options before anything is loaded."""
     from cutlm.model.loading import is_adapter_folder
 
     problems = []
@@ -84,7 +84,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> Any:
-    """Loads the model as lm-eval wants it."""
+    """Load the model as lm-eval wants it."""
     from cutlm.evaluation.shared import need_extra
     from cutlm.model.loading import load_trained, unwrap_peft
 

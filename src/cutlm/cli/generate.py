@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_answering_arguments(parser: argparse.ArgumentParser, options: ModelOptions = ANSWERING_OPTIONS) -> None:
-    """Adds the options of answering a file, for every command that has a model do so."""
+    """Add the options of answering a file, for every command that has a model do so."""
     add_options(parser, "template")
     judgment = 'ask for a response that deserves this judgment, such as "Perfect.": for models trained by hindsight'
     parser.add_argument("--judgment", metavar="TEXT", help=judgment)
@@ -54,7 +54,7 @@ def add_answering_arguments(parser: argparse.ArgumentParser, options: ModelOptio
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuses options that contradict each other, all in one ConfigError, and fills in the defaults."""
+    """Refuse options that contradict each other, all in one ConfigError, and fill in the defaults."""
     problems = ANSWERING_OPTIONS.find_problems(args)
     if args.num_samples < 1:
         problems.append(f"--num_samples: expected a whole number of at least 1, got {args.num_samples}")
@@ -147,7 +147,7 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
 
 
 def print_counts(generated: Any, kind: str, sampling: Any) -> None:
-    """Prints the counts of a `Generated`, without those that are usually 0."""
+    """Print the counts of a `Generated`, without those that are usually 0."""
     if generated.num_redacted:
         print(f"{generated.num_redacted} responses contained the key of the server; [key] replaces it")
     if generated.num_resumed:

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_local_arguments(parser: "argparse._ActionsContainer") -> None:
-    """Adds the options of a local judge."""
+    """Add the options of a local judge."""
     longest = "longest answer (default: 1024, or a quarter of the context)"
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help=longest)
     add_options(parser, *_LOCAL)
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def fill_options(args: argparse.Namespace) -> None:
-    """Refuses options of other judges, requires those of this one, and fills in the defaults."""
+    """Refuse options of other judges, require those of this one, and fill in the defaults."""
     own, given = _OPTIONS[args.judge], defaultdict(list)
     for name in {name: None for options in _OPTIONS.values() for name in options}:
         if getattr(args, name) is None:

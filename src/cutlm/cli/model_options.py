@@ -45,20 +45,20 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def add_options(parser: "argparse._ActionsContainer", *names: str) -> None:
-    """Adds options without their defaults, which are in `DEFAULTS`."""
+    """Add options without their defaults, which are in `DEFAULTS`."""
     for name in names:
         parser.add_argument(f"--{name}", **_ARGUMENTS[name])
 
 
 def check_output(args: argparse.Namespace, inputs: Sequence[str]) -> None:
-    """Refuses to write to an input, or to a file that exists without --overwrite."""
+    """Refuse to write to an input, or to a file that exists without --overwrite."""
     refuse_overwriting(inputs, args.out)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; pass another file, or replace it with --overwrite")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `make_sampling`."""
+    """Add the options of `make_sampling`."""
     longest = "longest response (default: 2048, or half of the context)"
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help=longest)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
@@ -74,13 +74,13 @@ class ModelOptions:
     server: tuple[str, ...] = ()  # only for a server, besides `base_url`; empty for a command that uses none
 
     def add(self, parser: argparse.ArgumentParser) -> None:
-        """Adds all of them, in a group for each backend."""
+        """Add all of them, in a group for each backend."""
         add_options(parser.add_argument_group("a local model"), *self.local)
         if self.server:
             add_options(parser.add_argument_group("a model on a server"), "base_url", *self.server)
 
     def find_problems(self, args: argparse.Namespace) -> list[str]:
-        """Names the options of the other backend that were given."""
+        """Name the options of the other backend that were given."""
         is_local = not self.server or args.base_url is None
         given = [f"--{name}" for name in (self.server if is_local else self.local) if getattr(args, name) is not None]
         if not given:
@@ -89,7 +89,7 @@ class ModelOptions:
         return [f"{', '.join(given)}: expected {advice}, or leave these out"]
 
     def fill(self, args: argparse.Namespace) -> None:
-        """Refuses options of the other backend and fills in the defaults."""
+        """Refuse options of the other backend and fill in the defaults."""
         if problems := self.find_problems(args):
             raise ConfigError(problems)
         for name in (*self.local, *self.server):
@@ -98,7 +98,7 @@ class ModelOptions:
 
 
 def make_server(args: argparse.Namespace, model: str, **others: Any) -> "Server":
-    """Returns the server that the options name, for a model's name on it and other settings of `Server`."""
+    """Return the server that the options name, for a model's name on it and other settings of `Server`."""
     from cutlm.servers.client import Server
 
     names = ("concurrency", "timeout", "max_retries")
@@ -107,7 +107,7 @@ def make_server(args: argparse.Namespace, model: str, **others: Any) -> "Server"
 
 
 def read_json_object(text: str, option: str) -> dict[str, Any]:
-    """Reads an option that holds a JSON object."""
+    """Read an option that holds a JSON object."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -118,7 +118,7 @@ def read_json_object(text: str, option: str) -> dict[str, Any]:
 
 
 def make_sampling(args: argparse.Namespace, model: Any = None) -> "Sampling":
-    """Returns how to sample by the options of `add_sampling_options` and `batch_size`.
+    """Return how to sample by the options of `add_sampling_options` and `batch_size`.
 
     The context of a local model bounds the default of `max_new_tokens`; without a model, a server generates.
     """
@@ -132,7 +132,7 @@ def make_sampling(args: argparse.Namespace, model: Any = None) -> "Sampling":
 
 
 def load_model(args: argparse.Namespace) -> "tuple[Any, PreTrainedTokenizerBase, TemplateName]":
-    """Loads the local model and its tokenizer, and chooses the prompt template."""
+    """Load the local model and its tokenizer, and choose the prompt template."""
     from cutlm.model.loading import load_trained
     from cutlm.prompting.encoding import choose_template
 

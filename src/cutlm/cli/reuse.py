@@ -19,7 +19,7 @@ _SETTINGS = (
 
 
 def check_source(args: argparse.Namespace, problems: Sequence[str] = (), *, also_used: Sequence[str] = ()) -> None:
-    """Requires either responses or a model to generate them, and refuses options that contradict each other.
+    """Require either responses or a model to generate them, and refuse options that contradict each other.
 
     Args:
         args: The options of `generate.add_answering_arguments`, `model` and `outputs`.
@@ -44,7 +44,7 @@ def check_source(args: argparse.Namespace, problems: Sequence[str] = (), *, also
 def list_given(
     args: argparse.Namespace, add_arguments: Callable[[argparse.ArgumentParser], None], but: Sequence[str] = ()
 ) -> list[str]:
-    """Names the options that a function adds and that are not at their defaults, except those in `but`."""
+    """Name the options that a function adds and that are not at their defaults, except those in `but`."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     defaults = vars(parser.parse_args([]))
@@ -52,7 +52,7 @@ def list_given(
 
 
 def describe_source(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns what responses depend on, for the settings of an evaluation's folder."""
+    """Return what responses depend on, for the settings of an evaluation's folder."""
     from cutlm.evaluation.shared import hash_file
     from cutlm.model.loading import fingerprint_model
 
@@ -62,7 +62,7 @@ def describe_source(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def answer_once(args: argparse.Namespace, folder: Path, prompts: str) -> Path | None:
-    """Generates a file of responses as `cutlm generate` does, unless the folder of the evaluation has it.
+    """Generate a file of responses as `cutlm generate` does, unless the folder of the evaluation has it.
 
     None if some prompts have no answer from a server.
     """

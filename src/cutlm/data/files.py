@@ -35,7 +35,7 @@ class SourceRow:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Reads and decompresses a file; raises a DataError if it cannot be read."""
+    """Read and decompress a file; raise a DataError if it cannot be read."""
     path = Path(path)
     try:
         raw = path.read_bytes()
@@ -55,7 +55,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
-    """Reads the rows of a JSON array or a JSON Lines file, whichever it is, compressed or not.
+    """Read the rows of a JSON array or a JSON Lines file, whichever it is, compressed or not.
 
     Returns:
         The rows, and a sentence for each line that is not valid JSON and each row with an infinite number or too
@@ -68,7 +68,7 @@ def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
 
 
 def parse_rows(path: str | Path, content: bytes) -> tuple[list[SourceRow], list[str]]:
-    """Parses the decompressed content of a file of rows; see `read_rows`."""
+    """Parse the decompressed content of a file of rows; see `read_rows`."""
     data = content.removeprefix(b"\xef\xbb\xbf")
     try:
         text = data.decode("utf-8")
@@ -138,7 +138,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _find_problem(row: Any) -> str | None:
-    """Returns why a row cannot be written again, or None."""
+    """Return why a row cannot be written again, or None."""
     if not isinstance(row, dict):
         return _find_unwritable(row)
     problems = ((name, _find_unwritable(value)) for name, value in row.items())
@@ -162,10 +162,10 @@ def refuse_overwriting(inputs: Iterable[str | Path], out: str | Path) -> None:
 
 @contextmanager
 def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that replaces `path` only once it is complete and synced to disk.
+    """Open a file for writing that replaces `path` only once it is complete and synced to disk.
 
     The data is written to a temporary file next to it, compressed according to the suffix; after an error or a kill,
-    `path` is unchanged. Raises a DataError if it cannot be written.
+    `path` is unchanged. Raise a DataError if it cannot be written.
     """
     path = Path(path)
     if path.is_dir():
@@ -195,13 +195,13 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically."""
     with open_atomic(path) as file:
         file.write(text.encode())
 
 
 def sync_directory(path: str | Path) -> None:
-    """Makes a rename or removal inside a directory durable."""
+    """Make a rename or removal inside a directory durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -210,7 +210,7 @@ def sync_directory(path: str | Path) -> None:
 
 
 def sync_tree(folder: str | Path) -> None:
-    """Makes every file below a folder, and its directory entries, durable."""
+    """Make every file below a folder, and its directory entries, durable."""
     for parent, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(parent, name), "rb") as file:
@@ -219,7 +219,7 @@ def sync_tree(folder: str | Path) -> None:
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Writes rows atomically and returns their number.
+    """Write rows atomically and return their number.
 
     The file is one JSON array if the name ends in `.json` (or `.json.gz`), otherwise JSON Lines.
     """

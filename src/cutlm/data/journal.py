@@ -56,7 +56,7 @@ class Journal:
             self.remove()  # nothing to resume from
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Appends lines and syncs them to disk."""
+        """Append lines and sync them to disk."""
         assert self._file is not None, "a journal is written to inside `with`"
         text = "".join(f"{json.dumps(line)}\n" for line in lines)
         self._is_empty = self._is_empty and not text
@@ -65,7 +65,7 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def remove(self) -> None:
-        """Removes the partial file, once the output file is complete and synced."""
+        """Remove the partial file, once the output file is complete and synced."""
         self.path.unlink()
         sync_directory(self.path.parent)
 
@@ -76,7 +76,7 @@ def refuse_foreign(path: Path) -> NoReturn:
 
 
 def _read_lines(path: Path, header: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Reads the lines after the header; None without any, whatever the settings were."""
+    """Read the lines after the header; None without any, whatever the settings were."""
     # A kill can leave an incomplete last line. It is truncated, and its results are computed again.
     data = read_bytes(path)
     num_bytes = data.rfind(b"\n") + 1

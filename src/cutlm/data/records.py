@@ -132,7 +132,7 @@ class RecordCheck:
 
 
 def load_records(path: str | Path) -> list[JudgedRecord]:
-    """Reads all records of a file: a JSON array or JSON Lines, plain or compressed with gzip or xz.
+    """Read all records of a file: a JSON array or JSON Lines, plain or compressed with gzip or xz.
 
     Raises:
         DataError: The file cannot be read or has no records, or rows are not valid; all of them are named.
@@ -147,7 +147,7 @@ def load_records(path: str | Path) -> list[JudgedRecord]:
 
 
 def check_records(path: str | Path) -> RecordCheck:
-    """Reads a file of records and collects its problems; raises a DataError if it cannot be read as a whole."""
+    """Read a file of records and collect its problems; raise a DataError if it cannot be read as a whole."""
     rows, problems = read_rows(path)
     check = check_rows(rows)
     check.problems[:0] = problems
@@ -156,7 +156,7 @@ def check_records(path: str | Path) -> RecordCheck:
 
 
 def as_records(rows: Sequence[Any], source: str) -> RecordCheck:
-    """Validates records in memory, dictionaries or `JudgedRecord`s; raises a DataError if some are not valid or none.
+    """Validate records in memory, dictionaries or `JudgedRecord`s; raise a DataError if some are not valid or none.
 
     `source` is their name in messages, such as `train_dataset`.
     """
@@ -174,7 +174,7 @@ def raise_problems(check: RecordCheck, source: str) -> None:
 
 
 def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
-    """Validates rows and keeps their locations."""
+    """Validate rows and keep their locations."""
     check = RecordCheck()
     first_locations: dict[tuple[Any, ...], str] = {}
     for row in rows:
@@ -202,7 +202,7 @@ def _validate_record(row: SourceRow, problems: list[str]) -> JudgedRecord | None
 
 
 def validate_row(row: SourceRow, model: type[ModelT], problems: list[str]) -> ModelT | None:
-    """Validates a row; if it is not valid, adds a sentence per field to `problems` and returns None."""
+    """Validate a row; if it is not valid, add a sentence per field to `problems` and return None."""
     if not isinstance(row.value, Mapping):
         fields = ", ".join(model.model_fields)
         problems.append(f"{row.location}: expected an object with the fields {fields}, got {describe_value(row.value)}")
@@ -240,12 +240,12 @@ def _describe_error(values: Mapping[str, Any], model: type[BaseModel], detail: A
 
 
 def join_path(parts: Sequence[str | int]) -> str:
-    """Returns the path of a field within a row, such as `turns[2].text`."""
+    """Return the path of a field within a row, such as `turns[2].text`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
 def describe_value(value: Any) -> str:
-    """Describes a JSON value by its kind; also shows numbers and booleans."""
+    """Describe a JSON value by its kind; also shows numbers and booleans."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     kind = "null" if value is None else kinds.get(type(value), type(value).__name__)
     return f"{kind} ({value})" if isinstance(value, int | float) else kind

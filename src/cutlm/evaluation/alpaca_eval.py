@@ -30,7 +30,7 @@ _PAPERS = (
 
 
 def read_annotations(path: str | Path, annotator: str) -> list[dict[str, Any]]:
-    """Reads the verdicts of an annotator as `alpaca-eval` writes them; raises DataError that names all malformed rows.
+    """Read the verdicts of an annotator as `alpaca-eval` writes them; raise DataError that names all malformed rows.
 
     Rows have `instruction`, `output_1` (the reference's), `output_2` (the model's) and `preference`: 1 to 2, 0 for a
     draw, or null.
@@ -63,7 +63,7 @@ def read_annotations(path: str | Path, annotator: str) -> list[dict[str, Any]]:
 
 
 def find_verdicts(annotations: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> list[float | None]:
-    """Returns the verdict on each pair from the rows with its texts; None if there is none.
+    """Return the verdict on each pair from the rows with its texts; None if there is none.
 
     Several rows with the same texts are used in turn, null ones last, and the last one for all further pairs.
     """
@@ -78,7 +78,7 @@ def find_verdicts(annotations: Sequence[dict[str, Any]], pairs: Sequence[Pair]) 
 
 
 def measure_win_rate(preferences: Sequence[float | None], outputs: Sequence[str]) -> dict[str, Any]:
-    """Computes the win rate of the model's responses and its standard error, in percent, with counts.
+    """Compute the win rate of the model's responses and its standard error, in percent, with counts.
 
     Args:
         preferences: 1 to 2 for each pair; 2 means that the model's response is better; 0 is a draw and counts half;
@@ -103,7 +103,7 @@ def measure_win_rate(preferences: Sequence[float | None], outputs: Sequence[str]
 
 
 def tabulate_win_rate(result: dict[str, Any], name: str, against: str) -> str:
-    """Formats the result of `measure_win_rate`, with `annotator`, as Markdown, with the paper's rows below.
+    """Format the result of `measure_win_rate`, with `annotator`, as Markdown, with the paper's rows below.
 
     The names are those of the model and of the reference.
     """
@@ -122,7 +122,7 @@ def tabulate_win_rate(result: dict[str, Any], name: str, against: str) -> str:
 
 
 def draw_win_rate(result: dict[str, Any], name: str, against: str) -> bytes:
-    """Draws the win rate with its standard error, the paper's below; see `tabulate_win_rate`."""
+    """Draw the win rate with its standard error, the paper's below; see `tabulate_win_rate`."""
     rate, error = result["win_rate"], result["standard_error"]
     ends = (None, None) if error is None else (rate - error, rate + error)
     bars = [Bar(name, rate, *ends), *make_paper_bars(_PAPERS, "")]

@@ -59,7 +59,7 @@ class Annotator:
     is_shuffled: bool = True  # whether the order of the responses is drawn
 
     def fill(self, pair: Pair) -> list[dict[str, str]]:
-        """Returns the messages. Texts are inserted literally: placeholders inside them are not filled in."""
+        """Return the messages. Texts are inserted literally: placeholders inside them are not filled in."""
         outputs = (pair.output, pair.reference) if self.is_switched(pair) else (pair.reference, pair.output)
         values = {"instruction": pair.instruction, "output_1": outputs[0], "output_2": outputs[1]}
         return [
@@ -74,7 +74,7 @@ class Annotator:
         return self.is_shuffled and bool(utils.random_seeded_choice(seed=seed, choices=[False, True]))
 
     def read(self, answer: str, pair: Pair) -> float | None:
-        """Returns the verdict: 2 if the model's response is better, 1 if the reference is; None if there is none."""
+        """Return the verdict: 2 if the model's response is better, 1 if the reference is; None if there is none."""
         try:
             with _silence_root_logger():  # the parsers log answers that they cannot read as errors
                 verdict = float(self.parse(answer))
@@ -97,7 +97,7 @@ class Verdicts:
     num_tokens: int = 0  # of this run, of prompts and answers
 
     def describe(self) -> list[str]:
-        """Returns sentences on requests and failures."""
+        """Return sentences on requests and failures."""
         lines = []
         if self.num_cached:
             lines.append(f"{self.num_cached} verdicts were in the cache")
@@ -124,7 +124,7 @@ def _silence_root_logger() -> Iterator[None]:
 
 
 def load_annotator(name: str) -> Annotator:
-    """Reads the configuration of an annotator; UserError if it asks in a way that cutlm does not support.
+    """Read the configuration of an annotator; UserError if it asks in a way that cutlm does not support.
 
     The name is that of one that comes with `alpaca-eval`, or of a folder with a `configs.yaml` of the same format.
     """
@@ -204,7 +204,7 @@ def _read_template(name: str, file: Any, folders: Sequence[Path]) -> str:
 
 
 def ask_verdicts(pairs: Sequence[Pair], annotator: Annotator, server: Server, cache_file: str | Path) -> Verdicts:
-    """Asks which response of each pair is better; equal responses are a draw without a request.
+    """Ask which response of each pair is better; equal responses are a draw without a request.
 
     Answers are cached, except those that are not verdicts, which are requested again. If the server refuses every
     request, it raises UserError.
@@ -249,6 +249,6 @@ def ask_verdicts(pairs: Sequence[Pair], annotator: Annotator, server: Server, ca
 
 
 def make_body(server: Server, annotator: Annotator, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """Returns the body of a request, with the sampling settings of the annotator's configuration."""
+    """Return the body of a request, with the sampling settings of the annotator's configuration."""
     known = {"temperature": 0.0, "max_tokens": 1024} | dict(annotator.settings)
     return server.make_body(messages, temperature=known["temperature"], max_tokens=known["max_tokens"])

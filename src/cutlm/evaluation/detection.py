@@ -57,7 +57,7 @@ class Evidence:
 
 
 def gather_evidence(scores: Iterable[TokenScores], name_group: Callable[[TokenScores], str] | None = None) -> Evidence:
-    """Finds each token's log ratio and whether it is wrong, by the groups of the records, if `name_group` is given."""
+    """Find each token's log ratio and whether it is wrong, by the groups of the records, if `name_group` is given."""
     evidence = Evidence()
     for score in scores:
         record = score.record
@@ -76,14 +76,14 @@ def gather_evidence(scores: Iterable[TokenScores], name_group: Callable[[TokenSc
 
 
 def count_detected(tokens: Iterable[tuple[float, bool]], threshold: float) -> Detection:
-    """Counts tokens, given as log ratio and whether wrong, at a threshold (lambda of eq. 5; 0 flags all tokens)."""
+    """Count tokens, given as log ratio and whether wrong, at a threshold (lambda of eq. 5; 0 flags all tokens)."""
     least = math.log(threshold) if threshold > 0 else -math.inf
     counts = Counter((ratio > least, is_wrong) for ratio, is_wrong in tokens)
     return Detection(counts[True, True], counts[True, False], counts[False, True])
 
 
 def compute_average_precision(tokens: Iterable[tuple[float, bool]]) -> float | None:
-    """Computes average precision: the mean over wrong tokens of the precision at the threshold that just flags them.
+    """Compute average precision: the mean over wrong tokens of the precision at the threshold that just flags them.
 
     Tokens with equal ratios are flagged together. For a random order it is about the share of wrong tokens. None if no
     token is wrong.
@@ -101,7 +101,7 @@ def compute_average_precision(tokens: Iterable[tuple[float, bool]]) -> float | N
 
 
 def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Any]:
-    """Measures detection at each threshold, for each group and, as the group None, for all tokens.
+    """Measure detection at each threshold, for each group and, as the group None, for all tokens.
 
     Returns:
         The content of result.json. Precision is None if no token is flagged.
@@ -132,7 +132,7 @@ def measure_detection(evidence: Evidence, thresholds: Sequence[float] = THRESHOL
 
 
 def tabulate_detection(result: dict[str, Any]) -> str:
-    """Reports the result of `measure_detection` as Markdown."""
+    """Report the result of `measure_detection` as Markdown."""
     whole = [row for row in result["thresholds"] if row["group"] is None]
     table = format_table(
         ["threshold", "precision", "recall", "F1", "flagged tokens"],
@@ -163,7 +163,7 @@ def _show(number: float | None) -> str:
 
 
 def plot_detection(axes: Any, rows: Sequence[dict[str, Any]], name: str = "", color: str = "#0072b2") -> None:
-    """Draws precision and recall over thresholds on matplotlib axes.
+    """Draw precision and recall over thresholds on matplotlib axes.
 
     The rows have `threshold`, `precision` (or None) and `recall`; `name` is for the legend.
     """

@@ -55,7 +55,7 @@ _FOLDERS = ("arc", "hellaswag", "mmlu/default", "truthfulqa")
 
 
 def read_benchmarks(text: str | None) -> list[Benchmark]:
-    """Reads a list such as "arc_challenge,my_task:5", with the number of examples; None for the paper's four."""
+    """Read a list such as "arc_challenge,my_task:5", with the number of examples; None for the paper's four."""
     if text is None:
         return list(PAPERS)
     known = {benchmark.task: benchmark for benchmark in PAPERS}
@@ -74,7 +74,7 @@ def read_benchmarks(text: str | None) -> list[Benchmark]:
 
 
 def find_tasks(benchmarks: Sequence[Benchmark], include_path: str | None) -> Any:
-    """Makes a task manager of the package that knows the benchmarks; UserError if it cannot measure one of them.
+    """Make a task manager of the package that knows the benchmarks; UserError if it cannot measure one of them.
 
     `include_path` is a folder with further tasks, which take precedence over the package's.
     """
@@ -115,7 +115,7 @@ def _quiet_package() -> Iterator[None]:
 
 
 def _check_yaml(folder: Path) -> None:
-    """Refuses invalid YAML files, which the package would silently skip together with their tasks."""
+    """Refuse invalid YAML files, which the package would silently skip together with their tasks."""
     problems = []
     for file in sorted(folder.rglob("*.yaml")):
         try:
@@ -127,7 +127,7 @@ def _check_yaml(folder: Path) -> None:
 
 
 def _list_members(entry: Any) -> list[str]:
-    """Lists the tasks of a tag, or of a group without a group metric; nothing for anything else."""
+    """List the tasks of a tag, or of a group without a group metric; nothing for anything else."""
     if entry is None or entry.kind.name not in ("TAG", "GROUP"):
         return []
     if entry.kind.name == "TAG":
@@ -148,7 +148,7 @@ def measure_benchmarks(
     uses_chat_template: bool = False,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Measures each benchmark whose result is not in the folder yet, and returns a row for each benchmark.
+    """Measure each benchmark whose result is not in the folder yet, and return a row for each benchmark.
 
     Args:
         benchmarks: What to measure; UserError if a task's data cannot be loaded or do not fit the task.
@@ -187,7 +187,7 @@ def measure_benchmarks(
 
 
 def _load_tasks(benchmarks: Sequence[Benchmark], manager: Any) -> dict[str, Any]:
-    """Loads the package's tasks and groups with their data; raises UserError with all that fail."""
+    """Load the package's tasks and group with their data; raise UserError with all that fail."""
     tasks, problems = {}, []
     for benchmark in benchmarks:
         try:
@@ -219,7 +219,7 @@ def _explain_failure(benchmark: Benchmark, error: Exception) -> str:
 
 
 def _pick_metric(benchmark: Benchmark, results: dict[str, Any]) -> dict[str, Any]:
-    """Makes a benchmark's row from the package's results: one metric, in percent if it is a fraction."""
+    """Make a benchmark's row from the package's results: one metric, in percent if it is a fraction."""
     # The package's names are such as "acc,none": a metric, and the filter that the answers went through.
     values = {name: value for name, value in results["results"][benchmark.task].items() if "," in name}
     metrics = [name for name in values if "_stderr," not in name]
@@ -247,14 +247,14 @@ def _pick_metric(benchmark: Benchmark, results: dict[str, Any]) -> dict[str, Any
 
 
 def summarize_benchmarks(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Makes the content of result.json: each task's value, the mean of those in percent (or None), and all rows."""
+    """Make the content of result.json: each task's value, the mean of those in percent (or None), and all rows."""
     values: dict[str, Any] = {row["task"]: row["value"] for row in rows}
     percents = [row["value"] for row in rows if row["is_percent"]]
     return values | {"mean": sum(percents) / len(percents) if percents else None, "tasks": list(rows)}
 
 
 def tabulate_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> str:
-    """Reports the model `name` as Markdown in the layout of the paper's Table 2, with the paper's values below."""
+    """Report the model `name` as Markdown in the layout of the paper's Table 2, with the paper's values below."""
     header, own = ["model"], [name]
     for row in rows:
         metric = "" if row["is_percent"] else f", {row['metric']}"
@@ -275,7 +275,7 @@ def tabulate_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> str:
 
 
 def draw_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> bytes | None:
-    """Draws the values in percent with standard errors, with the paper's below; None if there are none."""
+    """Draw the values in percent with standard errors, with the paper's below; None if there are none."""
     bars = []
     for row in rows:
         value, error = row["value"], row["standard_error"]

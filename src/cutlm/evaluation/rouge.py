@@ -24,7 +24,7 @@ _BATCH_SIZE = 50
 
 
 def list_references(records: Sequence[JudgedRecord], locations: Sequence[str]) -> list[Response]:
-    """Lists the improved response of each record, or its response if satisfactory; skips records with neither."""
+    """List the improved response of each record, or its response if satisfactory; skip records with neither."""
     references = []
     for record, location in zip(records, locations, strict=True):
         improved = record.i_ans if record.i_ans and record.i_ans.strip() else None
@@ -36,7 +36,7 @@ def list_references(records: Sequence[JudgedRecord], locations: Sequence[str]) -
 def measure_rouge(
     pairs: Sequence[tuple[str, str]], *, use_stemmer: bool = False, seed: int = 42
 ) -> dict[str, float | int]:
-    """Computes the mean F-measure of each kind, 0 to 100, with the ends KIND_low and KIND_high of its 95% interval.
+    """Compute the mean F-measure of each kind, 0 to 100, with the ends KIND_low and KIND_high of its 95% interval.
 
     Args:
         pairs: Responses and references.
@@ -64,7 +64,7 @@ def _bootstrap_interval(scores: Any, seed: int) -> Any:
 
 
 def tabulate_rouge(result: dict[str, Any], name: str) -> str:
-    """Reports the result of `measure_rouge` for the model `name` as Markdown, with the paper's values below."""
+    """Report the result of `measure_rouge` for the model `name` as Markdown, with the paper's values below."""
     own = [f"{result[kind]:.2f} ({result[f'{kind}_low']:.2f} to {result[f'{kind}_high']:.2f})" for kind in KINDS]
     papers = [[f"paper: {method}", "", "", "", f"{value:.2f}"] for method, value in ROUGE_LSUM.items()]
     table = format_table(["model", *_TITLES], [[name, *own], *papers])
@@ -81,7 +81,7 @@ def tabulate_rouge(result: dict[str, Any], name: str) -> str:
 
 
 def draw_rouge(result: dict[str, Any], name: str) -> bytes:
-    """Draws the values with their intervals, with the paper's below; see `tabulate_rouge`."""
+    """Draw the values with their intervals, with the paper's below; see `tabulate_rouge`."""
     bars = [
         Bar(f"{name}: {title}", result[kind], result[f"{kind}_low"], result[f"{kind}_high"])
         for kind, title in zip(KINDS, _TITLES, strict=True)

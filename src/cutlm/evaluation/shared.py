@@ -31,7 +31,7 @@ _NEUTRAL_FILES = (SETTINGS_FILE, PROMPTS_FILE, VERDICTS_FILE)
 def open_folder(
     out: str | Path, settings: Mapping[str, Any], parts: Iterable[str] = (), *, overwrite: bool = False
 ) -> Path:
-    """Creates the folder of an evaluation, or opens one with the same settings to resume.
+    """Create the folder of an evaluation, or open one with the same settings to resume.
 
     Args:
         out: The folder; UserError if it has results of other settings, or unknown files.
@@ -66,14 +66,14 @@ def open_folder(
 
 
 def hash_file(path: str | Path) -> str:
-    """Hashes the content of a file; raises DataError if it cannot be read."""
+    """Hash the content of a file; raise DataError if it cannot be read."""
     return hashlib.sha256(read_bytes(path)).hexdigest()[:16]
 
 
 def write_result(
     folder: Path, result: Mapping[str, Any], markdown: str, packages: Iterable[str] = (), *, picture: bytes | None
 ) -> None:
-    """Writes result.json, result.md and result.png, and prints the Markdown.
+    """Write result.json, result.md and result.png, and print the Markdown.
 
     The result depends on cutlm and the packages; their versions go to result.json.
     """
@@ -104,7 +104,7 @@ class Pairs:
 
 
 def pair_responses(responses: Sequence[Response], references: Sequence[Response]) -> Pairs:
-    """Pairs each reference with a response to the same instruction; repeated instructions in their order.
+    """Pair each reference with a response to the same instruction; repeated instructions in their order.
 
     An instruction and its input are compared as one text, because files of verdicts have no input.
     """
@@ -122,7 +122,7 @@ def pair_responses(responses: Sequence[Response], references: Sequence[Response]
 
 
 def need_extra(module: str) -> Any:
-    """Imports a module of a package of the extra `eval`; raises UserError if the package is missing."""
+    """Import a module of a package of the extra `eval`; raise UserError if the package is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -130,7 +130,7 @@ def need_extra(module: str) -> Any:
 
 
 def import_alpaca_eval(module: str) -> Any:
-    """Imports a module of alpaca-eval, and restores the log level that it changes; see `need_extra`."""
+    """Import a module of alpaca-eval, and restore the log level that it changes; see `need_extra`."""
     level = logging.root.level
     try:
         with warnings.catch_warnings():

@@ -19,9 +19,9 @@ _ADVICE = "if the prompt is too long for the server, set a smaller --max_length"
 def score_rows_by_server(
     client: Client, rows: Sequence[Mapping[str, Any]], *, done: Collection[int] = (), show_progress: bool = True
 ) -> Generator[list[Scored], None, None]:
-    """Scores the responses of encoded rows, several at a time, the longest first.
+    """Score the responses of encoded rows, several at a time, the longest first.
 
-    Each row has a `location` as well. The indices in `done` are left out. Yields one row at a time, when it is
+    Each row has a `location` as well. The indices in `done` are left out. Yield one row at a time, when it is
     finished.
 
     Raises:
@@ -66,10 +66,10 @@ def _score(client: Client, prompt_ids: list[int], response_ids: list[int]) -> to
 
 
 def read_prompt_logprobs(answer: Any, ids: Sequence[int], start: int, url: str) -> list[float]:
-    """Reads the log-probs of a prompt's tokens `ids` from index `start` on, at least 1, from a server's answer.
+    """Read the log-probs of a prompt's tokens `ids` from index `start` on, at least 1, from a server's answer.
 
     `choices[0].prompt_logprobs` is null for the first token, and for each other one an object that maps the token's id
-    to an object with its `logprob`. Raises a `UserError` for answers of another form.
+    to an object with its `logprob`. Raise a `UserError` for answers of another form.
     """
     try:
         entries = answer["choices"][0]["prompt_logprobs"]

@@ -24,9 +24,9 @@ ALPACA_EVAL = "alpaca_eval"
 
 
 def load_prompts(source: str) -> list[dict[str, Any]]:
-    """Reads instructions: a JSON array or JSON Lines with `instruction`, optional `input` and `dataset`.
+    """Read instructions: a JSON array or JSON Lines with `instruction`, optional `input` and `dataset`.
 
-    The source "alpaca_eval" is the 805 instructions on the hub. Raises a `DataError` that names all bad rows.
+    The source "alpaca_eval" is the 805 instructions on the hub. Raise a `DataError` that names all bad rows.
     """
     if source == ALPACA_EVAL and not Path(source).exists():
         source = _download_alpaca_eval()
@@ -34,7 +34,7 @@ def load_prompts(source: str) -> list[dict[str, Any]]:
 
 
 def check_prompts(rows: Sequence[SourceRow], problems: Sequence[str], source: str) -> list[dict[str, Any]]:
-    """Checks the rows of a file of instructions; see `load_prompts`."""
+    """Check the rows of a file of instructions; see `load_prompts`."""
     problems = [*problems]
     for row in rows:
         validate_row(row, InstructionRow, problems)
@@ -59,12 +59,12 @@ def _download_alpaca_eval() -> str:
 
 
 def join_instruction(row: dict[str, Any]) -> str:
-    """Returns the instruction of a row and, after a newline, its input if it has one."""
+    """Return the instruction of a row and, after a newline, its input if it has one."""
     return f"{row['instruction']}\n{row['input']}" if row.get("input") else str(row["instruction"])
 
 
 def describe_run(inputs: Any, sampling: Sampling, template: str, model: str) -> dict[str, Any]:
-    """Returns the header of a run's journal: all settings that its responses depend on, with a hash of the inputs."""
+    """Return the header of a run's journal: all settings that its responses depend on, with a hash of the inputs."""
     prompts = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     return {"sampling": asdict(sampling), "template": template, "model": model, "prompts": prompts}
 
@@ -82,7 +82,7 @@ def generate_file(
     fingerprint: str,
     judgment: str | None = None,
 ) -> Generated:
-    """Answers prompts with a local model and writes AlpacaEval's format, see `make_rows`.
+    """Answer prompts with a local model and write AlpacaEval's format, see `make_rows`.
 
     Args:
         model: A causal language model in evaluation mode.
@@ -119,7 +119,7 @@ def refine_file(
     *,
     fingerprint: str,
 ) -> Generated:
-    """Writes records again, with an improved response in `i_ans` of each unsatisfactory one that has none.
+    """Write records again, with an improved response in `i_ans` of each unsatisfactory one that has none.
 
     These are for the ILF baselines, which learn from refinements. See `generate_file` for the arguments.
     """
@@ -137,7 +137,7 @@ def refine_file(
 
 
 def encode_refinement_prompts(records: Sequence[JudgedRecord], encoder: Encoder) -> list[list[int]]:
-    """Returns the token ids of prompts that ask to improve unsatisfactory responses by their judgments."""
+    """Return the token ids of prompts that ask to improve unsatisfactory responses by their judgments."""
     return [
         encoder.encode_refinement_prompt(record.full_instruction, record.output, record.judgment or "")
         for record in records
@@ -147,7 +147,7 @@ def encode_refinement_prompts(records: Sequence[JudgedRecord], encoder: Encoder)
 def make_rows(
     prompts: Sequence[dict[str, Any]], responses: dict[int, str], generator: str, dataset: str
 ) -> list[dict[str, Any]]:
-    """Returns rows of AlpacaEval's format (`instruction`, `output`, `generator`, `dataset`) for the given responses."""
+    """Return rows of AlpacaEval's format (`instruction`, `output`, `generator`, `dataset`) for the given responses."""
     rows = []
     for index, row in enumerate(prompts):
         if index in responses:

@@ -49,7 +49,7 @@ class Sampling:
 
 
 def describe_bad_seed(seed: int) -> str | None:
-    """Says what is wrong with a seed; None if nothing is. Torch and servers take 8 bytes, numpy no negative number."""
+    """Say what is wrong with a seed; None if nothing is. Torch and servers take 8 bytes, numpy no negative number."""
     return None if 0 <= seed < 2**63 else f"seed: expected a whole number of at least 0 and below 2^63, got {seed}"
 
 
@@ -66,7 +66,7 @@ class Generated:
 
     @classmethod
     def resume(cls, journal: Journal) -> "Generated":
-        """Returns the responses in the journal of a stopped run."""
+        """Return the responses in the journal of a stopped run."""
         lines = journal.lines
         return cls(
             {line["index"]: line["output"] for line in lines},
@@ -83,7 +83,7 @@ def generate_responses(
     prompts: Sequence[list[int]],
     sampling: Sampling,
 ) -> list[str]:
-    """Returns a response to each prompt, given as token ids; see `generate_with_journal`."""
+    """Return a response to each prompt, given as token ids; see `generate_with_journal`."""
     generated = Generated()
     for _ in generate_batches(model, tokenizer, encoder, prompts, sampling, generated):
         pass
@@ -98,7 +98,7 @@ def generate_with_journal(
     sampling: Sampling,
     journal: Journal,
 ) -> Generated:
-    """Generates the responses that a journal does not hold yet and appends them to it batch by batch."""
+    """Generate the responses that a journal does not hold yet and append them to it batch by batch."""
     generated = Generated.resume(journal)
     progress = tqdm(total=len(prompts), initial=generated.num_resumed, desc="generating", unit="response")
     with journal, progress:
@@ -118,9 +118,9 @@ def generate_batches(
     sampling: Sampling,
     generated: Generated,
 ) -> Iterator[list[tuple[int, str, bool]]]:
-    """Generates into `generated`, the longest prompts first, so that it runs out of memory at the start or never.
+    """Generate into `generated`, the longest prompts first, so that it runs out of memory at the start or never.
 
-    Yields for each new response of a batch its index, its text, and whether it was stopped at `max_new_tokens`. Raises
+    Yield for each new response of a batch its index, its text, and whether it was stopped at `max_new_tokens`. Raise
     a `UserError` if the model's context has no room for a prompt.
     """
     room = find_room(model, sampling.max_new_tokens)
@@ -144,25 +144,25 @@ def generate_batches(
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's random numbers, and restores the caller's state afterwards."""
+    """Seed torch's random numbers, and restore the caller's state afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 def choose_max_new_tokens(model: nn.Module) -> int:
-    """Returns 2048 as in the paper, or half of the model's context if that is less."""
+    """Return 2048 as in the paper, or half of the model's context if that is less."""
     limit = find_context_limit(model)
     return MAX_NEW_TOKENS if limit is None else max(1, min(MAX_NEW_TOKENS, limit // 2))
 
 
 def find_context_limit(model: nn.Module) -> int | None:
-    """Returns the length of the model's context in tokens; None if its config does not state one."""
+    """Return the length of the model's context in tokens; None if its config does not state one."""
     return getattr(unwrap_peft(model).config.get_text_config(), "max_position_embeddings", None)
 
 
 def find_room(model: nn.Module, max_new_tokens: int) -> int | None:
-    """Returns how many tokens of the model's context are left for a prompt, at least 1; None if it has no limit."""
+    """Return how many tokens of the model's context are left for a prompt, at least 1; None if it has no limit."""
     limit = find_context_limit(model)
     if limit is not None and limit <= max_new_tokens:
         raise UserError(f"max_new_tokens: expected fewer than the model's context of {limit}, got {max_new_tokens}")
@@ -191,7 +191,7 @@ def _generate_batch(
 
 
 def make_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
-    """Returns a complete generation config: of the model's own one only its end-of-turn tokens are kept."""
+    """Return a complete generation config: of the model's own one only its end-of-turn tokens are kept."""
     end_ids = getattr(model.generation_config, "eos_token_id", None)
     end_ids = [] if end_ids is None else end_ids if isinstance(end_ids, list | tuple) else [end_ids]
     is_sampled = sampling.temperature > 0

@@ -19,7 +19,7 @@ _TOKENS_ADVICE = "; if the server does not accept token ids, leave out --templat
 def generate_by_server(
     server: Server, prompts: Sequence[str | list[int]], sampling: Sampling, journal: Journal
 ) -> Generated:
-    """Generates the responses that a journal does not hold yet and appends each to it.
+    """Generate the responses that a journal does not hold yet and append each to it.
 
     Each prompt has its own seed, for servers that support one. `sampling.batch_size` is not used.
 

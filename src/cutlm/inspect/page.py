@@ -54,7 +54,7 @@ class Picture:
 
 
 def write_page(path: str | Path, records: Sequence[PageRecord], **options: Any) -> int:
-    """Writes a token page (see `render_page`) atomically and returns its size in bytes."""
+    """Write a token page (see `render_page`) atomically and return its size in bytes."""
     page = render_page(records, **options).encode()
     with open_atomic(path) as file:
         file.write(page)
@@ -70,7 +70,7 @@ def render_page(
     names: Sequence[str] = (),  # of the files of scores; two if records have two scores each
     num_unpaired: Sequence[int] = (),  # for each of two files, the number of records that only it has
 ) -> str:
-    """Renders a token page."""
+    """Render a token page."""
     settings: dict[tuple[Any, ...], int] = {}
     data = {
         "title": title,

@@ -28,7 +28,7 @@ _LABEL_GAP = 0.058  # as a fraction of the height of the axes
 
 
 def draw_plot(title: str, plot: Callable[[Any], None], *, height: float = 4.6) -> bytes:
-    """Draws one plot, `height` inches high, and returns the bytes of a PNG; `plot` draws on matplotlib's axes."""
+    """Draw one plot, `height` inches high, and return the bytes of a PNG; `plot` draws on matplotlib's axes."""
     with _quiet_fonts():
         from matplotlib.figure import Figure
 
@@ -43,7 +43,7 @@ def draw_plot(title: str, plot: Callable[[Any], None], *, height: float = 4.6) -
 
 @contextmanager
 def _quiet_fonts() -> Iterator[None]:
-    """Silences matplotlib about building its font cache and about characters its font lacks."""
+    """Silence matplotlib about building its font cache and about characters its font lacks."""
     logger = logging.getLogger("matplotlib.font_manager")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -76,17 +76,17 @@ class Bar:
 
 
 def make_paper_bars(values: dict[str, float], kind: str) -> list[Bar]:
-    """Makes bars of the paper's values by method (from `cutlm.evaluation.paper`); `kind` is added to their names."""
+    """Make bars of the paper's values by method (from `cutlm.evaluation.paper`); `kind` is added to their names."""
     return [Bar(f"paper{kind}: {method}", value, is_from_paper=True) for method, value in values.items()]
 
 
 def draw_bars(title: str, bars: Sequence[Bar], label: str) -> bytes:
-    """Draws at least one bar, from top to bottom, and returns the bytes of a PNG; `label` is that of the value axis."""
+    """Draw at least one bar, from top to bottom, and return the bytes of a PNG; `label` is that of the value axis."""
     return draw_plot(title, lambda axes: plot_bars(axes, bars, label), height=1.2 + 0.27 * len(bars))
 
 
 def plot_bars(axes: Any, bars: Sequence[Bar], label: str) -> None:
-    """Draws bars on matplotlib axes; see `draw_bars`."""
+    """Draw bars on matplotlib axes; see `draw_bars`."""
     rows = range(len(bars))
     colors = [_PAPERS if bar.is_from_paper else _OURS for bar in bars]
     axes.barh(rows, [bar.value for bar in bars], 0.7, color=colors)
@@ -127,7 +127,7 @@ class Curves:
 
 
 def draw_curves(curves: Curves, *, is_dark: bool = False) -> bytes:
-    """Draws curves for a light or a dark page and returns the bytes of a PNG of `CURVES_SIZE`."""
+    """Draw curves for a light or a dark page and return the bytes of a PNG of `CURVES_SIZE`."""
     with _quiet_fonts():
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -187,7 +187,7 @@ def _plot_shares(axes: "Axes", curves: Curves, text: str, palette: Sequence[str]
 
 
 def spread_labels(heights: Sequence[float], gap: float, bounds: tuple[float, float] = (0.0, 1.0)) -> list[float]:
-    """Moves labels from their preferred heights apart by as little as possible, keeping their order.
+    """Move labels from their preferred heights apart by as little as possible, keeping their order.
 
     `gap` is the minimal distance of two labels, `bounds` are the lowest and highest allowed heights if the labels fit.
     """

@@ -37,20 +37,20 @@ class Terminal:
         self._has_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def print_text(self, text: str = "", indent: int = 0) -> None:
-        """Prints a wrapped paragraph."""
+        """Print a wrapped paragraph."""
         for line in self._wrap([(text, "")], WIDTH - indent) or [""]:
             print(f"{' ' * indent}{line}".rstrip(), flush=True)
 
     def print_line(self, text: str) -> None:
-        """Prints a line without wrapping, such as a path or a command."""
+        """Print a line without wrapping, such as a path or a command."""
         print(make_printable(text), flush=True)
 
     def print_piece(self, text: str) -> None:
-        """Prints a piece of a text with its line breaks, and no line break after it."""
+        """Print a piece of a text with its line breaks, and no line break after it."""
         print(make_printable(text, keep="\n\t"), end="", flush=True)
 
     def print_marked(self, scores: TokenScores) -> None:
-        """Prints a response with its line breaks, its flagged tokens marked."""
+        """Print a response with its line breaks, its flagged tokens marked."""
         shown = ""
         for text, style in _mark(scores):
             for part in re.findall(r"\s+|\S+", make_printable(text, keep="\n\t")):
@@ -58,12 +58,12 @@ class Terminal:
         print(shown, flush=True)
 
     def print_heading(self, text: str) -> None:
-        """Prints a heading after an empty line."""
+        """Print a heading after an empty line."""
         print(f"\n{self._paint(make_printable(text), _BOLD)}", flush=True)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        """Times a stage and, unless it fails, prints its name, text and time in one line."""
+        """Time a stage and, unless it fails, print its name, text and time in one line."""
         stage, started = Stage(), time.perf_counter()
         yield stage
         stage.seconds = round(time.perf_counter() - started, 2)
@@ -74,7 +74,7 @@ class Terminal:
         )
 
     def print_pairs(self, pairs: Sequence[tuple[str, str | TokenScores]]) -> None:
-        """Prints labelled texts; for token scores, the response with its flagged tokens marked."""
+        """Print labelled texts; for token scores, the response with its flagged tokens marked."""
         print(flush=True)
         for name, content in pairs:
             runs = [(content, "")] if isinstance(content, str) else list(_mark(content))
@@ -83,7 +83,7 @@ class Terminal:
                 print(f"{' ' * 2 * _INDENT}{label}{line}", flush=True)
 
     def print_table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Prints a table with its first column left-aligned; the last row is a summary in bold."""
+        """Print a table with its first column left-aligned; the last row is a summary in bold."""
         first = max(len(row[0]) for row in (header, *rows))
         for number, row in enumerate([header, *rows]):
             line = f"  {row[0]:<{first}}" + "".join(f"{cell:>8}" for cell in row[1:])
@@ -98,7 +98,7 @@ class Terminal:
         return self._paint(word, style) if self._has_color else f"[{word}]"
 
     def _wrap(self, runs: Sequence[tuple[str, str]], width: int) -> list[str]:
-        """Wraps styled runs of text at spaces; each word is styled separately."""
+        """Wrap styled runs of text at spaces; each word is styled separately."""
         words: list[tuple[int, str]] = [(0, "")]  # visible width, and what to print
         for text, style in runs:
             for part in re.findall(r" |[^ ]+", make_printable(text)):
@@ -120,7 +120,7 @@ class Terminal:
 
 
 def _mark(scores: TokenScores) -> Iterator[tuple[str, str]]:
-    """Yields runs of a response with their style; the end-of-sequence token is shown only if it is flagged."""
+    """Yield runs of a response with their style; the end-of-sequence token is shown only if it is flagged."""
     run, is_run_flagged = "", False
     for piece in split_pieces(scores):
         if piece.is_flagged != is_run_flagged:
@@ -131,7 +131,7 @@ def _mark(scores: TokenScores) -> Iterator[tuple[str, str]]:
 
 
 def make_printable(text: str, keep: str = "") -> str:
-    """Escapes characters that a terminal might interpret or cannot show, except those of `keep`.
+    """Escape characters that a terminal might interpret or cannot show, except those of `keep`.
 
     Spaces of all widths, joiners and tag letters stay, because emoji and several scripts need them.
     """

@@ -22,7 +22,7 @@ class Piece(NamedTuple):
 
 
 def split_pieces(scores: TokenScores) -> list[Piece]:
-    """Splits a response into pieces whose texts, joined, are exactly the response, white space included."""
+    """Split a response into pieces whose texts, joined, are exactly the response, white space included."""
     output, last = scores.record.output, len(scores.spans) - 1
     has_end = bool(scores.spans) and tuple(scores.spans[last]) == (len(output), len(output))
     texts: list[str] = []
@@ -50,7 +50,7 @@ def split_pieces(scores: TokenScores) -> list[Piece]:
 
 
 def compute_log_ratios(scores: TokenScores) -> list[float] | None:
-    """Computes log p(y_t | x, j, y_<t) - log p(y_t | x, y_<t) of each token; None if either is missing."""
+    """Compute log p(y_t | x, j, y_<t) - log p(y_t | x, y_<t) of each token; None if either is missing."""
     if scores.logps_with is None or scores.logps_without is None:
         return None
     return [judged - plain for judged, plain in zip(scores.logps_with, scores.logps_without, strict=True)]
@@ -64,7 +64,7 @@ class Pairing(NamedTuple):
 
 
 def pair_scores(first: Sequence[TokenScores], second: Sequence[TokenScores]) -> Pairing:
-    """Pairs the scores that two models gave to the same instruction, input, response and judgment.
+    """Pair the scores that two models gave to the same instruction, input, response and judgment.
 
     A record that occurs several times is paired as often as it occurs in both files.
     """

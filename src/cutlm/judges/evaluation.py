@@ -17,7 +17,7 @@ _CLASSES = ("satisfactory", "unsatisfactory")
 
 
 def evaluate_judge(model: str, data: str, folder: Path, **settings: Any) -> str:
-    """Judges the responses of a file of records with a model and compares its judgments with theirs.
+    """Judge the responses of a file of records with a model and compare its judgments with theirs.
 
     Writes `evaluation.json`, `evaluation.md` and `judged.jsonl` to a folder and returns the text of `evaluation.md`.
     The settings are those of `judge_locally`.
@@ -45,7 +45,7 @@ def evaluate_judge(model: str, data: str, folder: Path, **settings: Any) -> str:
 
 
 def compare_judgments(records: Sequence[JudgedRecord], outcome: Outcome, scorer: Any) -> list[dict[str, Any]]:
-    """Returns a row per record: both judgments, and their ROUGE-L if both object to the response."""
+    """Return a row per record: both judgments, and their ROUGE-L if both object to the response."""
     rows = []
     for index, record in enumerate(records):
         failure, said = outcome.failures.get(index), outcome.judgments.get(index)
@@ -68,7 +68,7 @@ def compare_judgments(records: Sequence[JudgedRecord], outcome: Outcome, scorer:
 
 
 def compute_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Computes the metrics of compared records.
+    """Compute the metrics of compared records.
 
     An answer without a judgment is wrong in `accuracy` and left out of `accuracy_where_decided`. An unsatisfactory
     record that the judge does not object to is 0 in `rouge_l` and left out of `rouge_l_where_objected`.

@@ -23,12 +23,12 @@ _MAX_CELL = 2**31 - 1
 
 
 def name_todo_files(out: str | Path) -> tuple[Path, Path]:
-    """Returns the paths of the lists to be filled: JSON Lines, and CSV."""
+    """Return the paths of the lists to be filled: JSON Lines, and CSV."""
     return Path(f"{out}.todo.jsonl"), Path(f"{out}.todo.csv")
 
 
 def write_todo(responses: Sequence[Response], out: str | Path) -> int:
-    """Writes the two lists to be filled and returns the number of responses in them; empty ones are left out.
+    """Write the two lists to be filled and return the number of responses in them; empty ones are left out.
 
     Raises:
         UserError: A list exists already, and may contain a person's work.
@@ -49,12 +49,12 @@ def write_todo(responses: Sequence[Response], out: str | Path) -> int:
 
 
 def guard_cell(text: str) -> str:
-    """Keeps a spreadsheet from evaluating a text as a formula."""
+    """Keep a spreadsheet from evaluating a text as a formula."""
     return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
 
 
 def read_todo(responses: Sequence[Response], path: str | Path) -> Outcome:
-    """Reads a list that a person has filled: CSV if it ends in `.csv`, otherwise JSON Lines or a JSON array.
+    """Read a list that a person has filled: CSV if it ends in `.csv`, otherwise JSON Lines or a JSON array.
 
     Raises:
         DataError: Judgments or rows are missing, or texts differ from those of the responses; all of them are named.
@@ -104,7 +104,7 @@ def _is_same(cell: str, text: str) -> bool:
 
 
 def _read_csv(path: str | Path) -> list[SourceRow]:
-    """Reads a row per response: its cells by column."""
+    """Read a row per response: its cells by column."""
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -132,7 +132,7 @@ def _read_csv(path: str | Path) -> list[SourceRow]:
 
 
 def _read_json(path: str | Path, problems: list[str]) -> Iterator[SourceRow]:
-    """Reads the same as `_read_csv`; a field that is missing is None."""
+    """Read the same as `_read_csv`; a field that is missing is None."""
     rows, invalid = read_rows(path)
     problems += invalid
     for row in rows:

@@ -23,7 +23,7 @@ _MAX_NEW_TOKENS = 1024
 
 
 def make_training_records(records: Sequence[Any]) -> list[JudgedRecord]:
-    """Turns judged records into training records of a judge: the question as instruction, its answer as output.
+    """Turn judged records into training records of a judge: the question as instruction, its answer as output.
 
     Judgment and score are kept, so that satisfactory records can be counted and downsampled.
 
@@ -49,7 +49,7 @@ def judge_locally(
     dtype: str = "auto",
     device: str | None = None,
 ) -> tuple[Outcome, Journal]:
-    """Judges responses with a trained model, by greedy decoding.
+    """Judge responses with a trained model, by greedy decoding.
 
     Args:
         responses: The responses.

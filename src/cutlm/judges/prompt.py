@@ -63,7 +63,7 @@ class BadAnswer(Exception):
 
 
 def read_prompt_file(path: str | Path) -> str:
-    """Reads a template with `{instruction}` and `{response}`, and `{marker}` if it mentions the markers."""
+    """Read a template with `{instruction}` and `{response}`, and `{marker}` if it mentions the markers."""
     try:
         template = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -77,7 +77,7 @@ def read_prompt_file(path: str | Path) -> str:
 
 
 def fill_prompt(template: str, response: Response | JudgedRecord) -> str:
-    """Fills a template, with each text between two lines that carry the marker; braces in the texts are kept."""
+    """Fill a template, with each text between two lines that carry the marker; braces in the texts are kept."""
     texts = {"instruction": response.full_instruction, "response": response.output}
     marker = choose_marker(*texts.values())
     fields = {name: f"[{name} {marker}]\n{text}\n[end of {name} {marker}]" for name, text in texts.items()}
@@ -86,14 +86,14 @@ def fill_prompt(template: str, response: Response | JudgedRecord) -> str:
 
 
 def choose_marker(instruction: str, response: str) -> str:
-    """Chooses a marker that occurs in neither text and that neither could predict: part of a hash of both."""
+    """Choose a marker that occurs in neither text and that neither could predict: part of a hash of both."""
     hashes = (hashlib.sha256(f"{number}\0{instruction}\0{response}".encode()) for number in count())
     markers = (digest.hexdigest()[:16] for digest in hashes)
     return next(marker for marker in markers if marker not in instruction and marker not in response)
 
 
 def write_answer(record: JudgedRecord) -> str:
-    """Writes the answer that a judge is trained to give: the judgment, and the decision on a last line."""
+    """Write the answer that a judge is trained to give: the judgment, and the decision on a last line."""
     return f"{record.stated_judgment.strip()}\nSatisfactory: {'Yes' if record.is_satisfactory else 'No'}"
 
 
@@ -101,7 +101,7 @@ def write_answer(record: JudgedRecord) -> str:
 
 
 def read_answer(text: str | None, finish_reason: str | None, response: Response, prompt: str) -> str | None:
-    """Reads a model's answer to any prompt but `TRAINED_PROMPT`; the finish reason is that of the server.
+    """Read a model's answer to any prompt but `TRAINED_PROMPT`; the finish reason is that of the server.
 
     Returns:
         The judgment; None if the answer is "Perfect." and nothing else.
@@ -123,7 +123,7 @@ def read_answer(text: str | None, finish_reason: str | None, response: Response,
 
 
 def read_trained_answer(text: str | None, finish_reason: str | None, response: Response, prompt: str) -> str | None:
-    """Reads the answer of a model that was trained on `write_answer`; otherwise like `read_answer`.
+    """Read the answer of a model that was trained on `write_answer`; otherwise like `read_answer`.
 
     Raises:
         BadAnswer: Also if there is not exactly one decision, on the last line, or it contradicts the judgment.
@@ -146,7 +146,7 @@ def read_trained_answer(text: str | None, finish_reason: str | None, response: R
 
 
 def _check_text(text: str | None, finish_reason: str | None) -> str:
-    """Returns an answer without thoughts and surrounding white space."""
+    """Return an answer without thoughts and surrounding white space."""
     if finish_reason == "length":
         reason = "the answer was truncated at the maximum number of tokens; set a larger --max_tokens"
         raise BadAnswer("cut off", reason)

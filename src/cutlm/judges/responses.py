@@ -61,7 +61,7 @@ EMPTY_RESPONSE = Failure("empty response", "there is no response to judge")
 
 
 def read_responses(path: str | Path) -> list[Response]:
-    """Reads responses: a JSON array or JSON Lines with `instruction`, optional `input`, and `output`.
+    """Read responses: a JSON array or JSON Lines with `instruction`, optional `input`, and `output`.
 
     An empty `output` is accepted, because models do produce it; see `set_aside_empty`.
 
@@ -72,7 +72,7 @@ def read_responses(path: str | Path) -> list[Response]:
 
 
 def parse_responses(rows: Sequence[SourceRow], problems: Sequence[str], source: str) -> list[Response]:
-    """Parses the rows of a file of responses; `problems` were found while reading them."""
+    """Parse the rows of a file of responses; `problems` were found while reading them."""
     problems = [*problems, *check_rows(SourceRow(row.location, _fill_empty(row.value)) for row in rows).problems]
     for row in rows:
         names = [name for name in _JUDGMENT_FIELDS if isinstance(row.value, dict) and row.value.get(name) is not None]
@@ -95,7 +95,7 @@ def _fill_empty(value: Any) -> Any:
 
 
 def set_aside_empty(responses: Sequence[Response]) -> tuple[list[int], Outcome]:
-    """Returns the indices of the responses that are not empty, and an outcome in which the others have failed."""
+    """Return the indices of the responses that are not empty, and an outcome in which the others have failed."""
     empty = [index for index, response in enumerate(responses) if not response.output.strip()]
     kept = [index for index, response in enumerate(responses) if response.output.strip()]
     return kept, Outcome(failures=dict.fromkeys(empty, EMPTY_RESPONSE))
@@ -106,7 +106,7 @@ def name_failures_file(out: str | Path) -> Path:
 
 
 def write_outcome(responses: Sequence[Response], outcome: Outcome, out: str | Path) -> None:
-    """Writes the records, in the order of the responses, and a list of failures if there are any.
+    """Write the records, in the order of the responses, and a list of failures if there are any.
 
     If it is killed, the files have fewer rows than there are responses, or are both from the earlier run: a list of
     failures never accompanies records of another run. If every judgment fails, OUT is not written, because no trainer
@@ -125,7 +125,7 @@ def write_outcome(responses: Sequence[Response], outcome: Outcome, out: str | Pa
 
 
 def _remove(path: Path) -> bool:
-    """Removes a file durably; returns whether it existed."""
+    """Remove a file durably; return whether it existed."""
     if not path.exists():
         return False
     path.unlink()
@@ -134,7 +134,7 @@ def _remove(path: Path) -> bool:
 
 
 def make_record_row(response: Response, judgment: str | None) -> dict[str, Any]:
-    """Returns the row of a judged record: its main fields first, then the other fields of the response."""
+    """Return the row of a judged record: its main fields first, then the other fields of the response."""
     own = response.fields | {"judgment": judgment}
     return own | {name: value for name, value in response.row.items() if name not in own}
 
@@ -145,7 +145,7 @@ def _make_row(response: Response, failure: Failure) -> dict[str, Any]:
 
 
 def describe_outcome(outcome: Outcome, out: str | Path) -> str:
-    """Returns the notes and the counts of judgments and of failures by kind, one per line."""
+    """Return the notes and the counts of judgments and of failures by kind, one per line."""
     num_judged = len(outcome.judgments)
     num_satisfactory = sum(judgment is None for judgment in outcome.judgments.values())
     counts = f"{num_satisfactory} satisfactory, {num_judged - num_satisfactory} unsatisfactory"

@@ -22,7 +22,7 @@ Rules = Callable[[str, str], str | None]
 
 
 def load_rules(name: str) -> Rules:
-    """Imports a rules function, `package.module:function`, from Python's path or the current directory."""
+    """Import a rules function, `package.module:function`, from Python's path or the current directory."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise UserError(f"--rules: expected package.module:function, got {name!r}")
@@ -49,7 +49,7 @@ def load_rules(name: str) -> Rules:
 
 
 def judge_by_rules(responses: Sequence[Response], rules: Rules) -> Outcome:
-    """Judges responses by a function of the instruction (including the input) and the response.
+    """Judge responses by a function of the instruction (including the input) and the response.
 
     Raises:
         DataError: The function raised, or did not return text or None; all such responses are named.
@@ -72,6 +72,6 @@ def judge_by_rules(responses: Sequence[Response], rules: Rules) -> Outcome:
 
 
 def _describe(error: BaseException) -> str:
-    """Returns an exception's type and text in one line."""
+    """Return an exception's type and text in one line."""
     text = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -37,7 +37,7 @@ def judge_by_server(
     temperature: float = 0.0,
     max_tokens: int = 1024,
 ) -> Outcome:
-    """Judges responses by a language model on a server; judgments are cached in `cache_file` as they arrive.
+    """Judge responses by a language model on a server; judgments are cached in `cache_file` as they arrive.
 
     The template has `{instruction}` and `{response}`, and decides how answers are parsed.
 
@@ -103,7 +103,7 @@ def judge_by_server(
 
 
 def make_key(server: Server, body: Mapping[str, Any]) -> str:
-    """Returns a hash of everything that a judgment depends on: server, request, and how its answer is parsed."""
+    """Return a hash of everything that a judgment depends on: server, request, and how its answer is parsed."""
     return hashlib.sha256(json.dumps([PARSING_VERSION, server.url, body], sort_keys=True).encode()).hexdigest()
 
 

@@ -57,7 +57,7 @@ class StageRef:
 
 
 def list_iterations(plan: Plan) -> list[Iteration]:
-    """Lists all iterations, starting with number 0 for the initial model."""
+    """List all iterations, starting with number 0 for the initial model."""
     model = str(Path(plan.model).resolve()) if Path(plan.model).is_dir() else plan.model
     iterations = []
     for number in range(plan.arguments.num_iterations + 1):
@@ -67,7 +67,7 @@ def list_iterations(plan: Plan) -> list[Iteration]:
 
 
 def read_stage_ref(plan: Plan, option: str, text: str) -> StageRef:
-    """Reads `2.judge`, `judge` (of the current iteration) or `2` (its last stage for --until, its first for --from)."""
+    """Read `2.judge`, `judge` (of the current iteration) or `2` (its last stage for --until, its first for --from)."""
     number_text, _, stage = (text, "", "") if text.isdecimal() else text.rpartition(".")
     number = int(number_text) if number_text.isdecimal() else None if number_text else _find_current(plan)
     known = list_stages(plan, number) if number is not None and number <= plan.arguments.num_iterations else []
@@ -82,7 +82,7 @@ def read_stage_ref(plan: Plan, option: str, text: str) -> StageRef:
 
 
 def _find_current(plan: Plan) -> int:
-    """Returns the number of the first iteration that is not complete, or else of the last."""
+    """Return the number of the first iteration that is not complete, or else of the last."""
     for iteration in list_iterations(plan)[1:]:
         if set(list_stages(plan, iteration.number)) - Manifest(iteration.folder).stages.keys():
             return iteration.number
@@ -114,7 +114,7 @@ class Manifest:
                 raise DataError(f"{self.path}: not a manifest; restore it, or set another output_dir to start over")
 
     def record(self, stage: str, outputs: Iterable[Path], **known: Any) -> None:
-        """Marks a stage as complete, with checksums of its files and anything else to remember."""
+        """Mark a stage as complete, with checksums of its files and anything else to remember."""
         files: list[Path] = []
         for path in outputs:
             files += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
@@ -127,12 +127,12 @@ class Manifest:
         self._save()
 
     def forget(self, stage: str) -> None:
-        """Marks a stage as not complete."""
+        """Mark a stage as not complete."""
         if self.stages.pop(stage, None) is not None:
             self._save()
 
     def find_changes(self, stage: str) -> tuple[list[str], list[str]]:
-        """Returns a sentence for each file of a complete stage that was edited, and for each that is missing."""
+        """Return a sentence for each file of a complete stage that was edited, and for each that is missing."""
         edited, missing = [], []
         for name, known in self.stages[stage]["outputs"].items():
             path = self.folder / name
@@ -147,7 +147,7 @@ class Manifest:
         return edited, missing
 
     def accept_edits(self, stage: str, metrics: dict[str, Any]) -> None:
-        """Takes the files of a stage as they are now, with the metrics that have changed."""
+        """Take the files of a stage as they are now, with the metrics that have changed."""
         known = self.stages[stage]
         outputs = {name: _describe_file(self.folder / name) for name in known["outputs"]}
         self.stages[stage] = known | {"is_edited": True, "metrics": known["metrics"] | metrics, "outputs": outputs}
@@ -169,7 +169,7 @@ def _hash_file(path: str | Path) -> str:
 
 @cache
 def read_versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that the results depend on."""
+    """Return the versions of Python and of the packages that the results depend on."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -187,10 +187,10 @@ def run_loop(
     start: StageRef | None = None,
     run: Callable[..., int] = run_command,
 ) -> bool:
-    """Runs everything that is not complete, and returns whether the whole plan is complete.
+    """Run everything that is not complete, and return whether the whole plan is complete.
 
     `until` is the stage to stop after, `start` one to run again with all later ones, whose files are removed. Tests
-    pass a `run` of their own. Raises StageFailed, WaitingForPerson, Interrupted, or UserError if the folder belongs to
+    pass a `run` of their own. Raise StageFailed, WaitingForPerson, Interrupted, or UserError if the folder belongs to
     other settings or another running loop, or if its files were changed.
     """
     with lock_folder(plan.folder) as lock:
@@ -233,7 +233,7 @@ def _run_if_incomplete(plan: Plan, iteration: Iteration, stage: str, run: Callab
 
 
 def _check_settings(plan: Plan) -> None:
-    """Saves the settings, unless the folder belongs to other ones; raises ConfigError with all differences."""
+    """Save the settings, unless the folder belongs to other ones; raise ConfigError with all differences."""
     path = plan.folder / SETTINGS_FILE
     files = {name: getattr(plan.arguments, name) for name in ("instructions", "eval_instructions")}
     files |= {f"prompt_file of {name}": path for name, path in plan.prompt_files.items()}
@@ -281,7 +281,7 @@ def _check_outputs(iterations: list[Iteration]) -> None:
 
 
 def _discard_from(plan: Plan, iterations: list[Iteration], start: StageRef) -> None:
-    """Removes the files of a stage and all later ones; accepts edits of files before it."""
+    """Remove the files of a stage and all later ones; accepts edits of files before it."""
     for iteration in reversed(iterations):
         manifest = Manifest(iteration.folder)
         for stage in reversed(list_stages(plan, iteration.number)):
@@ -303,7 +303,7 @@ def _discard_from(plan: Plan, iterations: list[Iteration], start: StageRef) -> N
 
 
 def collect_metrics(plan: Plan) -> list[dict[str, Any]]:
-    """Collects the number, and each stage's state, seconds and metrics, of all iterations that have started."""
+    """Collect the number, and each stage's state, seconds and metrics, of all iterations that have started."""
     collected = []
     for iteration in list_iterations(plan):
         complete = Manifest(iteration.folder).stages

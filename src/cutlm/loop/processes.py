@@ -41,7 +41,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[int]:
-    """Locks a folder and yields the file descriptor of the lock; raises UserError if another loop runs there.
+    """Lock a folder and yield the file descriptor of the lock; raise UserError if another loop runs there.
 
     A stage inherits the lock, so if only the loop is killed, the next loop waits until the stage has stopped too.
     """
@@ -90,7 +90,7 @@ def _is_alive(process: str) -> bool:
 
 
 def run_command(arguments: Sequence[str], log: Path, lock: int, launcher: str | None = None) -> int:
-    """Runs `cutlm` with arguments, appending its output to a log and showing it on the terminal.
+    """Run `cutlm` with arguments, appending its output to a log and showing it on the terminal.
 
     The process inherits the folder's lock. A launcher is a command that starts Python modules on several devices.
 
@@ -106,7 +106,7 @@ def run_command(arguments: Sequence[str], log: Path, lock: int, launcher: str | 
 
 
 def run_shell(command: str, log: Path, lock: int) -> int:
-    """Runs a shell command of the user's under a guard; otherwise like `run_command`."""
+    """Run a shell command of the user's under a guard; otherwise like `run_command`."""
     return _run([*_GUARD, command], log, lock)
 
 
@@ -159,7 +159,7 @@ def _run_and_show(command: Sequence[str], log: Path, errors: Path, lock: int) ->
 def _start(
     command: Sequence[str], lock: int, out: object, err: object, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Starts a process in its own group, so that Ctrl-C reaches only the loop, which forwards it once."""
+    """Start a process in its own group, so that Ctrl-C reaches only the loop, which forwards it once."""
     streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
     return subprocess.Popen(  # type: ignore[call-overload]
         command, **streams, env=environment, process_group=0, pass_fds=(lock,), preexec_fn=_stop_with_parent
@@ -175,7 +175,7 @@ def _stop_with_parent() -> None:
 
 @contextmanager
 def _handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Handles SIGINT and SIGTERM with another handler for a while."""
+    """Handle SIGINT and SIGTERM with another handler for a while."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -185,7 +185,7 @@ def _handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 
 def _append_errors(errors: Path, log: Path) -> None:
-    """Moves the stderr of a stage into its log, with progress bars in their final state."""
+    """Move the stderr of a stage into its log, with progress bars in their final state."""
     if not errors.exists():
         return
     lines = errors.read_bytes().decode("utf-8", "replace").split("\n")
@@ -200,7 +200,7 @@ def _append_errors(errors: Path, log: Path) -> None:
 
 @contextmanager
 def serve(command: str, model: str, url: str, timeout: float, log: Path, lock: int) -> Iterator[None]:
-    """Runs a server of the user's while the context is open.
+    """Run a server of the user's while the context is open.
 
     Args:
         command: A shell command with `{model}`.
@@ -265,7 +265,7 @@ def _answers(url: str) -> bool:
 
 
 def guard(command: str, timeout: float = _GUARD_TIMEOUT) -> int:
-    """Runs a shell command and returns its exit status, or 128 + n if it was killed by signal n.
+    """Run a shell command and return its exit status, or 128 + n if it was killed by signal n.
 
     After SIGINT or SIGTERM, ends everything that the command has started, and kills what is left after the timeout.
     """
@@ -297,7 +297,7 @@ def guard(command: str, timeout: float = _GUARD_TIMEOUT) -> int:
 
 
 def _signal_group(group: int, number: int) -> bool:
-    """Signals all processes of a group; returns whether there are any."""
+    """Signal all processes of a group; return whether there are any."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:

@@ -19,7 +19,7 @@ trained on.
 
 
 def format_seconds(seconds: float) -> str:
-    """Formats a duration, such as 2 h 05 min."""
+    """Format a duration, such as 2 h 05 min."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
@@ -27,7 +27,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def summarize(iteration: dict[str, Any]) -> dict[str, Any]:
-    """Makes a row of the report from an item of `cutlm.loop.loop.collect_metrics`; unknown values are None."""
+    """Make a row of the report from an item of `cutlm.loop.loop.collect_metrics`; unknown values are None."""
 
     def divide(part: int | None, whole: int | None) -> float | None:
         return part / whole if part is not None and whole else None
@@ -49,7 +49,7 @@ def summarize(iteration: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_table(rows: list[dict[str, Any]]) -> str:
-    """Makes a Markdown table of rows of `summarize`."""
+    """Make a Markdown table of rows of `summarize`."""
 
     def show(value: Any, form: str) -> str:
         return "" if value is None else format(value, form)
@@ -72,7 +72,7 @@ def make_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _list_evaluated(rows: list[dict[str, Any]]) -> list[str]:
-    """Lists the evaluation metrics to show; counts, `num_...`, are in report.json only."""
+    """List the evaluation metrics to show; counts, `num_...`, are in report.json only."""
     names = dict.fromkeys(name for row in rows for name in row["evaluation"])
     return [name for name in names if not name.startswith("num_")]
 
@@ -82,7 +82,7 @@ def _name_metric(name: str) -> str:
 
 
 def make_status(iterations: list[dict[str, Any]]) -> str:
-    """Makes a table of the stages' states for the terminal, from `cutlm.loop.loop.collect_metrics`."""
+    """Make a table of the stages' states for the terminal, from `cutlm.loop.loop.collect_metrics`."""
 
     def show(state: str = "", seconds: float | None = None, **_: Any) -> str:
         return state if seconds is None else f"{state} {format_seconds(seconds)}"
@@ -95,7 +95,7 @@ def make_status(iterations: list[dict[str, Any]]) -> str:
 
 
 def write_report(folder: Path, iterations: list[dict[str, Any]], *, draws_plots: bool) -> None:
-    """Writes report.md, report.json and, if `draws_plots` and there is anything to draw, report.png.
+    """Write report.md, report.json and, if `draws_plots` and there is anything to draw, report.png.
 
     The iterations are those of `cutlm.loop.loop.collect_metrics`.
     """
@@ -111,7 +111,7 @@ def write_report(folder: Path, iterations: list[dict[str, Any]], *, draws_plots:
 
 
 def draw(rows: list[dict[str, Any]]) -> bytes | None:
-    """Draws a PNG file of curves over iterations, one panel for each metric; None before anything was trained."""
+    """Draw a PNG file of curves over iterations, one panel for each metric; None before anything was trained."""
     if all(row["loss_end"] is None for row in rows):
         return None
     from matplotlib.figure import Figure

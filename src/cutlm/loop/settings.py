@@ -43,7 +43,7 @@ class AlignArguments:
     launcher: str | None = None  # command that starts training, such as torchrun with its options
 
     def find_problems(self, parse_options: ParseOptions) -> list[str]:
-        """Returns one sentence for each invalid setting."""
+        """Return one sentence for each invalid setting."""
         problems = []
         if not self.instructions:
             problems.append("instructions: expected a file of instructions, got none; set instructions: FILE")
@@ -99,7 +99,7 @@ class Plan:
 
 
 def find_differences(before: dict[str, Any], now: dict[str, Any], parse_options: ParseOptions) -> list[str]:
-    """Returns one sentence for each setting that differs from `before` and changes the results."""
+    """Return one sentence for each setting that differs from `before` and changes the results."""
 
     def normalize(name: str, value: Any) -> Any:
         if value is None or name not in ("generate", "judge", "eval_judge"):
@@ -120,7 +120,7 @@ def find_differences(before: dict[str, Any], now: dict[str, Any], parse_options:
 
 
 def read_plan(config: str | None, options: Sequence[str], parse_options: ParseOptions) -> Plan:
-    """Reads a YAML file and options, which take precedence; raises one ConfigError with all problems.
+    """Read a YAML file and options, which take precedence; raise one ConfigError with all problems.
 
     This happens in a separate process: the checks import torch and transformers, and may initialize a GPU, whose
     memory the process that supervises the loop must not hold. `parse_options` must be a function of a module, so that

@@ -80,18 +80,18 @@ class Runner:
     commands: list[list[str]] = field(default_factory=list)  # the arguments of every `cutlm` command so far
 
     def run(self, arguments: list[str], launcher: str | None = None) -> int:
-        """Runs `cutlm` with arguments and returns its exit status."""
+        """Run `cutlm` with arguments and return its exit status."""
         self.commands.append(arguments)
         return self.run_command(arguments, log=self.log, lock=self.lock, launcher=launcher)
 
     def make(self, out: Path, arguments: list[str]) -> None:
-        """Runs `cutlm` to write a file or folder, unless it exists; raises StageFailed if the command fails."""
+        """Run `cutlm` to write a file or folder, unless it exists; raise StageFailed if the command fails."""
         if not out.exists():
             arguments = [*arguments, "--out", str(out)]
             _check_status(self.run(arguments), arguments)
 
     def run_shell(self, command: str) -> int:
-        """Runs a shell command and returns its exit status."""
+        """Run a shell command and return its exit status."""
         return run_shell(command, log=self.log, lock=self.lock)
 
     def serve(self, model: str) -> AbstractContextManager[None]:
@@ -110,14 +110,14 @@ def _check_status(status: int, arguments: list[str]) -> None:
 
 
 def list_stages(plan: Plan, number: int) -> list[str]:
-    """Lists the stages of an iteration in order."""
+    """List the stages of an iteration in order."""
     is_used = {"blame": plan.has_blame, "refine": plan.has_refine, "merge": plan.has_merge}
     is_used["evaluate"] = bool(plan.arguments.eval_instructions or plan.arguments.eval_command)
     return [stage for stage in STAGES if is_used.get(stage, True) and (number or stage == "evaluate")]
 
 
 def list_outputs(plan: Plan, iteration: Iteration, stage: str) -> list[Path]:
-    """Lists the files and folders that a stage leaves; not all of them have to exist."""
+    """List the files and folders that a stage leaves; not all of them have to exist."""
     judged = ["records.jsonl", "records.jsonl.failures.jsonl"]
     names = {
         "sample": ["instructions.jsonl"],
@@ -133,7 +133,7 @@ def list_outputs(plan: Plan, iteration: Iteration, stage: str) -> list[Path]:
 
 
 def list_leftovers(plan: Plan, iteration: Iteration, stage: str) -> list[Path]:
-    """Lists everything to remove before a stage is run again: outputs, and partial work that it would resume."""
+    """List everything to remove before a stage is run again: outputs, and partial work that it would resume."""
     if stage == "evaluate":  # the user's command may leave other files there, which belong to the same model
         return sorted(iteration.folder.glob("evaluation/*"))
     outputs = list_outputs(plan, iteration, stage)
@@ -143,17 +143,17 @@ def list_leftovers(plan: Plan, iteration: Iteration, stage: str) -> list[Path]:
 
 
 def make_seed(plan: Plan, number: int, stage: str) -> int:
-    """Derives the seed of a stage of an iteration."""
+    """Derive the seed of a stage of an iteration."""
     return int.from_bytes(hashlib.sha256(f"{plan.seed} {number} {stage}".encode()).digest()[:4]) // 2
 
 
 def write_yaml(path: Path, values: dict[str, Any]) -> None:
-    """Writes settings atomically."""
+    """Write settings atomically."""
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def recount_metrics(iteration: Iteration, stage: str) -> dict[str, Any]:
-    """Recomputes the metrics of a stage that can change when its files are edited."""
+    """Recompute the metrics of a stage that can change when its files are edited."""
     if stage == "judge":
         return _count_judged(iteration.folder / "records.jsonl") or {}
     return _count_flagged(iteration.folder / "scores.jsonl") if stage == "blame" else {}
@@ -163,7 +163,7 @@ def recount_metrics(iteration: Iteration, stage: str) -> dict[str, Any]:
 
 
 def order_instructions(plan: Plan) -> list[dict[str, Any]]:
-    """Shuffles the instructions, each of them once and none that is evaluated on; UserError if there are too few."""
+    """Shuffle the instructions, each of them once and none that is evaluated on; UserError if there are too few."""
     arguments = plan.arguments
     rows = _read_instructions(str(arguments.instructions))
     held_out = _read_instructions(arguments.eval_instructions) if arguments.eval_instructions else []
@@ -244,7 +244,7 @@ def _judge(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
 
 
 def _judge_responses(plan: Plan, runner: Runner, judge: str, responses: Path, cache_name: str) -> dict[str, Any]:
-    """Judges responses into `records.jsonl` in the same folder, until few enough judgments are missing.
+    """Judge responses into `records.jsonl` in the same folder, until few enough judgments are missing.
 
     All iterations share one cache of a paid judge's answers, so limits on spending hold for the whole run.
     """
@@ -281,7 +281,7 @@ def _judge_responses(plan: Plan, runner: Runner, judge: str, responses: Path, ca
 
 
 def _count_judged(records: Path, num_responses: int | None = None) -> dict[str, Any] | None:
-    """Counts records and failures; None if they do not add up to `num_responses` (checked unless it is None)."""
+    """Count records and failures; None if they do not add up to `num_responses` (checked unless it is None)."""
     if not records.exists():
         return None
     check = check_records(records)
@@ -361,7 +361,7 @@ def _train(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
 
 
 def _read_trainer_state(target: Path) -> dict[str, Any] | None:
-    """Reads the file that the trainer writes last; None if training is not complete."""
+    """Read the file that the trainer writes last; None if training is not complete."""
     try:
         return json.loads((target / "trainer_state.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -410,7 +410,7 @@ def _run_eval_command(command: str, model: str, out: Path, runner: Runner) -> di
 
 
 def _read_metrics(path: Path) -> dict[str, float]:
-    """Reads the numbers in a JSON object; other values are ignored."""
+    """Read the numbers in a JSON object; other values are ignored."""
     try:
         metrics = {
             name: value

@@ -159,7 +159,7 @@ def cut_loss(
 
 
 def combine_parts(contrast: Number, likelihood: Number, num_contrast: float, num_likelihood: float) -> Number:
-    """Combines both sums as the released code does: the mean of their means, or one mean if the other has no tokens.
+    """Combine both sums as the released code does: the mean of their means, or one mean if the other has no tokens.
 
     The denominators `num_contrast` and `num_likelihood` are tokens, or records if each token weighs 1/N.
 

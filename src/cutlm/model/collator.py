@@ -88,7 +88,7 @@ def _count_shared(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def split_batch(batch: Mapping[str, Any], max_tokens: int) -> list[dict[str, Any]]:
-    """Splits a micro-batch into smaller ones of at most `max_tokens` tokens.
+    """Split a micro-batch into smaller ones of at most `max_tokens` tokens.
 
     Losses are sums, so the losses and gradients of the parts add up to those of the whole. Records are split by length,
     the longest first; both contexts of a record stay together.
@@ -137,13 +137,13 @@ def _take_records(batch: Mapping[str, Any], records: list[int], owned: list[list
 
 
 def split_lengths(batch: Mapping[str, Any]) -> tuple[int, int]:
-    """Counts the response tokens of unsatisfactory records (in one context) and of satisfactory records."""
+    """Count the response tokens of unsatisfactory records (in one context) and of satisfactory records."""
     num_unsatisfactory, lengths = batch["num_unsatisfactory"], batch["response_lengths"]
     return sum(lengths[:num_unsatisfactory]), sum(lengths[2 * num_unsatisfactory :])
 
 
 def find_non_finite(logps: Tensor, batch: Mapping[str, Any]) -> list[str]:
-    """Returns the locations of records with non-finite log-probabilities.
+    """Return the locations of records with non-finite log-probabilities.
 
     Args:
         logps: [R], in the order of `batch["target_ids"]`.
@@ -167,7 +167,7 @@ def check_rows_fit_model(
     prompts: Sequence[str] = ("prompt_ids", "judged_prompt_ids"),
     responses: Sequence[str] = ("response_ids",),
 ) -> None:
-    """Checks that the model has an embedding for every token id and a position for every token.
+    """Check that the model has an embedding for every token id and a position for every token.
 
     Args:
         model: The model.

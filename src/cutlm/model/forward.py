@@ -181,7 +181,7 @@ def _is_checkpointing(language_model: nn.Module) -> bool:
 def _plan_passes(
     batch: Mapping[str, Any], layout: ForwardLayout, needs_judged_grad: bool, tokens_per_pass: int
 ) -> Iterator[_ForwardPass]:
-    """Divides a micro-batch into forward passes; every sequence is in exactly one of them."""
+    """Divide a micro-batch into forward passes; every sequence is in exactly one of them."""
     lengths, num_judged = batch["sequence_lengths"], batch.get("num_unsatisfactory", 0)
     is_judged_frozen = torch.is_grad_enabled() and not needs_judged_grad
     has_shared_kv = layout.has_shared_kv and not layout.is_single_pass
@@ -232,7 +232,7 @@ def _is_worth_sharing(
 
 
 def _fill_rows(trees: Sequence[PrefixTree], max_tokens: int) -> Iterator[list[PrefixTree]]:
-    """Groups trees, longest first, into rows of at most `max_tokens`; a longer tree gets its own row."""
+    """Group trees, longest first, into rows of at most `max_tokens`; a longer tree gets its own row."""
     group: list[PrefixTree] = []
     num_tokens = 0
     for tree in sorted(trees, key=lambda tree: -tree.num_tokens):
@@ -248,7 +248,7 @@ def _fill_rows(trees: Sequence[PrefixTree], max_tokens: int) -> Iterator[list[Pr
 def _group_by_length(
     trees: Sequence[PrefixTree], max_tokens: int, lengths: Sequence[int], rope_switch_length: int | None = None
 ) -> Iterator[list[PrefixTree]]:
-    """Groups trees, longest first, into at most `max_tokens` padded tokens of which few are padding.
+    """Group trees, longest first, into at most `max_tokens` padded tokens of which few are padding.
 
     First sequences are padded to the longest first one, and second sequences, without the shared prefix, to the longest
     second one. Nothing is padded beyond `rope_switch_length`.
@@ -277,7 +277,7 @@ def _group_by_length(
 def run_padded(
     model: nn.Module, trees: Sequence[PrefixTree], sequences: Sequence[Tensor]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Runs single sequences as rows padded on the right, where no token of a causal model attends.
+    """Run single sequences as rows padded on the right, where no token of a causal model attends.
 
     Yields:
         Each sequence's index and its hidden states [L, H].
@@ -296,7 +296,7 @@ def run_with_shared_kv(
     *,
     needs_judged_grad: bool = True,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Runs the plain context of each tree, then the judged one on the KV cache of their shared prefix.
+    """Run the plain context of each tree, then the judged one on the KV cache of their shared prefix.
 
     Args:
         model: A causal language model that supports `use_cache`.
@@ -322,7 +322,7 @@ def run_with_shared_kv(
 def _run_on_cache(
     model: nn.Module, trees: Sequence[PrefixTree], continuations: Sequence[Tensor], cache: DynamicCache
 ) -> Tensor:
-    """Runs continuations of the shared prefixes, padded on the right; the prefixes' KV cache is padded on the left.
+    """Run continuations of the shared prefixes, padded on the right; the prefixes' KV cache is padded on the left.
 
     Returns:
         [trees, longest continuation, H]
@@ -358,7 +358,7 @@ def _take_prefixes(states: Tensor, trees: Sequence[PrefixTree], longest: int) ->
 def run_packed_row(
     model: nn.Module, trees: Sequence[PrefixTree], sequences: Sequence[Tensor]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Runs trees end to end in one row, each shared prefix once.
+    """Run trees end to end in one row, each shared prefix once.
 
     `sdpa` and `eager` attention get a mask that separates trees and branches. Attention of variable length (flash,
     flex) separates single sequences by their position ids, which restart at 0.
@@ -438,7 +438,7 @@ def _get_attention(language_model: nn.Module) -> str:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switches dropout off, and restores the mode of every module afterwards."""
+    """Switch dropout off, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -449,7 +449,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def choose_layout(model: nn.Module, *, is_sharded: bool = False, is_compiled: bool = False) -> ForwardLayout:
-    """Probes which layouts a model supports by running each on a few tokens.
+    """Probe which layouts a model supports by running each on a few tokens.
 
     Args:
         model: A causal language model, with or without an adapter.
@@ -568,7 +568,7 @@ def _is_layout_error(error: Exception) -> bool:
 
 
 def check_head(model: nn.Module) -> None:
-    """Compares the log-probabilities of a few tokens with those of the model's own logits.
+    """Compare the log-probabilities of a few tokens with those of the model's own logits.
 
     It catches models that transform their logits in a way that `get_head` does not know, which would otherwise be
     trained on wrong probabilities.
@@ -606,7 +606,7 @@ def check_head(model: nn.Module) -> None:
 
 
 def run_inside(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls `function(module, *args)` inside the forward pass of the module's wrapper.
+    """Call `function(module, *args)` inside the forward pass of the module's wrapper.
 
     DistributedDataParallel, FSDP and ZeRO-3 gather weights and prepare gradients in hooks around the wrapper's forward
     pass, which calls `module.forward`. To run another computation inside these hooks, this function replaces

@@ -52,7 +52,7 @@ _FILE_ERRORS = (
 
 @contextmanager
 def _reading_files(path: str | Path, kind: str) -> Iterator[None]:
-    """Turns a library's exception about the files of a model into a `UserError`; wraps library calls only."""
+    """Turn a library's exception about the files of a model into a `UserError`; wrap library calls only."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -65,14 +65,14 @@ def _reading_files(path: str | Path, kind: str) -> Iterator[None]:
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder or the hub; raises `UserError` if it does not exist or is damaged."""
+    """Load a tokenizer from a folder or the hub; raise `UserError` if it does not exist or is damaged."""
     _check_path(path)
     with _reading_files(path, "tokenizer"):
         return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
-    """Loads a model config from a folder, a file or the hub; raises `UserError` if it is missing or damaged."""
+    """Load a model config from a folder, a file or the hub; raise `UserError` if it is missing or damaged."""
     if not Path(path).is_file():
         _check_path(path)
     with _reading_files(path, "model config"):
@@ -88,7 +88,7 @@ def load_model(
     quantization: "BitsAndBytesConfig | None" = None,
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
-    """Loads a causal language model from a folder or the hub. Code from the hub is never run.
+    """Load a causal language model from a folder or the hub. Code from the hub is never run.
 
     Args:
         path: A folder or a name on the hub.
@@ -145,7 +145,7 @@ def check_bitsandbytes() -> None:
 
 
 def _check_path(path: str | Path) -> None:
-    """Checks a local path, because `transformers` takes a missing folder for a name on the hub."""
+    """Check a local path, because `transformers` takes a missing folder for a name on the hub."""
     folder = Path(path)
     if folder.is_file():
         raise UserError(f"{path}: expected a model folder, got a file")
@@ -200,7 +200,7 @@ def unwrap_peft(model: nn.Module) -> PreTrainedModel:
 
 
 def compile_layers(model: nn.Module, backend: str | None = None, mode: str | None = None) -> None:
-    """Compiles every decoder layer in place, for sequences of any length; see `torch.compile`.
+    """Compile every decoder layer in place, for sequences of any length; see `torch.compile`.
 
     `score_batch` calls the layers without the model's own forward pass, which the Trainer would compile. Layers are
     compiled when they first run; all layers of a class share one compilation.
@@ -226,7 +226,7 @@ def is_adapter_folder(path: str | Path) -> bool:
 
 
 def find_base_model(adapter: str | Path, base: str | None = None) -> str:
-    """Returns `base`, or by default the base model that the config of an adapter folder names, which must exist."""
+    """Return `base`, or by default the base model that the config of an adapter folder names, which must exist."""
     folder = Path(adapter)
     if not folder.is_dir():
         raise UserError(f"{adapter}: no such folder; pass the output_dir of a training run with use_peft: true")
@@ -248,7 +248,7 @@ def find_base_model(adapter: str | Path, base: str | None = None) -> str:
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path) -> nn.Module:
-    """Loads an adapter onto its base model; raises `UserError` if it does not fit, is damaged or lacks weights."""
+    """Load an adapter onto its base model; raise `UserError` if it does not fit, is damaged or lacks weights."""
     from peft import PeftModel, get_peft_model_state_dict
 
     file = Path(path) / "adapter_model.safetensors"
@@ -275,14 +275,14 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> nn.Module:
 
 
 def load_own_tokenizer(path: str | Path, base: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer saved with a model or adapter, or else its base model's."""
+    """Load the tokenizer saved with a model or adapter, or else its base model's."""
     return load_tokenizer(path if base is None or (Path(path) / "tokenizer_config.json").is_file() else base)
 
 
 def load_trained(
     path: str | Path, *, dtype: str | torch.dtype = "auto", base: str | None = None, device: str | None = None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Loads a model, or an adapter on its base model, for inference, with the tokenizer it was trained with.
+    """Load a model, or an adapter on its base model, for inference, with the tokenizer it was trained with.
 
     A `base` of None is the one that the adapter names; a `device` of None is a GPU if there is one.
 
@@ -313,13 +313,13 @@ def list_rope_parameters(config: Any) -> list[dict[str, Any]]:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Counts parameters as "trained" and "all"."""
+    """Count parameters as "trained" and "all"."""
     sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
     return {"trained": sum(size for size, is_trained in sizes if is_trained), "all": sum(size for size, _ in sizes)}
 
 
 def fingerprint_model(path: str | Path) -> str:
-    """Identifies the state of a model: its path, and for a folder a hash of the sizes and times of its weight files."""
+    """Identify the state of a model: its path, and for a folder a hash of the sizes and times of its weight files."""
     folder = Path(path)
     if not folder.is_dir():
         return str(path)

@@ -205,7 +205,7 @@ def find_head_layer(model: nn.Module) -> nn.Module:
 
 
 def get_head(model: nn.Module) -> Head:
-    """Reads the head of a `transformers` causal language model and how the model transforms its logits.
+    """Read the head of a `transformers` causal language model and how the model transforms its logits.
 
     Raises:
         ConfigError: The model has no linear output embedding in floating point, or a LoRA adapter on it.

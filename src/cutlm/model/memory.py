@@ -129,7 +129,7 @@ class Memory:
 
 
 def read_shape(config: Any) -> Shape:
-    """Reads the shape from a `transformers` config and checks it against the model's number of weights.
+    """Read the shape from a `transformers` config and check it against the model's number of weights.
 
     Raises:
         ConfigError: The layers are unlike LLaMA's, or no model can be built from the config.
@@ -177,7 +177,7 @@ def _count_weights(config: Any) -> int:
 
 
 def estimate(shape: Shape, plan: Plan) -> Memory:
-    """Estimates the peak of a training step on each GPU, while gradients of earlier micro-batches are held.
+    """Estimate the peak of a training step on each GPU, while gradients of earlier micro-batches are held.
 
     Raises:
         ConfigError: Settings of the plan contradict each other or do not fit the shape.
@@ -284,5 +284,5 @@ def _measure_work(shape: Shape, plan: Plan) -> float:
 
 
 def choose_gpus(memory: Memory) -> list[int]:
-    """Returns the common GPU sizes, in GB, that suffice."""
+    """Return the common GPU sizes, in GB, that suffice."""
     return [size for size in GPU_SIZES if memory.total <= USABLE * size * 1e9]

@@ -30,7 +30,7 @@ class Merge:
 
 
 def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | None = None, overwrite: bool = False) -> Merge:
-    """Merges an adapter into its base model and saves the result with the tokenizer it was trained with.
+    """Merge an adapter into its base model and save the result with the tokenizer it was trained with.
 
     Args:
         adapter: The adapter's folder.
@@ -90,7 +90,7 @@ def _compute_logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _save(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Saves into a temporary folder next to `out`, then renames it."""
+    """Save into a temporary folder next to `out`, then renames it."""
     saving = out.with_name(f".{out.name}.saving")
     shutil.rmtree(saving, ignore_errors=True)
     saving.mkdir(parents=True)

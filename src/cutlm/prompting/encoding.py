@@ -61,20 +61,20 @@ class Encoder:
         self._tail_ids = self._tokenize(self._tail)
 
     def render(self, instruction: str, judgment: str | None = None) -> Prompt:
-        """Renders a prompt as text."""
+        """Render a prompt as text."""
         return (self._chat.render_prompt if self._chat else render_alpaca_prompt)(instruction, judgment)
 
     def encode_prompt(self, instruction: str, judgment: str | None = None) -> list[int]:
-        """Encodes a prompt as it is fed to the model for generation."""
+        """Encode a prompt as it is fed to the model for generation."""
         return self._encode_prompt(self.render(instruction, judgment))
 
     def encode_refinement_prompt(self, instruction: str, response: str, judgment: str) -> list[int]:
-        """Encodes the request to improve a response so that its judgment no longer applies."""
+        """Encode the request to improve a response so that its judgment no longer applies."""
         render_prompt = self._chat.render_refinement_prompt if self._chat else render_refinement_prompt
         return self._encode_prompt(render_prompt(instruction, response, judgment))
 
     def encode_conversation(self, messages: Sequence[str]) -> list[int]:
-        """Encodes messages of the user and the assistant in turn, in the chat template; the last is the user's."""
+        """Encode messages of the user and the assistant in turn, in the chat template; the last is the user's."""
         assert self._chat is not None, "the alpaca prompt has no turns"
         return self._encode_prompt(self._chat.render(messages))
 
@@ -84,7 +84,7 @@ class Encoder:
         return leading_ids + self._tokenize(prompt.text, prompt.user_spans)
 
     def encode_response(self, response: str) -> list[int]:
-        """Encodes a response as the continuation of any prompt of this template, end-of-sequence token included."""
+        """Encode a response as the continuation of any prompt of this template, end-of-sequence token included."""
         joint = self._tokenize(self._tail + response, [(len(self._tail), len(self._tail) + len(response))])
         num_tail = len(self._tail_ids)
         if joint[:num_tail] == self._tail_ids:
@@ -97,16 +97,16 @@ class Encoder:
         return [*ids, self.tokenizer.eos_token_id]
 
     def locate_tokens(self, response: str, response_ids: list[int]) -> list[Span]:
-        """Finds the characters that each token of `encode_response(response)` covers; see `cutlm.prompting.spans`."""
+        """Find the characters that each token of `encode_response(response)` covers; see `cutlm.prompting.spans`."""
         spans = locate_tokens(self.tokenizer, self._tail, self._tail_ids, response, response_ids[:-1])
         return [*spans, (len(response), len(response))]
 
     def encode_record(self, record: JudgedRecord, max_length: int) -> "EncodedRecord | None":
-        """Encodes a record in both contexts and truncates its prompts; see `fit`."""
+        """Encode a record in both contexts and truncate its prompts; see `fit`."""
         return self.fit(view_both_contexts(record, self), max_length)
 
     def fit(self, record: "EncodedRecord", max_length: int) -> "EncodedRecord | None":
-        """Truncates prompts on the left, so that each has at most `max_length` tokens together with the response.
+        """Truncate prompts on the left, so that each has at most `max_length` tokens together with the response.
 
         Returns None if the response, which is never truncated, leaves no space for a prompt.
         """
@@ -122,7 +122,7 @@ class Encoder:
         )
 
     def truncate(self, ids: list[int], num_tokens: int) -> list[int]:
-        """Truncates a prompt on the left to `num_tokens` tokens, keeping the beginning-of-sequence token.
+        """Truncate a prompt on the left to `num_tokens` tokens, keeping the beginning-of-sequence token.
 
         Models produce nonsense without that token.
         """
@@ -133,7 +133,7 @@ class Encoder:
         return leading_ids + ids[len(ids) - num_tokens + len(leading_ids) :]
 
     def build_chat_template(self) -> str | None:
-        """Builds the chat template with which other tools prompt a model as it was trained.
+        """Build the chat template with which other tools prompt a model as it was trained.
 
         Under "chat" it is the tokenizer's own. Under "alpaca" it gives exactly the ids of `encode_prompt` for one user
         turn; it is None if no such template does with this tokenizer.
@@ -150,7 +150,7 @@ class Encoder:
         return None
 
     def _tokenize(self, text: str, user_spans: Sequence[Span] = ()) -> list[int]:
-        """Tokenizes text without adding tokens.
+        """Tokenize text without adding tokens.
 
         Under "chat", special tokens count as such outside of the spans written by a user or a model, and are plain text
         inside; under "alpaca" nothing is a special token.
@@ -197,7 +197,7 @@ class Encoder:
         return is_unknown_spelled or token_id in self._special_ids
 
     def _tokenize_plain(self, text: str) -> list[int]:
-        """Tokenizes text as plain text, even if it spells out special tokens."""
+        """Tokenize text as plain text, even if it spells out special tokens."""
         encoding = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         ids = encoding["input_ids"]
         is_unknown_spelled = self._unk_id in ids and self.tokenizer.unk_token in text
@@ -218,7 +218,7 @@ class Encoder:
         return self._tokenize_plain(text[:middle]) + self._tokenize_continuation(text[middle:])
 
     def _tokenize_continuation(self, text: str) -> list[int]:
-        """Tokenizes text as plain text that continues a sentence, without a space before its first word."""
+        """Tokenize text as plain text that continues a sentence, without a space before its first word."""
         for anchor in CONTINUATION_ANCHORS:
             anchor_ids = self.tokenizer(anchor, add_special_tokens=False)["input_ids"]
             joint = self._tokenize_plain(anchor + text)
@@ -228,7 +228,7 @@ class Encoder:
 
 
 def _find_leading_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Finds the special tokens that a tokenizer puts before any text: usually a beginning-of-sequence token or none."""
+    """Find the special tokens that a tokenizer puts before any text: usually a beginning-of-sequence token or none."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     starts = range(len(full) - len(bare) + 1)
@@ -242,7 +242,7 @@ def _restarts_after_special(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def choose_template(tokenizer: "PreTrainedTokenizerBase") -> TemplateName:
-    """Chooses the template that a model was trained with, by the chat template saved with its tokenizer.
+    """Choose the template that a model was trained with, by the chat template saved with its tokenizer.
 
     If that is the alpaca prompt, "alpaca" gives the same prompts, and judged ones too.
     """
@@ -279,11 +279,11 @@ class EncodedRecords:
         return len(self.left_out) + self.skipped.total()
 
     def describe_left_out(self) -> list[str]:
-        """Returns a sentence for each reason of a view and for each record that is too long."""
+        """Return a sentence for each reason of a view and for each record that is too long."""
         return [f"{num} records left out: {reason}" for reason, num in self.skipped.items()] + self.left_out
 
     def describe(self, max_length: int) -> str:
-        """Returns the counts as one line."""
+        """Return the counts as one line."""
         num_satisfactory = sum(row["is_satisfactory"] for row in self.rows)
         return (
             f"{len(self.rows)} records encoded ({num_satisfactory} satisfactory,"
@@ -293,7 +293,7 @@ class EncodedRecords:
 
 
 def view_both_contexts(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
-    """Encodes the response without the judgment and, if it is unsatisfactory, with it: the training data of CUT."""
+    """Encode the response without the judgment and, if it is unsatisfactory, with it: the training data of CUT."""
     instruction = record.full_instruction
     return EncodedRecord(
         encoder.encode_prompt(instruction),
@@ -309,7 +309,7 @@ def encode_records(
     max_length: int,
     view: Callable[[JudgedRecord, Encoder], EncodedRecord | str] = view_both_contexts,
 ) -> EncodedRecords:
-    """Encodes records and reports those that do not fit; see `Encoder.fit`.
+    """Encode records and report those that do not fit; see `Encoder.fit`.
 
     The view selects the training data of a record, or returns the reason for leaving it out.
     """

@@ -21,7 +21,7 @@ CONTINUATION_ANCHORS = ("\n", ":", "a")
 def locate_tokens(
     tokenizer: "PreTrainedTokenizerBase", tail: str, tail_ids: Sequence[int], text: str, ids: Sequence[int]
 ) -> list[Span]:
-    """Finds the span of each token of a text that was tokenized as the continuation of `tail`, the end of a prompt.
+    """Find the span of each token of a text that was tokenized as the continuation of `tail`, the end of a prompt.
 
     `ids` exclude the end-of-sequence token. Starts and ends never decrease, and every character but white space is
     covered. With a slow tokenizer, it takes time quadratic in the number of tokens.
@@ -54,7 +54,7 @@ def flag_spans(token_spans: Sequence[Span], wrong_spans: Sequence[Span]) -> list
 def _read_offsets(
     tokenizer: "PreTrainedTokenizerBase", tail: str, tail_ids: Sequence[int], text: str, ids: Sequence[int]
 ) -> list[Span] | None:
-    """Returns the tokenizer's own offsets from the first way to tokenize the text that gives these ids, or None."""
+    """Return the tokenizer's own offsets from the first way to tokenize the text that gives these ids, or None."""
     known = {"": [], tail: list(tail_ids)}
     for lead in (tail, "", *CONTINUATION_ANCHORS):
         lead_ids = known[lead] if lead in known else tokenizer(lead, add_special_tokens=False)["input_ids"]
@@ -71,7 +71,7 @@ def _read_offsets(
 def _decode_prefixes(
     tokenizer: "PreTrainedTokenizerBase", tail_ids: Sequence[int], text: str, ids: Sequence[int]
 ) -> list[Span]:
-    """Decodes longer and longer prefixes and compares which characters each token adds."""
+    """Decode longer and longer prefixes and compare which characters each token adds."""
 
     def decode(num_tokens: int) -> str:
         return str(tokenizer.decode([*tail_ids, *ids[:num_tokens]], clean_up_tokenization_spaces=False))
@@ -91,13 +91,13 @@ def _decode_prefixes(
 
 
 def _count_common(one: str, other: str) -> int:
-    """Returns the length of the common prefix."""
+    """Return the length of the common prefix."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _align(decoded: str, text: str) -> list[int]:
-    """Maps each position of a decoded text, the end included, to the position in the text that it came from."""
+    """Map each position of a decoded text, the end included, to the position in the text that it came from."""
     if decoded == text:
         return list(range(len(text) + 1))
     places = []
@@ -110,7 +110,7 @@ def _align(decoded: str, text: str) -> list[int]:
 
 
 def _close_gaps(spans: Sequence[Span], length: int) -> list[Span]:
-    """Orders spans, and gives characters that no token covers to the next token, or at the end to the last."""
+    """Order spans, and give characters that no token covers to the next token, or at the end to the last."""
     closed, first, num_done = [], 0, 0
     for start, end in spans:
         first = max(first, min(start, num_done))

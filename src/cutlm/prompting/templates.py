@@ -58,14 +58,14 @@ class Prompt(NamedTuple):
 
 
 def render_alpaca_prompt(instruction: str, judgment: str | None = None) -> Prompt:
-    """Renders the alpaca prompt exactly as the paper's code does."""
+    """Render the alpaca prompt exactly as the paper's code does."""
     if judgment is None:
         return _render_alpaca(_ALPACA_TASK, instruction)
     return _render_alpaca(_ALPACA_JUDGED_TASK, instruction + _ALPACA_JUDGMENT + judgment)
 
 
 def render_refinement_prompt(instruction: str, response: str, judgment: str) -> Prompt:
-    """Renders the request to improve a response so that its judgment no longer applies, in the alpaca style."""
+    """Render the request to improve a response so that its judgment no longer applies, in the alpaca style."""
     content = instruction + _ALPACA_DRAFT + response + _ALPACA_JUDGMENT + judgment
     return _render_alpaca(_ALPACA_REFINEMENT_TASK, content)
 
@@ -88,15 +88,15 @@ class ChatTemplate:
         self._frames: dict[int, str] = {}
 
     def render_prompt(self, instruction: str, judgment: str | None = None) -> Prompt:
-        """Renders one user turn and the start of the assistant's turn."""
+        """Render one user turn and the start of the assistant's turn."""
         return self.render([instruction if judgment is None else instruction + _CHAT_JUDGMENT + judgment])
 
     def render_refinement_prompt(self, instruction: str, response: str, judgment: str) -> Prompt:
-        """Renders the request to improve a response as one user turn."""
+        """Render the request to improve a response as one user turn."""
         return self.render([f"{instruction}{_CHAT_DRAFT}{response}{_CHAT_OBJECTION}{judgment}{_CHAT_REFINE}"])
 
     def render(self, messages: Sequence[str]) -> Prompt:
-        """Renders a conversation and the start of the assistant's next turn.
+        """Render a conversation and the start of the assistant's next turn.
 
         Messages are of the user and the assistant in turn; the first and the last are the user's. A template may drop
         parts of the assistant's messages, such as its reasoning.
@@ -115,7 +115,7 @@ class ChatTemplate:
         raise ConfigError("template: chat: the tokenizer's chat template changes the user's text; use template: alpaca")
 
     def _fill(self, frame: str, placeholders: list[str], messages: Sequence[str]) -> Prompt | None:
-        """Puts messages in place of a frame's placeholders; None if the template does not render them like that.
+        """Put messages in place of a frame's placeholders; None if the template does not render them like that.
 
         Searching the rendered text for a message would not do: a short one may occur in the template's own words, and
         some templates strip messages.
@@ -146,12 +146,12 @@ class ChatTemplate:
 
 
 def make_messages(contents: Sequence[str]) -> list[dict[str, str]]:
-    """Makes messages of the user and the assistant in turn, the first by the user."""
+    """Make messages of the user and the assistant in turn, the first by the user."""
     return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
 
 
 def build_alpaca_chat_template(has_bos: bool, gap: str = "") -> str:
-    """Builds the alpaca prompt as a Jinja chat template, so that other tools prompt a trained model as it was trained.
+    """Build the alpaca prompt as a Jinja chat template, so that other tools prompt a trained model as it was trained.
 
     One user turn gives exactly the training prompt; further turns follow in the same style. If the tokenizer starts
     every text with a beginning-of-sequence token (`has_bos`), the template does, because tools do not add it; some

@@ -76,7 +76,7 @@ class Cache:
             self._connection.close()
 
     def get_many(self, keys: Iterable[str]) -> dict[str, str | None]:
-        """Returns the cached answers by key; raises `UserError` if the file is damaged."""
+        """Return the cached answers by key; raise `UserError` if the file is damaged."""
         wanted, found = list(keys), dict[str, str | None]()
         for start in range(0, len(wanted), _NUM_KEYS_PER_QUERY):
             part = wanted[start : start + _NUM_KEYS_PER_QUERY]
@@ -85,16 +85,16 @@ class Cache:
         return found
 
     def put(self, key: str, answer: str | None) -> None:
-        """Stores an answer durably; raises `UserError` if the disk is full."""
+        """Store an answer durably; raise `UserError` if the disk is full."""
         self._execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, answer))
 
     def read_usage(self) -> tuple[int, int]:
-        """Returns the number of requests and of tokens of all runs with this file."""
+        """Return the number of requests and of tokens of all runs with this file."""
         ((num_requests, num_tokens),) = self._execute("SELECT requests, tokens FROM usage")
         return num_requests, num_tokens
 
     def add_usage(self, num_requests: int, num_tokens: int) -> None:
-        """Adds to the usage durably."""
+        """Add to the usage durably."""
         self._execute("UPDATE usage SET requests = requests + ?, tokens = tokens + ?", (num_requests, num_tokens))
 
     def _execute(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
@@ -129,7 +129,7 @@ class Budget:
         self._num_unwritten = 0
 
     def count_request(self) -> None:
-        """Counts a request before it is sent; raises `BudgetExceeded` if it must not be sent."""
+        """Count a request before it is sent; raise `BudgetExceeded` if it must not be sent."""
         with self._lock:
             num_requests, num_tokens = self.read_total()
             caps = {
@@ -146,7 +146,7 @@ class Budget:
             self.num_requests += 1
 
     def count_tokens(self, num_tokens: int | None, num_bytes: int) -> None:
-        """Counts the tokens of a prompt and its answer, estimated from their bytes if the server reported None."""
+        """Count the tokens of a prompt and its answer, estimated from their bytes if the server reported None."""
         with self._lock:
             self.is_estimated |= num_tokens is None
             num_added = -(-num_bytes // _BYTES_PER_TOKEN) if num_tokens is None else num_tokens
@@ -157,7 +157,7 @@ class Budget:
                 self._write(0)
 
     def read_total(self) -> tuple[int, int]:
-        """Returns the requests and tokens of all runs, which count against the caps."""
+        """Return the requests and tokens of all runs, which count against the caps."""
         num_requests, num_tokens = self._cache.read_usage()
         return num_requests, num_tokens + self._num_unwritten
 

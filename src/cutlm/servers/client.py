@@ -95,7 +95,7 @@ class Server:
         return url if urlsplit(url).path else f"{url}/v1"
 
     def make_body(self, prompt: Prompt, **fields: Any) -> dict[str, Any]:
-        """Returns the body of a request: everything that an answer depends on besides the server."""
+        """Return the body of a request: everything that an answer depends on besides the server."""
         if isinstance(prompt, str):
             content: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]}
         else:
@@ -118,7 +118,7 @@ def _describe_bad_url(url: str) -> str | None:
 
 
 def read_key() -> str | None:
-    """Returns the key of the server, or None; raises `UserError` if an HTTP header cannot hold it."""
+    """Return the key of the server, or None; raise `UserError` if an HTTP header cannot hold it."""
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not all("!" <= letter <= "~" for letter in key):  # an error of the HTTP library would quote it
         raise UserError(f"{KEY_VARIABLE}: expected only letters, digits and ASCII signs; set it again")
@@ -194,7 +194,7 @@ class Client:
         self._options: Any = {"headers": headers if self._key else headers | {"Authorization": openai.Omit()}}
 
     def request(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Posts JSON and returns the JSON of the answer; raises `Refused` or `RequestFailed`."""
+        """Post JSON and return the JSON of the answer; raise `Refused` or `RequestFailed`."""
         content = json.dumps(body).encode()
         try:
             response = self._client.post(path, content=content, cast_to=httpx2.Response, options=self._options)
@@ -203,7 +203,7 @@ class Client:
         return json.loads(response.content)
 
     def complete(self, body: Mapping[str, Any]) -> Answer:
-        """Requests one completion, of messages or of token ids; see `Server.make_body`.
+        """Request one completion, of messages or of token ids; see `Server.make_body`.
 
         Raises:
             Refused: The server refuses the request.
@@ -220,7 +220,7 @@ class Client:
         return Answer(shown, finish_reason, is_redacted=shown != text)
 
     def stream(self, body: Mapping[str, Any]) -> Generator[tuple[str, str | None], None, None]:
-        """Requests one completion and yields its pieces as they arrive, each with the finish reason once it is known.
+        """Request one completion and yield its pieces as they arrive, each with the finish reason once it is known.
 
         Raises:
             Refused: The server refuses the request.
@@ -244,9 +244,9 @@ class Client:
     def request_many(
         self, ask: Callable[[int], Any], locations: Sequence[str], *, advice: str, is_answering: bool = False
     ) -> Iterator[tuple[int, Any]]:
-        """Runs `ask` for the indices of `locations`, several at a time in threads.
+        """Run `ask` for the indices of `locations`, several at a time in threads.
 
-        Yields each index with what `ask` returned, or with the `RequestFailed` that it raised. Once the server answers
+        Yield each index with what `ask` returned, or with the `RequestFailed` that it raised. Once the server answers
         any request, a refusal of a single one is such a failure. If the server gives no answer to many requests in a
         row, the others are not sent and fail as well. Requests under way when the run ends are paid for, so they are
         awaited and yielded. Only leaving the loop, as Ctrl-C does, waits for nothing.
@@ -314,7 +314,7 @@ class Client:
             stop.set()
 
     def explain_refusal(self, error: Refused, location: str, advice: str) -> UserError:
-        """Returns a refusal as one sentence for the user; see `request_many` for the arguments."""
+        """Return a refusal as one sentence for the user; see `request_many` for the arguments."""
         url = self.server.url
         if not error.status:
             return UserError(f"{url}: {error}; pass another address by --base_url")
@@ -381,7 +381,7 @@ class _HttpClient(openai.DefaultHttpxClient):
         return response
 
     def _read(self, response: httpx2.Response, max_bytes: int) -> httpx2.Response:
-        """Reads a bounded answer whole."""
+        """Read a bounded answer whole."""
         longest, body = _MAX_TIMEOUTS * self._seconds, bytearray()
         deadline = time.monotonic() + longest
         for piece in response.iter_bytes():
@@ -395,7 +395,7 @@ class _HttpClient(openai.DefaultHttpxClient):
         return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=response.request)
 
     def _check(self, content: bytes) -> None:
-        """Finds errors under the status of success."""
+        """Find errors under the status of success."""
         try:
             value = json.loads(content)
         except (ValueError, RecursionError):
@@ -412,7 +412,7 @@ def _work(
     results: "queue.SimpleQueue[tuple[int, Any] | None]",
     stop: threading.Event,
 ) -> None:
-    """Asks for one index after another until none is left or the run ends; then puts None."""
+    """Ask for one index after another until none is left or the run ends; then put None."""
     _STOP.set(stop)
     try:
         while not stop.is_set():
@@ -469,7 +469,7 @@ def _read_choice(value: Any, *, is_event: bool = False) -> tuple[str | None, str
 
 
 def _redact(text: str, key: str | None, *, is_content: bool = False) -> str:
-    """Removes the key; from the content of an answer only if it is too long to be a word of it."""
+    """Remove the key; from the content of an answer only if it is too long to be a word of it."""
     if not key or (is_content and len(key) < _MIN_SECRET_LENGTH):
         return text
     return text.replace(key, "[key]")

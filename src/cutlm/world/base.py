@@ -24,7 +24,7 @@ def base_path() -> Path:
 
 
 def load_base(path: str | Path | None = None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Loads a base model in float32 and evaluation mode, and its tokenizer; by default the packaged one."""
+    """Load a base model in float32 and evaluation mode, and its tokenizer; by default the packaged one."""
     folder = base_path() if path is None else Path(path)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), load_tokenizer(folder)
@@ -33,7 +33,7 @@ def load_base(path: str | Path | None = None) -> tuple[LlamaForCausalLM, PreTrai
 def answer_tasks(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], *, is_praised: bool = False
 ) -> list[str]:
-    """Generates the greedy response to each task.
+    """Generate the greedy response to each task.
 
     If `is_praised`, the prompt holds the judgment "Perfect.", which asks for a right answer.
     """

@@ -81,7 +81,7 @@ QUICK = Size(num_tasks=28, num_steps=3, num_held_out=35, num_examples=1)
 
 
 def run_demo(out: str | Path, size: Size = FULL) -> dict[str, Any]:
-    """Runs the demo, prints it, and returns the content of `result.json`.
+    """Run the demo, print it, and return the content of `result.json`.
 
     The output folder may hold an earlier demo, which is replaced.
 
@@ -158,7 +158,7 @@ class Iteration:
 
     @contextmanager
     def stage(self, name: str, terminal: Terminal) -> Iterator[Stage]:
-        """Times a stage, and prints its line at the end."""
+        """Time a stage, and print its line at the end."""
         with terminal.stage(name) as stage:
             yield stage
         self.seconds[name] = stage.seconds
@@ -171,7 +171,7 @@ class Iteration:
 def run_iteration(
     folder: Path, model_path: Path, tasks: Sequence[Task], num_steps: int, seed: int, terminal: Terminal
 ) -> Iteration:
-    """Runs one iteration. Its files and the new model (`model/`) are in the folder.
+    """Run one iteration. Its files and the new model (`model/`) are in the folder.
 
     The seed decides the order of training and the judge's wording.
     """
@@ -219,7 +219,7 @@ def run_iteration(
 
 
 def generate_answers(out: Path, model_path: Path, tasks: Sequence[Task]) -> list[str]:
-    """Writes and returns the model's greedy response to each task."""
+    """Write and return the model's greedy response to each task."""
     rows = generate(
         model_path,
         [task.instruction for task in tasks],
@@ -240,12 +240,12 @@ def make_record(task: Task, response: str, seed: int = 0) -> dict[str, Any]:
 
 
 def blame_records(out: Path, model_path: Path, records: Sequence[JudgedRecord]) -> list[TokenScores]:
-    """Writes and returns the log-probabilities of each token with and without the judgment, and its flag."""
+    """Write and return the log-probabilities of each token with and without the judgment, and its flag."""
     return blame(model_path, records, template="alpaca", dtype="float32", device="cpu", out=out, **FLAG_SETTINGS)
 
 
 def train(scores: Path, adapter: Path, model_path: Path, num_steps: int, seed: int) -> list[float]:
-    """Trains an adapter on token scores, saves it, and returns the loss of each step."""
+    """Train an adapter on token scores, save it, and return the loss of each step."""
     args = CUTConfig(
         output_dir=str(adapter),
         max_steps=num_steps,
@@ -292,7 +292,7 @@ class _ProgressBar(TrainerCallback):
 
 
 def blame_held_out(folder: Path, base: Path, held_out: HeldOut, indices: Sequence[int]) -> list[TokenScores]:
-    """Writes all held-out answers, and scores those of the base model at some indices."""
+    """Write all held-out answers, and score those of the base model at some indices."""
     all_answers = zip(held_out.tasks, *held_out.answers, strict=True)
     write_rows(
         folder / "answers.jsonl",
@@ -313,7 +313,7 @@ _OWN_FILES = (CURVE_FILE, PAGE_FILE, RESULT_FILE)
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Silences logs that repeat the lines of the stages, and progress bars of steps that are instant here."""
+    """Silence logs that repeat the lines of the stages, and progress bars of steps that are instant here."""
     logger = logging.getLogger("cutlm")
     level, has_bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
@@ -330,7 +330,7 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def prepare_folder(out: Path) -> None:
-    """Makes the folder, and removes the files of an earlier demo from it, complete or not."""
+    """Make the folder, and remove the files of an earlier demo from it, complete or not."""
     if out.is_file():
         raise UserError(f"--out {out}: expected a folder, got a file; choose another name")
     if out.is_dir() and any(out.iterdir()):

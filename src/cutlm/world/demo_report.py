@@ -51,7 +51,7 @@ class HeldOut:
 
 
 def print_start(terminal: Terminal, num_parameters: int, num_iterations: int, num_tasks: int) -> None:
-    """Prints what will happen."""
+    """Print what will happen."""
     terminal.print_heading("cutlm demo: a language model learns from written judgments")
     terminal.print_text(
         f"A LLaMA with {num_parameters / 1e6:.1f} million parameters and some bad habits answers {num_tasks} new"
@@ -69,7 +69,7 @@ def choose_example(tasks: Sequence[Task], scores: Sequence[TokenScores], shown_f
 
 
 def print_example(terminal: Terminal, task: Task, scores: TokenScores, after: str) -> dict[str, Any]:
-    """Shows a response, its judgment, and the model's answer after training; returns the same as JSON."""
+    """Show a response, its judgment, and the model's answer after training; return the same as JSON."""
     record, judgment_after = scores.record, judge_task(task, after).judgment
     terminal.print_pairs(
         [
@@ -90,14 +90,14 @@ def print_example(terminal: Terminal, task: Task, scores: TokenScores, after: st
 
 
 def print_accuracy(terminal: Terminal, held_out: HeldOut) -> None:
-    """Prints the table of accuracy, and how many answers changed."""
+    """Print the table of accuracy, and how many answers changed."""
     terminal.print_heading(f"Accuracy on {len(held_out.tasks)} held-out instructions, by iteration")
     terminal.print_table(*_tabulate(held_out.accuracy))
     terminal.print_text(_describe_changes(held_out.changes), indent=2)
 
 
 def print_end(terminal: Terminal, out: Path, seconds: float) -> None:
-    """Prints where the results are and what to do next."""
+    """Print where the results are and what to do next."""
     files = {
         PAGE_FILE: "answers before and after, every token shaded",
         CURVE_FILE: "accuracy by iteration",
@@ -158,7 +158,7 @@ def choose_wrong(held_out: HeldOut, num_examples: int) -> list[int]:
 def write_report(
     out: Path, held_out: HeldOut, indices: Sequence[int], scores: Sequence[TokenScores], flagged_shares: Sequence[float]
 ) -> None:
-    """Writes the learning curve and the page.
+    """Write the learning curve and the page.
 
     The page shows the held-out answers at some indices, with the scores of the base model's answers. The share of
     flagged tokens of each iteration is part of the curve.

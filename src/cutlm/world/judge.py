@@ -87,7 +87,7 @@ def _index_tasks() -> dict[str, Task]:
 
 
 def judge_task(task: Task, response: str, *, is_vague: bool = False, seed: int = 0) -> Verdict:
-    """Judges a response, ignoring white space around it. The seed chooses among wordings.
+    """Judge a response, ignoring white space around it. The seed chooses among wordings.
 
     A vague judgment says only that something is wrong. It is for stress tests.
     """

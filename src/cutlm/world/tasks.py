@@ -200,7 +200,7 @@ def split_phrasing(phrasing: str) -> list[str]:
 
 
 def write_instruction(family: str, item: str, phrasing: str) -> str:
-    """Asks about an item in the words of a phrasing."""
+    """Ask about an item in the words of a phrasing."""
     first, second, third = split_phrasing(phrasing)
     mark = "?" if first.startswith(_QUESTION_STARTS) else "."
     if family in ("sorting", "lists"):
@@ -269,7 +269,7 @@ def find_rule(phrasing: str) -> str | None:
 
 
 def apply_rule(answer: str, rule: str | None) -> str:
-    """Formats a one-word answer by a style rule; None is the default style."""
+    """Format a one-word answer by a style rule; None is the default style."""
     if rule == "capitals":
         return f"{answer.upper()}."
     if rule == "small":
@@ -324,7 +324,7 @@ def swap_last(words: list[str]) -> str:
 
 
 def spoil_sentence(right: str, flaw: str) -> str:
-    """Adds a flaw to a right answer of `sentences`."""
+    """Add a flaw to a right answer of `sentences`."""
     lower = right[0].lower() + right[1:]
     return {
         "apology": APOLOGY + lower,
@@ -359,7 +359,7 @@ class Task:
 
 
 def make_task(family: str, item: str, phrasing: str, split: str) -> Task:
-    """Makes a task and writes its instruction."""
+    """Make a task and write its instruction."""
     return Task(family, item, phrasing, write_instruction(family, item, phrasing), split)
 
 
@@ -372,7 +372,7 @@ def list_tasks(split: str) -> tuple[Task, ...]:
 
 
 def _draw_tasks(family: str, split: str) -> list[Task]:
-    """Draws the tasks of a family; most call for its habit, because the others are answered right anyway."""
+    """Draw the tasks of a family; most call for its habit, because the others are answered right anyway."""
     rng = random.Random(f"{split} tasks of {family}")
     phrasings = list_phrasings(family, split)
     num_with_habit = round(SHARE_WITH_HABIT * NUM_TASKS[split])

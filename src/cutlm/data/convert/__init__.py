@@ -31,7 +31,7 @@ class Conversion:
         return len(self.rows) + self.left_out.total()
 
     def add(self, location: str, result: dict[str, Any] | str) -> None:
-        """Adds a converted row, or the reason for which it is left out."""
+        """Add a converted row, or the reason for which it is left out."""
         if isinstance(result, str):
             self.left_out[result] += 1
         else:
@@ -39,7 +39,7 @@ class Conversion:
 
 
 def validate_rows(rows: Iterable[SourceRow], model: type[ModelT]) -> list[tuple[str, ModelT]]:
-    """Validates the rows of a source; raises a DataError that names all problems."""
+    """Validate the rows of a source; raise a DataError that names all problems."""
     problems: list[str] = []
     validated = [(row.location, validate_row(row, model, problems)) for row in rows]
     if problems:

@@ -8,7 +8,7 @@ from cutlm.data.files import SourceRow
 
 
 def convert(rows: list[SourceRow]) -> Conversion:
-    """Turns a null `input` into "" and drops an empty `score` or `i_ans`; rows are not validated."""
+    """Turn a null `input` into "" and drop an empty `score` or `i_ans`; rows are not validated."""
     return Conversion(rows=[SourceRow(row.location, _convert_row(row.value)) for row in rows])
 
 

@@ -36,7 +36,7 @@ class Question(Source):
     answers: list[Answer]
 
     def find_best_answer(self) -> Answer | None:
-        """Returns the first answer with the highest ranking, or None if the rankings are incomplete."""
+        """Return the first answer with the highest ranking, or None if the rankings are incomplete."""
         if len(self.answers) == 1:
             return self.answers[0]
         rankings = [ranking for ranking in self.rankings or [] if ranking is not None]
@@ -60,7 +60,7 @@ class Line(Source):
 
 
 def convert(rows: Iterable[SourceRow]) -> Conversion:
-    """Turns each question into a record of its best answer, with all critiques as the judgment.
+    """Turn each question into a record of its best answer, with all critiques as the judgment.
 
     A question whose best answer cannot be used is left out; no worse answer is taken instead.
     """
@@ -81,7 +81,7 @@ def convert(rows: Iterable[SourceRow]) -> Conversion:
 
 
 def _find_fault(answer: Answer) -> str | None:
-    """Returns why an answer cannot be used, or None."""
+    """Return why an answer cannot be used, or None."""
     feedback = answer.feedback
     if feedback is not None and feedback.skip:
         return "feedback was skipped"

@@ -34,7 +34,7 @@ class RawRow(Source):
 
 
 def convert(one: Sequence[SourceRow], other: Sequence[SourceRow]) -> Conversion:
-    """Turns Shepherd's two files, in any order, into records with the correct answer as `i_ans`.
+    """Turn Shepherd's two files, in any order, into records with the correct answer as `i_ans`.
 
     Lines without an answer or feedback are left out.
     """

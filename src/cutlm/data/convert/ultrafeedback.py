@@ -20,7 +20,7 @@ MIN_RATING, MAX_RATING = 1.0, 5.0
 
 
 def _read_number(value: Any) -> float | None:
-    """Reads a score as the source writes it: a number, a number in a string, null or "N/A"."""
+    """Read a score as the source writes it: a number, a number in a string, null or "N/A"."""
     if value is None or value == "N/A":
         return None
     if isinstance(value, str | int | float) and not isinstance(value, bool):
@@ -67,7 +67,7 @@ class Row(Source):
 
 
 def convert(rows: Iterable[SourceRow]) -> Conversion:
-    """Turns every completion into a record with the critique as judgment.
+    """Turn every completion into a record with the critique as judgment.
 
     A completion with a low score and no critique is left out: a record without a judgment would count as satisfactory.
     """
@@ -80,7 +80,7 @@ def convert(rows: Iterable[SourceRow]) -> Conversion:
 
 
 def convert_to_pairs(rows: Iterable[SourceRow]) -> Conversion:
-    """Turns all pairs of an instruction's completions into preference pairs in the format of TRL's trainers."""
+    """Turn all pairs of an instruction's completions into preference pairs in the format of TRL's trainers."""
     conversion = Conversion("pairs")
     for location, row in validate_rows(rows, Row):
         for one, other in combinations(row.completions, 2):
@@ -99,7 +99,7 @@ def _make_pair(row: Row, one: Completion, other: Completion) -> dict[str, Any] |
 
 
 def _find_fault(completion: Completion) -> str | None:
-    """Returns why a completion cannot be used at all, or None."""
+    """Return why a completion cannot be used at all, or None."""
     if not (completion.response or "").strip():
         return "empty response"
     if completion.score is not None and not MIN_SCORE <= completion.score <= MAX_SCORE:
@@ -108,7 +108,7 @@ def _find_fault(completion: Completion) -> str | None:
 
 
 def _find_missing_judgment(completion: Completion) -> str | None:
-    """Returns why a completion without a critique makes no record, or None."""
+    """Return why a completion without a critique makes no record, or None."""
     if (completion.critique or "").strip():
         return None
     if completion.score is None:
