@@ -1,9 +1,11 @@
-"""Errors that a user can fix.
+"""Errors that a user can fix, and a way to hide messages that a user cannot do anything about.
 
-The command line prints them without a traceback and exits with 2; any other exception is a bug and exits with 1.
+The command line prints these errors without a traceback and exits with 2; any other exception is a bug and exits with 1.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 MAX_PROBLEMS_SHOWN = 50
 
@@ -37,3 +39,15 @@ class ConfigError(UserError):
 
 class NonFiniteError(UserError):
     """The loss or the gradient is not finite; raised before the optimizer step."""
+
+
+@contextmanager
+def log_errors_only(name: str) -> Iterator[None]:
+    """Let a library's logger report errors only, and restore its level afterwards."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -7,7 +7,6 @@ user error, without a traceback; 130 stopped by Ctrl-C.
 import argparse
 import errno
 import importlib
-import logging
 import os
 import sys
 import warnings
@@ -15,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from cutlm import __version__
-from cutlm.errors import UserError
+from cutlm.errors import UserError, log_errors_only
 
 COMMANDS = {
     "demo": "see a tiny model answer, be judged and learn from it, on a CPU",
@@ -113,13 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _quiet_libraries() -> Iterator[None]:
     """Suppress two messages that a user can do nothing about, and restore the settings afterwards."""
     # bitsandbytes mentions an optional CPU kernel whenever PEFT imports it.
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # PEFT reads a deprecated attribute of transformers.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)
+    with log_errors_only("bitsandbytes.backends.cpu.ops"), warnings.catch_warnings():
+        # PEFT reads a deprecated attribute of transformers.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield

@@ -5,11 +5,9 @@ next one.
 """
 
 import json
-import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import yaml
 from jinja2 import TemplateError
 
 from cutlm.data.files import write_text
-from cutlm.errors import ConfigError, UserError
+from cutlm.errors import ConfigError, UserError, log_errors_only
 from cutlm.evaluation.paper import SOURCE, TRUTHFULQA
 from cutlm.evaluation.shared import need_extra
 from cutlm.inspect.plots import Bar, draw_bars, make_paper_bars
@@ -83,7 +81,7 @@ def find_tasks(benchmarks: Sequence[Benchmark], include_path: str | None) -> Any
         _check_yaml(Path(include_path))
     own = [] if include_path is None else [include_path]
     base = Path(tasks.__file__).parent
-    with _quiet_package():
+    with log_errors_only("lm_eval"):
         manager = tasks.TaskManager(include_path=[*(base / name for name in _FOLDERS), *own], include_defaults=False)
         if any(benchmark.task not in manager.task_index for benchmark in benchmarks):
             manager = tasks.TaskManager(include_path=own or None)
@@ -101,17 +99,6 @@ def find_tasks(benchmarks: Sequence[Benchmark], include_path: str | None) -> Any
     if problems:
         raise UserError(problems)
     return manager
-
-
-@contextmanager
-def _quiet_package() -> Iterator[None]:
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _check_yaml(folder: Path) -> None:
@@ -160,7 +147,7 @@ def measure_benchmarks(
     """
     evaluate = need_extra("lm_eval").simple_evaluate
     rows, model = [], None
-    with _quiet_package():
+    with log_errors_only("lm_eval"):
         tasks = _load_tasks([benchmark for benchmark in benchmarks if not (folder / benchmark.file).exists()], manager)
         for benchmark in benchmarks:
             file = folder / benchmark.file

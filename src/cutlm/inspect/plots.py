@@ -5,12 +5,13 @@ those of Okabe and Ito, which color-blind readers can distinguish.
 """
 
 import io
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from cutlm.errors import log_errors_only
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,15 +45,9 @@ def draw_plot(title: str, plot: Callable[[Any], None], *, height: float = 4.6) -
 @contextmanager
 def _quiet_fonts() -> Iterator[None]:
     """Silence matplotlib about building its font cache and about characters its font lacks."""
-    logger = logging.getLogger("matplotlib.font_manager")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-            yield
-    finally:
-        logger.setLevel(level)
+    with log_errors_only("matplotlib.font_manager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
 
 
 def _save(figure: "Figure") -> bytes:

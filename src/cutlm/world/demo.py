@@ -13,10 +13,8 @@ the same names do for a model of your own; only the judge belongs to the tiny wo
 """
 
 import json
-import logging
 import shutil
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -32,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from cutlm.api import blame, generate
 from cutlm.data.files import open_atomic, write_rows
 from cutlm.data.records import JudgedRecord, check_records
-from cutlm.errors import UserError
+from cutlm.errors import UserError, log_errors_only
 from cutlm.flagging.detector import FlagSettings
 from cutlm.flagging.token_scores import TokenScores, read_token_scores
 from cutlm.inspect.terminal import Stage, Terminal
@@ -314,19 +312,14 @@ _OWN_FILES = (CURVE_FILE, PAGE_FILE, RESULT_FILE)
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Silence logs that repeat the lines of the stages, and progress bars of steps that are instant here."""
-    logger = logging.getLogger("cutlm")
-    level, has_bars = logger.level, transformers_logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
+    has_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            # PEFT causes it, and a user cannot avoid it.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        with log_errors_only("cutlm"):
             yield
     finally:
         if has_bars:
             transformers_logging.enable_progress_bar()
-        logger.setLevel(level)
 
 
 def prepare_folder(out: Path) -> None:
