@@ -167,12 +167,12 @@ def make_adapter() -> Any:
 
 def _encode(args: argparse.Namespace, tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     from cutlm.data.records import JudgedRecord
-    from cutlm.prompting.encoding import Encoder
+    from cutlm.prompting.encoding import Encoder, view_both_contexts
 
     encoder = Encoder(tokenizer, args.template)
     rows = []
     for record in records:
-        encoded = encoder.encode_record(JudgedRecord(**record), 100_000)
+        encoded = encoder.fit(view_both_contexts(JudgedRecord(**record), encoder), 100_000)
         assert encoded is not None
         rows.append({name: getattr(encoded, name) for name in ("prompt_ids", "judged_prompt_ids", "response_ids")})
     return rows

@@ -1,6 +1,7 @@
 """Errors that a user can fix, and a way to hide messages that a user cannot do anything about.
 
-The command line prints these errors without a traceback and exits with 2; any other exception is a bug and exits with 1.
+The command line prints these errors without a traceback and exits with 2; any other exception is a bug, and it exits
+with 1.
 """
 
 import logging

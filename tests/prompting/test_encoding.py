@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError
-from cutlm.prompting.encoding import EncodedRecord, EncodedRecords, Encoder, encode_records
+from cutlm.prompting.encoding import EncodedRecord, EncodedRecords, Encoder, encode_records, view_both_contexts
 from cutlm.prompting.templates import render_alpaca_prompt
 
 TEMPLATES = ("alpaca", "chat")
@@ -164,7 +164,7 @@ def draw_record(data: st.DataObject, texts: st.SearchStrategy[str]) -> JudgedRec
 
 
 def encode(encoder: Encoder, record: JudgedRecord) -> EncodedRecord:
-    encoded = encoder.encode_record(record, 10**6)
+    encoded = encoder.fit(view_both_contexts(record, encoder), 10**6)
     assert encoded is not None
     assert not encoded.is_truncated
     return encoded
@@ -449,10 +449,10 @@ def test_prompts_are_truncated_on_the_left_and_responses_never(kind, template, i
     num_response = len(whole.response_ids)
     longest = max(len(whole.prompt_ids), len(whole.judged_prompt_ids or []))
 
-    assert encoder.encode_record(record, num_response - 1) is None
-    assert encoder.encode_record(record, num_response) is None
+    assert encoder.fit(view_both_contexts(record, encoder), num_response - 1) is None
+    assert encoder.fit(view_both_contexts(record, encoder), num_response) is None
     for room in (1, 2, 3, longest // 2, longest - 1, longest, longest + 1):
-        encoded = encoder.encode_record(record, num_response + room)
+        encoded = encoder.fit(view_both_contexts(record, encoder), num_response + room)
         assert encoded.response_ids == whole.response_ids
         assert encoded.is_truncated == (room < longest)
         assert (encoded.judged_prompt_ids is None) == is_satisfactory
@@ -488,7 +488,9 @@ def test_every_record_is_encoded_or_reported(lengths, max_length):
         location for location, is_out in zip(locations, too_long, strict=True) if is_out
     ]
     assert encoded.num_truncated == sum(
-        row.is_truncated for record in records if (row := encoder.encode_record(record, max_length)) is not None
+        row.is_truncated
+        for record in records
+        if (row := encoder.fit(view_both_contexts(record, encoder), max_length)) is not None
     )
     for row in encoded.rows:
         for ids in (row["prompt_ids"], row["judged_prompt_ids"]):

@@ -101,10 +101,6 @@ class Encoder:
         spans = locate_tokens(self.tokenizer, self._tail, self._tail_ids, response, response_ids[:-1])
         return [*spans, (len(response), len(response))]
 
-    def encode_record(self, record: JudgedRecord, max_length: int) -> "EncodedRecord | None":
-        """Encode a record in both contexts and truncate its prompts; see `fit`."""
-        return self.fit(view_both_contexts(record, self), max_length)
-
     def fit(self, record: "EncodedRecord", max_length: int) -> "EncodedRecord | None":
         """Truncate prompts on the left, so that each has at most `max_length` tokens together with the response.
 
