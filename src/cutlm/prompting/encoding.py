@@ -48,6 +48,7 @@ class Encoder:
                 f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so a model could not learn to"
                 " stop; set tokenizer.eos_token and save it again"
             )
+        self.end_of_turn_id: int = tokenizer.eos_token_id
         self._unk_id = tokenizer.unk_token_id  # a slow attribute, needed for every token
         self._leading_ids = _find_leading_ids(tokenizer)
         special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
