@@ -8,11 +8,11 @@ JOBS ?= 2
 # If this is set to a value, every process that a test starts compiles torch and transformers again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup demo test check format lint types bench clean
+.PHONY: help setup demo test check format lint types bench real-model clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(INSTALLED) ## create the environment in .venv
 
@@ -54,6 +54,12 @@ bench: setup ## measure time and memory (about 45 minutes on an idle machine; RE
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 	$(BIN)/python benchmarks/generation.py --json benchmarks/results/generation.json
 	$(BIN)/python benchmarks/report.py
+
+# Weights of the model: float32 or bfloat16.
+DTYPE ?= float32
+
+real-model: setup ## make a folder of a small real model (SmolLM2-135M-Instruct) in the test cache, and print its path
+	@PYTHONPATH=tests $(BIN)/python -m real.smollm2 --dtype $(DTYPE)
 
 clean: ## remove the environment and all build and test output
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
