@@ -5,4 +5,5 @@ Read in this order:
 1. `templates`: the text that precedes a response, in the alpaca prompt or in a tokenizer's chat template.
 2. `encoding`: `Encoder`, the one place that turns prompts and responses into token ids; records to training rows.
 3. `spans`: which characters of a response each of its tokens covers.
+4. `reasoning`: the final answer of a generated text, without thoughts and channels.
 """
