@@ -56,3 +56,32 @@ def responses(tmp_path: Path) -> Path:
     from judged_rows import make_rows, write_lines
 
     return write_lines(tmp_path / "responses.jsonl", make_rows())
+
+
+@pytest.fixture
+def slow_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without units for 16-bit numbers, such as one with AVX2, on which nothing was said yet."""
+    _fake_cpu(monkeypatch, has_units=False)
+
+
+@pytest.fixture
+def fast_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU with units for bfloat16, but not for float16."""
+    _fake_cpu(monkeypatch, has_units=True)
+
+
+def _fake_cpu(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
+    import platform
+
+    import torch
+
+    from cutlm.model import loading
+
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    for function in (loading._say_float32, loading.warn_of_slow_autocast):
+        function.cache_clear()

@@ -1,5 +1,7 @@
 """Loading refuses incomplete, damaged or unsuitable models instead of initializing anything at random."""
 
+import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from transformers import LlamaForSequenceClassification as Classifier
 from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM
 
 from cutlm.errors import ConfigError, UserError
+from cutlm.model import loading
 from cutlm.model.forward import check_head
-from cutlm.model.loading import check_lora_targets, load_model, load_tokenizer
+from cutlm.model.loading import check_lora_targets, load_model, load_tokenizer, load_trained
 
 
 def test_model_without_its_head_is_refused(tmp_path: Path) -> None:
@@ -132,3 +135,72 @@ def test_lora_on_an_embedding_tied_to_the_head_is_refused() -> None:
     check_lora_targets(make_model(40), config)
     with pytest.raises(ConfigError, match=r"^lora_target_modules: embed_tokens is tied"):
         check_lora_targets(make_model(40, tie_word_embeddings=True), config)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_slow_cpu_computes_16_bit_models_in_float32_and_says_so_once(
+    slow_cpu: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, stored: torch.dtype
+) -> None:
+    make_model(40).to(stored).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "cutlm"):
+        assert load_model(tmp_path).dtype == torch.float32
+        make_tokenizer().save_pretrained(tmp_path)
+        assert load_trained(tmp_path, device="cpu")[0].dtype == torch.float32
+    assert len([record for record in caplog.records if "float32" in record.getMessage()]) == 1
+    for weight in load_file(tmp_path / "model.safetensors").values():
+        assert weight.dtype == stored, "loading changes no files"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", torch.bfloat16])
+def test_slow_cpu_computes_in_the_dtype_that_is_asked_for(
+    slow_cpu: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str | torch.dtype
+) -> None:
+    make_model(40).bfloat16().save_pretrained(tmp_path)
+    expected = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+    with caplog.at_level("WARNING", "cutlm"):
+        assert load_model(tmp_path, dtype=dtype).dtype == expected
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float64])
+def test_slow_cpu_keeps_wider_dtypes(slow_cpu: None, tmp_path: Path, stored: torch.dtype) -> None:
+    make_model(40).to(stored).save_pretrained(tmp_path)
+    assert load_model(tmp_path).dtype == stored
+
+
+def test_slow_cpu_reads_the_dtype_of_weights_that_the_config_does_not_name(slow_cpu: None, tmp_path: Path) -> None:
+    make_model(40).bfloat16().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("dtype") == "bfloat16"
+    file.write_text(json.dumps(config))
+    assert load_model(tmp_path).dtype == torch.float32
+    assert load_model(tmp_path, device="cuda").dtype == torch.bfloat16, "on its way to a GPU"
+
+
+def test_fast_cpu_keeps_bfloat16(fast_cpu: None, tmp_path: Path) -> None:
+    make_model(40).bfloat16().save_pretrained(tmp_path)
+    assert load_model(tmp_path).dtype == torch.bfloat16
+    assert not loading.has_fast_math(torch.float16)
+
+
+def test_fast_math_needs_units_and_a_library_that_uses_them(fast_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loading.has_fast_math(torch.bfloat16)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not loading.has_fast_math(torch.bfloat16)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert loading.has_fast_math(torch.bfloat16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not loading.has_fast_math(torch.bfloat16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", _raise_attribute_error)  # another torch
+    assert not loading.has_fast_math(torch.bfloat16)
+
+
+def _raise_attribute_error() -> bool:
+    raise AttributeError
+
+
+def test_unknown_device_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    for device in ("xpu:7", "nonsense"):
+        with pytest.raises(UserError, match=f"--device {device}: not available"):
+            load_trained(tmp_path / "missing", device=device)

@@ -44,10 +44,16 @@ def _merge(adapter: Path, out: Path, *options: str) -> int:
     return main(["merge", "--adapter", str(adapter), "--out", str(out), *options])
 
 
+@pytest.mark.parametrize("cpu", ["fast_cpu", "slow_cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_model_has_adapter_logits_and_base_dtype(
-    tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    dtype: torch.dtype,
+    cpu: str,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    request.getfixturevalue(cpu)
     tokenizer = make_tokenizer("bpe")
     make_model(len(tokenizer)).to(dtype).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

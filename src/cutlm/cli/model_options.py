@@ -27,7 +27,10 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "overwrite": {"action": "store_true", "help": "replace the output file"},
     "template": {"choices": ("alpaca", "chat"), "help": "default: the tokenizer's chat template, which training saves"},
     "base": {"metavar": "MODEL", "help": "base model of an adapter (default: the one that the adapter names)"},
-    "dtype": {"choices": ("auto", "float32", "bfloat16", "float16"), "help": "default: auto"},
+    "dtype": {
+        "choices": ("auto", "float32", "bfloat16", "float16"),
+        "help": "default: auto, as stored, or float32 on a CPU faster in it",
+    },
     "device": {"help": "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"},
     "bf16": {"action": "store_true", "default": None, "help": "run in bfloat16 by autocast"},
     "batch_size": {"type": int, "metavar": "N", "help": "prompts at a time (default: 16)"},

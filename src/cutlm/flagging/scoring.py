@@ -18,6 +18,7 @@ from cutlm.model.loading import (
     is_adapter_folder,
     load_trained,
     unwrap_peft,
+    warn_of_slow_autocast,
 )
 
 MAX_TOKENS_PER_BATCH = 8192
@@ -104,6 +105,8 @@ def load_scorer(
         The tokenizer, the scorer, a fingerprint of the model, and further settings that the numbers depend on, by name.
     """
     model, tokenizer = load_trained(path, dtype=dtype, base=base, device=device)
+    if is_bf16 and unwrap_peft(model).device.type == "cpu":
+        warn_of_slow_autocast()
     check_head(model)
     fingerprint = fingerprint_model(path)
     if is_adapter_folder(path):

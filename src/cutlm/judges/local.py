@@ -57,7 +57,7 @@ def judge_locally(
         out: The output file; finished batches are kept in `OUT.partial`, from which a stopped run resumes.
         max_new_tokens: The maximum length of an answer; None: 1024, but at most a quarter of the model's context.
         batch_size: The number of responses per batch.
-        dtype: The data type of the weights.
+        dtype: See `load_model`.
         device: None uses a GPU if there is one.
 
     Returns:

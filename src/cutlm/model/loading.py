@@ -4,10 +4,13 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import logging
 import pickle
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,8 @@ from cutlm.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import BitsAndBytesConfig
+
+logger = logging.getLogger(__name__)
 
 _ADAPTER_CONFIG = "adapter_config.json"
 # A layer is compiled again for one row or several, with or without mask, dropout, gradients and gradients of its input.
@@ -79,6 +84,71 @@ def load_config(path: str | Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
+def has_fast_math(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices in a 16-bit dtype at least about as fast as in float32.
+
+    CPUs without such units convert every operand, and are 8 to 10 times slower than in float32.
+    """
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    # oneDNN multiplies the matrices. A build of torch without it, as for macOS, has only slow kernels. All of these
+    # functions are private to torch, so they may be missing.
+    if not _ask(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported"):
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    # On x86, oneDNN also counts AVX-512 without 16-bit units, on which it is 5 times slower.
+    has_units = _ask(torch.cpu, "_is_amx_tile_supported") or _ask(torch.cpu, "_is_avx512_bf16_supported")
+    return has_units and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _ask(module: Any, name: str) -> bool:
+    """The answer of a function of a module; False if this version of torch lacks the function."""
+    try:
+        return bool(getattr(module, name)())
+    except AttributeError:
+        return False
+
+
+def choose_dtype(stored: torch.dtype, device: str | torch.device | None = None) -> torch.dtype:
+    """Choose the dtype to compute in: the stored one, or float32 on a CPU that is faster in it.
+
+    The first choice of float32 in a process is logged.
+
+    Args:
+        stored: The dtype of the checkpoint.
+        device: Where the model will run; None for the CPU.
+    """
+    is_cpu = device is None or torch.device(device).type == "cpu"
+    if not is_cpu or stored not in (torch.bfloat16, torch.float16) or has_fast_math(stored):
+        return stored
+    _say_float32()
+    return torch.float32
+
+
+@cache  # once per process
+def _say_float32() -> None:
+    logger.warning(
+        "This CPU computes several times slower in bfloat16 and float16 than in float32, so models stored in these are"
+        " loaded in float32, which takes twice the memory; set dtype to keep them."
+    )
+
+
+@cache
+def warn_of_slow_autocast() -> None:
+    """Say once per process if this CPU is slow under bfloat16 autocast."""
+    if not has_fast_math(torch.bfloat16):
+        logger.warning("bf16: this CPU computes bfloat16 several times slower than float32; leave bf16 out.")
+
+
+def read_stored_dtypes(path: str | Path, *, revision: str | None = None) -> tuple[torch.dtype, dict[str, torch.dtype]]:
+    """Read the dtype of a checkpoint, and of each of its weights and stored buffers, without loading them."""
+    with _reading_files(path, "causal language model"):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision or "main", dtype="auto", device_map="meta", trust_remote_code=False
+        )
+    return model.dtype, {name: value.dtype for name, value in model.state_dict().items()}
+
+
 def load_model(
     path: str | Path,
     *,
@@ -93,10 +163,11 @@ def load_model(
     Args:
         path: A folder or a name on the hub.
         revision: A branch, tag or commit on the hub.
-        dtype: A dtype or its name; "auto" for the checkpoint's.
+        dtype: A dtype or its name; "auto" for the checkpoint's, or float32 on a CPU that is faster in it.
         attn_implementation: See `transformers`.
         quantization: Loads 8-bit or 4-bit weights.
-        device: Device of a quantized model; None for the CPU.
+        device: Where the model will run, None for the CPU. Only quantized weights are loaded there; others are on the
+            CPU afterwards.
 
     Raises:
         UserError: The model does not exist, is damaged, lacks weights or has an encoder, or bitsandbytes is missing.
@@ -116,8 +187,12 @@ def load_model(
         check_bitsandbytes()
         kwargs |= {"quantization_config": quantization, "device_map": {"": device if device is not None else "cpu"}}
     with _reading_files(path, "causal language model"):
-        if AutoConfig.from_pretrained(path, **source).is_encoder_decoder:
+        config = AutoConfig.from_pretrained(path, **source)
+        if config.is_encoder_decoder:
             raise UserError(f"{path}: expected a causal language model, got one with an encoder, which would be lost")
+        if dtype == "auto" and quantization is None and getattr(config, "quantization_config", None) is None:
+            stored = config.dtype or read_stored_dtypes(path, revision=revision)[0]
+            kwargs["dtype"] = choose_dtype(stored, device)
         # Weights of another shape are reported below, together with the missing ones.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **source, **kwargs
@@ -290,19 +365,28 @@ def load_trained(
         UserError: The model cannot be loaded, or the device is not available.
     """
     model: nn.Module
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _using_device(device):
+        torch.zeros(1).to(device)  # before the model is loaded, which takes long
     if is_adapter_folder(path):
         base = find_base_model(path, base)
-        model = load_adapter(load_model(base, dtype=dtype), path)
+        model = load_adapter(load_model(base, dtype=dtype, device=device), path)
     else:
-        model = load_model(path, dtype=dtype)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+        model = load_model(path, dtype=dtype, device=device)
+    with _using_device(device):
         nn.Module.to(model, device)  # the same for a PEFT model and others
+    return model.eval(), load_own_tokenizer(path, base)
+
+
+@contextmanager
+def _using_device(device: str) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, AssertionError) as error:  # torch: an unknown device, or one it is not built for
+    # torch: an unknown device, one it is not built for, or one that lacks a dtype, as MPS lacks float64
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"--device {device}: not available ({_first_line(error)})") from error
-    return model.eval(), load_own_tokenizer(path, base)
 
 
 def list_rope_parameters(config: Any) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cutlm.data.files import sync_directory, sync_tree
 from cutlm.errors import UserError
-from cutlm.model.loading import find_base_model, load_adapter, load_model, load_own_tokenizer
+from cutlm.model.loading import find_base_model, load_adapter, load_model, load_own_tokenizer, read_stored_dtypes
 
 # Largest expected change of a logit, relative to the largest logit. Rounding a merged weight to bfloat16 costs up to
 # 2^-9 of it, at every layer.
@@ -53,7 +55,9 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | None = No
         raise UserError(f"{out}: this is the base model of {adapter}; choose another folder")
     _check_out(out, overwrite)
     base_model = load_model(base)
-    dtype = base_model.dtype
+    dtype, dtypes = base_model.dtype, dict[str, torch.dtype]()
+    if dtype == torch.float32:  # perhaps only to compute in
+        dtype, dtypes = read_stored_dtypes(base)
     model: Any = load_adapter(base_model, adapter).eval()
     tokenizer = load_own_tokenizer(adapter, base)
     vocab_size = base_model.config.get_text_config().vocab_size
@@ -63,6 +67,9 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | None = No
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # PEFT: non-finite values
         raise UserError(f"{adapter}: cannot merge it ({error})") from error
+    computed = {name: weight.dtype for name, weight in _list_weights(merged)}
+    _cast_weights(merged, dtypes)  # rounds them as they will be saved
+    _cast_weights(merged, computed)
     difference = ((_compute_logits(merged, ids) - before).abs().max() / before.abs().max().clamp_min(1e-6)).item()
     tolerance = _TOLERANCES.get(dtype, 1e-1)
     if not difference <= tolerance:
@@ -70,6 +77,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | None = No
             f"{adapter}: merging changed the logits by {difference:.2g} of the largest, expected at most {tolerance} in"
             f" {dtype}; nothing was saved"
         )
+    _cast_weights(merged, dtypes)
     _save(merged, tokenizer, out)
     return Merge(base, dtype, difference, bool(tokenizer.chat_template))
 
@@ -82,6 +90,16 @@ def _check_out(out: Path, overwrite: bool) -> None:
             raise UserError(f"{out}: the folder is not empty; choose another one or pass --overwrite")
         if not (out / "config.json").is_file():
             raise UserError(f"{out}: not a model folder, so --overwrite does not replace it; choose another folder")
+
+
+def _list_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def _cast_weights(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Cast the named weights and buffers in place; others, such as RoPE's frequencies, are not saved."""
+    for name, weight in _list_weights(model):
+        weight.data = weight.data.to(dtypes.get(name, weight.dtype))
 
 
 @torch.no_grad()

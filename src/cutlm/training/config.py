@@ -26,6 +26,7 @@ from trl import ModelConfig, TrlParser
 
 from cutlm.errors import ConfigError
 from cutlm.losses import Parts
+from cutlm.model.loading import has_fast_math, warn_of_slow_autocast
 from cutlm.prompting.templates import TEMPLATES
 
 NORMALIZATIONS = ("token", "record")
@@ -82,7 +83,8 @@ class ModelArguments(ModelConfig):
     """The model and its adapter: TRL's fields, with the paper's LoRA as the default.
 
     Attributes:
-        dtype: dtype of the weights. None: the checkpoint's under LoRA, float32 for full fine-tuning.
+        dtype: dtype of the weights. None: float32 for full fine-tuning, and under LoRA the checkpoint's ("auto"), or
+            float32 on a CPU that is faster in it.
         use_peft: Train a LoRA adapter; false trains all weights.
         lora_alpha: LoRA's alpha.
         lora_target_modules: Modules that LoRA adapts; `all-linear` adapts every linear layer.
@@ -191,6 +193,8 @@ class CUTConfig(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning only helps transfers to a GPU
+            if self.bf16:
+                warn_of_slow_autocast()
         problems = self._check_device()
         if problems:
             raise ConfigError(problems)
@@ -307,7 +311,7 @@ class CUTConfig(TrainingArguments):
         """Problems that only show once `TrainingArguments` has set up devices and processes."""
         problems = []
         if self.fp16 and self.device.type == "cpu":
-            problems.append("fp16: expected false on a CPU, where it would have no effect, got true; bf16 works there")
+            problems.append("fp16: expected false on a CPU, where it would have no effect, got true")
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             problems.append("save_strategy: best needs metric_for_best_model, got none; set it, such as to loss")
         for name, expected in (("split_batches", False), ("dispatch_batches", False), ("even_batches", True)):
@@ -512,7 +516,8 @@ def _explain(error: Exception) -> str:
     if isinstance(error, ImportError) and "deepspeed" in text:
         return "deepspeed: the package deepspeed is missing; run: pip install deepspeed"
     if text.startswith("Your setup doesn't support bf16"):
-        return "bf16: expected a GPU that computes in bfloat16, got none; add --use_cpu true, or --bf16 false"
+        advice = "add --use_cpu true, or" if has_fast_math(torch.bfloat16) else "set"
+        return f"bf16: expected a GPU that computes in bfloat16, got none; {advice} --bf16 false"
     return text
 
 

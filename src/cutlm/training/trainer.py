@@ -122,7 +122,7 @@ class CUTTrainer(CheckpointingTrainer):
         if args.detector is None and train_dataset and isinstance(train_dataset[0], TokenScores):
             args.detector = "frozen"
         if isinstance(model, str | Path):
-            model = load_model(model)
+            model = load_model(model, device=args.device)
         if not any(weight.requires_grad for weight in model.parameters()) and peft_config is None:
             raise ConfigError("model: all its weights are frozen; unfreeze some, or pass a peft_config")
         _check_adapter(model, peft_config)
