@@ -358,7 +358,7 @@ def make_event(text: Any, finish_reason: str | None = None) -> dict[str, Any]:
 
 
 def read_stream(client: Client) -> list[str]:
-    return [text for text, _ in client.stream(client.server.make_body("hi")) if text]
+    return [piece.text for piece in client.stream(client.server.make_body("hi")) if piece.text]
 
 
 def test_pieces_of_a_stream_arrive_before_it_ends(server: ChatServer) -> None:
@@ -376,10 +376,10 @@ def test_pieces_of_a_stream_arrive_before_it_ends(server: ChatServer) -> None:
     pieces = []
     for piece in client.stream(client.server.make_body("hi")):
         pieces.append(piece)
-        if piece[0]:
+        if piece.text:
             is_read.set()
-    assert "".join(text for text, _ in pieces) == "It is."
-    assert pieces[-1][1] == "stop"
+    assert "".join(piece.text for piece in pieces) == "It is."
+    assert not pieces[-1].is_truncated
     assert server.requests[0]["stream"] is True
 
 

@@ -9,6 +9,7 @@ from contextlib import closing
 from typing import Any
 
 from cutlm.chat.local import encode_texts
+from cutlm.chat.session import remark
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import UserError
 from cutlm.flagging.detector import FlagSettings, blame_record
@@ -57,15 +58,18 @@ class ServerEngine:
         return make_messages(texts), 0
 
     def answer(self, prompt: list[dict[str, str]] | list[int], seed_offset: int, show: Callable[[str], None]) -> bool:
-        client, sampling, finish_reason = self._client, self._sampling, None
+        client, sampling, is_truncated, is_thinking = self._client, self._sampling, False, False
         options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
         body = client.server.make_body(prompt, **options, seed=(sampling.seed + seed_offset) % 2**31)
         try:
             with closing(client.stream(body)) as pieces:
-                for text, reason in pieces:
-                    finish_reason = reason
-                    if text:
-                        show(text)
+                for piece in pieces:
+                    is_truncated = piece.is_truncated
+                    if piece.reasoning and not is_thinking:
+                        is_thinking = True
+                        remark("the model reasons before it answers")
+                    if piece.text:
+                        show(piece.text)
         except Refused as error:
             advice = "if the conversation is too long for the model, start a new one by /reset"
             if self.template is not None:
@@ -73,7 +77,7 @@ class ServerEngine:
             raise client.explain_refusal(error, "the message", advice) from None
         except RequestFailed as error:
             raise UserError(f"{client.server.url}: {error}; send the message again") from None
-        return finish_reason != "length"
+        return not is_truncated
 
     def blame(self, record: JudgedRecord) -> tuple[TokenScores, bool]:
         if self._encoder is None:

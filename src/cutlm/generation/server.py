@@ -46,7 +46,7 @@ def generate_by_server(
                 generated.failures[index] = str(result)
                 progress.set_postfix(failed=len(generated.failures), refresh=False)
                 continue
-            text, is_unfinished = result.text or "", result.finish_reason == "length"
+            text, is_unfinished = result.text or "", result.is_truncated
             flags = {"is_unfinished": is_unfinished, "is_redacted": result.is_redacted}
             journal.append([{"index": index, "output": text} | flags])
             generated.responses[index] = text

@@ -84,7 +84,7 @@ def judge_by_server(
             for number, result in client.request_many(ask, locations, advice=_ADVICE, is_answering=bool(cached)):
                 group = groups[missing[number]]
                 if isinstance(result, RequestFailed):
-                    result = Failure(result.kind, str(result)), False
+                    result = Failure(result.kind, str(result), result.answer[:_MAX_ANSWER_SHOWN]), False
                 judgment, is_redacted = result
                 num_redacted += is_redacted
                 if isinstance(judgment, Failure):

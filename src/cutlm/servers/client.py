@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx2  # the HTTP library of openai
@@ -40,8 +40,20 @@ _FIXED_FIELDS = ("model", "messages", "prompt", "stream", "n")
 
 NO_ANSWER = "no answer"
 MALFORMED = "malformed answer"
-REFUSED = "refused"
+INCOMPLETE = "incomplete answer"  # for a reason that the user did not set
+REFUSAL = "refusal"  # by the model or a content filter
+REFUSED = "refused"  # by the server: the request
 NOT_SENT = "not asked"
+
+# Finish reasons of known servers, in lower case. Any other than the complete and the truncated ends is a failure.
+_COMPLETE_ENDS = frozenset({"stop", "eos", "end_turn", "eos_token", "stop_sequence", "stop_sequences"})
+_TRUNCATED_ENDS = frozenset(
+    {"length", "max_tokens", "max_output_tokens", "max_length", "model_length", "model_context_window_exceeded"}
+)
+_FILTERED_ENDS = frozenset(
+    {"content_filter", "refusal", "sensitive", "safety", "recitation", "blocklist", "prohibited_content", "spii"}
+)
+_REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_content")
 
 # A user's message, messages with roles, or token ids.
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
@@ -127,19 +139,52 @@ def read_key() -> str | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer; text and finish reason are None if the server returns none."""
+    """A model's answer, complete or truncated; any other end is a failure. Fields are None if the server sends none."""
 
     text: str | None
-    finish_reason: str | None
-    is_redacted: bool = False  # whether the key was removed from the text
+    finish_reason: str | None  # "stop" or "length", whatever words the server has for them
+    reasoning: str | None = None  # what the server separates from the text
+    is_redacted: bool = False  # whether the key was removed from the text or the reasoning
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the answer was stopped at the maximum number of tokens or at the end of the context."""
+        return self.finish_reason == "length"
+
+
+class Piece(NamedTuple):
+    """A piece of an answer that is streamed."""
+
+    text: str
+    reasoning: str
+    is_truncated: bool  # known with the last piece
+
+
+@dataclass
+class _Choice:
+    """What a server says in a completion, or in all events of a stream so far."""
+
+    text: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    has_tool_calls: bool = False
+    finish_reason: Any = None
+
+    def add(self, other: "_Choice") -> None:
+        self.text = _join(self.text, other.text)
+        self.reasoning = _join(self.reasoning, other.reasoning)
+        self.refusal = _join(self.refusal, other.refusal)
+        self.has_tool_calls |= other.has_tool_calls
+        self.finish_reason = other.finish_reason or self.finish_reason
 
 
 class RequestFailed(Exception):
-    """One request has no answer; others may have one."""
+    """One request has no complete answer; others may have one."""
 
-    def __init__(self, kind: str, reason: str) -> None:
+    def __init__(self, kind: str, reason: str, answer: str = "") -> None:
         super().__init__(reason)
-        self.kind = kind  # NO_ANSWER, MALFORMED, REFUSED or NOT_SENT
+        self.kind = kind  # NO_ANSWER, MALFORMED, INCOMPLETE, REFUSAL, REFUSED or NOT_SENT
+        self.answer = answer  # its text, to be shown and never used
 
 
 class Refused(Exception):
@@ -209,37 +254,65 @@ class Client:
             Refused: The server refuses the request.
             RequestFailed: There is no answer, it is malformed, or the budget does not allow a request.
         """
-        value = self.request(_choose_path(body), body)
-        text = None
+        value, choice = self.request(_choose_path(body), body), _Choice()
         try:
-            text, finish_reason = _read_choice(value)
+            choice = _read_choice(value)
         finally:  # a malformed answer is paid for as well
             if self._budget is not None:
-                self._budget.count_tokens(_read_num_tokens(value), _count_bytes(body, text))
-        shown = _redact(text, self._key, is_content=True) if text else text
-        return Answer(shown, finish_reason, is_redacted=shown != text)
+                self._budget.count_tokens(_read_num_tokens(value), _count_bytes(body, choice))
+        finish_reason = self._read_end(choice)
+        shown = [text and _redact(text, self._key, is_content=True) for text in (choice.text, choice.reasoning)]
+        return Answer(shown[0], finish_reason, shown[1], is_redacted=shown != [choice.text, choice.reasoning])
 
-    def stream(self, body: Mapping[str, Any]) -> Generator[tuple[str, str | None], None, None]:
-        """Request one completion and yield its pieces as they arrive, each with the finish reason once it is known.
+    def stream(self, body: Mapping[str, Any]) -> Generator[Piece, None, None]:
+        """Request one completion and yield its pieces as they arrive.
 
         Raises:
             Refused: The server refuses the request.
-            RequestFailed: There is no answer, or it breaks off.
+            RequestFailed: There is no answer, it breaks off, or it is not complete for another reason than its length.
         """
-        content, finish_reason = json.dumps({**body, "stream": True}).encode(), None
-        options: Any = {"options": self._options, "stream": True, "stream_cls": openai.Stream[object]}
+        content, whole = json.dumps({**body, "stream": True}).encode(), _Choice()
+        options: Any = {"options": self._options, "stream": True, "stream_cls": _Stream}
         try:
             with self._client.post(_choose_path(body), content=content, cast_to=object, **options) as stream:
                 for event in stream:
-                    text, reason = _read_choice(event, is_event=True)
-                    finish_reason = reason or finish_reason
-                    yield text or "", finish_reason
+                    choice = self._read_event(event)
+                    whole.add(choice)
+                    is_truncated = _classify_end(whole.finish_reason) == "length"
+                    yield Piece(choice.text or "", choice.reasoning or "", is_truncated)
+                is_done = stream.is_done
         except openai.APIError as error:
             raise self._explain(error) from None
         except (ValueError, RecursionError):
             raise RequestFailed(MALFORMED, "an event of the server's answer is not JSON") from None
-        if finish_reason is None:
+        if not whole.finish_reason and not is_done:
             raise RequestFailed(NO_ANSWER, "the answer breaks off without a finish_reason")
+        self._read_end(whole)
+
+    def _read_event(self, event: Any) -> _Choice:
+        if error := _find_error(event):
+            raise RequestFailed(
+                NO_ANSWER, f"the server breaks off with an error ({_shorten(json.dumps(error), self._key)})"
+            )
+        if isinstance(event, dict) and not event.get("choices"):  # usage, or an event that keeps the connection open
+            return _Choice()
+        return _read_choice(event, is_event=True)
+
+    def _read_end(self, choice: _Choice) -> str | None:
+        """Return how an answer ended, "stop", "length" or None; raise `RequestFailed` if it is not one."""
+        shown = _redact(choice.text or "", self._key, is_content=True)
+        if choice.refusal:
+            raise RequestFailed(REFUSAL, f"the model refuses to answer ({_shorten(choice.refusal, self._key)})", shown)
+        end = _classify_end(choice.finish_reason)
+        if end is not None:
+            named = f"finish_reason {_shorten(json.dumps(choice.finish_reason), self._key)}"
+            if end == REFUSAL:
+                raise RequestFailed(REFUSAL, f"the server's content filter stopped the answer ({named})", shown)
+            if end == INCOMPLETE:
+                raise RequestFailed(INCOMPLETE, f"the answer is not complete ({named})", shown)
+        if choice.has_tool_calls:
+            raise RequestFailed(INCOMPLETE, "the model calls a tool instead of answering", shown)
+        return end
 
     def request_many(
         self, ask: Callable[[int], Any], locations: Sequence[str], *, advice: str, is_answering: bool = False
@@ -292,7 +365,8 @@ class Client:
                 elif isinstance(result, Exception) and not isinstance(result, RequestFailed):
                     fatal = fatal or (index, result)
                 else:
-                    is_answering = is_answering or not isinstance(result, RequestFailed)
+                    is_failed = isinstance(result, RequestFailed) and result.kind not in (INCOMPLETE, REFUSAL)
+                    is_answering = is_answering or not is_failed
                     num_in_a_row = num_in_a_row + 1 if has_no_answer else 0
                     yield index, result
                     if num_in_a_row >= max_in_a_row:
@@ -370,15 +444,14 @@ class _HttpClient(openai.DefaultHttpxClient):
             raise
         if response.status_code == 425:  # "too early", which openai does not retry by itself
             response.headers["x-should-retry"] = "true"
-        if stream and response.is_success:
+        is_json = response.headers.get("Content-Type", "").startswith("application/json")  # an error under status 200
+        if stream and response.is_success and not is_json:
             return response
         try:
             response = self._read(response, max(MAX_ANSWER_BYTES, _MAX_ANSWER_GROWTH * len(request.content)))
         finally:
             response.close()
-        if response.is_success:
-            self._check(response.content)
-        return response
+        return self._check(response) if response.is_success else response
 
     def _read(self, response: httpx2.Response, max_bytes: int) -> httpx2.Response:
         """Read a bounded answer whole."""
@@ -394,16 +467,29 @@ class _HttpClient(openai.DefaultHttpxClient):
         headers = [(name, value) for name, value in response.headers.multi_items() if name not in of_transfer]
         return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=response.request)
 
-    def _check(self, content: bytes) -> None:
-        """Find errors under the status of success."""
+    def _check(self, response: httpx2.Response) -> httpx2.Response:
+        """Treat an error under the status of success as one with the status in its code, if it has one."""
         try:
-            value = json.loads(content)
+            value = json.loads(response.content)
         except (ValueError, RecursionError):
             raise _BadAnswer("the server's answer is not JSON") from None
-        if not isinstance(value, dict) or value.get("choices"):
-            return
-        if value.get("error") or value.get("object") == "error":
-            raise _BadAnswer(f"the server answered with an error ({_shorten(json.dumps(value), self._key)})")
+        if (error := _find_error(value)) is None:
+            return response
+        code = str(error.get("code")) if isinstance(error, dict) else ""
+        if not re.fullmatch("[45][0-9][0-9]", code):
+            raise _BadAnswer(f"the server answered with an error ({_shorten(json.dumps(error), self._key)})")
+        return httpx2.Response(int(code), json={"error": error}, request=response.request)
+
+
+class _Stream(openai.Stream[object]):
+    """Remembers whether the server said that the stream is complete."""
+
+    is_done = False
+
+    def _iter_events(self) -> Iterator[Any]:
+        for event in super()._iter_events():
+            self.is_done = self.is_done or event.data.startswith("[DONE]")
+            yield event
 
 
 def _work(
@@ -446,26 +532,86 @@ def _read_num_tokens(value: Any) -> int | None:
     return total if type(total) is int and 0 <= total <= _MAX_TOKENS_REPORTED else None
 
 
-def _count_bytes(body: Mapping[str, Any], text: Any) -> int:
-    texts = [message["content"] for message in body.get("messages", ())] + [text] * isinstance(text, str)
+def _count_bytes(body: Mapping[str, Any], choice: _Choice) -> int:
+    texts = [message["content"] for message in body.get("messages", ())]
+    texts += filter(None, (choice.text, choice.reasoning))
     return sum(len(part.encode("utf-8", "replace")) for part in texts)
 
 
-def _read_choice(value: Any, *, is_event: bool = False) -> tuple[str | None, str | None]:
-    """The text and the finish reason of a completion or of an event of a stream, which may lack both."""
+def _find_error(value: Any) -> Any:
+    """Return the error in a completion or an event, beside its choices or in one; None if there is none."""
+    if not isinstance(value, dict):
+        return None
+    choices = value.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    own = value if value.get("object") == "error" else None
+    return value.get("error") or own or (choice.get("error") if isinstance(choice, dict) else None) or None
+
+
+def _classify_end(finish_reason: Any) -> str | None:
+    """Return "stop", "length", REFUSAL or INCOMPLETE for a finish reason; None if the server gives none."""
+    if finish_reason is None or finish_reason == "":
+        return None
+    name = finish_reason.strip().lower() if isinstance(finish_reason, str) else "of another type"
+    name = re.sub(r"^finish_?reason[._]", "", name)
+    if name in _COMPLETE_ENDS:
+        return "stop"
+    if name in _TRUNCATED_ENDS:
+        return "length"
+    return REFUSAL if name in _FILTERED_ENDS else INCOMPLETE
+
+
+def _read_choice(value: Any, *, is_event: bool = False) -> _Choice:
+    """Read a completion or an event of a stream, which may lack everything."""
+    what = "pieces of a completion" if is_event else "the text of choices[0]"
     try:
-        if is_event and not value["choices"]:  # the usage
-            return None, None
         choice = value["choices"][0]
         message = choice.get("delta" if is_event else "message")
-        text = choice.get("text", None if is_event else False) if message is None else message.get("content")
-        finish_reason = choice.get("finish_reason")
+        if message is None:  # a completion of token ids
+            message = {"content": choice.get("text", None if is_event else False)}
+        read = _read_content(message.get("content"))
+        names = ("reasoning_content", "reasoning", "thinking")  # some servers send the same text under two of them
+        texts = (_read_reasoning(message.get(name)) for name in names)
+        read.reasoning = next(filter(None, texts), read.reasoning)
+        refusal = message.get("refusal")
+        read.refusal = refusal if isinstance(refusal, str) else read.refusal
+        read.has_tool_calls = bool(message.get("tool_calls") or message.get("function_call"))
+        read.finish_reason = choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError):
-        text, finish_reason = False, None
-    if not isinstance(text, str | None):
-        what = "pieces of a completion" if is_event else "the text of choices[0]"
-        raise RequestFailed(MALFORMED, f"expected {what} in the server's answer, got something else")
-    return text, finish_reason if isinstance(finish_reason, str) else None
+        raise RequestFailed(MALFORMED, f"expected {what} in the server's answer, got something else") from None
+    return read
+
+
+def _read_content(content: Any) -> _Choice:
+    """Read text, or a list of parts with text, reasoning or refusals; raise `TypeError` for anything else."""
+    read = _Choice()
+    if content is None:
+        return read
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            read.text = (read.text or "") + part
+        elif part.get("type", "text") in ("text", "output_text"):
+            read.text = (read.text or "") + part["text"]
+        elif part["type"] in _REASONING_PARTS:
+            texts = (_read_reasoning(part.get(name)) for name in ("thinking", "reasoning", "text", "summary"))
+            read.reasoning = (read.reasoning or "") + next(filter(None, texts), "")
+        elif part["type"] == "refusal":
+            read.refusal = (read.refusal or "") + part["refusal"]
+        else:
+            raise TypeError
+    return read
+
+
+def _read_reasoning(value: Any) -> str | None:
+    """Read reasoning: text, or a list of parts with text. What has another form is not shown."""
+    if isinstance(value, list):
+        texts = [part.get("text") if isinstance(part, dict) else part for part in value]
+        return "".join(text for text in texts if isinstance(text, str)) or None
+    return value if isinstance(value, str) else None
+
+
+def _join(first: str | None, second: str | None) -> str | None:
+    return first if second is None else (first or "") + second
 
 
 def _redact(text: str, key: str | None, *, is_content: bool = False) -> str:
