@@ -97,7 +97,7 @@ def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, 
     from cutlm.flagging.scoring import load_scorer
     from cutlm.model.loading import is_adapter_folder
 
-    if args.max_tokens_per_batch < 1:
+    if args.max_tokens_per_batch is not None and args.max_tokens_per_batch < 1:
         raise ConfigError(
             f"max_tokens_per_batch: expected a whole number of at least 1, got {args.max_tokens_per_batch}"
         )

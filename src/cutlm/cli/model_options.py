@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cutlm.servers.client import Server
 
 DEFAULTS: dict[str, Any] = {"base": None, "dtype": "auto", "device": None, "bf16": False, "batch_size": 16}
-DEFAULTS |= {"max_tokens_per_batch": 8192, "tokenizer": None, "concurrency": 8, "timeout": 600.0, "max_retries": 5}
+DEFAULTS |= {"max_tokens_per_batch": None, "tokenizer": None, "concurrency": 8, "timeout": 600.0, "max_retries": 5}
 # Every default is None here, to tell given options from missing ones.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": {"required": True, "metavar": "MODEL", "help": "model or adapter folder, or hub name"},
@@ -34,7 +34,11 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "device": {"help": "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"},
     "bf16": {"action": "store_true", "default": None, "help": "run in bfloat16 by autocast"},
     "batch_size": {"type": int, "metavar": "N", "help": "prompts at a time (default: 16)"},
-    "max_tokens_per_batch": {"type": int, "metavar": "N", "help": "tokens at a time (default: 8192)"},
+    "max_tokens_per_batch": {
+        "type": int,
+        "metavar": "N",
+        "help": "tokens at a time (default: 8192 on a GPU, 1024 on a CPU)",
+    },
     "base_url": {"metavar": "URL", "help": "address of an OpenAI-compatible server, such as http://localhost:8000/v1"},
     "tokenizer": {"metavar": "MODEL", "help": "tokenizer of the model, a folder or hub name (default: --model)"},
     "concurrency": {"type": int, "metavar": "N", "help": "requests at a time (default: 8)"},

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cutlm.errors import UserError
 from cutlm.model.collator import CutCollator, check_rows_fit_model, find_non_finite
-from cutlm.model.forward import check_head, choose_layout, evaluation_mode, score_batch
+from cutlm.model.forward import check_head, choose_layout, choose_tokens_per_pass, evaluation_mode, score_batch
 from cutlm.model.loading import (
     find_base_model,
     fingerprint_model,
@@ -20,8 +19,7 @@ from cutlm.model.loading import (
     unwrap_peft,
     warn_of_slow_autocast,
 )
-
-MAX_TOKENS_PER_BATCH = 8192
+from cutlm.model.progress import advance_by_layers, make_token_bar
 
 # The index of a row, the log-probs [T] of its response, and those with the judgment [T] if it has a judged prompt.
 Scored = tuple[int, Tensor, Tensor | None]
@@ -33,7 +31,7 @@ def score_rows(
     model: nn.Module,
     rows: Sequence[Mapping[str, Any]],
     *,
-    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: int | None = None,
     done: Collection[int] = (),
     is_bf16: bool = False,
     show_progress: bool = True,
@@ -46,7 +44,8 @@ def score_rows(
     Args:
         model: A causal language model, with or without an adapter. Its training mode is restored.
         rows: Rows with `prompt_ids`, `judged_prompt_ids` (or None) and `response_ids`.
-        max_tokens_per_batch: Tokens of all sequences in a batch; a longer row is a batch of its own.
+        max_tokens_per_batch: Tokens of all sequences in a batch; a longer row is a batch of its own. None: see
+            `choose_tokens_per_batch`.
         done: Indices of rows to skip.
         is_bf16: Run under bfloat16 autocast, as training with `bf16` does.
         show_progress: Show a progress bar.
@@ -59,16 +58,21 @@ def score_rows(
     """
     device = unwrap_peft(model).device
     layout = choose_layout(model)
-    options: Any = {} if show_progress else {"disable": True}  # an explicit False would override TQDM_DISABLE
-    with tqdm(total=len(rows), initial=len(done), desc="blame", unit="record", **options) as progress:
-        for batch in _cut_batches(rows, max_tokens_per_batch):
-            if all(index in done for index in batch):
+    max_tokens = max_tokens_per_batch or choose_tokens_per_batch(device)
+    sizes = [count_tokens(row) for row in rows]
+    num_finished = len(done)
+    bar = make_token_bar("blame", sum(sizes), num_done=sum(sizes[index] for index in done), is_shown=show_progress)
+    with bar:
+        for batch in _cut_batches(sizes, max_tokens):
+            missing = [index for index in batch if index not in done]
+            if not missing:
                 continue
             # A half-finished batch is scored again as a whole, because its numbers may depend on its composition.
             tensors = CutCollator()([rows[index] for index in batch])
             tensors |= {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=is_bf16)
-            with evaluation_mode(model), torch.inference_mode(), autocast:
+            moving = advance_by_layers(bar, model, sum(sizes[index] for index in missing))
+            with evaluation_mode(model), torch.inference_mode(), autocast, moving:
                 logps = score_batch(model, tensors, layout=layout)
             logps = logps.cpu().clone()  # a copy made outside inference mode can take part in autograd
             bad = find_non_finite(logps, tensors)
@@ -84,8 +88,14 @@ def score_rows(
             scored: list[Scored] = list(zip(judged, parts, parts[len(judged) :], strict=False))
             scored += [(index, part, None) for index, part in zip(plain, parts[2 * len(judged) :], strict=True)]
             scored = [item for item in scored if item[0] not in done]
-            progress.update(len(scored))
+            num_finished += len(scored)
+            bar.set_postfix_str(f"{num_finished} of {len(rows)} records", refresh=False)
             yield scored
+
+
+def choose_tokens_per_batch(device: torch.device) -> int:
+    """Number of tokens in a batch that keeps the device busy, and after which the progress bar moves soon."""
+    return min(8192, choose_tokens_per_pass(device))
 
 
 def load_scorer(
@@ -96,7 +106,7 @@ def load_scorer(
     device: str | None = None,
     is_bf16: bool = False,
     max_length: int = 2048,
-    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: int | None = None,
     show_progress: bool = True,
 ) -> tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]:
     """Load a model or adapter to score with.
@@ -112,6 +122,7 @@ def load_scorer(
     if is_adapter_folder(path):
         fingerprint += f" on {fingerprint_model(find_base_model(path, base))}"
     language_model = unwrap_peft(model)
+    max_tokens_per_batch = max_tokens_per_batch or choose_tokens_per_batch(language_model.device)
     backend = {
         "dtype": f"{language_model.dtype}",
         "bf16": is_bf16,
@@ -139,15 +150,15 @@ def count_tokens(row: Mapping[str, Any]) -> int:
     return len(row["prompt_ids"]) + len(row["response_ids"]) + num_judged
 
 
-def _cut_batches(rows: Sequence[Mapping[str, Any]], max_tokens: int) -> Iterator[list[int]]:
+def _cut_batches(sizes: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Divide rows of these sizes, longest first, into batches of at most `max_tokens`, or of one longer row."""
     batch: list[int] = []
     room = max_tokens
-    for index in sorted(range(len(rows)), key=lambda index: (-count_tokens(rows[index]), index)):
-        num_tokens = count_tokens(rows[index])
-        if batch and num_tokens > room:
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        if batch and sizes[index] > room:
             yield batch
             batch, room = [], max_tokens
         batch.append(index)
-        room -= num_tokens
+        room -= sizes[index]
     if batch:
         yield batch

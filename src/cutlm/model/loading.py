@@ -280,12 +280,10 @@ def compile_layers(model: nn.Module, backend: str | None = None, mode: str | Non
     `score_batch` calls the layers without the model's own forward pass, which the Trainer would compile. Layers are
     compiled when they first run; all layers of a class share one compilation.
     """
-    language_model = unwrap_peft(model)
-    names = set(language_model._no_split_modules or ())
-    layers = [module for module in language_model.modules() if type(module).__name__ in names]
+    layers = find_layers(model)
     if not layers:
         raise ConfigError(
-            f"torch_compile: {type(language_model).__name__} does not declare its layers (_no_split_modules); set"
+            f"torch_compile: {type(unwrap_peft(model)).__name__} does not declare its layers (_no_split_modules); set"
             " torch_compile: false"
         )
     # An older torch has no such option, and runs further versions of a layer uncompiled.
@@ -293,6 +291,13 @@ def compile_layers(model: nn.Module, backend: str | None = None, mode: str | Non
     limit: dict[str, Any] = {"recompile_limit": _MAX_COMPILED_VERSIONS} if has_limit else {}
     for layer in layers:
         layer.compile(dynamic=True, backend=backend or "inductor", mode=mode, **limit)
+
+
+def find_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a model, if it declares their class; otherwise none."""
+    language_model = unwrap_peft(model)
+    names = set(language_model._no_split_modules or ())
+    return [module for module in language_model.modules() if type(module).__name__ in names]
 
 
 def is_adapter_folder(path: str | Path) -> bool:
