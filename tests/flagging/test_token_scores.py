@@ -17,7 +17,6 @@ from cutlm.errors import DataError
 from cutlm.flagging.token_scores import (
     SCORE_FIELDS,
     TokenScores,
-    fingerprint_template,
     fingerprint_tokenizer,
     is_token_scores_row,
     map_to_tokenizer,
@@ -114,10 +113,10 @@ def test_the_fingerprint_of_a_tokenizer_depends_on_what_it_does() -> None:
 
 def test_the_fingerprint_of_a_template_depends_on_its_text() -> None:
     tokenizer = make_tokenizer("bpe", chat=True)
-    before = fingerprint_template(Encoder(tokenizer, "chat"))
+    before = Encoder(tokenizer, "chat").fingerprint
     assert before.startswith("chat ")
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>assistant", "<|im_start|>model")
-    assert fingerprint_template(Encoder(tokenizer, "chat")) != before
+    assert Encoder(tokenizer, "chat").fingerprint != before
 
 
 # ---- Files ----

@@ -1,5 +1,6 @@
 """Token ids of prompts and responses: lossless, and the same response after either prompt."""
 
+import datetime
 import functools
 import re
 import unicodedata
@@ -10,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, IM_END, IM_START, TOKENIZER_KINDS, make_tokenizer
 from tokenizers import AddedToken, processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from cutlm.data.records import JudgedRecord
-from cutlm.errors import ConfigError
+from cutlm.errors import ConfigError, DataError
 from cutlm.prompting.encoding import EncodedRecord, EncodedRecords, Encoder, encode_records, view_both_contexts
-from cutlm.prompting.templates import render_alpaca_prompt
+from cutlm.prompting.templates import read_arguments, render_alpaca_prompt, set_arguments
 
 TEMPLATES = ("alpaca", "chat")
 ALL = pytest.mark.parametrize(("kind", "template"), [(kind, name) for kind in TOKENIZER_KINDS for name in TEMPLATES])
@@ -528,11 +529,19 @@ def test_a_chat_template_that_changes_the_users_text_is_refused(content):
         Encoder(tokenizer, "chat").encode_prompt("Name the capital of Australia.")
 
 
-def test_a_chat_template_that_changes_over_time_is_rendered_again():
+DATED = """Today is {{ strftime_now('%d %b %Y') }}, or {{strftime_now( "%Y-%m-%d" )}}.\n""" + CHATML
+
+
+def test_a_chat_template_that_prints_the_date_prints_that_of_the_encoder():
     tokenizer = make_tokenizer("bpe", chat=True)
-    encoder = Encoder(tokenizer, "chat")
-    tokenizer.chat_template = "It is noon.\n" + CHATML
-    assert encoder.render("Hi").text == "It is noon.\n" + frame("chat", "Hi")
+    tokenizer.chat_template = DATED
+    encoders = [Encoder(tokenizer, "chat", datetime.date(2024, 7, day)) for day in (5, 6)]
+    assert encoders[0].render("Hi").text == "Today is 05 Jul 2024, or 2024-07-05.\n" + frame("chat", "Hi")
+    assert [encoder.template_date for encoder in encoders] == ["2024-07-05", "2024-07-06"]
+    assert encoders[0].fingerprint == encoders[1].fingerprint
+    assert encoders[0].encode_prompt("Hi") != encoders[1].encode_prompt("Hi")
+    assert Encoder(get_tokenizer("bpe", "chat"), "chat").template_date is None
+    assert Encoder(tokenizer, "alpaca").template_date is None
 
 
 def test_a_chat_template_may_strip_the_users_text():
@@ -549,7 +558,200 @@ def test_a_slow_tokenizer_cannot_keep_special_tokens_plain_in_a_chat():
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}</s>"
     encoder = Encoder(tokenizer, "chat")
-    assert encoder.encode_prompt("a") == [ord("a") + 3, 1]
+    assert encoder.encode_generation_prompt("a") == [ord("a") + 3, 1]
+    # The template renders an answer before the end-of-sequence token of its generation prompt.
+    assert encoder.encode_prompt("a") + encoder.encode_response("b") == [ord("a") + 3, ord("b") + 3, 1]
     for encode_text in (encoder.encode_prompt, encoder.encode_response):
         with pytest.raises(ConfigError, match="spells out a special token"):
             encode_text("a</s>")
+
+
+# ---- What a chat template writes around an answer ----
+
+THINK = ("<think>", "</think>")
+CLOSED = "<|a|>\n<think>\n\n</think>\n\n{}<|end|>\n"
+# Each: the template's text for an answer, its generation prompt, its end-of-turn token, and its control tokens.
+TURNS = {
+    "an end of turn of its own": ("<|a|>\n{}<|end|>\n", "<|a|>\n", "<|end|>", ("<|a|>", "<|end|>")),
+    "a channel": ("<|a|><|channel|>final{}<|end|>", "<|a|>", "<|end|>", ("<|a|>", "<|channel|>", "<|end|>")),
+    "an empty block of thoughts": (CLOSED, "<|a|>\n", "<|end|>", ("<|a|>", *THINK, "<|end|>")),
+    "a prompt that opens the thoughts": (CLOSED, "<|a|>\n<think>\n", "<|end|>", ("<|a|>", *THINK, "<|end|>")),
+    "thoughts that are not kept": ("<|a|>{}<|end|>", "<|a|><think>\n", "<|end|>", ("<|a|>", *THINK, "<|end|>")),
+    "a space": ("[a] {} <|end|>", "[a]", "<|end|>", ("<|end|>",)),
+    "no end of turn": ("<|a|>\n{}\n", "<|a|>\n", "<|u|>", ("<|a|>", "<|u|>")),
+    "the end of sequence": ("<|a|>\n{}<eos>\n", "<|a|>\n", "<eos>", ("<|a|>",)),
+}  # fmt: skip
+
+
+def make_turn_tokenizer(turn: str, *, is_special: bool = True, strips: bool = False) -> Any:
+    answer, prompt, _, control = TURNS[turn]
+    tokenizer = make_tokenizer("bpe")
+    tokenizer.add_tokens([AddedToken(text, special=is_special) for text in control])
+    user = "{{ '<|u|>' if '<|u|>' in '" + "".join(control) + "' else '[u]' }}"
+    before, after = ("{{ " + repr(part) + " }}" for part in answer.split("{}"))
+    content = "{{ message['content']" + " | trim" * strips + " }}"
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}" + user + content + "{% else %}"
+        f"{before}{content}{after}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {prompt!r} }}}}{{% endif %}}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("is_special", [True, False])
+@pytest.mark.parametrize("answer", ["Canberra.", " \nTwo\n\nlines. ", "🙂"])
+def test_a_prompt_and_a_response_are_what_the_template_renders(turn, is_special, answer):
+    tokenizer = make_turn_tokenizer(turn, is_special=is_special)
+    encoder = Encoder(tokenizer, "chat")
+    end = TURNS[turn][2]
+    messages = [{"role": "user", "content": "Name it."}, {"role": "assistant", "content": answer}]
+    if turn == "no end of turn":  # the next turn ends it
+        messages.append({"role": "user", "content": "Why?"})
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    start = rendered.index(answer) + len(answer)
+    rendered = rendered[: rendered.index(end, start) + len(end)]
+    response_ids = encoder.encode_response(answer)
+    assert tokenizer.decode(encoder.encode_prompt("Name it.") + response_ids) == rendered
+    assert response_ids[-1] == encoder.end_of_turn_id == tokenizer.convert_tokens_to_ids(end)
+    if not answer.startswith(" "):  # white space may merge with that of the prompt, which is fixed
+        assert (
+            encoder.encode_prompt("Name it.") + response_ids
+            == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        )
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_what_the_template_writes_before_an_answer_is_counted(turn):
+    tokenizer = make_turn_tokenizer(turn)
+    encoder = Encoder(tokenizer, "chat")
+    ids = encoder.encode_response("Canberra.")
+    opening = {
+        "a channel": "<|channel|>final",
+        "an empty block of thoughts": "<think>\n\n</think>\n\n",
+        "a prompt that opens the thoughts": "\n\n</think>\n\n",
+    }.get(turn, "")
+    num = encoder.count_template_tokens(ids)
+    assert tokenizer.decode(ids[:num]) == opening
+    spans = encoder.locate_tokens("Canberra.", ids)
+    assert spans[:num] == [(0, 0)] * num
+    assert spans[-1] == (9, 9)
+    assert {place for start, end in spans for place in range(start, end)} == set(range(9))
+
+
+def test_the_generation_prompt_is_the_templates_own_even_if_it_opens_thoughts():
+    encoder = Encoder(make_turn_tokenizer("a prompt that opens the thoughts"), "chat")
+    decode = encoder.tokenizer.decode
+    assert decode(encoder.encode_generation_prompt("Name it.")) == "[u]Name it.<|a|>\n<think>\n"
+    assert decode(encoder.encode_prompt("Name it.")) == "[u]Name it.<|a|>\n<think>"
+
+
+def test_a_template_may_strip_an_answer():
+    encoder = Encoder(make_turn_tokenizer("an empty block of thoughts", strips=True), "chat")
+    ids = encoder.encode_response("\n A b \n")
+    assert encoder.tokenizer.decode(ids) == "<think>\n\n</think>\n\nA b<|end|>"
+    spans = encoder.locate_tokens("\n A b \n", ids)
+    num = encoder.count_template_tokens(ids)
+    assert {place for start, end in spans[num:] for place in range(start, end)} >= {2, 4}
+    assert spans[-1] == (7, 7)
+
+
+def test_a_response_that_the_template_alters_is_named():
+    tokenizer = make_turn_tokenizer("thoughts that are not kept")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message['content'].split('</think>')[-1]"
+    )
+    encoder = Encoder(tokenizer, "chat")
+    records = [
+        JudgedRecord(instruction="Name it.", output=output, judgment="No.")
+        for output in ("Canberra.", "<think>Hm.</think>Canberra.", "</think>Sydney.")
+    ]
+    with pytest.raises(DataError) as error:
+        encode_records(records, ["a:1", "a:2", "a:3"], encoder, 100)
+    assert [problem.split(":")[:2] for problem in error.value.problems] == [["a", "2"], ["a", "3"]]
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_control_tokens_in_a_users_text_are_text(is_special):
+    tokenizer = make_turn_tokenizer("an empty block of thoughts", is_special=is_special)
+    encoder = Encoder(tokenizer, "chat")
+    control = set(tokenizer.convert_tokens_to_ids(list(TURNS["an empty block of thoughts"][3])))
+    text = "Hi<|end|>\n<|a|>\n<think>Ha.</think>"
+    ids = encoder.encode_prompt(text)
+    assert [index for index in ids if index in control] == tokenizer.convert_tokens_to_ids(["<|a|>"])
+    assert tokenizer.decode(ids) == f"[u]{text}<|a|>\n"
+    response_ids = encoder.encode_response(text)
+    assert [index for index in response_ids if index in control] == tokenizer.convert_tokens_to_ids([*THINK, "<|end|>"])
+    alpaca_ids = Encoder(tokenizer, "alpaca").encode_prompt(text)
+    assert control.isdisjoint(alpaca_ids)
+
+
+def test_added_tokens_that_the_template_does_not_write_stay_tokens():
+    tokenizer = make_tokenizer("bpe", chat=True)
+    tokenizer.add_tokens(["<table>", "\n\n\n"])
+    ids = Encoder(tokenizer, "chat").encode_prompt("<table>\n\n\n")
+    assert {tokenizer.convert_tokens_to_ids("<table>"), tokenizer.convert_tokens_to_ids("\n\n\n")} <= set(ids)
+
+
+@pytest.mark.parametrize("text", [" Name it.", "\n\n Name it. \n", "Name it."])
+def test_a_control_token_that_takes_white_space_next_to_it_is_kept(text):
+    tokenizer = make_tokenizer("bpe")
+    tokenizer.add_tokens(
+        [
+            AddedToken(name, special=True, rstrip=True, lstrip=name == "<|end|>")
+            for name in ("<|user|>", "<|a|>", "<|end|>")
+        ]
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|user|>\n' if message['role'] == 'user' else '<|a|>\n' }}"
+        "{{ message['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|a|>\n{% endif %}"
+    )
+    encoder = Encoder(tokenizer, "chat")
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")
+    expected = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert encoder.encode_prompt(text) + encoder.encode_response(text) == expected
+    spelled = encoder.encode_prompt(f"<|user|>{text}")
+    assert spelled.count(tokenizer.convert_tokens_to_ids("<|user|>")) == 1
+
+
+# ---- Arguments of chat templates ----
+
+SWITCHED = CHATML.replace(
+    "<|im_start|>assistant\n{% endif %}",
+    "<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{{ effort | default('') }}{% endif %}",
+)
+
+
+def test_template_arguments_become_defaults_that_are_saved(tmp_path):
+    tokenizer = make_tokenizer("bpe", chat=True)
+    tokenizer.chat_template = SWITCHED
+    arguments = {"enable_thinking": False, "effort": "#} 'low' {{ \" \\ é"}
+    changed = set_arguments(tokenizer, arguments)
+    assert tokenizer.chat_template == SWITCHED
+    changed.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "Hi"}]
+    options: Any = {"tokenize": False, "add_generation_prompt": True}
+    expected = tokenizer.apply_chat_template(messages, **options, **arguments)
+    assert expected.endswith("assistant\n<think>\n\n</think>\n\n" + arguments["effort"])
+    assert loaded.apply_chat_template(messages, **options) == expected
+    # Arguments of a call still count.
+    assert "<think>" not in loaded.apply_chat_template(messages, **options, enable_thinking=True)
+    assert read_arguments(loaded.chat_template) == (arguments, SWITCHED)
+    again = set_arguments(loaded, {"effort": None})
+    assert read_arguments(again.chat_template) == ({"enable_thinking": False, "effort": None}, SWITCHED)
+    encoders = [Encoder(each, "chat") for each in (tokenizer, changed, again)]
+    assert len({encoder.fingerprint for encoder in encoders}) == 3
+    assert encoders[1].fingerprint == Encoder(loaded, "chat").fingerprint
+
+
+@pytest.mark.parametrize("name", ["enable_thinkin", "messages", "add_generation_prompt", "a b"])
+def test_an_argument_that_the_template_does_not_have_is_refused(name):
+    tokenizer = make_tokenizer("bpe", chat=True)
+    tokenizer.chat_template = SWITCHED
+    with pytest.raises(ConfigError, match=name):
+        set_arguments(tokenizer, {name: 1})
+    with pytest.raises(ConfigError, match="chat_template_kwargs"):
+        set_arguments(make_tokenizer("bpe"), {"effort": 1})

@@ -48,8 +48,8 @@ def test_spans_are_ordered_and_cover_all_but_white_space(kind: str, template: st
 def test_decoding_prefixes_agrees_with_the_tokenizers_offsets(kind: str, response: str) -> None:
     encoder = get_encoder(kind)
     ids = encoder.encode_response(response)
-    arguments = (encoder.tokenizer, encoder._tail_ids, response, ids[:-1])
-    by_offsets = _read_offsets(encoder.tokenizer, encoder._tail, *arguments[1:])
+    arguments = (encoder.tokenizer, encoder._prompt_ids, response, ids[:-1])
+    by_offsets = _read_offsets(encoder.tokenizer, encoder._before, *arguments[1:])
     # Decoding loses unknown characters, and BERT's loses case and spaces.
     is_lossy = encoder.tokenizer.unk_token_id in ids or (kind == "wordpiece" and not re.fullmatch(r"[a-z ]+", response))
     if by_offsets is None or is_lossy:

@@ -96,7 +96,9 @@ class LocalEngine:
 
 def encode_texts(encoder: Encoder, texts: Sequence[str]) -> list[int]:
     """Encode a conversation; for the alpaca template, which has no turns, only its last message."""
-    return encoder.encode_prompt(texts[-1]) if encoder.template == "alpaca" else encoder.encode_conversation(texts)
+    if encoder.template == "alpaca":
+        return encoder.encode_generation_prompt(texts[-1])
+    return encoder.encode_conversation(texts)
 
 
 class _Streamer(BaseStreamer):

@@ -122,7 +122,7 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
         from cutlm.prompting.encoding import Encoder
 
         encoder = Encoder(load_tokenizer(args.tokenizer or args.model), args.template)
-        encoded = [encoder.encode_prompt(instruction, args.judgment) for instruction in instructions]
+        encoded = [encoder.encode_generation_prompt(instruction, args.judgment) for instruction in instructions]
     header = describe_run([instructions, args.judgment], sampling, args.template or "the server's", args.model)
     journal = Journal(args.out, header)
     generated = generate_by_server(server, encoded or instructions, sampling, journal)

@@ -24,7 +24,6 @@ from cutlm.flagging.scoring import Scorer
 from cutlm.flagging.token_scores import (
     SCORE_FIELDS,
     TokenScores,
-    fingerprint_template,
     fingerprint_tokenizer,
     strip_scores,
     write_token_scores,
@@ -67,7 +66,7 @@ class FlagSettings:
 
 
 def flag_response(
-    logps_without: Sequence[float], logps_with: Sequence[float], settings: FlagSettings
+    logps_without: Sequence[float], logps_with: Sequence[float], settings: FlagSettings, num_template_tokens: int = 0
 ) -> tuple[list[bool], list[float]]:
     """Flag the tokens of one response (eq. 5) and weigh them (eq. 6), in float64.
 
@@ -75,6 +74,7 @@ def flag_response(
         logps_without: [T] log p(y_t | x, y_<t), rounded as in a file of token scores.
         logps_with: [T] log p(y_t | x, j, y_<t).
         settings: Threshold, unlikelihood weight and gamma.
+        num_template_tokens: Tokens at the start that the chat template writes; they are never flagged.
 
     Returns:
         Flags [T], and weights [T] that are 0 for tokens that are not flagged.
@@ -89,6 +89,7 @@ def flag_response(
         threshold=settings.threshold,
         unlikelihood_weight=settings.unlikelihood_weight,
         gamma=settings.gamma,
+        can_flag=torch.arange(len(logps_with)) >= num_template_tokens,
     )
     # A weight that underflows must still be above 0, like that of every flagged token.
     weights = [max(float(f"{weight:.6g}"), sys.float_info.min) for weight in flags.weights.tolist()]
@@ -244,7 +245,7 @@ def describe_run(
         **backend,
         "model": detector,
         "tokenizer": fingerprint_tokenizer(encoder.tokenizer),
-        "template": fingerprint_template(encoder),
+        "template": encoder.fingerprint,
         "data": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     }
 
@@ -279,7 +280,8 @@ def make_scores(
     """Token scores of one response from its rounded log-probabilities."""
     is_flagged, weights = [False] * len(response_ids), [0.0] * len(response_ids)
     if logps_with is not None and not record.is_satisfactory:
-        is_flagged, weights = flag_response(logps_without, logps_with, settings)
+        num_template_tokens = encoder.count_template_tokens(response_ids)
+        is_flagged, weights = flag_response(logps_without, logps_with, settings, num_template_tokens)
     return TokenScores(
         record=record,
         token_ids=response_ids,
@@ -301,7 +303,7 @@ def _fingerprint(encoder: Encoder, settings: FlagSettings, detector: str) -> dic
         "gamma": settings.gamma,
         "detector": detector,
         "tokenizer": fingerprint_tokenizer(encoder.tokenizer),
-        "template": fingerprint_template(encoder),
+        "template": encoder.fingerprint,
     }
 
 

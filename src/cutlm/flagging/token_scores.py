@@ -49,7 +49,7 @@ class TokenScores:
         gamma: Exponent of the dynamic weight of eq. 6.
         detector: Fingerprint of the model.
         tokenizer: Fingerprint of the tokenizer; see `fingerprint_tokenizer`.
-        template: Name and fingerprint of the prompts; see `fingerprint_template`.
+        template: Name and fingerprint of the prompts; see `Encoder.fingerprint`.
     """
 
     record: JudgedRecord
@@ -288,9 +288,3 @@ def _fingerprint(tokenizer: "PreTrainedTokenizerBase", num_tokens: int, eos_id: 
     probe = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     content = json.dumps([sorted(tokenizer.get_vocab().items()), probe, eos_id])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def fingerprint_template(encoder: "Encoder") -> str:
-    """Identify the prompts by their text: a changed chat template gives another fingerprint."""
-    texts = [encoder.render("[instruction]").text, encoder.render("[instruction]", "[judgment]").text]
-    return f"{encoder.template} {hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}"

@@ -101,7 +101,7 @@ def generate_file(
     """
     instructions = [join_instruction(row) for row in prompts]
     header = describe_run([instructions, judgment], sampling, encoder.template, fingerprint)
-    encoded = [encoder.encode_prompt(instruction, judgment) for instruction in instructions]
+    encoded = [encoder.encode_generation_prompt(instruction, judgment) for instruction in instructions]
     journal = Journal(out, header)
     generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
     write_rows(out, make_rows(prompts, generated.responses, generator, dataset))

@@ -75,7 +75,7 @@ def judge_locally(
     sampling = Sampling(max_new_tokens, batch_size=batch_size)
     kept, outcome = set_aside_empty(responses)
     questions = {index: fill_prompt(TRAINED_PROMPT, responses[index]) for index in kept}
-    encoded = {index: encoder.encode_prompt(question) for index, question in questions.items()}
+    encoded = {index: encoder.encode_generation_prompt(question) for index, question in questions.items()}
     max_prompt = find_room(model, max_new_tokens)
     for index, ids in encoded.items():
         if max_prompt is not None and len(ids) > max_prompt:

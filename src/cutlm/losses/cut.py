@@ -48,7 +48,13 @@ ALL_PARTS = Parts()
 
 
 def flag_tokens(
-    logps_without: Tensor, logps_with: Tensor, *, threshold: float, unlikelihood_weight: float, gamma: float
+    logps_without: Tensor,
+    logps_with: Tensor,
+    *,
+    threshold: float,
+    unlikelihood_weight: float,
+    gamma: float,
+    can_flag: Tensor | None = None,
 ) -> TokenFlags:
     """Flags inappropriate tokens (eq. 5) and computes the weights of their unlikelihood terms (eq. 6).
 
@@ -58,6 +64,7 @@ def flag_tokens(
         threshold: lambda of eq. 5, at least 1; 0 flags every token.
         unlikelihood_weight: alpha of eq. 6.
         gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6; 0 switches it off.
+        can_flag: [U] bool, False for tokens that are never flagged, such as those of a chat template; None for all.
 
     Example:
 
@@ -67,6 +74,8 @@ def flag_tokens(
     """
     logps_with = logps_with.detach()
     is_flagged = logps_with - logps_without.detach() > (math.log(threshold) if threshold else -math.inf)
+    if can_flag is not None:
+        is_flagged = is_flagged & can_flag
     weights = unlikelihood_weight * torch.exp(gamma * logps_with)
     return TokenFlags(is_flagged, torch.where(is_flagged, weights, 0.0))
 
@@ -112,6 +121,7 @@ def cut_loss(
     weights_satisfactory: Tensor | None = None,
     flags: TokenFlags | None = None,
     flags_satisfactory: TokenFlags | None = None,
+    can_flag: Tensor | None = None,
     parts: Parts = ALL_PARTS,
 ) -> CutLoss:
     """CUT's loss over the response tokens of a batch (eq. 5 to 7).
@@ -128,6 +138,7 @@ def cut_loss(
         weights_satisfactory: [S] factors on the other tokens; None for ones.
         flags: [U] flags computed before, by a frozen detector; None computes them here.
         flags_satisfactory: [S] flags of the other tokens; None for none.
+        can_flag: [U] bool; see `flag_tokens`.
         parts: Which parts of the loss are used.
 
     Example:
@@ -141,7 +152,12 @@ def cut_loss(
     """
     if flags is None:
         flags = flag_tokens(
-            logps_without, logps_with, threshold=threshold, unlikelihood_weight=unlikelihood_weight, gamma=gamma
+            logps_without,
+            logps_with,
+            threshold=threshold,
+            unlikelihood_weight=unlikelihood_weight,
+            gamma=gamma,
+            can_flag=can_flag,
         )
     log_ratios = (logps_with - logps_without).detach()
     contrast = unlikelihood_loss(logps_without, flags)

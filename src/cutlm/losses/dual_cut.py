@@ -24,6 +24,7 @@ def dual_cut_loss(
     praise_weight: float,
     weights: Tensor | None = None,
     weights_satisfactory: Tensor | None = None,
+    can_flag: Tensor | None = None,
 ) -> CutLoss:
     """DualCUT's loss over the response tokens of a batch (arXiv 2412.20297, eq. 5 to 9).
 
@@ -49,7 +50,10 @@ def dual_cut_loss(
     """
     log_ratios = (logps_with - logps_without).detach()
     dynamic_weights = praise_weight * torch.exp(gamma * logps_with.detach())
-    bonus = torch.where(is_praised & (log_ratios > math.log(threshold)), dynamic_weights, 0.0)
+    gains = is_praised & (log_ratios > math.log(threshold))
+    if can_flag is not None:
+        gains = gains & can_flag
+    bonus = torch.where(gains, dynamic_weights, 0.0)
     is_criticized = ~is_praised
     criticized = cut_loss(
         logps_without[is_criticized],
@@ -60,6 +64,7 @@ def dual_cut_loss(
         gamma=gamma,
         weights=None if weights is None else weights[is_criticized],
         weights_satisfactory=weights_satisfactory,
+        can_flag=None if can_flag is None else can_flag[is_criticized],
     )
     contrast, likelihood = -logps_without * (1 + bonus), -logps_with
     if weights is not None:

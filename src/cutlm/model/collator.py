@@ -30,6 +30,8 @@ class CutCollator:
     - `locations`: names of the records for messages, unsatisfactory records first.
     - `is_flagged`, `flag_weights`: flags of a frozen detector for the plain contexts, if any row has `is_flagged` and
       `weights`.
+    - `can_flag`: for each token of the unsatisfactory records in one context, whether it may be flagged, if any row
+      has `num_template_tokens`, which the chat template writes at the start of the response.
     - `is_praised`: for each unsatisfactory record whether its judgment is praise, if any row has `is_praised`.
 
     Example:
@@ -76,6 +78,14 @@ class CutCollator:
             weights = [row.get("weights") or [0.0] * len(row["response_ids"]) for row in ordered]
             batch["is_flagged"] = torch.tensor([flag for part in flags for flag in part], dtype=torch.bool)
             batch["flag_weights"] = torch.tensor([weight for part in weights for weight in part])
+        if any(row.get("num_template_tokens") for row in judged):
+            numbers = [row.get("num_template_tokens") or 0 for row in judged]
+            can_flag = [
+                index >= num
+                for row, num in zip(judged, numbers, strict=True)
+                for index in range(len(row["response_ids"]))
+            ]
+            batch["can_flag"] = torch.tensor(can_flag, dtype=torch.bool)
         if any("is_praised" in row for row in rows):
             batch["is_praised"] = [bool(row.get("is_praised")) for row in judged]
         return batch
@@ -131,6 +141,9 @@ def _take_records(batch: Mapping[str, Any], records: list[int], owned: list[list
         sizes = [batch["response_lengths"][indices[0]] for indices in owned]
         for name in ("is_flagged", "flag_weights"):
             part[name] = torch.cat([batch[name].split(sizes)[record] for record in records])
+    if "can_flag" in batch and judged:
+        sizes = batch["response_lengths"][:num_judged]
+        part["can_flag"] = torch.cat([batch["can_flag"].split(sizes)[record] for record in judged])
     if "is_praised" in batch:
         part["is_praised"] = [batch["is_praised"][record] for record in judged]
     return part

@@ -2,23 +2,28 @@
 
 A response has the same token ids in both contexts (without and with the judgment), and they are the ids that the model
 must produce after the prompt when it generates: the text is tokenized as a continuation of the prompt, ends with one
-end-of-sequence token and has no second beginning-of-sequence token. Special tokens spelled out in a user's or a model's
+end-of-turn token and has no second beginning-of-sequence token. Special tokens spelled out in a user's or a model's
 text are tokenized as plain text.
 """
 
+import datetime
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cutlm.data.records import JudgedRecord
-from cutlm.errors import ConfigError
+from cutlm.errors import ConfigError, DataError
 from cutlm.prompting.spans import CONTINUATION_ANCHORS, Span, locate_tokens
 from cutlm.prompting.templates import (
+    AlteredResponse,
     ChatTemplate,
     Prompt,
     TemplateName,
     build_alpaca_chat_template,
+    fingerprint_template,
+    get_template_source,
     render_alpaca_prompt,
     render_refinement_prompt,
 )
@@ -30,9 +35,18 @@ if TYPE_CHECKING:
 class Encoder:
     """Turns prompts and responses into token ids, with one tokenizer and one template.
 
+    Under "chat", a prompt and its response are what the tokenizer's chat template renders for the conversation with
+    this answer, through the token that ends the assistant's turn. What the template writes between the generation
+    prompt and the answer (a channel, an empty block of thoughts, a space) is the start of the response.
+
     Args:
         tokenizer: Any tokenizer of `transformers` with an end-of-sequence token.
         template: "alpaca", or "chat" for the tokenizer's own chat template.
+        date: For chat templates that print today's date; None is today, once for all prompts.
+
+    Attributes:
+        end_of_turn_id: The token that ends a response: that of the chat template, otherwise the end-of-sequence token.
+        template_date: The date in the prompts, such as "2026-11-26"; None if they have none.
 
     Example:
 
@@ -40,7 +54,9 @@ class Encoder:
         >>> ids = encoder.encode_prompt("Name a colour.") + encoder.encode_response("Mauve.")
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: TemplateName) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", template: TemplateName, date: datetime.date | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         if tokenizer.eos_token_id is None:
@@ -48,34 +64,57 @@ class Encoder:
                 f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so a model could not learn to"
                 " stop; set tokenizer.eos_token and save it again"
             )
-        self.end_of_turn_id: int = tokenizer.eos_token_id
         self._unk_id = tokenizer.unk_token_id  # a slow attribute, needed for every token
         self._leading_ids = _find_leading_ids(tokenizer)
-        special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-        self._special_tokens = list(special.values())
-        self._special_ids = set(special) - {self._unk_id}  # usually an unknown character; see `_is_special`
-        self._candidates = self._special_ids | {self._unk_id}
+        control = _find_control_tokens(tokenizer)
+        self._control_tokens = list(control.values())
+        self._control_ids = set(control) - {self._unk_id}  # usually an unknown character; see `_is_control`
+        self._candidates = self._control_ids | {self._unk_id}
+        self._texts = control
         self._restarts_after_special = _restarts_after_special(tokenizer)
-        self._chat = ChatTemplate(tokenizer) if template == "chat" else None
-        self._tail = self.render("x").tail
-        self._tail_ids = self._tokenize(self._tail)
+        date = date or datetime.date.today()
+        self._chat = ChatTemplate(tokenizer, date) if template == "chat" else None
+        self.template_date = date.isoformat() if self._chat and self._chat.prints_date else None
+        self.fingerprint = fingerprint_template(template, self._chat.source if self._chat else None)
+        tail = self.render("x").tail
+        tail_ids = self._tokenize(tail)
+        # What precedes an answer: the end of the prompt, and what the template writes after the generation prompt.
+        self._before = self._chat.answer_format.before if self._chat else tail
+        before_ids = self._tokenize(self._before)
+        num_prompt = _count_common(tail_ids, before_ids)
+        self._prompt_ids, self._opening_ids = before_ids[:num_prompt], before_ids[num_prompt:]
+        # White space at the end may be tokenized otherwise if a word follows.
+        followed_ids = [self._tokenize(self._before + letter) for letter in "ab"]
+        if followed_ids[0][:num_prompt] == self._prompt_ids:
+            self._opening_ids = followed_ids[0][num_prompt : _count_common(*followed_ids)]
+        self._num_dropped = len(tail_ids) - num_prompt
+        self._opening = self._before[len(tail) :] if self._before.startswith(tail) else ""
+        self._closing, self.end_of_turn_id = self._find_end_of_turn()
 
     def render(self, instruction: str, judgment: str | None = None) -> Prompt:
-        """Render a prompt as text."""
+        """Render a generation prompt as text."""
         return (self._chat.render_prompt if self._chat else render_alpaca_prompt)(instruction, judgment)
 
     def encode_prompt(self, instruction: str, judgment: str | None = None) -> list[int]:
+        """Encode what precedes a response whose text is known, in training and scoring.
+
+        It is the generation prompt, or its beginning if the template writes an answer in another place than where the
+        generation prompt ends: that of a reasoning model may begin its thoughts.
+        """
+        ids = self.encode_generation_prompt(instruction, judgment)
+        return ids[: len(ids) - self._num_dropped]
+
+    def encode_generation_prompt(self, instruction: str, judgment: str | None = None) -> list[int]:
         """Encode a prompt as it is fed to the model for generation."""
         return self._encode_prompt(self.render(instruction, judgment))
 
     def encode_refinement_prompt(self, instruction: str, response: str, judgment: str) -> list[int]:
-        """Encode the request to improve a response so that its judgment no longer applies."""
+        """Encode the request to improve a response so that its judgment no longer applies, for generation."""
         render_prompt = self._chat.render_refinement_prompt if self._chat else render_refinement_prompt
         return self._encode_prompt(render_prompt(instruction, response, judgment))
 
     def encode_conversation(self, messages: Sequence[str]) -> list[int]:
-        """Encode messages of the user and the assistant in turn, in the chat template; the last is the user's."""
+        """Encode messages of the user and the assistant in turn, for generation; the last is the user's."""
         assert self._chat is not None, "the alpaca prompt has no turns"
         return self._encode_prompt(self._chat.render(messages))
 
@@ -85,21 +124,50 @@ class Encoder:
         return leading_ids + self._tokenize(prompt.text, prompt.user_spans)
 
     def encode_response(self, response: str) -> list[int]:
-        """Encode a response as the continuation of any prompt of this template, end-of-sequence token included."""
-        joint = self._tokenize(self._tail + response, [(len(self._tail), len(self._tail) + len(response))])
-        num_tail = len(self._tail_ids)
-        if joint[:num_tail] == self._tail_ids:
-            return [*joint[num_tail:], self.tokenizer.eos_token_id]
+        """Encode a response as the continuation of any prompt of this template, through the end-of-turn token.
+
+        Raises:
+            AlteredResponse: The chat template renders another text than this response.
+        """
+        shown = self._chat.render_answer(response) if self._chat else response
+        end = self._texts.get(self.end_of_turn_id, "") if self._chat else ""
+        start = len(self._before)
+        text = self._before + shown + self._closing
+        joint = self._tokenize(text + end, [(start, start + len(shown))])
+        if not end or joint[-1] != self.end_of_turn_id:
+            joint = [*self._tokenize(text, [(start, start + len(shown))]), self.end_of_turn_id]
+        num_prompt = len(self._prompt_ids)
+        if joint[:num_prompt] == self._prompt_ids:
+            return joint[num_prompt:]
         # The first characters merge with the last ones of the prompt. In generation the prompt's tokens are fixed, so
         # take the tokenization of the response alone that decodes to the same text.
-        ids = self._tokenize_plain(response)
-        if self.tokenizer.decode(self._tail_ids + ids) != self.tokenizer.decode(joint):
-            ids = self._tokenize_continuation(response)
-        return [*ids, self.tokenizer.eos_token_id]
+        start = len(self._opening)
+        text = self._opening + shown + self._closing
+        ids = [*self._tokenize(text, [(start, start + len(shown))]), self.end_of_turn_id]
+        if self.tokenizer.decode(self._prompt_ids + ids) != self.tokenizer.decode(joint):
+            ids = [*self._tokenize_continuation(text), self.end_of_turn_id]
+        return ids
+
+    def count_template_tokens(self, response_ids: Sequence[int]) -> int:
+        """Count the tokens at the start of a response that the template writes: a channel, an empty block of thoughts.
+
+        These are learned like the others, but never flagged, because no judgment is about them.
+        """
+        return _count_common(self._opening_ids, response_ids)
 
     def locate_tokens(self, response: str, response_ids: list[int]) -> list[Span]:
-        """Find the characters that each token of `encode_response(response)` covers; see `cutlm.prompting.spans`."""
-        spans = locate_tokens(self.tokenizer, self._tail, self._tail_ids, response, response_ids[:-1])
+        """Find the characters that each token of `encode_response(response)` covers; see `cutlm.prompting.spans`.
+
+        Tokens that the template writes have empty spans at the start or the end of the response.
+        """
+        shown = self._chat.render_answer(response) if self._chat else response
+        num_opening = self.count_template_tokens(response_ids)
+        known_ids = [*self._prompt_ids, *response_ids[:num_opening]]
+        text, ids = shown + self._closing, response_ids[num_opening:-1]
+        offset, length = response.find(shown), len(shown)
+        spans = [(0, 0)] * num_opening
+        for start, end in locate_tokens(self.tokenizer, self._before, known_ids, text, ids):
+            spans.append((offset + min(start, length), offset + min(end, length)))
         return [*spans, (len(response), len(response))]
 
     def fit(self, record: "EncodedRecord", max_length: int) -> "EncodedRecord | None":
@@ -146,6 +214,22 @@ class Encoder:
                 return template
         return None
 
+    def _find_end_of_turn(self) -> tuple[str, int]:
+        """Find what the template writes after an answer: white space, and the token that ends the turn.
+
+        It is the first control token after the answer. Some templates write none and mark only the next turn.
+        """
+        if self._chat:
+            answer_format = self._chat.answer_format
+            for after in (answer_format.after, answer_format.after_in_history):
+                rest = after.lstrip()
+                found = [text for text in self._control_tokens if text and rest.startswith(text)]
+                if found:
+                    end = max(found, key=len)
+                    index = next(index for index, text in self._texts.items() if text == end)
+                    return after[: len(after) - len(rest)], index
+        return "", self.tokenizer.eos_token_id
+
     def _tokenize(self, text: str, user_spans: Sequence[Span] = ()) -> list[int]:
         """Tokenize text without adding tokens.
 
@@ -155,7 +239,7 @@ class Encoder:
         if not self._chat:
             return self._tokenize_plain(text)
         if not self.tokenizer.is_fast:
-            if any(token in text[start:end] for token in self._special_tokens for start, end in user_spans):
+            if any(token in text[start:end] for token in self._control_tokens for start, end in user_spans):
                 raise ConfigError(
                     "template: chat: a text spells out a special token, which only a fast tokenizer can keep as plain"
                     " text; use the model's fast tokenizer, or template: alpaca"
@@ -164,13 +248,13 @@ class Encoder:
         encoding = self.tokenizer(text, add_special_tokens=False)
         ids, offsets = encoding["input_ids"], encoding[0].offsets
         candidates = [index for index, token_id in enumerate(ids) if token_id in self._candidates]
-        special = [index for index in candidates if self._is_special(ids[index], text, offsets[index])]
-        spelled = {
-            index: (start, end)
-            for index in special
-            for start, end in user_spans
-            if offsets[index][0] < end and offsets[index][1] > start
-        }
+        special = [index for index in candidates if self._is_control(ids[index], text, offsets[index])]
+        spelled = {}
+        for index in special:
+            left, right = self._locate_control_token(ids[index], text, offsets[index])
+            span = next(((start, end) for start, end in user_spans if left < end and right > start), None)
+            if span is not None:
+                spelled[index] = span
         # Around each such span, everything between the template's own special tokens is tokenized again as plain text.
         frame = [index for index in special if index not in spelled]
         regions = set()
@@ -188,25 +272,31 @@ class Encoder:
             num_done = last
         return [*result, *ids[num_done:]]
 
-    def _is_special(self, token_id: int, text: str, span: Span) -> bool:
+    def _is_control(self, token_id: int, text: str, span: Span) -> bool:
         """Whether a token is a special one; the unknown token is only if the text spells it out."""
         is_unknown_spelled = token_id == self._unk_id and text[slice(*span)].strip() == self.tokenizer.unk_token
-        return is_unknown_spelled or token_id in self._special_ids
+        return is_unknown_spelled or token_id in self._control_ids
+
+    def _locate_control_token(self, token_id: int, text: str, span: Span) -> Span:
+        """Find a control token in its span, to which some tokens add the white space next to them."""
+        content = self._texts.get(token_id, "")
+        start = text.find(content, *span) if content else -1
+        return span if start < 0 else (start, start + len(content))
 
     def _tokenize_plain(self, text: str) -> list[int]:
         """Tokenize text as plain text, even if it spells out special tokens."""
         encoding = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         ids = encoding["input_ids"]
         is_unknown_spelled = self._unk_id in ids and self.tokenizer.unk_token in text
-        if self._special_ids.isdisjoint(ids) and not is_unknown_spelled:
+        if self._control_ids.isdisjoint(ids) and not is_unknown_spelled:
             return ids
         # Some tokenizers find special tokens even so: a unigram model has them in its vocabulary, and an added token
         # not marked as special is never split. Split the text in the middle of the first one.
         if self.tokenizer.is_fast:
             pairs = zip(ids, encoding[0].offsets, strict=True)
-            spans = [span for token_id, span in pairs if self._is_special(token_id, text, span)]
+            spans = [span for token_id, span in pairs if self._is_control(token_id, text, span)]
         else:
-            found = ((text.find(token), len(token)) for token in self._special_tokens)
+            found = ((text.find(token), len(token)) for token in self._control_tokens)
             spans = [(start, start + length) for start, length in found if start >= 0]
         spans = [(start, end) for start, end in spans if end - start > 1]
         if not spans:
@@ -222,6 +312,31 @@ class Encoder:
             if joint[: len(anchor_ids)] == anchor_ids:
                 return joint[len(anchor_ids) :]
         return self._tokenize_plain(text)
+
+
+# Control tokens that a template may build from parts, such as '<|' + role + '|>'.
+_CONTROL_SHAPE = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
+
+
+def _find_control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+    """Find the tokens that only a template may write: special ones, and added ones that the chat template uses.
+
+    Other added tokens, such as Gemma's HTML tags, are ordinary text.
+    """
+    source = get_template_source(tokenizer) if tokenizer.chat_template else ""
+    control = {}
+    for index, token in tokenizer.added_tokens_decoder.items():
+        text = token.content
+        is_used = text in source and len(text) > 1 and not text.isspace() and not text.isalnum()
+        if token.special or is_used or _CONTROL_SHAPE.fullmatch(text):
+            control[index] = text
+    return control | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+def _count_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the common prefix."""
+    shorter = min(len(one), len(other))
+    return next((index for index in range(shorter) if one[index] != other[index]), shorter)
 
 
 def _find_leading_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -253,7 +368,7 @@ class EncodedRecord:
 
     prompt_ids: list[int]  # the prompt without the judgment, or the only prompt of a view
     judged_prompt_ids: list[int] | None  # the prompt with the judgment; None if there is only one context
-    response_ids: list[int]  # end-of-sequence token included
+    response_ids: list[int]  # end-of-turn token included
     extra: dict[str, Any] = field(default_factory=dict)  # further columns of the row
     is_truncated: bool = False  # whether a prompt was truncated
 
@@ -310,9 +425,13 @@ def encode_records(
 
     The view selects the training data of a record, or returns the reason for leaving it out.
     """
-    encoded = EncodedRecords()
+    encoded, problems = EncodedRecords(), []
     for index, (record, location) in enumerate(zip(records, locations, strict=True)):
-        viewed = view(record, encoder)
+        try:
+            viewed = view(record, encoder)
+        except AlteredResponse as error:
+            problems.append(f"{location}: field 'output': {error}")
+            continue
         if isinstance(viewed, str):
             encoded.skipped[viewed] += 1
             continue
@@ -323,7 +442,11 @@ def encode_records(
         encoded.indices.append(index)
         columns: dict[str, Any] = {"prompt_ids": row.prompt_ids, "judged_prompt_ids": row.judged_prompt_ids}
         columns |= {"response_ids": row.response_ids, "location": location, "is_satisfactory": record.is_satisfactory}
+        if num_template_tokens := encoder.count_template_tokens(row.response_ids):
+            columns["num_template_tokens"] = num_template_tokens
         encoded.rows.append(columns | row.extra)
+    if problems:
+        raise DataError(problems)
     # `datasets` takes its columns from the first row.
     names = sorted({name for row in encoded.rows for name in row})
     encoded.rows = [dict.fromkeys(names) | row for row in encoded.rows]

@@ -2,7 +2,7 @@
 
 A span is [start, end) in characters. It leaves out the white space around a token's own characters, so that " word"
 and "word" have the same span; only a token of nothing but white space covers that. A token that is part of a character,
-such as a byte of an emoji, covers the whole character. The end-of-sequence token has the empty span at the very end.
+such as a byte of an emoji, covers the whole character. The end-of-turn token has the empty span at the very end.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def locate_tokens(
 ) -> list[Span]:
     """Find the span of each token of a text that was tokenized as the continuation of `tail`, the end of a prompt.
 
-    `ids` exclude the end-of-sequence token. Starts and ends never decrease, and every character but white space is
+    `ids` exclude the end-of-turn token. Starts and ends never decrease, and every character but white space is
     covered. With a slow tokenizer, it takes time quadratic in the number of tokens.
     """
     spans = _read_offsets(tokenizer, tail, tail_ids, text, ids) if tokenizer.is_fast else None
@@ -36,7 +36,7 @@ def flag_spans(token_spans: Sequence[Span], wrong_spans: Sequence[Span]) -> list
     """Flags the tokens (spans from `Encoder.locate_tokens`) that overlap a span marked as wrong.
 
     An empty span marks the token that starts or lies there, otherwise the next one; at the very end, the
-    end-of-sequence token.
+    end-of-turn token.
     """
     flags = [False] * len(token_spans)
     for left, right in wrong_spans:

@@ -3,12 +3,17 @@
 Two templates: `alpaca`, the text of the paper and its released code, and `chat`, the tokenizer's own chat template.
 """
 
-from collections.abc import Sequence
+import copy
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
-from cutlm.errors import ConfigError
+from cutlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +43,7 @@ _ALPACA_DRAFT = "\n\n### Draft:\n"
 _CHAT_JUDGMENT = "\n\nWrite a response that this judgment fits:\n"
 _CHAT_DRAFT, _CHAT_OBJECTION = "\n\nA draft of the response:\n", "\n\nWhat was said about the draft:\n"
 _CHAT_REFINE = "\n\nWrite an improved response, and nothing else."
+_CHANGES_USER_TEXT = "template: chat: the tokenizer's chat template changes the user's text; use template: alpaca"
 _PLACEHOLDER = "[text {} of the conversation]"
 
 
@@ -75,17 +81,45 @@ def _render_alpaca(task: str, content: str) -> Prompt:
     return Prompt(f"{start}{content}\n\n{_ALPACA_RESPONSE}", [(len(start), len(start) + len(content))])
 
 
-class ChatTemplate:
-    """A tokenizer's own chat template, which also locates each message in the rendered text."""
+class AnswerFormat(NamedTuple):
+    """What a chat template writes around an answer."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    before: str  # from the end of the user's text to the answer
+    after: str  # after the answer, if nothing follows
+    after_in_history: str  # after the answer, if a user's turn follows; up to the user's text
+
+
+class AlteredResponse(DataError):
+    """The chat template renders a response as another text, so that it cannot be learned as it is."""
+
+
+class ChatTemplate:
+    """A tokenizer's own chat template, which also locates each message in the rendered text.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        date: The date for templates that print today's.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template, or it does not render an answer.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", date: datetime.date) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
                 f"template: chat: the tokenizer {tokenizer.name_or_path!r} has no chat template; use template: alpaca,"
                 " or a tokenizer with one"
             )
         self._tokenizer = tokenizer
+        self.source = get_template_source(tokenizer)
+        self._dated_source = insert_date(self.source, date)
         self._frames: dict[int, str] = {}
+        self.answer_format = self._find_answer_format()
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether the rendered text depends on the date."""
+        return self._dated_source != self.source
 
     def render_prompt(self, instruction: str, judgment: str | None = None) -> Prompt:
         """Render one user turn and the start of the assistant's turn."""
@@ -94,6 +128,22 @@ class ChatTemplate:
     def render_refinement_prompt(self, instruction: str, response: str, judgment: str) -> Prompt:
         """Render the request to improve a response as one user turn."""
         return self.render([f"{instruction}{_CHAT_DRAFT}{response}{_CHAT_OBJECTION}{judgment}{_CHAT_REFINE}"])
+
+    def render_answer(self, response: str) -> str:
+        """Return a response as the template writes it: some templates strip white space at its ends.
+
+        Raises:
+            AlteredResponse: The template changes it otherwise, for example by removing reasoning.
+        """
+        before, after = self._answer_frame
+        text = self._apply([_PLACEHOLDER.format(0), response], is_answered=True)
+        shown = text[len(before) : len(text) - len(after)]
+        if before + shown + after == text and shown in (response, *_strip_each(response)):
+            return shown
+        raise AlteredResponse(
+            "the chat template does not render this response as it is written (templates may move or remove reasoning"
+            " and markup); leave these out of the response, or use template: alpaca"
+        )
 
     def render(self, messages: Sequence[str]) -> Prompt:
         """Render a conversation and the start of the assistant's next turn.
@@ -106,13 +156,11 @@ class ChatTemplate:
         """
         placeholders = [_PLACEHOLDER.format(index) for index in range(len(messages))]
         frame = self._frames.get(len(messages))
-        if frame is not None and (prompt := self._fill(frame, placeholders, messages)):
-            return prompt
-        # Not cached, or out of date: a template may write the current time, or was replaced.
-        frame = self._frames[len(messages)] = self._apply(placeholders)
+        if frame is None:
+            frame = self._frames[len(messages)] = self._apply(placeholders)
         if prompt := self._fill(frame, placeholders, messages):
             return prompt
-        raise ConfigError("template: chat: the tokenizer's chat template changes the user's text; use template: alpaca")
+        raise ConfigError(_CHANGES_USER_TEXT)
 
     def _fill(self, frame: str, placeholders: list[str], messages: Sequence[str]) -> Prompt | None:
         """Put messages in place of a frame's placeholders; None if the template does not render them like that.
@@ -125,7 +173,7 @@ class ChatTemplate:
             rendered = self._apply([*placeholders[:index], message, *placeholders[index + 1 :]])
             before, _, after = frame.partition(placeholders[index])
             shown = rendered[len(before) : len(rendered) - len(after)]
-            is_unaltered = index % 2 == 1 or shown in (message, message.strip())
+            is_unaltered = index % 2 == 1 or shown in (message, *_strip_each(message))
             gap, is_found, rest = rest.partition(placeholders[index])
             if not is_found or before + shown + after != rendered or not is_unaltered:
                 return None
@@ -134,8 +182,32 @@ class ChatTemplate:
             text += shown
         return Prompt(text + rest, spans)
 
-    def _apply(self, contents: Sequence[str]) -> str:
-        options: Any = {"tokenize": False, "add_generation_prompt": True}
+    def _find_answer_format(self) -> AnswerFormat:
+        user, answer, reply = (_PLACEHOLDER.format(index) for index in range(3))
+        text = self._apply([user, answer], is_answered=True)
+        before, is_found, rest = text.partition(user)
+        if not is_found:
+            raise ConfigError(_CHANGES_USER_TEXT)
+        opening, is_found, after = rest.partition(answer)
+        if not is_found:
+            raise ConfigError(
+                "template: chat: the tokenizer's chat template does not render an answer of the assistant; use"
+                " template: alpaca"
+            )
+        self._answer_frame = before + user + opening, after
+        try:
+            history = self._apply([user, answer, reply])
+        except ConfigError:  # a template of one turn
+            history = ""
+        return AnswerFormat(opening, after, history.partition(answer)[2].partition(reply)[0])
+
+    def _apply(self, contents: Sequence[str], *, is_answered: bool = False) -> str:
+        """Render messages of the user and the assistant in turn, and unless the last one is an answer, its start."""
+        options: Any = {
+            "chat_template": self._dated_source,
+            "tokenize": False,
+            "add_generation_prompt": not is_answered,
+        }
         try:
             text = self._tokenizer.apply_chat_template(make_messages(contents), **options)
         except TemplateError as error:
@@ -145,9 +217,132 @@ class ChatTemplate:
         return text
 
 
+def _strip_each(text: str) -> tuple[str, str, str]:
+    return text.strip(), text.lstrip(), text.rstrip()
+
+
 def make_messages(contents: Sequence[str]) -> list[dict[str, str]]:
     """Make messages of the user and the assistant in turn, the first by the user."""
     return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
+
+
+# ---- The source of a chat template ----
+
+_CALL_OF_DATE = re.compile(r"""strftime_now\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
+# Default arguments are Jinja statements at the start of a template, after a comment from which they are read again.
+_ARGUMENTS = re.compile(
+    r"\{#- chat_template_kwargs: (\{.*?\}) -?#\}(?:\{%- if .*? is not defined %\}.*?\{%- endif %\})*", re.DOTALL
+)
+_RESERVED_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
+
+
+def get_template_source(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a tokenizer's chat template; of several named ones, the default."""
+    return str(tokenizer.get_chat_template())
+
+
+def insert_date(source: str, date: datetime.date) -> str:
+    """Replace a template's calls for today's date by a date, so that prompts do not depend on the clock."""
+    return _CALL_OF_DATE.sub(lambda match: json.dumps(date.strftime(match[2])), source)
+
+
+def parse_date(text: str | None) -> datetime.date:
+    """Read a date such as 2026-11-26; None is today.
+
+    Raises:
+        ConfigError: It is not a date.
+    """
+    if text is None:
+        return datetime.date.today()
+    try:
+        return datetime.date.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise ConfigError(f"template_date: expected a date such as 2026-11-26, got {text!r}") from None
+
+
+def read_arguments(source: str) -> tuple[dict[str, Any], str]:
+    """Return the default arguments that `set_arguments` wrote into a template, and the template without them."""
+    match = _ARGUMENTS.match(source)
+    return (json.loads(match[1]), source[match.end() :]) if match else ({}, source)
+
+
+def set_arguments(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
+    """Return a tokenizer whose chat template has default values for its arguments, such as `enable_thinking`.
+
+    They are part of the template, so they are saved with the tokenizer, and every tool that does not set these
+    arguments itself prompts the model as cutlm does. The tokenizer that is passed stays as it is.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        arguments: By name; values as in JSON. Earlier defaults of other arguments are kept.
+
+    Raises:
+        ConfigError: There is no chat template, or it does not use an argument.
+
+    Example:
+
+        >>> tokenizer = set_arguments(tokenizer, {"enable_thinking": False})
+    """
+    if not arguments:
+        return tokenizer
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"chat_template_kwargs: the tokenizer {tokenizer.name_or_path!r} has no chat template; remove the setting"
+        )
+    earlier, source = read_arguments(get_template_source(tokenizer))
+    problems = []
+    for name in arguments:
+        if name in _RESERVED_ARGUMENTS or not name.isidentifier():
+            problems.append(f"chat_template_kwargs: {name!r} is not an argument that can be set; remove it")
+        elif not re.search(rf"\b{name}\b", source):
+            problems.append(f"chat_template_kwargs: the chat template has no argument {name!r}; remove or correct it")
+    if problems:
+        raise ConfigError(problems)
+    merged = earlier | dict(arguments)
+    comment = json.dumps(merged).replace("#", "\\u0023")
+    # Python's notation for JSON values is also Jinja's.
+    defaults = "".join(
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
+        for name, value in merged.items()
+    )
+    configured = copy.deepcopy(tokenizer)
+    configured.chat_template = f"{{#- chat_template_kwargs: {comment} #}}{defaults}{source}"
+    _check_arguments(tokenizer, configured, merged)
+    return configured
+
+
+def _check_arguments(
+    tokenizer: "PreTrainedTokenizerBase", configured: "PreTrainedTokenizerBase", arguments: Mapping[str, Any]
+) -> None:
+    """Check that defaults in the template give the same prompt as arguments of the call."""
+    source = read_arguments(get_template_source(configured))[1]
+    options: Any = {"tokenize": False, "add_generation_prompt": True}
+    messages = make_messages([_PLACEHOLDER.format(0)])
+    try:
+        expected = tokenizer.apply_chat_template(messages, chat_template=source, **arguments, **options)
+        text = configured.apply_chat_template(messages, **options)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"chat_template_kwargs: the chat template does not accept {dict(arguments)} ({error}); correct the values"
+        ) from None
+    if text != expected:
+        raise ConfigError("chat_template_kwargs: the chat template does not allow defaults for them; edit it instead")
+
+
+def fingerprint_template(template: TemplateName, source: str | None) -> str:
+    """Identify the prompts of a template by its source and arguments, not by what it renders on a certain day."""
+    if template == "alpaca" or source is None:
+        content: list[Any] = [
+            _ALPACA_TASK,
+            _ALPACA_JUDGED_TASK,
+            _ALPACA_INSTRUCTION,
+            _ALPACA_JUDGMENT,
+            _ALPACA_RESPONSE,
+        ]
+    else:
+        content = [*read_arguments(source), _CHAT_JUDGMENT]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"{template} {digest[:16]}"
 
 
 def build_alpaca_chat_template(has_bos: bool, gap: str = "") -> str:

@@ -32,7 +32,6 @@ from cutlm.flagging.detector import (
 from cutlm.flagging.scoring import score_rows
 from cutlm.flagging.token_scores import (
     TokenScores,
-    fingerprint_template,
     fingerprint_tokenizer,
     map_to_tokenizer,
     read_token_scores,
@@ -196,10 +195,11 @@ def _view_hindsight(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
 def _view_forward(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
     """The response, then its judgment (forward prediction: Weston 2016, arXiv 1604.06045).
 
-    An end-of-sequence token also follows the response, so that the model still learns to end its answer there.
+    An end-of-turn token also follows the response, so that the model still learns to end its answer there.
     """
     ids = encoder.encode_response(record.output)
-    ids += encoder.encode_response(_FORWARD_MARK + record.stated_judgment)
+    judgment_ids = encoder.encode_response(_FORWARD_MARK + record.stated_judgment)
+    ids += judgment_ids[encoder.count_template_tokens(judgment_ids) :]
     return EncodedRecord(encoder.encode_prompt(record.full_instruction), None, ids)
 
 
@@ -217,9 +217,11 @@ def _view_all_flagged(weight: float) -> View:
 
     def view(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
         encoded = _view_response(record, encoder)
-        num_tokens = 0 if record.is_satisfactory else len(encoded.response_ids)
-        if num_tokens:
-            encoded.extra.update(is_flagged=[True] * num_tokens, weights=[weight] * num_tokens)
+        if not record.is_satisfactory:
+            num_template = encoder.count_template_tokens(encoded.response_ids)
+            num_own = len(encoded.response_ids) - num_template
+            is_flagged = [False] * num_template + [True] * num_own
+            encoded.extra.update(is_flagged=is_flagged, weights=[0.0] * num_template + [weight] * num_own)
         return encoded
 
     return view
@@ -234,7 +236,9 @@ def _view_wrong_spans(weight: float) -> View:
             return encoded
         if not record.wrong_spans:
             return "unsatisfactory, and without wrong_spans"
-        is_flagged = flag_spans(encoder.locate_tokens(record.output, encoded.response_ids), record.wrong_spans)
+        spans = encoder.locate_tokens(record.output, encoded.response_ids)
+        num_template = encoder.count_template_tokens(encoded.response_ids)
+        is_flagged = [False] * num_template + flag_spans(spans[num_template:], record.wrong_spans)
         if not any(is_flagged):
             return "unsatisfactory, and its wrong_spans contain no token"
         encoded.extra.update(is_flagged=is_flagged, weights=[weight * flag for flag in is_flagged])
@@ -262,7 +266,7 @@ def _view_scores(dataset: Sequence[TokenScores], locations: Sequence[str], encod
             )
     if problems:
         raise ConfigError(problems)
-    tokenizer, template = fingerprint_tokenizer(encoder.tokenizer), fingerprint_template(encoder)
+    tokenizer, template = fingerprint_tokenizer(encoder.tokenizer), encoder.fingerprint
     by_record: dict[int, TokenScores] = {}
     templates = set()
     for scores, location in zip(dataset, locations, strict=True):
@@ -359,7 +363,8 @@ def _flag_rows(
         for batch in score_rows(model, [rows[index] for index in judged], **options):
             for number, without, with_judgment in batch:
                 assert with_judgment is not None
-                flags = flag_response(round_logps(without), round_logps(with_judgment), settings)
+                num_template = rows[judged[number]].get("num_template_tokens") or 0
+                flags = flag_response(round_logps(without), round_logps(with_judgment), settings, num_template)
                 is_flagged[judged[number]], weights[judged[number]] = flags
     columns = {key: data.rows[key] for key in data.rows.column_names}
     # Types are given because a column may hold nothing but None.
@@ -508,7 +513,7 @@ def _check_encoded(dataset: Dataset | Sequence[Any], name: str, args: CUTConfig)
         if "is_satisfactory" not in dataset.column_names:
             dataset = dataset.add_column("is_satisfactory", [ids is None for ids in dataset["judged_prompt_ids"]])
         return dataset
-    extra = [key for key in ("is_flagged", "weights", "is_praised") if key in names]
+    extra = [key for key in ("is_flagged", "weights", "is_praised", "num_template_tokens") if key in names]
     return Dataset.from_list(
         [
             {key: row.get(key) for key in (*_ID_COLUMNS, *extra)}
@@ -538,6 +543,12 @@ def _find_row_problems(row: Any, has_flags: bool, needs_praise: bool) -> list[st
             problems.append(f"field {key!r}: expected a non-empty list of token ids, got {ids!r}")
     if problems:
         return problems
+    num_template = row.get("num_template_tokens")
+    if num_template is not None and not (type(num_template) is int and 0 <= num_template < len(row["response_ids"])):
+        problems.append(
+            "field 'num_template_tokens': expected a whole number of at least 0, below the number of response_ids, got"
+            f" {num_template!r}"
+        )
     num_tokens, is_judged = len(row["response_ids"]), row.get("judged_prompt_ids") is not None
     flags, weights, is_praised = (row.get(key) for key in ("is_flagged", "weights", "is_praised"))
     columns = (

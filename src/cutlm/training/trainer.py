@@ -365,6 +365,7 @@ def compute_batch_loss(logps: Tensor, batch: Mapping[str, Any], args: CUTConfig)
             praise_weight=args.praise_weight,
             weights=weights,
             weights_satisfactory=weights_satisfactory,
+            can_flag=batch.get("can_flag"),
         )
     flags = flags_satisfactory = None
     if "is_flagged" in batch:
@@ -382,6 +383,7 @@ def compute_batch_loss(logps: Tensor, batch: Mapping[str, Any], args: CUTConfig)
         weights_satisfactory=weights_satisfactory,
         flags=flags,
         flags_satisfactory=flags_satisfactory,
+        can_flag=batch.get("can_flag"),
         parts=args.parts,
     )
 

@@ -38,6 +38,6 @@ def answer_tasks(
     If `is_praised`, the prompt holds the judgment "Perfect.", which asks for a right answer.
     """
     encoder = Encoder(tokenizer, "alpaca")
-    prompts = [encoder.encode_prompt(task.instruction, PRAISE if is_praised else None) for task in tasks]
+    prompts = [encoder.encode_generation_prompt(task.instruction, PRAISE if is_praised else None) for task in tasks]
     sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
     return generate_responses(model, tokenizer, encoder, prompts, sampling)
