@@ -230,7 +230,7 @@ def test_blame_training_and_chat_flag_alike(tmp_path: Path, base: Path) -> None:
 def test_blame_training_and_chat_share_one_function(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def flag_last(logps_without: Any, logps_with: Any, settings: FlagSettings) -> Any:
+    def flag_last(logps_without: Any, logps_with: Any, settings: FlagSettings, num_template_tokens: int = 0) -> Any:
         rest = len(logps_without) - 1
         return [False] * rest + [True], [0.0] * rest + [0.125]
 
