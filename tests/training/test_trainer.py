@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +18,12 @@ from peft import LoraConfig, PrefixTuningConfig
 from reference import score_response
 from safetensors import safe_open
 from tiny import CHATML, make_model, make_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 
 from cutlm import CUTConfig, CUTTrainer, JudgedRecord
 from cutlm.errors import ConfigError, DataError, NonFiniteError
 from cutlm.model.collator import CutCollator
+from cutlm.training import checkpoints
 
 JUDGED: dict[str, Any] = {
     "prompt_ids": [1, 5, 6],
@@ -243,14 +246,53 @@ def test_the_log_reports_the_step(tmp_path: Path) -> None:
     assert log["records_left_out"] == 0
 
 
+class _Bar:
+    """Stands for a progress bar of transformers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.texts: list[str] = []
+
+    def set_postfix_str(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 1000])
+def test_bars_tell_how_far_a_step_and_an_evaluation_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+) -> None:
+    clock = itertools.count(step=2)
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    rows = [JUDGED, SATISFACTORY, SATISFACTORY, JUDGED]
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_tokens_per_batch": max_tokens}
+    trainer = make_trainer(tmp_path, rows, max_steps=1, per_device_eval_batch_size=2, **settings)
+    callback = ProgressCallback()
+    callback.on_step_end = callback.on_log = callback.on_train_end = lambda *args, **kwargs: None
+    callback.on_train_begin = callback.on_prediction_step = callback.on_evaluate = callback.on_step_end
+    callback.training_bar = bar = _Bar()
+    trainer.add_callback(callback)
+    trainer.train()
+    total = len(trainer.data_collator(rows)["input_ids"])
+    shown = [int(text.split()[0].replace(",", "")) for text in bar.texts]
+    assert len(shown) == (4 if max_tokens == 1 else 2), "every record, or every micro-batch"
+    assert shown == sorted(set(shown))
+    assert shown[-1] == total
+    assert all(f" of {total} tokens of the step, " in text for text in bar.texts)
+    callback.prediction_bar = _Bar()
+    trainer.evaluate(trainer.train_dataset)
+    shown = [int(text.split()[0]) for text in callback.prediction_bar.texts]
+    assert len(shown) == (4 if max_tokens == 1 else 2)
+    assert shown[-1] == total
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"normalization": "record"}, {"use_satisfactory_loss": False, "use_judged_loss": False}],
 )
 def test_evaluation_is_the_loss_of_all_records_as_one_step(tmp_path: Path, settings: dict[str, Any]) -> None:
     rows = [JUDGED, SATISFACTORY, JUDGED | {"response_ids": [9, 10, 2]}, SATISFACTORY, JUDGED]
-    for batch_size in (1, 2, 5):
-        trainer = make_trainer(tmp_path, rows, per_device_eval_batch_size=batch_size, **settings)
+    for batch_size, max_tokens in ((1, None), (2, 1), (5, None), (5, 25)):
+        sizes = {"per_device_eval_batch_size": batch_size, "max_tokens_per_batch": max_tokens}
+        trainer = make_trainer(tmp_path, rows, **sizes, **settings)
         metrics = trainer.evaluate(trainer.train_dataset)
         with torch.no_grad():
             expected = trainer.compute_loss(trainer.model.eval(), trainer.data_collator(rows)).item()

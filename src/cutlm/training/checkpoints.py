@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import Trainer, TrainerState
+from torch import Tensor, nn
+from transformers import ProgressCallback, Trainer, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
@@ -82,6 +83,8 @@ class CheckpointingTrainer(Trainer):
 
     _stop_requested = _is_stopping = False
     _staging: str | None = None
+    _num_done = _num_in_step = 0  # tokens of the optimizer step
+    _step_start = _last_shown = 0.0
 
     def __init__(self, *, model: Any, **kwargs: Any) -> None:
         # The Trainer turns off the cache in the model's configuration, with which the model is saved. No forward pass
@@ -111,12 +114,34 @@ class CheckpointingTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetch the micro-batches of an optimizer step, and whether any rank was asked to stop."""
         fetched = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._num_done, self._num_in_step = 0, sum(batch["input_ids"].numel() for batch in fetched[0])
+        self._step_start = time.monotonic()
         self._is_stopping = self._stop_requested
         if self.args.world_size > 1:
             # All ranks save at the same step.
             flag = torch.tensor(float(self._stop_requested), device=device)
             self._is_stopping = self.accelerator.reduce(flag, "sum").item() > 0
         return fetched
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward over a micro-batch, after which the progress bar tells how far the step is."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._num_done += inputs["input_ids"].numel()
+        rate = self._num_done / max(1e-6, time.monotonic() - self._step_start)
+        self.show_progress(f"{self._num_done:,} of {self._num_in_step:,} tokens of the step, {rate:,.0f} tokens/s")
+        return loss
+
+    def show_progress(self, text: str) -> None:
+        """Write behind the current progress bar, at most once a second, because steps and batches may take long."""
+        now = time.monotonic()
+        if now < self._last_shown + 1:
+            return
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                bar = callback.training_bar if callback.prediction_bar is None else callback.prediction_bar
+                if bar is not None:
+                    bar.set_postfix_str(text)
+                    self._last_shown = now
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run one epoch, or none if resumed after the last step, where the Trainer would take one step more."""

@@ -180,6 +180,7 @@ class CUTTrainer(CheckpointingTrainer):
         self._eval_metrics: RunningMetrics | None = None
         self._step_logps: list[tuple[Tensor, Mapping[str, Any]]] = []
         self._last_log_time = time.perf_counter()
+        self._num_evaluated = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """The order of the records; on several processes, each gets similar numbers of tokens."""
@@ -215,16 +216,20 @@ class CUTTrainer(CheckpointingTrainer):
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: StepCounts | None = None
     ) -> Tensor:
         """Forward and backward over a micro-batch, in parts of at most `max_tokens_per_batch` tokens."""
-        parts = [dict(inputs)]
-        # Where weights are gathered for every pass, all ranks must make equally many passes.
-        if num_items_in_batch is not None and not (self._layout.is_single_pass or self.is_deepspeed_enabled):
-            parts = split_batch(inputs, self._max_tokens)
+        parts = [dict(inputs)] if num_items_in_batch is None else self._split(inputs)
         losses = []
         for part in parts:
             # Ranks reduce their gradients with the last part.
             with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, part, num_items_in_batch))  # type: ignore[arg-type]
         return torch.stack(losses).sum()
+
+    def _split(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Divide a micro-batch into parts of at most `max_tokens_per_batch` tokens."""
+        # Where weights are gathered for every pass, all ranks must make equally many passes.
+        if self._layout.is_single_pass or self.is_deepspeed_enabled:
+            return [dict(batch)]
+        return split_batch(batch, self._max_tokens)
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -310,9 +315,15 @@ class CUTTrainer(CheckpointingTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """Evaluate one micro-batch; `compute_loss` adds it to the metrics."""
-        with torch.no_grad():
-            return self.compute_loss(model, inputs).detach(), None, None
+        """Evaluate one micro-batch in parts; `compute_loss` adds each to the metrics."""
+        counts = StepCounts(*count_batch(inputs, self.args.normalization, self.args.parts))
+        losses = []
+        for part in self._split(inputs):
+            with torch.no_grad():
+                losses.append(self.compute_loss(model, part, num_items_in_batch=counts).detach())
+            self._num_evaluated += len(part["input_ids"])
+            self.show_progress(f"{self._num_evaluated:,} tokens evaluated")
+        return torch.stack(losses).sum() / self.args.world_size, None, None
 
     def evaluation_loop(
         self,
@@ -327,11 +338,14 @@ class CUTTrainer(CheckpointingTrainer):
         On several processes the records that complete the last batches count twice; `notices` says so.
         """
         self._eval_metrics = RunningMetrics(self.args.device)
+        self._num_evaluated = 0
+        start = time.perf_counter()
         try:
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
             metrics = self._eval_metrics.reduce(self.accelerator)
         finally:
             self._eval_metrics = None
+            self._last_log_time += time.perf_counter() - start  # the speed in the log is that of training
         metrics.pop("num_tokens")
         merged = dict(output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics=merged)
