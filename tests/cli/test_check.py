@@ -1,6 +1,7 @@
 """`cutlm check`: its output and exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -64,6 +65,15 @@ def test_duplicates_are_named_and_are_not_an_error(tmp_path, capsys):
     assert f"{file}:2: the same instruction, response and judgment as {file}:1\n" in capsys.readouterr().out
 
 
+def test_doubtful_records_are_named_as_warnings_and_give_exit_code_0(tmp_path, capsys):
+    file = write(tmp_path / "a.jsonl", [GOOD, GOOD | {"judgment": "The response is perfect."}, GOOD | {"score": 85}])
+    assert main(["check", file]) == 0
+    out, err = capsys.readouterr()
+    warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
+    assert [line.rpartition(": ")[2] for line in warnings] == [f"{file}:2", f"{file}:3"]
+    assert err == ""
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -121,3 +131,17 @@ def test_help_imports_none_of_the_heavy_libraries(argv):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "cutlm" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_that_is_not_utf8_shows_escapes(encoding, tmp_path):
+    file = write(tmp_path / "数据.jsonl", [GOOD, GOOD, GOOD | {"judgment": 1, "说明": ""}])
+    for arguments in (["check", file], ["check", "无"], ["convert", "alpaca", file, "--out", str(tmp_path / "出.json")]):
+        done = subprocess.run(
+            [sys.executable, "-m", "cutlm", *arguments],
+            env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+            capture_output=True,
+        )
+        assert done.returncode == 2
+        assert b"Traceback" not in done.stderr
+        assert b"\\u" in done.stdout + done.stderr

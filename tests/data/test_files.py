@@ -1,15 +1,18 @@
 """Reading and writing JSON and JSON Lines: every row comes back, and no half-written file is ever seen."""
 
+import errno
 import gzip
 import json
 import lzma
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cutlm.data.files import MAX_DEPTH, open_atomic, read_bytes, read_rows, write_rows
+from cutlm.data.files import MAX_DEPTH, open_atomic, read_bytes, read_rows, sync_tree, write_rows
+from cutlm.data.journal import Journal
 from cutlm.errors import DataError
 
 NAMES = ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.json.gz", "rows.jsonl.xz", "rows.json.xz"]
@@ -208,3 +211,27 @@ def test_paths_that_are_not_files_are_refused(tmp_path):
         write_rows(tmp_path, [])
     with pytest.raises(DataError, match=r"cannot be written \(File exists\)"):
         write_rows(Path(tmp_path / "file" / "inside"), [])
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync_is_written_to(number, tmp_path, monkeypatch):
+    def refuse(handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert write_rows(tmp_path / "a.jsonl", [{"a": 1}]) == 1
+    sync_tree(tmp_path)
+    with Journal(tmp_path / "b.jsonl", {"seed": 1}) as journal:
+        journal.append([{"index": 0}])
+    assert Journal(tmp_path / "b.jsonl", {"seed": 1}).lines == [{"index": 0}]
+    journal.remove()
+
+
+def test_an_error_of_the_disk_while_syncing_is_not_hidden(tmp_path, monkeypatch):
+    def refuse(handle):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_rows(tmp_path / "a.jsonl", [{"a": 1}])
+    assert list(tmp_path.iterdir()) == []

@@ -151,6 +151,15 @@ def test_a_bug_while_the_trainer_is_built_keeps_its_traceback(
 # ---- Recipes and help ----
 
 
+def test_doubtful_records_are_named_before_training(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [*ROWS, ROWS[0] | {"judgment": "The response is perfect."}])
+    assert train(settings | {"data": str(data)}) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert line.endswith(f"{data}:{len(ROWS) + 1}")
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = "train-judge" if recipe.stem == "judge" else "train"

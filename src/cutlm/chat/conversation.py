@@ -1,12 +1,11 @@
 """The turns of a conversation, and the records made from them."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cutlm.data.files import SourceRow, read_bytes, sync_directory
+from cutlm.data.files import SourceRow, read_bytes, sync_directory, sync_file
 from cutlm.data.records import JudgedRecord, check_records, check_rows, is_praise
 from cutlm.errors import DataError
 from cutlm.flagging.token_scores import is_token_scores_row
@@ -74,7 +73,7 @@ def append_record(path: str | Path, record: JudgedRecord) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:  # unbuffered, so that the line is written at once
             file.write(line)
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
     except OSError as error:
         raise DataError(f"{path}: cannot write ({error.strerror or error}); name another file") from None
     if is_new:

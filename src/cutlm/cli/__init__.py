@@ -7,6 +7,7 @@ user error, without a traceback; 130 stopped by Ctrl-C.
 import argparse
 import errno
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -78,6 +79,9 @@ def add_commands(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console that is not UTF-8 shows escapes
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and args.command not in _COMMANDS_WITH_SETTINGS:

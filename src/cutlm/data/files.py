@@ -4,11 +4,13 @@ Files compressed with gzip or xz are recognized by their first bytes when read, 
 written.
 """
 
+import errno
 import gzip
 import json
 import lzma
 import math
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,10 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from cutlm.data.formats import CSV, describe_file_format
 from cutlm.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _XZ_MAGIC = b"\xfd7zXZ\x00"
+# The first line of a table whose columns are those of a record, or of similar data.
+_TABLE_HEADER = re.compile(
+    r"[^\n{]*\b(?:instruction|prompt|question|output|response|completion|answer|judgment)\"?[,;\t|][^\n]*\n"
+)
+# How file systems say that they cannot sync a file or a directory.
+_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 # Libraries that write the values again traverse them by recursion.
 MAX_DEPTH = 100
 
@@ -45,7 +54,10 @@ def read_bytes(path: str | Path) -> bytes:
             return lzma.decompress(raw)
         return raw
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path") from None
+        hint = ""
+        if str(path).count("/") == 1 and not path.suffix:
+            hint = f"; for a data set of the hub, write a file first: datasets.load_dataset('{path}') and to_json"
+        raise DataError(f"{path}: no such file; check the path{hint}") from None
     except IsADirectoryError:
         raise DataError(f"{path}: expected a file, got a directory; name the file inside it") from None
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -69,12 +81,17 @@ def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
 
 def parse_rows(path: str | Path, content: bytes) -> tuple[list[SourceRow], list[str]]:
     """Parse the decompressed content of a file of rows; see `read_rows`."""
+    if found := describe_file_format(content):
+        raise DataError(f"{path}: expected JSON or JSON Lines, got {found}")
     data = content.removeprefix(b"\xef\xbb\xbf")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{number}: expected UTF-8 text, got the byte 0x{data[error.start]:02x}") from None
+        raise DataError(
+            f"{path}:{number}: expected UTF-8 text, got the byte 0x{data[error.start]:02x}; convert the file, such as"
+            " by iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
+        ) from None
     is_array = text.lstrip().startswith("[")
     rows, problems = (_parse_array(path, text), []) if is_array else _parse_lines(path, text)
     unusable = {row.location: problem for row in rows if (problem := _find_problem(row.value))}
@@ -116,7 +133,10 @@ def _refuse_format(path: str | Path, text: str, problems: list[str]) -> NoReturn
     except (ValueError, RecursionError):
         if all(line.lstrip().startswith("{") for line in text.split("\n") if line.strip()):
             raise DataError(problems) from None
-        raise DataError(f"{path}: not JSON; expected a JSON array or JSON Lines") from None
+        expected = "expected a JSON array or JSON Lines"
+        if Path(path).suffix in (".csv", ".tsv") or _TABLE_HEADER.match(text):
+            raise DataError(f"{path}: not JSON; {expected}, got {CSV}") from None
+        raise DataError(f"{path}: not JSON; {expected}, got a file that begins with {text.strip()[:60]!r}") from None
     got = f"one JSON object with the keys {', '.join(map(repr, value))}" if isinstance(value, dict) else "one value"
     raise DataError(f"{path}: expected an array of records, or one record per line, got {got}")
 
@@ -186,7 +206,7 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
             with compressors.get(path.suffix, partial(nullcontext, raw))() as file:
                 yield file
             raw.flush()
-            os.fsync(raw.fileno())
+            sync_file(raw.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -200,11 +220,24 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode())
 
 
-def sync_directory(path: str | Path) -> None:
-    """Make a rename or removal inside a directory durable."""
-    handle = os.open(path, os.O_RDONLY)
+def sync_file(handle: int) -> None:
+    """Write an open file or directory through to the disk, where its file system can do so."""
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Network and FUSE mounts, where a power failure may then lose what was written last.
+        if error.errno not in _NOT_SYNCED:
+            raise
+
+
+def sync_directory(path: str | Path) -> None:
+    """Make a rename or removal inside a directory durable."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # it may be writable without being readable, and Windows opens no directory
+        return
+    try:
+        sync_file(handle)
     finally:
         os.close(handle)
 
@@ -214,7 +247,7 @@ def sync_tree(folder: str | Path) -> None:
     for parent, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(parent, name), "rb") as file:
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
         sync_directory(parent)
 
 

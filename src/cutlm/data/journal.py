@@ -5,12 +5,11 @@ defines the lines after it.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from cutlm.data.files import open_atomic, read_bytes, sync_directory
+from cutlm.data.files import open_atomic, read_bytes, sync_directory, sync_file
 from cutlm.errors import UserError
 
 
@@ -62,7 +61,7 @@ class Journal:
         self._is_empty = self._is_empty and not text
         self._file.write(text)
         self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_file(self._file.fileno())
 
     def remove(self) -> None:
         """Remove the partial file, once the output file is complete and synced."""
@@ -95,5 +94,5 @@ def _read_lines(path: Path, header: dict[str, Any]) -> list[dict[str, Any]] | No
     if num_bytes < len(data):
         with open(path, "r+b") as file:
             file.truncate(num_bytes)
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
     return lines[1:]

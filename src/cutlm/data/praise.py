@@ -46,6 +46,8 @@ _RESERVATION = re.compile(
     r"|(?:apart|aside)\s+from|other\s+than|in\s+terms\s+of)\b",
     re.IGNORECASE,
 )
+# How a sentence begins that takes back the one before it.
+_TURN = re.compile(r"\W*(?:but|however|though|although|except|unfortunately|still|yet)\b", re.IGNORECASE)
 # Words with which an objection to a good response may go on; perfect responses are also praised in these words.
 _REQUEST = re.compile(
     r"\b(?:only|instead|while|actually|wait|no|not|never|nor|without|could|would|must|needs?|too|more|less|better|add|remove|use"
@@ -67,7 +69,8 @@ def reads_like_praise(judgment: str) -> bool:
         False
     """
     if is_brief_praise(judgment):
-        return not judgment.strip().isdecimal() and "?" not in judgment
+        # A number alone is no praise, and "No." objects.
+        return not re.fullmatch(r"[\W_]*(?:\d+|no)[\W_]*", judgment, re.IGNORECASE) and "?" not in judgment
     if _RESERVATION.search(judgment):
         return False
     is_good = _IS_GOOD.match(judgment) is not None and not _REQUEST.search(judgment)
@@ -83,3 +86,9 @@ def is_brief_praise(text: str) -> bool:
     if "other" in kinds:
         return False
     return "none" in kinds if "fault" in kinds else ("good" in kinds) != ("none" in kinds)
+
+
+def objects_after_praise(judgment: str) -> bool:
+    """Whether a judgment that starts with "Perfect" takes it back at once: "Perfect, but too long."."""
+    first, _, rest = judgment.strip().partition(".")
+    return _RESERVATION.search(first) is not None or _TURN.match(rest) is not None

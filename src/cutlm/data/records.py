@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from cutlm.data.files import SourceRow, read_rows
+from cutlm.data.formats import describe_row_format
 from cutlm.errors import DataError
 
 SATISFACTORY_SCORE = 7.0
@@ -177,8 +178,12 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
     """Validate rows and keep their locations."""
     check = RecordCheck()
     first_locations: dict[tuple[Any, ...], str] = {}
+    foreign: dict[str, list[str]] = {}
     for row in rows:
         check.num_rows += 1
+        if found := describe_row_format(row.value):
+            foreign.setdefault(found, []).append(row.location)
+            continue
         record = row.value if isinstance(row.value, JudgedRecord) else _validate_record(row, check.problems)
         if record is None:
             continue
@@ -188,6 +193,9 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
         first_locations.setdefault(key, row.location)
         check.records.append(record)
         check.locations.append(row.location)
+    for found, locations in foreign.items():
+        more = f" and {len(locations) - 1} more rows" if len(locations) > 1 else ""
+        check.problems.append(f"{locations[0]}{more}: expected a record with instruction and output, got {found}")
     return check
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from trl import get_peft_config, get_quantization_config
 
+from cutlm.data.doubts import describe_doubts
 from cutlm.data.files import parse_rows, read_bytes
 from cutlm.data.records import check_rows, raise_problems
 from cutlm.errors import ConfigError, DataError
@@ -33,6 +34,8 @@ from cutlm.training.config import Settings, check_libraries
 from cutlm.training.dataset import ScoresFile
 from cutlm.training.pairs import PairTrainer
 from cutlm.training.trainer import CUTTrainer
+
+_MAX_LOCATIONS_NAMED = 5
 
 Prepare = Callable[[list[Any]], list[Any]]
 
@@ -72,6 +75,8 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
         check_output_dir(config.output_dir, data_args.overwrite_output_dir)
     check_libraries(config)
     data = load_data(data_args.data)
+    if is_main:
+        _warn_of_doubts(data)
     run_facts = {"data_sha256": data.sha256, "num_processes": int(os.environ.get("WORLD_SIZE", "1"))}
     if is_main and checkpoint is not None:
         compare_settings(settings, run_facts, Path(checkpoint).parent)
@@ -140,6 +145,13 @@ def load_data(path: str) -> LoadedData:
     return LoadedData(check.records, check.locations, digest)
 
 
+def _warn_of_doubts(data: LoadedData) -> None:
+    """Print which records are valid, but probably wrong."""
+    records = [row.record if isinstance(row, TokenScores) else row for row in data.rows]
+    for doubt in describe_doubts(records, data.locations, _MAX_LOCATIONS_NAMED):
+        print(f"warning: {doubt}")
+
+
 def build_trainer(settings: Settings, data: LoadedData, prepare: Prepare = list) -> CheckpointingTrainer:
     """Load the tokenizer and the model and build the trainer of the objective."""
     data_args, model_args, config = settings.parts
@@ -147,7 +159,10 @@ def build_trainer(settings: Settings, data: LoadedData, prepare: Prepare = list)
     train_indices, eval_indices = _split(len(rows), data_args.eval_split, config.seed)
     eval_rows = [rows[index] for index in eval_indices]
     if data_args.eval_data:
-        eval_rows = prepare(load_data(data_args.eval_data).rows)
+        eval_data = load_data(data_args.eval_data)
+        if config.process_index == 0:
+            _warn_of_doubts(eval_data)
+        eval_rows = prepare(eval_data.rows)
     if config.is_of_pairs and eval_rows:
         raise ConfigError(f"eval_data, eval_split: not used by objective {config.objective}; remove them")
     if model_args.load_in_4bit or model_args.load_in_8bit:

@@ -1,0 +1,161 @@
+"""Name what is in a file or a row that is not in cutlm's format, and how to convert it."""
+
+import io
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_DATASETS = """run: python -c "from datasets import Dataset; Dataset.{}('FILE').to_json('NEW.jsonl')\""""
+_PARQUET = _DATASETS.format("from_parquet")
+CSV = f"a table in CSV; {_DATASETS.format('from_csv')}"
+_ICONV = "run: iconv -f {} -t UTF-8 FILE > NEW"
+_EXPORT = "export the rows as JSON Lines"
+_NO_TEXT = "a file of records has text, one JSON object per line"
+# How files begin that are no text of ours, what they are, and what to do.
+_BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
+    (
+        LFS_POINTER,
+        "a Git LFS pointer instead of the file itself",
+        "run git lfs pull in its folder, or download it again",
+    ),
+    (b"/annex/objects/", "a git-annex pointer instead of the file itself", "run git annex get on it"),
+    (b"PAR1", "a Parquet file", _PARQUET),
+    (b"ARROW1", "an Arrow file", _DATASETS.format("from_file")),
+    (b"\xff\xff\xff\xff", "an Arrow stream", _DATASETS.format("from_file")),
+    (b"ORC", "an ORC file", _EXPORT),
+    (b"Obj\x01", "an Avro file", _EXPORT),
+    (b"\x89HDF", "an HDF5 file", _EXPORT),
+    (b"SQLite format 3\0", "a SQLite database", _EXPORT),
+    (b"\x28\xb5\x2f\xfd", "a file compressed with Zstandard", "decompress it first (zstd -d FILE), or use gzip or xz"),
+    (b"BZh", "a file compressed with bzip2", "decompress it first (bunzip2 FILE), or use gzip or xz"),
+    (b"\x04\x22\x4d\x18", "a file compressed with LZ4", "decompress it first (lz4 -d FILE), or use gzip or xz"),
+    (b"\x5d\x00\x00", "a file compressed with LZMA", "decompress it first (unlzma FILE), or use gzip or xz"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "extract the file of records"),
+    (b"Rar!", "a RAR archive", "extract the file of records"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel or Office file", _EXPORT),
+    (b"\x93NUMPY", "a NumPy array", _EXPORT),
+    (b"%PDF", "a PDF file", _NO_TEXT),
+    (b"\x89PNG", "a picture", _NO_TEXT),
+    (b"\xff\xd8\xff", "a picture", _NO_TEXT),
+    (b"GGUF", "the weights of a model (GGUF)", _NO_TEXT),
+    (b"\x7fELF", "a program", _NO_TEXT),
+    (b"\xff\xfe\0\0", "UTF-32 text", _ICONV.format("UTF-32")),
+    (b"\0\0\xfe\xff", "UTF-32 text", _ICONV.format("UTF-32")),
+    (b"\xff\xfe", "UTF-16 text", _ICONV.format("UTF-16")),
+    (b"\xfe\xff", "UTF-16 text", _ICONV.format("UTF-16")),
+)
+_NUM_BYTES_EXAMINED = 1000
+_FIELDS = "instruction, output and judgment"
+_NO_JUDGMENTS = "cutlm judge adds judgments to rows with instruction and output"
+# Fields of other tools' rows that a record has under another name.
+_OTHER_NAMES = {
+    "instruction": ("prompt", "question", "query", "instruct", "problem", "user"),
+    "output": ("response", "completion", "answer", "reply", "generation", "model_output", "assistant", "text"),
+    "judgment": ("critique", "feedback", "judgement", "criticism", "review", "comment"),
+}
+
+
+def describe_file_format(content: bytes) -> str | None:
+    """Say what a file is that cannot be a file of records, and what to do; None if it may be one.
+
+    Args:
+        content: The file's bytes, after decompression.
+
+    Example:
+
+        >>> describe_file_format(b"PAR1...")
+        'a Parquet file; run: ...'
+    """
+    for beginning, name, advice in _BEGINNINGS:
+        if content.startswith(beginning):
+            return f"{name}; {advice}"
+    if content.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return _describe_zip(content)
+    if content[:1] == b"\x80" and content[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return f"a pickle, which could run code and is not opened; {_EXPORT} with the program that wrote it"
+    if content[257:262] == b"ustar":
+        return "a tar archive; extract the file of records"
+    head = content[:_NUM_BYTES_EXAMINED]
+    if len(head) > 1 and (encoding := _guess_encoding_without_mark(head)):
+        return f"{encoding[:6]} text; {_ICONV.format(encoding)}"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "a web page, perhaps one that asks to log in or reports an error; download the file itself"
+    if text.startswith((b"<?xml", b"<!doctype")):
+        return f"an XML file; {_EXPORT}"
+    return None
+
+
+def _describe_zip(content: bytes) -> str:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return "a damaged ZIP archive; download it again"
+    if "xl/workbook.xml" in names:
+        return f"an Excel file; {_EXPORT}"
+    if any(name.endswith("data.pkl") for name in names):
+        return f"a file of PyTorch, which could run code and is not opened; {_EXPORT} with the program that wrote it"
+    return f"a ZIP archive of {', '.join(names[:3]) or 'nothing'}; extract the file of records"
+
+
+def _guess_encoding_without_mark(head: bytes) -> str | None:
+    """Return the encoding of text in which most characters have null bytes, as JSON has in UTF-16 and UTF-32."""
+    for encoding, size, places in (
+        ("UTF-32LE", 4, (1, 2, 3)),
+        ("UTF-32BE", 4, (0, 1, 2)),
+        ("UTF-16LE", 2, (1,)),
+        ("UTF-16BE", 2, (0,)),
+    ):
+        units = [head[start : start + size] for start in range(0, len(head) - size + 1, size)]
+        ascii_units = [unit for unit in units if all(unit[place] == 0 for place in places) and any(unit)]
+        # JSON begins with an ASCII character.
+        if units and units[0] in ascii_units and 2 * len(ascii_units) > len(units):
+            return encoding
+    return None
+
+
+def describe_row_format(row: Any) -> str | None:
+    """Name the format of a row that is not a record but of a kind that other tools read, and how to convert it.
+
+    Returns:
+        Words that follow "got", or None for a row that has `instruction` and `output` or is of no known kind.
+    """
+    if not isinstance(row, Mapping) or {"instruction", "output"} <= row.keys():
+        return None
+    fields = set(row)
+    if "completions" in fields and "instruction" in fields:
+        return "a row of UltraFeedback; run: cutlm convert ultrafeedback"
+    if {"question", "answer", "feedback"} <= fields:
+        return "a row of Shepherd; run: cutlm convert shepherd"
+    if {"chosen", "rejected"} <= fields:
+        return (
+            "a preference pair ('chosen' and 'rejected'); write a record for each of the two responses, the prompt as"
+            " instruction, the response as output, and as judgment null for the chosen one and what is wrong with the"
+            " rejected one"
+        )
+    names = ("messages", "conversations", "conversation", "turns")
+    as_messages = (name for name in ("prompt", "completion") if isinstance(row.get(name), list))
+    if messages := next((name for name in names if name in fields), next(as_messages, None)):
+        name = "a ShareGPT conversation" if messages.startswith("conversation") else "a conversation"
+        return (
+            f"{name} ({messages!r}); write the user's message as instruction, the assistant's answer to it as output,"
+            f" and a judgment of this answer; {_NO_JUDGMENTS}"
+        )
+    renamed = {
+        ours: theirs
+        for ours, names in _OTHER_NAMES.items()
+        if ours not in fields and (theirs := next((name for name in names if name in fields), None))
+    }
+    if {"instruction", "output"} <= fields | renamed.keys():
+        pairs = ", ".join(f"{theirs!r} to {ours!r}" for ours, theirs in renamed.items())
+        has_judgment = "judgment" in fields | renamed.keys()
+        return f"the fields {', '.join(map(repr, row))}; rename {pairs}" + (
+            "" if has_judgment else f"; {_NO_JUDGMENTS}"
+        )
+    if set(row) == {"error"} or ("error" in fields and len(fields) <= 2):
+        return (
+            f"an error of the server from which the file was downloaded ({str(row['error'])[:100]}); download it again"
+        )
+    return None

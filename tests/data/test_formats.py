@@ -1,0 +1,130 @@
+"""Files and rows in other formats are named, with what to do about them."""
+
+import gzip
+import io
+import json
+import lzma
+import pickle
+import sqlite3
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from cutlm.data.files import read_rows
+from cutlm.data.formats import describe_row_format
+from cutlm.data.records import check_records
+from cutlm.errors import DataError
+
+ROW = {"instruction": "Add 1 and 2.", "output": "4", "judgment": "The sum is 3."}
+LINE = json.dumps(ROW) + "\n"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def make_zip(name: str) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(name, LINE)
+    return out.getvalue()
+
+
+def make_tar() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.jsonl"))
+    return out.getvalue()
+
+
+CONTENTS = {
+    "Git LFS pointer": LFS,
+    "Zstandard": b"\x28\xb5\x2f\xfd\x04\x58",
+    "bzip2": b"BZh91AY&SY",
+    "Excel": make_zip("xl/workbook.xml"),
+    "ZIP archive of records.jsonl": make_zip("records.jsonl"),
+    "PyTorch": make_zip("archive/data.pkl"),
+    "pickle": pickle.dumps([ROW]),
+    "tar archive": make_tar(),
+    "UTF-16 text": LINE.encode("utf-16"),
+    "UTF-16 text; run: iconv -f UTF-16LE": LINE.encode("utf-16-le"),
+    "UTF-16 text; run: iconv -f UTF-16BE": LINE.encode("utf-16-be"),
+    "UTF-32 text": LINE.encode("utf-32"),
+    "UTF-32 text; run: iconv -f UTF-32LE": LINE.encode("utf-32-le"),
+    "a web page": b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>",
+    "an XML file": b"<?xml version='1.0'?><a/>",
+    "a table in CSV": b"instruction,output,judgment\nAdd 1 and 2.,4,The sum is 3.\n",
+    "begins with 'Entry not found'": b"Entry not found\n",
+}
+
+
+def fail(path: Path) -> str:
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("name", "content"), CONTENTS.items())
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, lzma.compress])
+def test_a_file_in_another_format_is_named(name, content, compress, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(compress(content))
+    assert name in fail(path)
+
+
+def test_the_advice_for_a_parquet_file_converts_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Dataset.from_list([ROW]).to_parquet("data.parquet")
+    message = fail(Path("data.parquet"))
+    code = message.partition('python -c "')[2].rpartition('"')[0].replace("FILE", "data.parquet")
+    exec(code)
+    assert [record.judgment for record in check_records("NEW.jsonl").records] == [ROW["judgment"]]
+
+
+def test_a_sqlite_database_is_named(tmp_path):
+    with sqlite3.connect(tmp_path / "data.jsonl") as connection:
+        connection.execute("create table t (a)")
+    assert "SQLite" in fail(tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"a": "été 你好"}', "[\n\n" + LINE + "]", "", "\ufeff" + LINE, "0"])
+def test_json_is_not_taken_for_another_format(text, tmp_path):
+    (tmp_path / "data.jsonl").write_text(text, "utf-8")
+    assert read_rows(tmp_path / "data.jsonl")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        ({"messages": [{"role": "user", "content": "Hi."}]}, ["a conversation ('messages')"]),
+        ({"conversations": [{"from": "human", "value": "Hi."}]}, ["a ShareGPT conversation ('conversations')"]),
+        ({"prompt": [{"role": "user", "content": "Hi."}], "completion": []}, ["a conversation ('prompt')"]),
+        (
+            {"prompt": "Hi.", "completion": "Ho."},
+            ["'prompt' to 'instruction', 'completion' to 'output'", "cutlm judge"],
+        ),
+        ({"instruction": "Hi.", "response": "Ho."}, ["rename 'response' to 'output'"]),
+        ({"question": "Hi.", "answer": "Ho.", "critique": "No."}, ["'critique' to 'judgment'"]),
+        ({"prompt": "Hi.", "chosen": "a", "rejected": "b"}, ["a preference pair ('chosen' and 'rejected')"]),
+        ({"instruction": "Hi.", "completions": []}, ["cutlm convert ultrafeedback"]),
+        ({"id": 1, "question": "Hi.", "answer": "a", "feedback": "b"}, ["cutlm convert shepherd"]),
+        ({"error": "Repository not found"}, ["Repository not found"]),
+    ],
+)
+def test_a_row_in_another_format_is_named(row, texts):
+    found = describe_row_format(row)
+    assert all(text in found for text in texts)
+
+
+@pytest.mark.parametrize("row", [ROW, ROW | {"messages": []}, {}, {"input": "x", "output": "y"}, {"outputs": "y"}, 1])
+def test_records_and_unknown_rows_are_not_taken_for_another_format(row):
+    assert describe_row_format(row) is None
+
+
+def test_rows_of_one_format_give_one_problem(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "Hi.", "completion": "Ho."}\n' * 3 + LINE)
+    check = check_records(path)
+    assert len(check.problems) == 1
+    assert check.problems[0].startswith(f"{path}:1 and 2 more rows: expected a record")
+    assert (check.num_rows, len(check.records)) == (4, 1)
