@@ -136,7 +136,11 @@ def test_help_imports_none_of_the_heavy_libraries(argv):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_console_that_is_not_utf8_shows_escapes(encoding, tmp_path):
     file = write(tmp_path / "数据.jsonl", [GOOD, GOOD, GOOD | {"judgment": 1, "说明": ""}])
-    for arguments in (["check", file], ["check", "无"], ["convert", "alpaca", file, "--out", str(tmp_path / "出.json")]):
+    for arguments in (
+        ["check", file],
+        ["check", "无"],
+        ["convert", "alpaca", file, "--out", str(tmp_path / "出.json")],
+    ):
         done = subprocess.run(
             [sys.executable, "-m", "cutlm", *arguments],
             env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},

@@ -373,3 +373,53 @@ def test_a_bad_settings_file_is_one_sentence(
     message = capsys.readouterr().err
     assert location in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("save_strategy: no", 'quote it: "no"'),
+        ("eval_strategy: off", 'quote it: "off"'),
+        ("run_name: yes", 'quote it: "yes"'),
+        ("run_name: true", 'quote it: "true"'),
+        ("model_revision: 1_000", 'quote it: "1_000"'),
+        ("model_revision: 0123", 'quote it: "0123"'),
+        ("model_revision: 1.50", 'quote it: "1.50"'),
+        ("lora_target_modules: [on, up_proj]", 'quote it: "on"'),
+        ("seed: 010", "which YAML reads as 8"),
+        ("max_steps: 1:30", "which YAML reads as 90"),
+        ("seed: 1\nseed: 2", "the key occurs 2 times"),
+    ],
+)
+def test_a_value_that_yaml_reads_as_another_is_refused(
+    line: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"data: a\nmodel_name_or_path: b\nuse_cpu: true\n{line}\n")
+    assert main(["train", "--config", str(path), "--dry_run"]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith(f"cutlm train: {path}:{4 + line.count(chr(10))}: {line.partition(':')[0]}: ")
+    assert problem in message
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ('save_strategy: "no"', "save_strategy", "no"),
+        ("model_revision: 1e5", "model_revision", "1e5"),
+        ("model_revision: 2024-01-01", "model_revision", "2024-01-01"),
+        ("model_revision: 7", "model_revision", "7"),
+        ("max_length: 1_000", "max_length", 1000),
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),
+        ("use_rslora: on", "use_rslora", True),
+        ("lora_target_modules: [up_proj]", "lora_target_modules", ["up_proj"]),
+        ("<<: {seed: 1}\nseed: 2", "seed", 2),
+    ],
+)
+def test_a_value_that_yaml_reads_as_it_is_written_is_taken(
+    line: str, name: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"data: a\nmodel_name_or_path: b\nuse_cpu: true\n{line}\n")
+    assert main(["train", "--config", str(path), "--dry_run"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out).get(name) == value

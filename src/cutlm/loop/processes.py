@@ -139,7 +139,10 @@ def _run_and_show(command: Sequence[str], log: Path, errors: Path, lock: int) ->
             start = out.tell()
         if received:
             process.send_signal(received[0])
-        with open(log, encoding="utf-8", errors="replace") as lines, open(errors, encoding="utf-8", newline="", errors="replace") as said:
+        with (
+            open(log, encoding="utf-8", errors="replace") as lines,
+            open(errors, encoding="utf-8", newline="", errors="replace") as said,
+        ):
             lines.seek(start)
             has_ended = False
             while not has_ended:

@@ -9,8 +9,10 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 from argparse import ArgumentTypeError
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,6 +48,8 @@ _CHECKPOINTING_OPTIONS = (
     *("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"),
     *("every_n_layers", "offload"),
 )
+# Settings of text that also take true and false.
+_TEXT_OR_BOOLEAN = ("resume_from_checkpoint", "fsdp")
 # Optimizers that transformers builds around a model's modules, and their packages.
 _OPTIMIZERS_OF_MODELS = {"galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim"}
 
@@ -458,9 +462,11 @@ def read_settings(types: Sequence[Any], config: str | None, options: Sequence[st
         nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
         return f"{what} is unknown; " + (f"did you mean {nearest[0]!r}?" if nearest else f"see cutlm {command} --help")
 
-    values_of_file = {} if config is None else _load_yaml(config)
-    problems = []
+    values_of_file, misread = ({}, {}) if config is None else _load_yaml(config, actions)
+    problems = list(misread.values())
     for key, value in values_of_file.items():
+        if key in misread:
+            continue
         if key not in actions:
             problems.append(describe_unknown(f"{config}: key {key!r}", str(key), set(actions)))
         elif (problem := _check_value(value, actions[key])) is not None:
@@ -521,11 +527,28 @@ def _explain(error: Exception) -> str:
     return text
 
 
-def _load_yaml(path: str) -> dict[str, Any]:
+class _YamlLoader(yaml.SafeLoader):
+    """Reads dates as text, which no setting is and no JSON can hold."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (read by PyYAML)
+        start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _load_yaml(path: str, actions: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a file of settings.
+
+    Returns:
+        The values, and a sentence for each key that occurs twice or whose value is not read as it is written.
+    """
     if Path(path).is_dir():
         raise ConfigError(f"{path}: expected a YAML file, got a directory")
     try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
+        loader = _YamlLoader(Path(path).read_text("utf-8"))
+        node = loader.get_single_node()
+        pairs = list(node.value) if isinstance(node, yaml.MappingNode) else []  # without those of other mappings (<<)
+        values = None if node is None else loader.construct_document(node)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; check the path after --config") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -536,7 +559,40 @@ def _load_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping with one `key: value` per line, got {type(values).__name__}")
-    return values
+    misread: dict[str, str] = {}
+    counts = Counter(key.value for key, _ in pairs)
+    for key, value in pairs:
+        texts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        problem = f"the key occurs {counts[key.value]} times; keep one" if counts[key.value] > 1 else None
+        if problem is None and key.value in actions:
+            problem = next(filter(None, (_describe_misread(text, actions[key.value]) for text in texts)), None)
+        if problem is not None:
+            misread[key.value] = f"{path}:{key.start_mark.line + 1}: {key.value}: {problem}"
+    return values, misread
+
+
+def _describe_misread(node: yaml.Node, action: Any) -> str | None:
+    """Say how YAML 1.1 reads a value that is written without quotes, if that is not what is written.
+
+    It reads `no` and `off` as false, `1_000` as 1000, `010` as 8 and `1:30` as 90.
+    """
+    if (
+        not isinstance(node, yaml.ScalarNode)
+        or node.style is not None
+        or node.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:null")
+    ):
+        return None
+    value, kind = yaml.safe_load(node.value), getattr(action.type, "__name__", "")
+    if kind in ("int", "float"):
+        if isinstance(value, bool) or not re.match(r"[-+]?(?:0[0-7_]*[1-7]|\d+:)", node.value):
+            return None
+        return f"expected a number, got {node.value}, which YAML reads as {value}; write it in decimal digits"
+    if kind in ("string_to_bool", "dict", "_read_json_object") or action.dest in _TEXT_OR_BOOLEAN:
+        return None
+    if str(value) == node.value:
+        return None
+    shown = json.dumps(value) if isinstance(value, bool) else value
+    return f'expected text, got {node.value}, which YAML reads as {shown}; quote it: "{node.value}"'
 
 
 def _check_value(value: Any, action: Any) -> str | None:
