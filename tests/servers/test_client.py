@@ -28,6 +28,7 @@ from chat_server import (
     stream_events,
 )
 
+from cutlm import __version__
 from cutlm.errors import ConfigError, UserError
 from cutlm.servers.cache import Budget, Cache
 from cutlm.servers.client import (
@@ -39,7 +40,9 @@ from cutlm.servers.client import (
     Refused,
     RequestFailed,
     Server,
+    find_proxy,
 )
+from cutlm.servers.limiter import RateLimiter, Started
 
 
 @pytest.fixture
@@ -321,15 +324,151 @@ def test_extra_fields_are_added_and_removed() -> None:
     }
 
 
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/", "/v1beta/openai", "/api/paas/v4/", "/openai/v1"])
+def test_paths_are_appended_to_the_address_as_it_is_given(server: ChatServer, path: str) -> None:
+    server.fault = always(200, {"choices": [{"message": {"content": "Hi."}, "finish_reason": "stop"}]})
+    client = Client(Server(server.url.removesuffix("/v1") + path, "m"))
+    assert complete(client) == "Hi."
+    client.request("/completions", client.server.make_body([1, 2]))
+    client.request("/chat/completions", client.server.make_body("hi"))
+    start = path.rstrip("/")
+    assert server.paths == [f"{start}/chat/completions", f"{start}/completions", f"{start}/chat/completions"]
+
+
+@pytest.mark.parametrize(("path", "is_advised"), [("", True), ("/", True), ("/v1", False)])
+def test_without_a_path_a_404_advises_adding_v1(server: ChatServer, path: str, is_advised: bool) -> None:
+    server.fault = always(404, {"detail": "Not Found"})
+    address = server.url.removesuffix("/v1")
+    client = Client(Server(address + path, "m"))
+    with pytest.raises(UserError) as error:
+        request_many(client, 1)
+    assert (f"--base_url {address}/v1" in str(error.value)) is is_advised
+
+
+def test_requests_name_cutlm_as_their_agent(server: ChatServer) -> None:
+    agents = []
+
+    def fault(handler: Handler, number: int) -> bool:
+        agents.append(handler.headers.get_all("User-Agent"))
+        return number > 0 and stream_events(handler, [make_event("Hi.", "stop")])
+
+    server.fault = fault
+    client = make_client(server)
+    complete(client)
+    read_stream(client)
+    assert agents == [[f"cutlm/{__version__}"]] * 2
+
+
+NO_CREDIT: dict[str, tuple[int, Any]] = {
+    "OpenAI": (429, {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}),
+    "only the type": (429, {"error": {"message": "no", "type": "insufficient_quota", "code": None}}),
+    "a limit": (429, {"error": {"message": "Billing hard limit", "code": "billing_hard_limit_reached"}}),
+    "a limit, 400": (400, {"error": {"message": "Billing hard limit", "code": "billing_hard_limit_reached"}}),
+    "z.ai": (429, {"error": {"message": "Insufficient balance", "code": "1113"}}),
+    "status 402": (402, {"error": {"message": "Insufficient Balance"}}),
+    "under status 200": (200, {"error": {"message": "no", "code": "insufficient_quota"}}),
+    "status 402 under status 200": (200, {"error": {"message": "Insufficient credits", "code": 402}}),
+}
+
+
+@pytest.mark.parametrize("name", NO_CREDIT)
+def test_an_account_without_credit_ends_the_run_at_once(server: ChatServer, name: str) -> None:
+    status, value = NO_CREDIT[name]
+    server.fault = lambda handler, number: number >= 2 and handler.answer(status, value) is None
+    with pytest.raises(UserError, match="no credit"):
+        request_many(make_client(server, concurrency=1, max_retries=5), 20)
+    assert len(server.requests) == 3
+
+
+def test_a_rate_limit_is_no_lack_of_credit(server: ChatServer) -> None:
+    server.fault = fail_first(429, {"error": {"message": "Slow down", "code": "rate_limit_exceeded"}})
+    assert complete(make_client(server)) == "You said hi."
+
+
+def test_an_unsupported_field_is_named_with_the_way_out(server: ChatServer) -> None:
+    error = {"code": "unsupported_parameter", "param": "max_tokens", "message": "Unsupported parameter: 'max_tokens'"}
+    server.fault = lambda handler, number: (
+        "max_tokens" in server.requests[number] and handler.answer(400, {"error": error}) is None
+    )
+    client = make_client(server)
+    body = client.server.make_body("hi", max_tokens=50, temperature=0.0)
+    with pytest.raises(UserError) as refusal:
+        list(client.request_many(lambda number: client.complete(body), ["row 1"], advice="shorten it"))
+    advised = re.findall(r"--extra_body: '(\{.*\})'", str(refusal.value))
+    assert json.loads(advised[0]) == {"max_tokens": None, "max_completion_tokens": 50, "temperature": None}
+    server.requests.clear()
+    client = make_client(server, extra_body=json.loads(advised[0]))
+    client.complete(client.server.make_body("hi", max_tokens=50, temperature=0.0))
+    assert set(server.requests[0]) == {"model", "messages", "max_completion_tokens"}
+
+
+def test_errors_in_a_list_are_read(server: ChatServer) -> None:
+    server.fault = always(400, [{"error": {"code": 400, "message": "API key not valid", "status": "INVALID_ARGUMENT"}}])
+    with pytest.raises(Refused, match=r"^400: API key not valid$"):
+        complete(make_client(server))
+
+
 @pytest.mark.parametrize(
-    ("url", "expected"),
+    ("variables", "url", "expected"),
     [
-        *((url, "http://a:1/v1") for url in ("http://a:1", "http://a:1/", "http://a:1/v1", "http://a:1/v1/")),
-        ("https://a/openai/v2", "https://a/openai/v2"),
+        ({"HTTP_PROXY": "http://me:hu@sh@proxy:3128"}, "http://api.example/v1", "http://proxy:3128"),
+        ({"https_proxy": "proxy:3128"}, "https://api.example/v1", "proxy:3128"),
+        ({"ALL_PROXY": "socks5://me:hush@proxy"}, "https://api.example/v1", "socks5://proxy"),
+        ({"HTTPS_PROXY": "http://proxy:3128"}, "http://api.example/v1", None),
+        ({"HTTP_PROXY": "http://proxy:3128", "NO_PROXY": "api.example"}, "http://api.example:8000/v1", None),
+        ({}, "http://api.example/v1", None),
     ],
 )
-def test_an_address_without_a_path_stands_for_its_v1(url: str, expected: str) -> None:
-    assert Server(url, "m").url == expected
+def test_the_proxy_of_the_environment_is_found_without_its_password(
+    variables: dict[str, str], url: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert find_proxy(url) == expected
+
+
+def test_a_proxy_that_does_not_answer_is_named(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://me:hush@127.0.0.1:1")
+    with pytest.raises(RequestFailed, match=r"through the proxy http://127\.0\.0\.1:1 ") as failure:
+        complete(Client(Server("http://api.example/v1", "m", max_retries=0)))
+    assert "hush" not in str(failure.value)
+
+
+def test_a_limit_of_tokens_per_minute_counts_what_the_server_reports(
+    server: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, reported = [], []
+
+    class Limiter(RateLimiter):
+        def start(self, num_tokens: int, sleep: Callable[[float], object]) -> Started:
+            expected.append(num_tokens)
+            return super().start(num_tokens, sleep)
+
+        def correct(self, started: Started, num_tokens: int) -> None:
+            reported.append((started.num_tokens, num_tokens))
+
+    monkeypatch.setattr("cutlm.servers.client.RateLimiter", Limiter)
+    server.fault = lambda handler, number: number == 0 and handler.answer(503, b"") is None
+    client = make_client(server)
+    client.complete(client.server.make_body("hi", max_tokens=500))
+    assert len(expected) == 2, "a retry counts as well"
+    assert 500 < expected[1] < 540
+    assert reported == [(expected[1], 100)]
+    server.fault = always(200, {"choices": []})
+    client.request("/completions", client.server.make_body([5] * 40, max_tokens=1))
+    assert expected[2] == 41
+
+
+def test_a_request_that_waits_for_the_limit_is_not_sent_once_the_run_ends(server: ChatServer) -> None:
+    server.fault = always(401, b"")
+    with pytest.raises(UserError, match="rejects the key"):
+        request_many(make_client(server, concurrency=4, requests_per_minute=1), 20)
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -347,9 +486,10 @@ def test_a_bad_address_is_refused_and_no_password_shown(url: str) -> None:
 
 def test_all_settings_out_of_range_are_named() -> None:
     with pytest.raises(ConfigError) as error:
-        Server("a", "m", {"stream": True}, 0, 0, -1, 0, 0)
+        Server("a", "m", {"stream": True}, 0, 0, -1, 0, 0, 0, 0)
     names = [problem.partition(":")[0] for problem in error.value.problems]
-    settings = ["concurrency", "max_retries", "max_requests", "max_tokens_total", "timeout", "extra_body"]
+    settings = ["concurrency", "max_retries", "max_requests", "max_tokens_total"]
+    settings += ["requests_per_minute", "tokens_per_minute", "timeout", "extra_body"]
     assert names == ["base_url", *settings]
 
 

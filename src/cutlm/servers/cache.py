@@ -20,7 +20,7 @@ _SCHEMA = (
     "INSERT OR IGNORE INTO usage VALUES (1, 0, 0)",
 )
 _NUM_KEYS_PER_QUERY = 500
-_BYTES_PER_TOKEN = 4
+BYTES_PER_TOKEN = 4
 
 
 class Cache:
@@ -149,7 +149,7 @@ class Budget:
         """Count the tokens of a prompt and its answer, estimated from their bytes if the server reported None."""
         with self._lock:
             self.is_estimated |= num_tokens is None
-            num_added = -(-num_bytes // _BYTES_PER_TOKEN) if num_tokens is None else num_tokens
+            num_added = -(-num_bytes // BYTES_PER_TOKEN) if num_tokens is None else num_tokens
             self.num_tokens += num_added
             self._num_unwritten += num_added
             # A full disk must not lose the answer: the next request writes this count, or is not sent.

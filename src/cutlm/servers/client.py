@@ -13,17 +13,21 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx2  # the HTTP library of openai
 import openai
 
+from cutlm import __version__
 from cutlm.errors import ConfigError, UserError
-from cutlm.servers.cache import Budget, BudgetExceeded
+from cutlm.servers.cache import BYTES_PER_TOKEN, Budget, BudgetExceeded
+from cutlm.servers.limiter import RateLimiter, Started
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_ANSWER_BYTES = 16 * 2**20
@@ -36,6 +40,11 @@ _MAX_TOKENS_REPORTED = 10**9
 _TRANSIENT = (408, 409, 425, 429)
 # Statuses that may concern one request alone: it is malformed, too large or cannot be processed.
 _ABOUT_ONE_REQUEST = (400, 413, 422)
+# Codes and types of errors that last until the user pays; 1113 is z.ai's.
+_NO_CREDIT = frozenset(
+    {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "exceeded_current_quota_error", "1113"}
+)
+_UNSUPPORTED = frozenset({"unsupported_parameter", "unsupported_value"})
 _FIXED_FIELDS = ("model", "messages", "prompt", "stream", "n")
 
 NO_ANSWER = "no answer"
@@ -64,7 +73,7 @@ class Server:
     """A model on an OpenAI-compatible server, and how to send requests to it.
 
     Args:
-        base_url: Such as http://localhost:8000/v1; /v1 is added to an address without a path.
+        base_url: The address that /chat/completions is appended to, such as http://localhost:8000/v1.
         model: The model's name on the server.
         extra_body: Further fields of every request; None removes a field.
         concurrency: Requests at a time.
@@ -72,6 +81,9 @@ class Server:
         max_retries: Retries of a request after a transient error.
         max_requests: Most requests, retries included, of all runs that share a cache.
         max_tokens_total: Tokens of all runs that share a cache after which no further request is sent.
+        requests_per_minute: Most requests per minute, retries included.
+        tokens_per_minute: Most tokens per minute, of prompts and answers. A request under way counts with the longest
+            answer that it may have.
 
     Raises:
         ConfigError: A setting is out of range; all such settings are named.
@@ -85,10 +97,13 @@ class Server:
     max_retries: int = 5
     max_requests: int | None = None
     max_tokens_total: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
 
     def __post_init__(self) -> None:
         problems = [problem] if (problem := _describe_bad_url(self.base_url)) else []
         minima = {"concurrency": 1, "max_retries": 0, "max_requests": 1, "max_tokens_total": 1}
+        minima |= {"requests_per_minute": 1, "tokens_per_minute": 1}
         for name, least in minima.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -103,8 +118,7 @@ class Server:
     @property
     def url(self) -> str:
         """The address that paths are appended to."""
-        url = self.base_url.rstrip("/")
-        return url if urlsplit(url).path else f"{url}/v1"
+        return self.base_url.rstrip("/")
 
     def make_body(self, prompt: Prompt, **fields: Any) -> dict[str, Any]:
         """Return the body of a request: everything that an answer depends on besides the server."""
@@ -121,12 +135,32 @@ def _describe_bad_url(url: str) -> str | None:
         return f"base_url: expected an address without a name or password; set a key by {KEY_VARIABLE}"
     try:
         parts = urlsplit(url)
-        is_address = bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
+        is_address = bool(parts.hostname) and parts.port != 0 and not parts.fragment
+        if parts.query:  # which may hold a key
+            return (
+                "base_url: expected an address without a query, got one with ?; leave that out (for Azure, use the"
+                " address that ends with /openai/v1)"
+            )
     except ValueError:
         is_address = False
     if not re.fullmatch(r"https?://[!-~]+", url) or not is_address:
         return f"base_url: expected an address such as http://localhost:8000/v1, got {url!r}"
     return None
+
+
+def find_proxy(url: str) -> str | None:
+    """Return the address of the proxy that the environment sets for a server, without its name and password."""
+    parts, proxies = urlsplit(url), getproxies()
+    address = proxies.get(parts.scheme) or proxies.get("all")
+    if not address or proxy_bypass(parts.netloc):
+        return None
+    return re.sub("^([^/]*//)?[^/]*@", r"\1", address)
+
+
+def describe_commonest(reasons: Iterable[str]) -> str:
+    """Return the commonest reason of failures, with its number."""
+    ((reason, num),) = Counter(reasons).most_common(1)
+    return f"most often ({num}): {reason}"
 
 
 def read_key() -> str | None:
@@ -190,9 +224,11 @@ class RequestFailed(Exception):
 class Refused(Exception):
     """The server refuses a request and would refuse it again."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, codes: Collection[str] = (), advice: str = "") -> None:
         super().__init__(": ".join(filter(None, [str(status or ""), message])))
         self.status = status  # of HTTP; 0 if the connection is refused on our side
+        self.has_no_credit = status == 402 or not _NO_CREDIT.isdisjoint(codes)
+        self.advice = advice  # what to do about it, if that is known
 
 
 class _Stopped(Exception):
@@ -227,7 +263,7 @@ class Client:
     def __init__(self, server: Server, budget: Budget | None = None) -> None:
         self.server, self._budget, self._key = server, budget, read_key()
         try:
-            http_client = _HttpClient(server.timeout, self._key, budget)
+            http_client = _HttpClient(server, self._key, budget)
         except (ImportError, ValueError):  # whose messages may quote a password
             raise UserError(
                 "ALL_PROXY, HTTPS_PROXY or HTTP_PROXY: expected an address such as http://localhost:3128; fix or unset"
@@ -235,7 +271,7 @@ class Client:
             ) from None
         options: Any = {"max_retries": server.max_retries, "timeout": server.timeout, "http_client": http_client}
         self._client = openai.OpenAI(base_url=server.url, api_key=self._key or "none", **options)
-        headers: dict[str, Any] = {"Content-Type": "application/json"}
+        headers: dict[str, Any] = {"Content-Type": "application/json", "User-Agent": f"cutlm/{__version__}"}
         self._options: Any = {"headers": headers if self._key else headers | {"Authorization": openai.Omit()}}
 
     def request(self, path: str, body: Mapping[str, Any]) -> Any:
@@ -374,7 +410,8 @@ class Client:
                         stop.set()
                 if is_answering:
                     for index, refusal in refused:
-                        yield index, RequestFailed(REFUSED, f"the server refuses it ({refusal}); {advice}")
+                        reason = f"the server refuses it ({refusal}); {refusal.advice or advice}"
+                        yield index, RequestFailed(REFUSED, reason)
                     refused.clear()
             fatal = fatal or (refused[0] if refused else None)
             if fatal is not None:
@@ -392,30 +429,40 @@ class Client:
         url = self.server.url
         if not error.status:
             return UserError(f"{url}: {error}; pass another address by --base_url")
+        if error.has_no_credit:
+            return UserError(
+                f"{url}: the account has no credit left ({error}); add credit or raise its limit, and start again:"
+                " earlier answers are kept"
+            )
         if error.status in (401, 403):
             return UserError(f"{url}: the server rejects the key ({error}); set {KEY_VARIABLE} to one that it accepts")
         if error.status == 404:
-            return UserError(
-                f"{url}: no such endpoint, or no model {self.server.model!r} ({error}); fix --base_url, which usually"
-                " ends with /v1, or the model's name on the server"
-            )
+            fix = "fix --base_url, to which /chat/completions is appended, or the model's name on the server"
+            if not urlsplit(url).path:
+                fix = f"most servers need --base_url {url}/v1"
+            return UserError(f"{url}: no such endpoint, or no model {self.server.model!r} ({error}); {fix}")
         if 300 <= error.status < 400:
             return UserError(f"{url}: the server redirects to another address ({error}); pass that one by --base_url")
-        return UserError(f"{location}: {url} refuses the request ({error}); {advice}")
+        return UserError(f"{location}: {url} refuses the request ({error}); {error.advice or advice}")
 
     def _explain(self, error: openai.APIError) -> Exception:
         """The error of the package as one of ours, without the key."""
         num_attempts = int(error.request.headers.get("x-stainless-retry-count", 0)) + 1
         if isinstance(error, openai.APIStatusError):
             message = _shorten(error.response.text, self._key)
-            if error.status_code < 500 and error.status_code not in _TRANSIENT:
-                return Refused(error.status_code, message)
+            codes = _read_codes(error.response.content)
+            is_transient = error.status_code >= 500 or error.status_code in _TRANSIENT
+            if not is_transient or not _NO_CREDIT.isdisjoint(codes):
+                advice = "" if _UNSUPPORTED.isdisjoint(codes) else _advise_fields(json.loads(error.request.content))
+                return Refused(error.status_code, message, codes, advice)
             reason = f"the server answered {error.status_code}{f' ({message})' if message else ''}"
         elif isinstance(error, openai.APITimeoutError):
             reason = f"no answer within {self.server.timeout:g} seconds"
         elif isinstance(error, openai.APIConnectionError):
             cause = error.__cause__
-            reason = str(cause) if isinstance(cause, _BadAnswer) else f"no answer ({type(cause).__name__})"
+            proxy = find_proxy(self.server.url)
+            through = f" through the proxy {proxy}" if proxy else ""
+            reason = str(cause) if isinstance(cause, _BadAnswer) else f"no answer{through} ({type(cause).__name__})"
         else:  # an event of a stream
             reason = f"the server breaks off with an error ({_shorten(error.message, self._key)})"
         return RequestFailed(NO_ANSWER, f"{reason}, after {num_attempts} attempt{'s' * (num_attempts > 1)}")
@@ -424,13 +471,14 @@ class Client:
 class _HttpClient(openai.DefaultHttpxClient):
     """Counts every attempt, and checks each answer before `openai` decides whether to retry."""
 
-    def __init__(self, timeout: float, key: str | None, budget: Budget | None) -> None:
-        super().__init__(follow_redirects=False, timeout=timeout)
-        self._seconds, self._key, self._budget = timeout, key, budget
+    def __init__(self, server: Server, key: str | None, budget: Budget | None) -> None:
+        super().__init__(follow_redirects=False, timeout=server.timeout)
+        self._seconds, self._key, self._budget = server.timeout, key, budget
+        self._limiter = RateLimiter(server.requests_per_minute, server.tokens_per_minute)
 
     def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
-        if (stop := _STOP.get()) is not None and stop.is_set():
-            raise _Stopped
+        _sleep(0.0)
+        started = self._limiter.start(_estimate_num_tokens(request.content), _sleep)
         if self._budget is not None:
             try:
                 self._budget.count_request()
@@ -451,7 +499,11 @@ class _HttpClient(openai.DefaultHttpxClient):
             response = self._read(response, max(MAX_ANSWER_BYTES, _MAX_ANSWER_GROWTH * len(request.content)))
         finally:
             response.close()
-        return self._check(response) if response.is_success else response
+        if response.is_success:
+            response = self._check(response, started)
+        if not response.is_success and not _NO_CREDIT.isdisjoint(_read_codes(response.content)):
+            response.headers["x-should-retry"] = "false"
+        return response
 
     def _read(self, response: httpx2.Response, max_bytes: int) -> httpx2.Response:
         """Read a bounded answer whole."""
@@ -467,18 +519,23 @@ class _HttpClient(openai.DefaultHttpxClient):
         headers = [(name, value) for name, value in response.headers.multi_items() if name not in of_transfer]
         return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=response.request)
 
-    def _check(self, response: httpx2.Response) -> httpx2.Response:
-        """Treat an error under the status of success as one with the status in its code, if it has one."""
+    def _check(self, response: httpx2.Response, started: Started) -> httpx2.Response:
+        """Count the tokens of an answer, and treat an error under status 200 as one with the status in its code."""
         try:
             value = json.loads(response.content)
         except (ValueError, RecursionError):
             raise _BadAnswer("the server's answer is not JSON") from None
+        if (num_tokens := _read_num_tokens(value)) is not None:
+            self._limiter.correct(started, num_tokens)
         if (error := _find_error(value)) is None:
             return response
-        code = str(error.get("code")) if isinstance(error, dict) else ""
-        if not re.fullmatch("[45][0-9][0-9]", code):
+        content = json.dumps({"error": error}).encode()
+        codes = _read_codes(content)
+        status = next((int(code) for code in codes if re.fullmatch("[45][0-9][0-9]", code)), None)
+        status = 402 if not _NO_CREDIT.isdisjoint(codes) else status
+        if status is None:
             raise _BadAnswer(f"the server answered with an error ({_shorten(json.dumps(error), self._key)})")
-        return httpx2.Response(int(code), json={"error": error}, request=response.request)
+        return httpx2.Response(status, content=content, request=response.request)
 
 
 class _Stream(openai.Stream[object]):
@@ -517,12 +574,54 @@ def _work(
         results.put(None)
 
 
+def _sleep(seconds: float) -> None:
+    """Wait, or raise `_Stopped` once the run ends."""
+    stop = _STOP.get()
+    if stop is None:
+        time.sleep(seconds)
+    elif stop.wait(seconds):
+        raise _Stopped
+
+
 def _is_about_one_request(result: Any) -> bool:
-    return isinstance(result, Refused) and result.status in _ABOUT_ONE_REQUEST
+    return isinstance(result, Refused) and result.status in _ABOUT_ONE_REQUEST and not result.has_no_credit
 
 
 def _choose_path(body: Mapping[str, Any]) -> str:
     return "/chat/completions" if "messages" in body else "/completions"
+
+
+def _estimate_num_tokens(content: bytes) -> int:
+    """The tokens that a request takes at most: those of its prompt and of the longest answer."""
+    body = json.loads(content)
+    prompt, longest = body.get("prompt"), body.get("max_completion_tokens") or body.get("max_tokens")
+    num_prompt = len(prompt) if isinstance(prompt, list) else -(-len(content) // BYTES_PER_TOKEN)
+    return num_prompt + (longest if isinstance(longest, int) else 0)
+
+
+def _read_codes(content: bytes) -> set[str]:
+    """The code and the type of an error."""
+    try:
+        error = _unwrap_error(json.loads(content))
+    except (ValueError, RecursionError):
+        return set()
+    return {str(error[name]) for name in ("code", "type") if error.get(name)} if isinstance(error, dict) else set()
+
+
+def _unwrap_error(value: Any) -> Any:
+    """The error in a server's answer, which for Gemini is a list of one."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value.get("error") or value if isinstance(value, dict) else value
+
+
+def _advise_fields(body: Mapping[str, Any]) -> str:
+    """Say how to leave out fields that reasoning models do not support."""
+    fields: dict[str, Any] = {}
+    if "max_tokens" in body:
+        fields = {"max_tokens": None, "max_completion_tokens": body["max_tokens"]}
+    fields |= {name: None for name in ("temperature", "top_p") if name in body}
+    return f"leave the field out by --extra_body: '{json.dumps(fields or {'NAME': None})}'"
 
 
 def _read_num_tokens(value: Any) -> int | None:
@@ -624,8 +723,8 @@ def _redact(text: str, key: str | None, *, is_content: bool = False) -> str:
 def _shorten(text: str, key: str | None) -> str:
     """A server's error message as one short line of printable characters, without the key."""
     try:
-        value = json.loads(text)
-        for name in ("error", "message", "detail"):
+        value = _unwrap_error(json.loads(text))
+        for name in ("message", "detail"):
             value = value.get(name, value) if isinstance(value, dict) else value
         text = value if isinstance(value, str) else json.dumps(value)
     except (ValueError, RecursionError):
