@@ -1,7 +1,9 @@
 """Chatting with a server: streamed answers, and failures after which the chat continues."""
 
+import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from cutlm.chat.conversation import Turn
 from cutlm.chat.local import LocalEngine
 from cutlm.chat.server import ServerEngine
 from cutlm.chat.session import Message, Session
+from cutlm.cli import main
 from cutlm.errors import UserError
 from cutlm.flagging.detector import FlagSettings
 from cutlm.generation.local import Sampling
@@ -83,15 +86,18 @@ def test_control_characters_are_escaped_in_the_terminal(server: ChatServer, caps
 
 # Events, what is printed, the number of turns then, and whether the answer counts as ended.
 ENDS: list[tuple[tuple[Any, ...], str, int, bool]] = [
-    (WHOLE[:3], "the answer breaks off", 1, False),
-    ((*WHOLE[:3], {"error": {"message": f"no memory {CANARY}\x1b[2J"}}), "(no memory [key]\ufffd[2J)", 1, False),
+    (WHOLE[:3], "the answer breaks off", 0, False),
+    ((*WHOLE[:3], {"error": {"message": f"no memory {CANARY}\x1b[2J"}}), "(no memory [key]\ufffd[2J)", 0, False),
+    *(((*WHOLE[:3], make_event("", end), "[DONE]"), end, 0, False) for end in ("error", "abort", "content_filter")),
+    ((*WHOLE[:3], make_event("", "MAX_TOKENS"), "[DONE]"), "-- stopped at 32 tokens (--max_new_tokens)", 1, False),
+    ((make_event("<think>It is"), make_event("", "length")), "thoughts without an end; no answer", 0, False),
     ((*WHOLE[:3], make_event("", "length"), "[DONE]"), "-- stopped at 32 tokens (--max_new_tokens)", 1, False),
     ((), "the answer breaks off", 0, False),
     ((make_event("", "stop"),), "-- the answer is empty", 1, True),
 ]
 
 
-def test_an_answer_that_breaks_off_is_kept_as_far_as_it_goes(
+def test_only_an_answer_that_is_complete_or_too_long_is_kept(
     server: ChatServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = make_session(server.url)
@@ -101,6 +107,37 @@ def test_an_answer_that_breaks_off_is_kept_as_far_as_it_goes(
         session.handle(Message("Name a city."))
         assert message in capsys.readouterr().err
         assert [turn.is_ended for turn in session.conversation.turns] == [is_ended] * num_turns
+
+
+def test_extra_fields_are_sent(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(server, *WHOLE)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Name a city.\n"), encoding="utf-8"))
+    body = '{"top_p": null, "chat_template_kwargs": {"enable_thinking": false}}'
+    assert main(["chat", "--base_url", server.url, "--model", "m", "--extra_body", body]) == 0
+    assert server.requests[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "top_p" not in server.requests[0]
+
+
+REASONED: list[tuple[Any, ...]] = [
+    (
+        {"choices": [{"delta": {"reasoning_content": "Which "}}]},
+        {"choices": [{"delta": {"reasoning": "one?"}}]},
+        *WHOLE,
+    ),
+    (make_event("<think>Which"), make_event(" one?</think>\n\nIt is Sydney."), make_event("", "stop")),
+]
+
+
+def test_reasoning_is_not_a_part_of_the_conversation(server: ChatServer, capsys: pytest.CaptureFixture[str]) -> None:
+    for events in REASONED:
+        session = make_session(server.url)
+        answer_with(server, *events)
+        session.handle(Message("Name a city."))
+        session.handle(Message("Another."))
+        assert [turn.answer for turn in session.conversation.turns] == ["It is Sydney."] * 2
+        assert server.requests[-1]["messages"][1] == {"role": "assistant", "content": "It is Sydney."}
+        assert session.conversation.make_record("No capital.").output == "It is Sydney."
+    assert capsys.readouterr().err == "-- the model reasons before it answers\n" * 2
 
 
 @pytest.mark.parametrize(

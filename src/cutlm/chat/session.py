@@ -16,11 +16,13 @@ from cutlm.errors import DataError, UserError
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.terminal import Terminal, make_printable
 from cutlm.inspect.tokens import compute_log_ratios
+from cutlm.prompting.reasoning import split_reasoning
 from cutlm.prompting.templates import TEMPLATES, TemplateName
 
 MAX_TOKENS_LISTED = 20
 PROMPT, CONTINUATION = "> ", "... "
 _QUOTES = '"""'
+_DROPPED = "no answer, so the message was dropped"
 _HELP = (
     ("/judge TEXT", "show which tokens of the last answer this judgment flags; Perfect. if nothing is wrong"),
     ("/save FILE", "append the last exchange and its judgment to a file of records"),
@@ -169,30 +171,34 @@ class Session:
             pieces.append(piece)
             self._terminal.print_piece(piece)
 
-        problem, is_ended = "", False
         try:
             is_ended = self._engine.answer(prompt, self._num_answers, show)
+            result = self._add_turn(text, pieces, is_ended)
             if not is_ended:
-                problem = f"stopped at {self._engine.max_new_tokens} tokens (--max_new_tokens)"
-        except UserError as error:
-            problem = str(error)
+                result = f"stopped at {self._engine.max_new_tokens} tokens (--max_new_tokens); {result}"
+        except UserError as error:  # what arrived before it is not an answer
+            result = f"{error}; {_DROPPED}"
         except KeyboardInterrupt:
-            self._add_turn(text, pieces, is_ended=False)
-            raise KeyboardInterrupt(f"stopped; {_describe_rest(pieces)}") from None
-        self._add_turn(text, pieces, is_ended)
+            raise KeyboardInterrupt(f"stopped; {self._add_turn(text, pieces, is_ended=False)}") from None
         self._num_answers += 1
         if pieces:
             print(flush=True)
-        if problem:
-            remark(f"{problem}; {_describe_rest(pieces)}")
-        elif not pieces:
-            remark("the answer is empty")
+        if result:
+            remark(result)
 
-    def _add_turn(self, text: str, pieces: Sequence[str], is_ended: bool) -> None:
+    def _add_turn(self, text: str, pieces: Sequence[str], is_ended: bool) -> str:
+        """Keep an answer without its reasoning and return a remark on it, or "" if there is nothing to say."""
         # A server may split a character's surrogate pair over two pieces.
         answer = "".join(pieces).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if answer or is_ended:
-            self.conversation.turns.append(Turn(text, answer, is_ended))
+        split = split_reasoning(answer)
+        if split.problem is not None:
+            return f"{split.problem}; {_DROPPED}"
+        if not is_ended and not split.output:
+            return _DROPPED
+        self.conversation.turns.append(Turn(text, split.output, is_ended))
+        if not is_ended:
+            return "kept the part that was generated"
+        return "" if split.output else "the answer is empty"
 
     def _get_last(self, command: str) -> Turn:
         if not self.conversation.turns:
@@ -273,10 +279,6 @@ class Session:
         self._engine.set_template(name)
         self._is_single_turn_noted = False
         self._reset()
-
-
-def _describe_rest(pieces: Sequence[str]) -> str:
-    return "kept the part that was generated" if pieces else "no answer, so the message was dropped"
 
 
 def print_help() -> None:
