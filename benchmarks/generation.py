@@ -126,7 +126,8 @@ def _ask_server(args: argparse.Namespace) -> dict[str, Any]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    generate = ["generate", "--base_url", url, "--model", str(folder), "--max_new_tokens", str(args.max_new_tokens)]
+    generate = ["generate", "--base_url", f"{url}/v1", "--model", str(folder)]
+    generate += ["--max_new_tokens", str(args.max_new_tokens)]
     generate += ["--concurrency", str(args.batch_size), "--overwrite"]
     try:
         _wait_for(url, server)

@@ -35,7 +35,7 @@ def serving(log: Path) -> Iterator[str]:
         log: A file for what it prints.
 
     Yields:
-        Its address.
+        Its address, for --base_url.
     """
     port = find_port()
     with open(log, "wb") as file:
@@ -52,7 +52,7 @@ def serving(log: Path) -> Iterator[str]:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.3)
-        yield url
+        yield f"{url}/v1"
     finally:
         process.kill()
         process.wait()

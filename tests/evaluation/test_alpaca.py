@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from chat_server import CANARY, ChatServer
+from chat_server import CANARY, ChatServer, make_completion
 from tiny import save_tiny_model
 
 from cutlm.cli import build_parser, main
@@ -283,13 +283,25 @@ def test_after_failures_only_missing_pairs_are_requested(command, server: ChatSe
     server.fault = lambda handler, number: number >= 2 and handler.answer(200, b"{}") is None
     assert main([*command, "--annotator_concurrency", "1"]) == 1
     out = capsys.readouterr().out
-    assert "2 pairs without an answer: expected the text of choices[0]" in out
+    assert "2 pairs have no answer, most often (2): expected the text of choices[0]" in out
     assert "start again with the same options" in out
     assert not (tmp_path / "out" / "result.json").exists()
     server.fault = None
     assert main(command) == 0
     assert len(server.requests) == 4 + 2
     assert read(tmp_path / "out" / "result.json")["num_judged"] == 5
+
+
+def test_a_verdict_that_is_not_complete_does_not_count(command, server: ChatServer, tmp_path: Path):
+    server.fault = lambda handler, number: (
+        number == 1 and handler.answer(200, make_completion(prefer_longer(server.prompts[1]), "error")) is None
+    )
+    options = ["--annotator_concurrency", "1", "--extra_body", '{"seed": 3}']
+    assert main([*command, *options]) == 1
+    assert not (tmp_path / "out" / "result.json").exists()
+    assert main([*command, *options]) == 0
+    assert len(server.requests) == 4 + 1
+    assert {request["seed"] for request in server.requests} == {3}
 
 
 def test_the_cap_on_requests_holds_for_all_runs(command, server: ChatServer, capsys):
@@ -367,8 +379,8 @@ def test_a_model_answers_and_is_compared_with_the_outputs_of_the_prompts(server:
             "--annotator weighted_alpaca_eval_gpt4_turbo: expected one that asks an OpenAI-compatible server for text",
         ),
         (
-            ["--outputs", "OWN", "--base_url", "http://x", "--annotator_extra_body", "[]"],
-            "--annotator_extra_body: expected a JSON object",
+            ["--outputs", "OWN", "--base_url", "http://x", "--extra_body", "[]"],
+            "--extra_body: expected a JSON object",
         ),
         (["--outputs", "OWN", "--base_url", "http://x", "--prompts", "BARE"], "2 rows of"),
         (["--annotations", "BAD"], "[0]: field 'output_1': expected text, got"),

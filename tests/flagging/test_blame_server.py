@@ -51,6 +51,13 @@ def list_options(server: ModelServer, model: Path, data: Path, out: Path, *optio
     ]
 
 
+def test_extra_fields_are_in_every_request(server: ModelServer, model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert main(list_options(server, model, data, out, "--extra_body", '{"add_special_tokens": false}')) == 0
+    assert len(server.requests) == NUM_REQUESTS
+    assert all(request["add_special_tokens"] is False for request in server.requests)
+
+
 def test_a_server_gives_what_a_local_model_gives(
     server: ModelServer, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

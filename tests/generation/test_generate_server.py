@@ -1,5 +1,6 @@
 """Generation by a server: requests, failures and resuming. The client has its own tests."""
 
+import argparse
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from tiny import save_tiny_model
 from transformers import AutoTokenizer
 
 from cutlm.cli import main
+from cutlm.cli.model_options import make_server
 from cutlm.prompting.encoding import Encoder
 
 NUM_PROMPTS = 9
@@ -151,7 +153,7 @@ def test_failures_are_listed_and_requested_again_by_the_next_run(
     assert "the server refuses it (400: too long [key])" in failures[1]["reason"]
     assert failures[0]["instruction"] == "Name 1."
     printed = capsys.readouterr().out
-    assert "2 of 9 prompts have no answer" in printed
+    assert "2 of 9 prompts have no answer, most often (1): " in printed
     assert f"7 answers are kept in {out}.partial" in printed
 
     server.fault = None
@@ -163,6 +165,66 @@ def test_failures_are_listed_and_requested_again_by_the_next_run(
     assert "7 responses are from the run that was stopped" in printed
     assert f"9 responses in {out}; 1 of them stopped at 64 tokens" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.json"}
+
+
+def test_only_complete_and_truncated_answers_become_responses(
+    server: ChatServer, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = {1: "error", 2: "abort", 3: "SAFETY", 4: "tool_calls", 5: "MAX_TOKENS", 6: "end_turn", 7: "error"}
+
+    def fault(handler: Handler, number: int) -> bool:
+        index = read_number(server.prompts[number])
+        if index in ends:
+            handler.answer(200, make_completion(f"It is <b>{index}</b>.", ends[index]))
+        return index in ends
+
+    server.fault = fault
+    out = tmp_path / "out.json"
+    assert main(list_options(server, prompts, out)) == 1
+    assert not out.exists()
+    failures = read_failures(out)
+    assert [row["number"] for row in failures] == [2, 3, 4, 5, 8]
+    assert all(ends[row["number"] - 1] in row["reason"] for row in failures)
+    assert "most often (2): the answer is not complete (finish_reason error)" in capsys.readouterr().out
+    lines = [json.loads(line) for line in Path(f"{out}.partial").read_text("utf-8").splitlines()[1:]]
+    assert {line["index"]: line["is_unfinished"] for line in lines} == {0: False, 5: True, 6: False, 8: False}
+
+
+def test_extra_fields_are_in_every_request_and_part_of_the_run(
+    server: ChatServer, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.fault = lambda handler, number: number == 8 and handler.answer(400, {"error": "no"}) is None
+    out = tmp_path / "out.json"
+    body = '{"max_tokens": null, "max_completion_tokens": 9, "chat_template_kwargs": {"enable_thinking": false}}'
+    assert main(list_options(server, prompts, out, "--extra_body", body)) == 1
+    for request in server.requests:
+        assert request["max_completion_tokens"] == 9
+        assert request["chat_template_kwargs"] == {"enable_thinking": False}
+        assert "max_tokens" not in request
+    server.fault = None
+    assert main(list_options(server, prompts, out)) == 2, "responses to other requests do not belong to this run"
+    assert main(list_options(server, prompts, out, "--extra_body", body)) == 0
+
+
+def test_arguments_of_the_chat_template_are_sent(server: ChatServer) -> None:
+    options = {"base_url": server.url, "extra_body": '{"chat_template_kwargs": {"a": 1}, "seed": 2}'}
+    made = make_server(argparse.Namespace(**options, chat_template_kwargs={"a": 0, "b": False}), "m")
+    assert made.extra_body == {"chat_template_kwargs": {"a": 1, "b": False}, "seed": 2}
+    made = make_server(argparse.Namespace(**options, chat_template_kwargs=None), "m")
+    assert made.extra_body == {"chat_template_kwargs": {"a": 1}, "seed": 2}
+
+
+def test_a_proxy_of_the_environment_is_named_once(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://me:hush@127.0.0.1:1")
+    options = ["--base_url", "http://api.example/v1", "--model", "m", "--prompts", str(prompts), "--max_retries", "0"]
+    assert main(["generate", *options, "--out", str(tmp_path / "out.json")]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("http://127.0.0.1:1") == 1
+    assert "hush" not in printed.err + printed.out + Path(f"{tmp_path}/out.json.failures.jsonl").read_text()
 
 
 def test_failures_within_the_allowed_rate_are_left_out(

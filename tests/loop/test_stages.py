@@ -164,7 +164,7 @@ def test_address_of_a_server_may_change_but_not_the_prompt(workplace: Path) -> N
 
     def plan(url: str, port: int) -> Plan:
         judge = f"http --base_url {url} --judge_model m --prompt_file {prompt}"
-        generate = f"--base_url http://127.0.0.1:{port} --max_new_tokens 4"
+        generate = f"--base_url http://127.0.0.1:{port}/v1 --max_new_tokens 4"
         return make_plan(workplace, "moved", judge=judge, generate=generate, num_iterations=1, eval_instructions="")
 
     assert run_loop(plan("http://a/v1", 1), until=StageRef(1, "sample"), run=run_in_process) is False

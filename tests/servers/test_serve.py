@@ -147,7 +147,7 @@ def test_each_iteration_of_the_loop_serves_its_own_model(
         "instructions": instructions,
         "num_iterations": 2,
         "num_instructions": 3,
-        "generate": f"--base_url http://127.0.0.1:{port} --max_new_tokens 8 --num_samples 2 --temperature 1",
+        "generate": f"--base_url http://127.0.0.1:{port}/v1 --max_new_tokens 8 --num_samples 2 --temperature 1",
         # The server needs no {model}, because each request names it.
         "server_command": f"echo {{model}} >> {tmp_path}/served.txt; exec {command}",
         "server_timeout": 120,

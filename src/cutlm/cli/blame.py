@@ -6,7 +6,7 @@ flagged. The output is JSON Lines: the records with their tokens, log-probabilit
 run resumes when started again with the same settings.
 
   cutlm blame --model MODEL --data records.jsonl --out scores.jsonl
-  cutlm blame --base_url http://localhost:8000 --model NAME --tokenizer MODEL --data records.jsonl --out scores.jsonl
+  cutlm blame --base_url http://localhost:8000/v1 --model NAME --tokenizer MODEL --data records.jsonl --out scores.jsonl
 
 The server must return log-probabilities of the prompt's own tokens (prompt_logprobs), as vLLM does. Its key is read
 from the environment variable OPENAI_API_KEY."""
@@ -16,16 +16,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutlm.cli.model_options import ModelOptions, add_options, check_output, make_server
+from cutlm.cli.model_options import SERVER_OPTIONS, ModelOptions, add_options, check_output, make_server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cutlm.flagging.scoring import Scorer
 
-_OPTIONS = ModelOptions(
-    ("base", "dtype", "device", "bf16", "max_tokens_per_batch"), ("tokenizer", "concurrency", "timeout", "max_retries")
-)
+_OPTIONS = ModelOptions(("base", "dtype", "device", "bf16", "max_tokens_per_batch"), ("tokenizer", *SERVER_OPTIONS))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +123,9 @@ def _prepare_server(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase,
     def score(rows: Any, done: Any) -> Any:
         return score_rows_by_server(client, rows, done=done)
 
-    return tokenizer, score, f"{client.server.url} {client.server.model}", {}
+    server = client.server
+    backend = {"extra_body": server.extra_body} if server.extra_body else {}
+    return tokenizer, score, f"{server.url} {server.model}", backend
 
 
 def _suggest_training(args: argparse.Namespace) -> str:

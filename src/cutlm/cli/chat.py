@@ -27,7 +27,7 @@ from cutlm.cli.model_options import (
 if TYPE_CHECKING:
     from cutlm.chat.session import Engine
 
-_OPTIONS = ModelOptions(("dtype", "device"), ("tokenizer", "timeout"))
+_OPTIONS = ModelOptions(("dtype", "device"), ("tokenizer", "timeout", "extra_body"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

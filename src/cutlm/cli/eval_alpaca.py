@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cutlm.cli.generate import ANSWERING_OPTIONS, LOCAL_OPTIONS, add_answering_arguments
-from cutlm.cli.model_options import read_json_object
+from cutlm.cli.model_options import add_options, make_server
 from cutlm.data.files import write_rows
 from cutlm.errors import ConfigError, DataError
 
@@ -47,11 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--base_url", metavar="URL", help=f"default: {_OPENAI}")
     server.add_argument("--annotator_model", metavar="NAME", help="default: the one that the configuration names")
     body = """further fields of every request; null removes one: '{"max_tokens": 2000, "temperature": null}'"""
-    server.add_argument("--annotator_extra_body", default="{}", metavar="JSON", help=body)
+    names = ("--extra_body", "--annotator_extra_body")
+    server.add_argument(*names, dest="annotator_extra_body", default="{}", metavar="JSON", help=body)
     concurrency = "requests at a time (default: 8)"
     server.add_argument("--annotator_concurrency", type=int, default=8, metavar="N", help=concurrency)
     limit = "most requests of all runs (default: no limit)"
     server.add_argument("--annotator_max_requests", type=int, metavar="N", help=limit)
+    add_options(server, "requests_per_minute", "tokens_per_minute")
     add_answering_arguments(parser, LOCAL_OPTIONS)
 
 
@@ -165,18 +167,13 @@ def _annotate(args: argparse.Namespace) -> _Compared | None:
 
 
 def _make_server(args: argparse.Namespace, default_model: str | None) -> "Server":
-    from cutlm.servers.client import Server
-
     model = args.annotator_model or default_model
     if not model:
         raise ConfigError(f"--annotator {args.annotator}: its configuration names no model; set --annotator_model")
-    return Server(
-        args.base_url or _OPENAI,
-        model,
-        extra_body=read_json_object(args.annotator_extra_body, "--annotator_extra_body"),
-        concurrency=args.annotator_concurrency,
-        max_requests=args.annotator_max_requests,
-    )
+    options = {"base_url": args.base_url or _OPENAI, "extra_body": args.annotator_extra_body}
+    options |= {"requests_per_minute": args.requests_per_minute, "tokens_per_minute": args.tokens_per_minute}
+    limits = {"concurrency": args.annotator_concurrency, "max_requests": args.annotator_max_requests}
+    return make_server(argparse.Namespace(**options), model, **limits)
 
 
 def _read_references(args: argparse.Namespace) -> "list[Response]":

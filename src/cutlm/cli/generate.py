@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cutlm.cli.model_options import (
+    SERVER_OPTIONS,
     ModelOptions,
     add_options,
     add_sampling_options,
@@ -29,7 +30,7 @@ from cutlm.data.files import write_rows
 from cutlm.errors import ConfigError
 
 LOCAL_OPTIONS = ModelOptions(("batch_size", "dtype", "device"))
-ANSWERING_OPTIONS = ModelOptions(LOCAL_OPTIONS.local, ("tokenizer", "concurrency", "timeout", "max_retries"))
+ANSWERING_OPTIONS = ModelOptions(LOCAL_OPTIONS.local, ("tokenizer", *SERVER_OPTIONS))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +113,7 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
     from cutlm.data.journal import Journal
     from cutlm.generation.files import describe_run, join_instruction, make_rows
     from cutlm.generation.server import generate_by_server
+    from cutlm.servers.client import describe_commonest
 
     server = make_server(args, args.model)
     sampling = make_sampling(args)
@@ -124,7 +126,7 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
         encoder = Encoder(load_tokenizer(args.tokenizer or args.model), args.template)
         encoded = [encoder.encode_generation_prompt(instruction, args.judgment) for instruction in instructions]
     header = describe_run([instructions, args.judgment], sampling, args.template or "the server's", args.model)
-    journal = Journal(args.out, header)
+    journal = Journal(args.out, header | {"extra_body": server.extra_body})
     generated = generate_by_server(server, encoded or instructions, sampling, journal)
     num_failed = len(generated.failures)
     failures_file = Path(f"{args.out}.failures.jsonl")
@@ -132,7 +134,9 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
         failed = sorted(generated.failures.items())
         rows = [{"number": index + 1, "reason": reason} | prompts[index] for index, reason in failed]
         write_rows(failures_file, rows)
-        summary = f"{num_failed} of {len(prompts)} prompts have no answer, listed with the reasons in {failures_file}"
+        commonest = describe_commonest(generated.failures.values())
+        print(f"{num_failed} of {len(prompts)} prompts have no answer, {commonest}")
+        summary = f"all are listed in {failures_file}"
         if not generated.responses or num_failed > args.max_failure_rate * len(prompts):
             kept = f"{len(generated.responses)} answers are kept in {journal.path}"
             print(f"{summary}; {kept}: start again with the same options to ask for the others")

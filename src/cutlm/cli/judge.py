@@ -25,7 +25,7 @@ import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from cutlm.cli.model_options import DEFAULTS, add_options, check_output, make_server, read_json_object
+from cutlm.cli.model_options import DEFAULTS, SERVER_OPTIONS, add_options, check_output, make_server
 from cutlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,14 +33,13 @@ if TYPE_CHECKING:
     from cutlm.servers.client import Server
 
 JUDGES = ("http", "local", "rules", "human")
-_SERVER = ("concurrency", "timeout", "max_retries")
 _LOCAL = ("batch_size", "dtype", "device")
 # The options of each judge and their defaults.
 _HTTP: dict[str, Any] = {"base_url": None, "judge_model": None, "prompt_file": None, "trained": False}
-_HTTP |= {"temperature": 0.0, "max_tokens": 1024, "extra_body": "{}", "cache": None}
+_HTTP |= {"temperature": 0.0, "max_tokens": 1024, "cache": None}
 _HTTP |= {"max_requests": None, "max_tokens_total": None}
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "http": _HTTP | {name: DEFAULTS[name] for name in _SERVER},
+    "http": _HTTP | {name: DEFAULTS[name] for name in SERVER_OPTIONS},
     "local": {"judge_model": None, "max_new_tokens": None, **{name: DEFAULTS[name] for name in _LOCAL}},
     "rules": {"rules": None},
     "human": {"labels": None},
@@ -60,9 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument("--trained", action="store_const", const=True, help=trained)
     http.add_argument("--temperature", type=float, help="0: greedy (default)")
     http.add_argument("--max_tokens", type=int, metavar="N", help="longest answer (default: 1024)")
-    add_options(http, "extra_body")
     http.add_argument("--cache", metavar="FILE", help="cache of judgments (default: OUT.cache.sqlite)")
-    add_options(http, *_SERVER)
+    add_options(http, *SERVER_OPTIONS)
     requests = "most requests of all runs with this cache, retries included"
     http.add_argument("--max_requests", type=int, metavar="N", help=requests)
     http.add_argument("--max_tokens_total", type=int, metavar="N", help="most tokens of all runs with this cache")
@@ -139,8 +137,7 @@ def _make_server(args: argparse.Namespace) -> "Server":
     if problems:
         raise ConfigError(problems)
     limits = {"max_requests": args.max_requests, "max_tokens_total": args.max_tokens_total}
-    body = read_json_object(args.extra_body, "--extra_body")
-    return make_server(args, args.judge_model, extra_body=body, **limits)
+    return make_server(args, args.judge_model, **limits)
 
 
 def _judge(args: argparse.Namespace, responses: "list[Response]", server: "Server | None") -> "Outcome":

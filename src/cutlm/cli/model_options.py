@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 DEFAULTS: dict[str, Any] = {"base": None, "dtype": "auto", "device": None, "bf16": False, "batch_size": 16}
 DEFAULTS |= {"max_tokens_per_batch": None, "tokenizer": None, "concurrency": 8, "timeout": 600.0, "max_retries": 5}
+DEFAULTS |= {"extra_body": "{}", "requests_per_minute": None, "tokens_per_minute": None}
+# Of every server, besides `base_url`.
+SERVER_OPTIONS = ("concurrency", "timeout", "max_retries", "extra_body", "requests_per_minute", "tokens_per_minute")
 # Every default is None here, to tell given options from missing ones.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": {"required": True, "metavar": "MODEL", "help": "model or adapter folder, or hub name"},
@@ -39,7 +43,10 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "tokens at a time (default: 8192 on a GPU, 1024 on a CPU)",
     },
-    "base_url": {"metavar": "URL", "help": "address of an OpenAI-compatible server, such as http://localhost:8000/v1"},
+    "base_url": {
+        "metavar": "URL",
+        "help": "address of an OpenAI-compatible server, used as given: http://localhost:8000/v1",
+    },
     "tokenizer": {"metavar": "MODEL", "help": "tokenizer of the model, a folder or hub name (default: --model)"},
     "concurrency": {"type": int, "metavar": "N", "help": "requests at a time (default: 8)"},
     "timeout": {"type": float, "metavar": "SECONDS", "help": "longest wait for the next byte (default: 600)"},
@@ -48,6 +55,8 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
         "help": """further fields of every request; null removes one: '{"max_tokens": null, "seed": 1}'""",
     },
     "max_retries": {"type": int, "metavar": "N", "help": "retries of a request that failed (default: 5)"},
+    "requests_per_minute": {"type": int, "metavar": "N", "help": "most requests per minute (default: no limit)"},
+    "tokens_per_minute": {"type": int, "metavar": "N", "help": "most tokens per minute (default: no limit)"},
 }
 
 
@@ -105,12 +114,20 @@ class ModelOptions:
 
 
 def make_server(args: argparse.Namespace, model: str, **others: Any) -> "Server":
-    """Return the server that the options name, for a model's name on it and other settings of `Server`."""
-    from cutlm.servers.client import Server
+    """Return the server that the options name, for a model's name on it and other settings of `Server`.
 
-    names = ("concurrency", "timeout", "max_retries")
-    settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return Server(args.base_url, model, **settings, **others)
+    Name a proxy that the environment sets, because nothing else shows that the requests go there.
+    """
+    from cutlm.servers.client import Server, find_proxy
+
+    body = read_json_object(args.extra_body, "--extra_body")
+    if arguments := getattr(args, "chat_template_kwargs", None):
+        body["chat_template_kwargs"] = {**arguments, **body.get("chat_template_kwargs", {})}
+    names = [name for name in SERVER_OPTIONS if name != "extra_body" and hasattr(args, name)]
+    server = Server(args.base_url, model, body, **{name: getattr(args, name) for name in names}, **others)
+    if proxy := find_proxy(server.url):
+        print(f"requests go through the proxy {proxy}, which the environment sets", file=sys.stderr)
+    return server
 
 
 def read_json_object(text: str, option: str) -> dict[str, Any]:

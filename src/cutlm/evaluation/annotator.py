@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,10 +22,10 @@ from tqdm import tqdm
 from cutlm.errors import UserError
 from cutlm.evaluation.shared import import_alpaca_eval
 from cutlm.servers.cache import Budget, Cache
-from cutlm.servers.client import Answer, Client, RequestFailed, Server
+from cutlm.servers.client import Answer, Client, RequestFailed, Server, describe_commonest
 
 DRAW = 1.5
-_ADVICE = "if it is too long for the model, use another one; if it names a field, change it by --annotator_extra_body"
+_ADVICE = "if it is too long for the model, use another one; if it names a field, change it by --extra_body"
 # What any server accepts; other configurations call functions or read log-probs.
 _KNOWN: dict[str, type | UnionType] = {"model_name": str, "max_tokens": int, "temperature": int | float}
 _PLACEHOLDERS = re.compile(r"\{(instruction|output_1|output_2)\}")
@@ -106,8 +105,8 @@ class Verdicts:
         if self.unread:
             example = min(self.unread.items())[1]
             lines.append(f"{len(self.unread)} answers are not verdicts, such as {example[:200]!r}")
-        for reason, count in Counter(self.failures.values()).most_common():
-            lines.append(f"{count} pairs without an answer: {reason}")
+        if self.failures:
+            lines.append(f"{len(self.failures)} pairs have no answer, {describe_commonest(self.failures.values())}")
         return lines
 
 

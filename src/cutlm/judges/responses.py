@@ -13,6 +13,7 @@ from typing import Any
 from cutlm.data.files import SourceRow, read_rows, sync_directory, write_rows
 from cutlm.data.records import check_rows
 from cutlm.errors import DataError
+from cutlm.servers.client import describe_commonest
 
 # Fields of an earlier judgment, which would contradict the new one.
 _JUDGMENT_FIELDS = ("judgment", "score", "wrong_spans")
@@ -158,4 +159,5 @@ def describe_outcome(outcome: Outcome, out: str | Path) -> str:
         kinds = ", ".join(f"{num} {kind}" for kind, num in counter.most_common())
         rest = f"they are listed in {name_failures_file(out)}, not among the records"
         lines.append(f"{len(outcome.failures)} responses have no judgment ({kinds}); {rest}")
+        lines.append(describe_commonest(failure.reason for failure in outcome.failures.values()))
     return "\n".join(lines)

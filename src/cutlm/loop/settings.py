@@ -21,6 +21,7 @@ _FREE_SETTINGS = {
     *("logging_steps", "report_to", "save_steps", "save_total_limit", "disable_tqdm", "dataloader_num_workers"),
 }
 _FREE_OPTIONS = {"concurrency", "timeout", "max_retries", "max_requests", "max_tokens_total", "cache", "device"}
+_FREE_OPTIONS |= {"requests_per_minute", "tokens_per_minute"}
 
 
 @dataclass
