@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cutlm.data.files import sync_directory, sync_tree
 from cutlm.errors import UserError
+from cutlm.model.generation_config import find_end_of_turn_id, stopping_at
 from cutlm.model.loading import find_base_model, load_adapter, load_model, load_own_tokenizer, read_stored_dtypes
 
 # Largest expected change of a logit, relative to the largest logit. Rounding a merged weight to bfloat16 costs up to
@@ -113,7 +114,8 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     shutil.rmtree(saving, ignore_errors=True)
     saving.mkdir(parents=True)
     try:
-        model.save_pretrained(saving)
+        with stopping_at(model, tokenizer.eos_token_id, find_end_of_turn_id(tokenizer)):
+            model.save_pretrained(saving)
         tokenizer.save_pretrained(saving)
         sync_tree(saving)
     except BaseException:

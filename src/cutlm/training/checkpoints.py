@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from cutlm.data.files import open_atomic, sync_directory, sync_tree
 from cutlm.errors import ConfigError, NonFiniteError, UserError
+from cutlm.model.generation_config import stopping_at
 from cutlm.model.loading import unwrap_peft
 from cutlm.training.config import Settings
 
@@ -86,7 +87,8 @@ class CheckpointingTrainer(Trainer):
     _num_done = _num_in_step = 0  # tokens of the optimizer step
     _step_start = _last_shown = 0.0
 
-    def __init__(self, *, model: Any, **kwargs: Any) -> None:
+    def __init__(self, *, model: Any, end_of_turn_id: int | None = None, **kwargs: Any) -> None:
+        self._end_of_turn_id = end_of_turn_id
         # The Trainer turns off the cache in the model's configuration, with which the model is saved. No forward pass
         # of training reads that setting.
         config = unwrap_peft(model).config
@@ -202,7 +204,9 @@ class CheckpointingTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        language_model = unwrap_peft(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        with stopping_at(language_model, self._end_of_turn_id):
+            super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
         if self.args.should_save and folder:
             # A pickle that nothing reads; the command line saves its settings as YAML.

@@ -63,6 +63,7 @@ class PreparedData:
     notices: list[str] = field(default_factory=list)  # what was truncated, left out or downsampled, a sentence each
     num_left_out: int = 0
     chat_template: str | None = None  # with which other tools make the same prompts
+    end_of_turn_id: int | None = None  # the token that ends every response; None if unknown
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def prepare_data(
     records: list[JudgedRecord] = []
     encoder = None
     if len(dataset) and isinstance(dataset[0], Mapping) and "response_ids" in dataset[0]:
-        data = PreparedData(_check_encoded(dataset, name, args))
+        rows = _check_encoded(dataset, name, args)
+        ends = {ids[-1] for ids in rows["response_ids"]}
+        data = PreparedData(rows, end_of_turn_id=ends.pop() if len(ends) == 1 else None)
     else:
         if tokenizer is None:
             raise ConfigError(f"{name}: records need a tokenizer; pass processing_class")
@@ -149,6 +152,7 @@ def _encode(
         [f"{name}: {encoded.describe(args.max_length)}", *encoded.describe_left_out()],
         encoded.num_left_out,
         encoder.build_chat_template(),
+        encoder.end_of_turn_id,
     )
     return data, [records[index] for index in encoded.indices]
 

@@ -171,6 +171,7 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
             train_dataset=Dataset.from_list(rows),
             processing_class=processing_class,
             peft_config=peft_config,
+            end_of_turn_id=encoder.end_of_turn_id,
             **kwargs,
         )
 

@@ -151,6 +151,7 @@ class CUTTrainer(CheckpointingTrainer):
             train_dataset=prepared["train_dataset"].rows if "train_dataset" in prepared else None,
             eval_dataset=prepared["eval_dataset"].rows if "eval_dataset" in prepared else None,
             processing_class=processing_class,
+            end_of_turn_id=prepared["train_dataset"].end_of_turn_id if "train_dataset" in prepared else None,
             **{"data_collator": CutCollator()} | kwargs,
         )
         for name, data in prepared.items():
