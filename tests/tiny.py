@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,21 @@ def make_model(vocab_size: int, seed: int = 0, **config: Any) -> LlamaForCausalL
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**(settings | config))).float().eval()
+
+
+def make_scripted_model(vocab_size: int, ids: Sequence[int], **config: Any) -> LlamaForCausalLM:
+    """Makes a model that continues each of these different tokens with the next one, whatever precedes it."""
+    assert len(set(ids)) == len(ids)
+    sizes = {"hidden_size": -(-vocab_size // 8) * 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = make_model(vocab_size, **sizes | config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name:
+                weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(*model.model.embed_tokens.weight.shape))
+        for before, after in pairwise(ids):
+            model.lm_head.weight[after, before] = 1.0
+    return model
 
 
 def save_tiny_model(folder: str | Path, chat: bool = False, seed: int = 0) -> Path:

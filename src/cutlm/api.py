@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from cutlm.data.files import SourceRow, read_rows
 from cutlm.data.records import JudgedRecord, as_records
-from cutlm.errors import ConfigError
+from cutlm.errors import ConfigError, UserError
 from cutlm.flagging.detector import FlagSettings, blame_file
 from cutlm.flagging.scoring import load_scorer
 from cutlm.flagging.token_scores import TokenScores
@@ -61,10 +61,11 @@ def generate(
         out: A file to write; an interrupted call with the same arguments resumes from `OUT.partial`.
 
     Returns:
-        Rows with `instruction`, `output`, `generator` and `dataset`, in the order of the prompts.
+        Rows with `instruction`, `output`, `generator`, `dataset` and, if the model thought first, `reasoning`, in the
+        order of the prompts.
 
     Raises:
-        UserError: A prompt or setting is not valid, or the model cannot be loaded.
+        UserError: A prompt or setting is not valid, the model cannot be loaded, or it gave no final answer to a prompt.
 
     Example:
         >>> generate("runs/first-merged", ["Name the capital of Australia."])[0]["output"]
@@ -76,7 +77,7 @@ def generate(
     encoder = Encoder(tokenizer, template or choose_template(tokenizer))
     sampling = Sampling(max_new_tokens or choose_max_new_tokens(loaded), temperature, top_p, seed, batch_size)
     with _writing_to(out, "responses.jsonl") as path:
-        generate_file(
+        generated = generate_file(
             loaded,
             tokenizer,
             encoder,
@@ -87,6 +88,8 @@ def generate(
             dataset="prompts",
             fingerprint=fingerprint_model(model),
         )
+        if failures := sorted(generated.failures.items()):
+            raise UserError([f"prompts[{index}]: {reason}; set a larger max_new_tokens" for index, reason in failures])
         return [row.value for row in read_rows(path)[0]]
 
 

@@ -18,7 +18,15 @@ from cutlm.errors import UserError
 from cutlm.flagging.detector import FlagSettings, blame_record
 from cutlm.flagging.scoring import score_rows
 from cutlm.flagging.token_scores import TokenScores
-from cutlm.generation.local import Sampling, find_context_limit, find_room, make_generation_config, seeded
+from cutlm.generation.local import (
+    AnswerReader,
+    Sampling,
+    find_context_limit,
+    find_room,
+    generate_ids,
+    make_generation_config,
+    seeded,
+)
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.forward import check_head
 from cutlm.model.loading import unwrap_peft
@@ -66,16 +74,16 @@ class LocalEngine:
 
     def answer(self, prompt: list[int], seed_offset: int, show: Callable[[str], None]) -> bool:
         language_model: Any = unwrap_peft(self._model)
-        config = make_generation_config(language_model, self._tokenizer, self._sampling)
-        streamer = _Streamer(self._tokenizer, config.eos_token_id, show)
-        input_ids = torch.tensor([prompt], device=language_model.device)
-        model: Any = self._model
+        reader = AnswerReader(self._model, self._tokenizer, self._encoder)
+        streamer = _Streamer(reader, show)
+        if opening := reader.find_open_thoughts(prompt):
+            show(opening)
         seed = seeded(self._sampling.seed + seed_offset, language_model.device)
         with _catch_interrupt() as stop, _explain_out_of_memory(), torch.inference_mode(), seed:
-            model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                generation_config=config,
+            generate_ids(
+                self._model,
+                [prompt],
+                make_generation_config(reader, self._sampling),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([lambda ids, _: torch.full((1,), stop.is_set())]),
             )
@@ -104,9 +112,9 @@ def encode_texts(encoder: Encoder, texts: Sequence[str]) -> list[int]:
 class _Streamer(BaseStreamer):
     """Decodes each token at once; transformers' TextStreamer waits for the end of a word."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], show: Callable[[str], None]) -> None:
+    def __init__(self, reader: AnswerReader, show: Callable[[str], None]) -> None:
         self.is_ended = False
-        self._tokenizer, self._end_ids, self._show = tokenizer, end_ids, show
+        self._reader, self._show = reader, show
         self._ids: list[int] | None = None
         self._num_shown = 0
 
@@ -115,7 +123,7 @@ class _Streamer(BaseStreamer):
             self._ids = []
             return
         for token_id in value.tolist():
-            self.is_ended = self.is_ended or token_id in self._end_ids
+            self.is_ended = self.is_ended or token_id in self._reader.end_ids
             if not self.is_ended:
                 self._ids.append(token_id)
         self._show_rest()
@@ -124,7 +132,7 @@ class _Streamer(BaseStreamer):
         self._show_rest(is_last=True)
 
     def _show_rest(self, is_last: bool = False) -> None:
-        text = str(self._tokenizer.decode(self._ids or [], skip_special_tokens=True))
+        text = self._reader.decode(self._ids or [])
         is_incomplete = text.endswith("\N{REPLACEMENT CHARACTER}") and not is_last
         if len(text) > self._num_shown and not is_incomplete:
             rest, self._num_shown = text[self._num_shown :], len(text)

@@ -16,13 +16,14 @@ from cutlm.errors import DataError, UserError
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.terminal import Terminal, make_printable
 from cutlm.inspect.tokens import compute_log_ratios
-from cutlm.prompting.reasoning import split_reasoning
+from cutlm.prompting.reasoning import SplitAnswer, split_reasoning
 from cutlm.prompting.templates import TEMPLATES, TemplateName
 
 MAX_TOKENS_LISTED = 20
 PROMPT, CONTINUATION = "> ", "... "
 _QUOTES = '"""'
 _DROPPED = "no answer, so the message was dropped"
+_MIN_LENGTH_SHOWN = 20  # by then, an answer that begins with thoughts has shown their markup
 _HELP = (
     ("/judge TEXT", "show which tokens of the last answer this judgment flags; Perfect. if nothing is wrong"),
     ("/save FILE", "append the last exchange and its judgment to a file of records"),
@@ -56,7 +57,8 @@ class Engine(Protocol):
         """Generate an answer to a prompt of `prepare`; raise KeyboardInterrupt if the user stops it.
 
         `seed_offset` is added to the seed, so that a repeated question may get a different answer; `show` is called
-        with each piece. Return whether the model ended the answer within `max_new_tokens`.
+        with each piece of the text, thoughts and their markup included. Return whether the model ended the answer
+        within `max_new_tokens`.
         """
 
     def blame(self, record: JudgedRecord) -> tuple[TokenScores, bool]:
@@ -165,40 +167,35 @@ class Session:
             turns = "turn was" if num_dropped == 1 else f"{num_dropped} turns were"
             remark(f"the conversation is too long for the model's context; the oldest {turns} dropped")
             del self.conversation.turns[:num_dropped]
-        pieces: list[str] = []
-
-        def show(piece: str) -> None:
-            pieces.append(piece)
-            self._terminal.print_piece(piece)
-
+        answer = _Answer(self._terminal)
         try:
-            is_ended = self._engine.answer(prompt, self._num_answers, show)
-            result = self._add_turn(text, pieces, is_ended)
+            is_ended = self._engine.answer(prompt, self._num_answers, answer.add)
+            result = self._add_turn(text, answer, is_ended)
             if not is_ended:
                 result = f"stopped at {self._engine.max_new_tokens} tokens (--max_new_tokens); {result}"
         except UserError as error:  # what arrived before it is not an answer
             result = f"{error}; {_DROPPED}"
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped; {self._add_turn(text, pieces, is_ended=False)}") from None
+            raise KeyboardInterrupt(f"stopped; {self._add_turn(text, answer, is_ended=False)}") from None
         self._num_answers += 1
-        if pieces:
+        if answer.is_shown:
             print(flush=True)
         if result:
             remark(result)
 
-    def _add_turn(self, text: str, pieces: Sequence[str], is_ended: bool) -> str:
+    def _add_turn(self, text: str, answer: "_Answer", is_ended: bool) -> str:
         """Keep an answer without its reasoning and return a remark on it, or "" if there is nothing to say."""
-        # A server may split a character's surrogate pair over two pieces.
-        answer = "".join(pieces).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        split = split_reasoning(answer)
+        split = answer.finish()
         if split.problem is not None:
-            return f"{split.problem}; {_DROPPED}"
+            return _DROPPED if not is_ended else f"{split.problem}; {_DROPPED}"
         if not is_ended and not split.output:
             return _DROPPED
-        self.conversation.turns.append(Turn(text, split.output, is_ended))
+        # A server may split a character's surrogate pair over two pieces.
+        output = split.output.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        self.conversation.turns.append(Turn(text, output, is_ended))
         if not is_ended:
             return "kept the part that was generated"
-        return "" if split.output else "the answer is empty"
+        return "" if output else "the answer is empty"
 
     def _get_last(self, command: str) -> Turn:
         if not self.conversation.turns:
@@ -279,6 +276,42 @@ class Session:
         self._engine.set_template(name)
         self._is_single_turn_noted = False
         self._reset()
+
+
+class _Answer:
+    """The text of an answer while it arrives, of which only the final answer is shown."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self._text = self._shown = ""
+        self._has_noted_thoughts = False
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether a part of the answer is on the screen."""
+        return bool(self._shown)
+
+    def add(self, piece: str) -> None:
+        """Add a piece of the text and show what is new of the final answer."""
+        self._text += piece
+        if len(self._text.strip()) >= _MIN_LENGTH_SHOWN:
+            self.finish()
+
+    def finish(self) -> SplitAnswer:
+        """Show what is new of the final answer, and return it."""
+        split = split_reasoning(self._text)
+        if split.problem is None:
+            if not split.output.startswith(self._shown):
+                print(flush=True)
+                remark("the text above is what the model thought")  # because the end of thoughts followed
+                self._shown = ""
+            if rest := split.output[len(self._shown) :]:
+                self._terminal.print_piece(rest)
+            self._shown = split.output
+        if not (self._has_noted_thoughts or self._shown) and (split.reasoning or split.problem):
+            self._has_noted_thoughts = True
+            remark("the model reasons before it answers")
+        return split
 
 
 def print_help() -> None:

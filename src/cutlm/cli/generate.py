@@ -7,9 +7,12 @@ Greedy by default. A run that was stopped resumes when started again with the sa
 
 A server gets each instruction as a message and applies the model's own chat template; a merged model has that of its
 training. With --template the prompts are encoded here by --tokenizer and sent as token ids. The key of the server is
-read from the environment variable OPENAI_API_KEY. If prompts have no answer after all retries, they are listed in
-OUT.failures.jsonl, OUT is not written, and the exit code is 1; start again to ask only for these. With
---max_failure_rate, OUT is written without them if their share of all prompts is no larger.
+read from the environment variable OPENAI_API_KEY.
+
+The output is the final answer; a model's thoughts before it are in the field reasoning. If prompts have no answer (a
+server fails after all retries, or the model does not finish its thoughts), they are listed in OUT.failures.jsonl, OUT
+is not written, and the exit code is 1; start again to ask a server only for these. With --max_failure_rate, OUT is
+written without them if their share of all prompts is no larger.
 """
 
 import argparse
@@ -26,7 +29,6 @@ from cutlm.cli.model_options import (
     make_sampling,
     make_server,
 )
-from cutlm.data.files import write_rows
 from cutlm.errors import ConfigError
 
 LOCAL_OPTIONS = ModelOptions(("batch_size", "dtype", "device"))
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     samples = "responses to each instruction, in successive rows (default: 1)"
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help=samples)
     add_answering_arguments(parser)
-    share = "largest share of prompts without an answer from a server with which OUT is written (default: 0)"
+    share = "largest share of prompts without an answer with which OUT is written (default: 0)"
     parser.add_argument("--max_failure_rate", type=float, default=0.0, metavar="SHARE", help=share)
 
 
@@ -68,8 +70,6 @@ def check_options(args: argparse.Namespace) -> None:
         problems.append('--judgment: expected text such as "Perfect.", got none; set it, or leave the option out')
     if not 0 <= args.max_failure_rate < 1:
         problems.append(f"--max_failure_rate: expected a share from 0 to below 1, got {args.max_failure_rate:g}")
-    if args.base_url is None and args.max_failure_rate:
-        problems.append("--max_failure_rate: expected only with --base_url; set it, or leave this out")
     if args.base_url is not None and args.template is None:
         if args.judgment is not None:
             problems.append("--judgment: its prompt is encoded here; with --base_url, set --template too")
@@ -104,16 +104,15 @@ def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
     sampling = make_sampling(args, model)
     encoder, names = Encoder(tokenizer, template), _name_output(args)
     names |= {"fingerprint": fingerprint_model(args.model)}
-    generated = generate_file(model, tokenizer, encoder, prompts, args.out, sampling, **names, judgment=args.judgment)
-    print_counts(generated, f"responses in {args.out}", sampling)
-    return 0
+    options = names | {"judgment": args.judgment, "max_failure_rate": args.max_failure_rate}
+    generated = generate_file(model, tokenizer, encoder, prompts, args.out, sampling, **options)
+    return _report(args, generated, sampling)
 
 
 def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:
     from cutlm.data.journal import Journal
-    from cutlm.generation.files import describe_run, join_instruction, make_rows
+    from cutlm.generation.files import describe_run, join_instruction, write_answers
     from cutlm.generation.server import generate_by_server
-    from cutlm.servers.client import describe_commonest
 
     server = make_server(args, args.model)
     sampling = make_sampling(args)
@@ -128,24 +127,28 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
     header = describe_run([instructions, args.judgment], sampling, args.template or "the server's", args.model)
     journal = Journal(args.out, header | {"extra_body": server.extra_body})
     generated = generate_by_server(server, encoded or instructions, sampling, journal)
-    num_failed = len(generated.failures)
-    failures_file = Path(f"{args.out}.failures.jsonl")
+    write_answers(prompts, generated, journal, args.out, **_name_output(args), max_failure_rate=args.max_failure_rate)
+    return _report(args, generated, sampling)
+
+
+def _report(args: argparse.Namespace, generated: Any, sampling: Any) -> int:
+    """Print the counts of a run and return the exit code."""
+    from cutlm.generation.files import name_failures_file
+    from cutlm.servers.client import describe_commonest
+
+    num_failed, num_prompts = len(generated.failures), len(generated.failures) + len(generated.responses)
     if generated.failures:
-        failed = sorted(generated.failures.items())
-        rows = [{"number": index + 1, "reason": reason} | prompts[index] for index, reason in failed]
-        write_rows(failures_file, rows)
         commonest = describe_commonest(generated.failures.values())
-        print(f"{num_failed} of {len(prompts)} prompts have no answer, {commonest}")
-        summary = f"all are listed in {failures_file}"
-        if not generated.responses or num_failed > args.max_failure_rate * len(prompts):
-            kept = f"{len(generated.responses)} answers are kept in {journal.path}"
-            print(f"{summary}; {kept}: start again with the same options to ask for the others")
+        print(f"{num_failed} of {num_prompts} prompts have no answer, {commonest}")
+        summary = f"all are listed in {name_failures_file(args.out)}"
+        if generated.has_too_many_failures(args.max_failure_rate):
+            kept = f"{len(generated.responses)} answers are kept in {args.out}.partial"
+            advice = "start again with the same options to ask for the others"
+            if args.base_url is None:
+                advice = "set a larger --max_new_tokens to start over, or --max_failure_rate to leave the others out"
+            print(f"{summary}; {kept}: {advice}")
             return 1
         print(f"{summary}, and are left out (--max_failure_rate {args.max_failure_rate:g})")
-    write_rows(args.out, make_rows(prompts, generated.responses, **_name_output(args)))
-    journal.remove()
-    if not generated.failures:
-        failures_file.unlink(missing_ok=True)  # of an earlier run
     print_counts(generated, f"responses in {args.out}", sampling)
     return 0
 

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(args, [args.data])
 
     from cutlm.data.records import load_records
-    from cutlm.generation.files import refine_file
+    from cutlm.generation.files import name_failures_file, refine_file
     from cutlm.model.loading import fingerprint_model
     from cutlm.prompting.encoding import Encoder
 
@@ -36,6 +36,11 @@ def run(args: argparse.Namespace) -> int:
     sampling = make_sampling(args, model)
     encoder, fingerprint = Encoder(tokenizer, template), fingerprint_model(args.model)
     refined = refine_file(model, tokenizer, encoder, records, args.out, sampling, fingerprint=fingerprint)
+    if refined.failures:
+        listed = f"listed with the reasons in {name_failures_file(args.out)}"
+        print(f"{len(refined.failures)} responses could not be improved, {listed}")
     print_counts(refined, f"of {len(records)} responses improved in {args.out}", sampling)
+    if not refined.responses:
+        return 1
     print(f"Next, run:\n  cutlm train --objective ilf_mle --data {args.out} ...")
     return 0

@@ -81,8 +81,9 @@ def generate_file(
     dataset: str,
     fingerprint: str,
     judgment: str | None = None,
+    max_failure_rate: float = 0.0,
 ) -> Generated:
-    """Answer prompts with a local model and write AlpacaEval's format, see `make_rows`.
+    """Answer prompts with a local model and write AlpacaEval's format, see `write_answers`.
 
     Args:
         model: A causal language model in evaluation mode.
@@ -95,6 +96,7 @@ def generate_file(
         dataset: The `dataset` of rows that have none.
         fingerprint: Of the model; a partial file of another one is refused.
         judgment: Asks for responses that deserve this judgment, from models trained by hindsight.
+        max_failure_rate: The largest share of prompts without a response with which the file is written.
 
     Raises:
         UserError: There is a partial file of a run with other settings.
@@ -104,9 +106,41 @@ def generate_file(
     encoded = [encoder.encode_generation_prompt(instruction, judgment) for instruction in instructions]
     journal = Journal(out, header)
     generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
-    write_rows(out, make_rows(prompts, generated.responses, generator, dataset))
-    journal.remove()
+    write_answers(prompts, generated, journal, out, generator, dataset, max_failure_rate)
     return generated
+
+
+def write_answers(
+    prompts: Sequence[dict[str, Any]],
+    generated: Generated,
+    journal: Journal,
+    out: str | Path,
+    generator: str,
+    dataset: str,
+    max_failure_rate: float,
+) -> None:
+    """Write the answers of a run, see `make_rows`, and list prompts without one in `OUT.failures.jsonl`.
+
+    If there are too many of these, OUT is not written, and the journal stays.
+    """
+    rows = {index: {"number": index + 1} | prompts[index] for index in generated.failures}
+    _write_failures(out, generated, rows)
+    if not generated.has_too_many_failures(max_failure_rate):
+        write_rows(out, make_rows(prompts, generated, generator, dataset))
+        journal.remove()
+
+
+def name_failures_file(out: str | Path) -> Path:
+    return Path(f"{out}.failures.jsonl")
+
+
+def _write_failures(out: str | Path, generated: Generated, rows: dict[int, dict[str, Any]]) -> None:
+    """List the failures of a run with the row of each, or remove the list of an earlier run."""
+    path = name_failures_file(out)
+    if generated.failures:
+        write_rows(path, [{"reason": reason} | rows[index] for index, reason in sorted(generated.failures.items())])
+    else:
+        path.unlink(missing_ok=True)
 
 
 def refine_file(
@@ -121,7 +155,8 @@ def refine_file(
 ) -> Generated:
     """Write records again, with an improved response in `i_ans` of each unsatisfactory one that has none.
 
-    These are for the ILF baselines, which learn from refinements. See `generate_file` for the arguments.
+    These are for the ILF baselines, which learn from refinements. See `generate_file` for the arguments. Records for
+    which the model gave none are also listed in `OUT.failures.jsonl`.
     """
     unrefined = [index for index, record in enumerate(records) if not record.is_satisfactory and not record.i_ans]
     inputs = [record.model_dump(mode="json") for record in records]
@@ -129,8 +164,9 @@ def refine_file(
     encoded = encode_refinement_prompts([records[index] for index in unrefined], encoder)
     generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
     rows = [record.model_dump(mode="json", exclude_unset=True) for record in records]
-    for number, index in enumerate(unrefined):
-        rows[index]["i_ans"] = generated.responses[number]
+    for number, output in generated.responses.items():
+        rows[unrefined[number]]["i_ans"] = output
+    _write_failures(out, generated, {number: rows[unrefined[number]] for number in generated.failures})
     write_rows(out, rows)
     journal.remove()
     return generated
@@ -145,13 +181,17 @@ def encode_refinement_prompts(records: Sequence[JudgedRecord], encoder: Encoder)
 
 
 def make_rows(
-    prompts: Sequence[dict[str, Any]], responses: dict[int, str], generator: str, dataset: str
+    prompts: Sequence[dict[str, Any]], generated: Generated, generator: str, dataset: str
 ) -> list[dict[str, Any]]:
-    """Return rows of AlpacaEval's format (`instruction`, `output`, `generator`, `dataset`) for the given responses."""
+    """Return a row of AlpacaEval's format for each response: `instruction`, `output`, `generator`, `dataset`.
+
+    `input` and `reasoning` are added where there are some.
+    """
     rows = []
     for index, row in enumerate(prompts):
-        if index in responses:
-            answer = {"instruction": row["instruction"], "output": responses[index], "generator": generator}
+        if index in generated.responses:
+            answer = {"instruction": row["instruction"], "output": generated.responses[index], "generator": generator}
             answer |= {"input": row["input"]} if row.get("input") else {}
-            rows.append(answer | {"dataset": row.get("dataset") or dataset})
+            answer |= {"dataset": row.get("dataset") or dataset}
+            rows.append(answer | ({"reasoning": generated.reasoning[index]} if index in generated.reasoning else {}))
     return rows

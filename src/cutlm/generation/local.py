@@ -1,22 +1,30 @@
 """Generate responses with a local model, in batches of similar length, each written to a journal when it is finished.
 
-Batches and their seeds do not depend on the journal, so a resumed run gives the same as an uninterrupted one.
+Batches and their seeds do not depend on the journal, so a resumed run gives the same as an uninterrupted one. A run
+starts by checking that the model gives a row in a batch what it gives the row alone; otherwise rows run one at a time.
 """
 
+import logging
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
-from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from cutlm.data.journal import Journal
 from cutlm.errors import UserError
+from cutlm.generation.progress import Progress
+from cutlm.model.forward import evaluation_mode, is_layout_error
+from cutlm.model.generation_config import list_end_ids, replaced_generation_config
 from cutlm.model.loading import unwrap_peft
 from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.reasoning import find_open_thoughts, split_reasoning
+
+logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 2048  # as in the paper
 
@@ -53,13 +61,33 @@ def describe_bad_seed(seed: int) -> str | None:
     return None if 0 <= seed < 2**63 else f"seed: expected a whole number of at least 0 and below 2^63, got {seed}"
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a local model generated for one prompt."""
+
+    output: str  # the final answer
+    reasoning: str | None = None  # thoughts and other channels, if there are some
+    is_unfinished: bool = False  # whether it was stopped at `max_new_tokens`
+    failure: str | None = None  # why there is no answer, as a sentence; `output` must not be used then
+
+    def to_line(self, index: int) -> dict[str, Any]:
+        """Return the line of a journal."""
+        if self.failure is not None:
+            return {"index": index, "failure": self.failure}
+        line: dict[str, Any] = {"index": index, "output": self.output, "is_unfinished": self.is_unfinished}
+        return line | ({"reasoning": self.reasoning} if self.reasoning is not None else {})
+
+
 @dataclass
 class Generated:
     """The responses of a run, by the index of their prompt."""
 
-    responses: dict[int, str] = field(default_factory=dict)
+    responses: dict[int, str] = field(default_factory=dict)  # the final answers
+    reasoning: dict[int, str] = field(
+        default_factory=dict
+    )  # their thoughts and other channels, of those that have some
     unfinished: set[int] = field(default_factory=set)  # those that were stopped at `max_new_tokens`
-    failures: dict[int, str] = field(default_factory=dict)  # why a server gave no response to a prompt
+    failures: dict[int, str] = field(default_factory=dict)  # why there is no response to a prompt
     num_resumed: int = 0  # responses from the journal of a stopped run
     num_truncated: int = 0  # prompts that were truncated on the left to fit the model's context
     num_redacted: int = 0  # responses from which the key of a server was removed
@@ -67,13 +95,28 @@ class Generated:
     @classmethod
     def resume(cls, journal: Journal) -> "Generated":
         """Return the responses in the journal of a stopped run."""
-        lines = journal.lines
-        return cls(
-            {line["index"]: line["output"] for line in lines},
-            {line["index"] for line in lines if line["is_unfinished"]},
-            num_resumed=len({line["index"] for line in lines}),
-            num_redacted=sum(line.get("is_redacted", False) for line in lines),
-        )
+        generated = cls(num_resumed=len({line["index"] for line in journal.lines}))
+        for line in journal.lines:
+            generated.add(line)
+        return generated
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Add a line of a journal."""
+        index = line["index"]
+        if "failure" in line:
+            self.failures[index] = line["failure"]
+            return
+        self.responses[index] = line["output"]
+        if line.get("reasoning") is not None:
+            self.reasoning[index] = line["reasoning"]
+        if line["is_unfinished"]:
+            self.unfinished.add(index)
+        self.num_redacted += line.get("is_redacted", False)
+
+    def has_too_many_failures(self, max_failure_rate: float) -> bool:
+        """Whether more than this share of the prompts has no response, or none has one."""
+        num_prompts = len(self.responses) + len(self.failures)
+        return bool(self.failures) and (not self.responses or len(self.failures) > max_failure_rate * num_prompts)
 
 
 def generate_responses(
@@ -83,11 +126,14 @@ def generate_responses(
     prompts: Sequence[list[int]],
     sampling: Sampling,
 ) -> list[str]:
-    """Return a response to each prompt, given as token ids; see `generate_with_journal`."""
+    """Return a response to each prompt, given as token ids; see `generate_with_journal`.
+
+    A response that cannot be separated from its thoughts is empty.
+    """
     generated = Generated()
     for _ in generate_batches(model, tokenizer, encoder, prompts, sampling, generated):
         pass
-    return [generated.responses[index] for index in range(len(prompts))]
+    return [generated.responses.get(index, "") for index in range(len(prompts))]
 
 
 def generate_with_journal(
@@ -100,13 +146,9 @@ def generate_with_journal(
 ) -> Generated:
     """Generate the responses that a journal does not hold yet and append them to it batch by batch."""
     generated = Generated.resume(journal)
-    progress = tqdm(total=len(prompts), initial=generated.num_resumed, desc="generating", unit="response")
-    with journal, progress:
-        for batch in generate_batches(model, tokenizer, encoder, prompts, sampling, generated):
-            journal.append(
-                {"index": index, "output": text, "is_unfinished": is_unfinished} for index, text, is_unfinished in batch
-            )
-            progress.update(len(batch))
+    with journal, Progress(len(prompts), generated.num_resumed) as progress:
+        for lines in generate_batches(model, tokenizer, encoder, prompts, sampling, generated, progress):
+            journal.append(lines)
     return generated
 
 
@@ -117,29 +159,36 @@ def generate_batches(
     prompts: Sequence[list[int]],
     sampling: Sampling,
     generated: Generated,
-) -> Iterator[list[tuple[int, str, bool]]]:
+    progress: Progress | None = None,
+) -> Iterator[list[dict[str, Any]]]:
     """Generate into `generated`, the longest prompts first, so that it runs out of memory at the start or never.
 
-    Yield for each new response of a batch its index, its text, and whether it was stopped at `max_new_tokens`. Raise
-    a `UserError` if the model's context has no room for a prompt.
+    Yield the journal's lines of each batch, those of new responses only. Raise a `UserError` if the model's context has
+    no room for a prompt.
     """
     room = find_room(model, sampling.max_new_tokens)
     if room is not None:
         generated.num_truncated = sum(len(ids) > room for ids in prompts)
         prompts = [encoder.truncate(ids, room) for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    reader = AnswerReader(model, tokenizer, encoder)
+    is_known = [index in generated.responses or index in generated.failures for index in range(len(prompts))]
+    if not all(is_known) and sampling.batch_size > 1 and not supports_padding(model, [prompts[i] for i in order]):
+        sampling = replace(sampling, batch_size=1)
     for number, start in enumerate(range(0, len(order), sampling.batch_size)):
         batch = order[start : start + sampling.batch_size]
-        missing = {index for index in batch if index not in generated.responses}
+        missing = {index for index in batch if not is_known[index]}
         if not missing:
             continue
         # A batch of which the journal holds a part is generated whole: its random numbers depend on all of it.
         with seeded(sampling.seed + number, unwrap_peft(model).device):
-            texts = _generate_batch(model, tokenizer, [prompts[index] for index in batch], sampling)
-        answers = [(index, *answer) for index, answer in zip(batch, texts, strict=True) if index in missing]
-        generated.responses |= {index: text for index, text, _ in answers}
-        generated.unfinished |= {index for index, _, is_unfinished in answers if is_unfinished}
-        yield answers
+            rows = [prompts[index] for index in batch]
+            answers = _generate_batch(model, reader, rows, sampling, progress, len(missing))
+        pairs = zip(batch, answers, strict=True)
+        lines = [answer.to_line(index) for index, answer in pairs if index in missing]
+        for line in lines:
+            generated.add(line)
+        yield lines
 
 
 @contextmanager
@@ -171,29 +220,42 @@ def find_room(model: nn.Module, max_new_tokens: int) -> int | None:
 
 @torch.inference_mode()
 def _generate_batch(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], sampling: Sampling
-) -> list[tuple[str, bool]]:
-    device = unwrap_peft(model).device
+    model: Any,
+    reader: "AnswerReader",
+    prompts: list[list[int]],
+    sampling: Sampling,
+    progress: Progress | None = None,
+    num_new: int | None = None,
+) -> list[Answer]:
+    config = make_generation_config(reader, sampling)
     width = max(map(len, prompts))
-    config = make_generation_config(model, tokenizer, sampling)
-    end_ids, pad_id = config.eos_token_id, config.pad_token_id
-    output = model.generate(
-        input_ids=torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=device),
-        attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
-        generation_config=config,
-    )
-    results = []
-    for ids in output[:, width:].tolist():
-        length = next((index for index, token in enumerate(ids) if token in end_ids), None)
-        text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
-        results.append((text, length is None and len(ids) >= sampling.max_new_tokens))
-    return results
+    sizes = (len(prompts), len(prompts) if num_new is None else num_new, width, sampling.max_new_tokens)
+    watch = nullcontext() if progress is None else progress.watch_batch(unwrap_peft(model), *sizes, reader.end_ids)
+    with watch as criterion:
+        criteria = StoppingCriteriaList([] if criterion is None else [criterion])
+        output = generate_ids(model, prompts, config, stopping_criteria=criteria)
+    return [
+        reader.read(prompt, ids, sampling.max_new_tokens)
+        for prompt, ids in zip(prompts, output[:, width:].tolist(), strict=True)
+    ]
 
 
-def make_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
+def generate_ids(model: Any, prompts: Sequence[list[int]], config: GenerationConfig, **options: Any) -> Any:
+    """Call `generate` on prompts padded on the left, by the given settings only and not the model's own."""
+    language_model: Any = unwrap_peft(model)
+    width, pad_id, device = max(map(len, prompts)), config.pad_token_id, language_model.device
+    # Fields that are None would be filled in from the model's config: forced and suppressed tokens, penalties, beams.
+    with replaced_generation_config(language_model, GenerationConfig()):
+        return model.generate(
+            input_ids=torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=device),
+            attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
+            generation_config=config,
+            **options,
+        )
+
+
+def make_generation_config(reader: "AnswerReader", sampling: Sampling) -> GenerationConfig:
     """Return a complete generation config: of the model's own one only its end-of-turn tokens are kept."""
-    end_ids = getattr(model.generation_config, "eos_token_id", None)
-    end_ids = [] if end_ids is None else end_ids if isinstance(end_ids, list | tuple) else [end_ids]
     is_sampled = sampling.temperature > 0
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -201,10 +263,117 @@ def make_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, sampl
         temperature=sampling.temperature if is_sampled else None,
         top_p=sampling.top_p if is_sampled else None,
         top_k=0 if is_sampled else None,
-        # Fields that are None are filled in from the model's config, and greedy would not be greedy.
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=sorted({tokenizer.eos_token_id, *end_ids}),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        eos_token_id=reader.end_ids,
+        pad_token_id=reader.pad_id,
     )
+
+
+# ---- Reading answers ----
+
+# Special tokens that delimit thoughts, channels and final answers.
+_DELIMITER = re.compile(
+    r"think|thought|reason|channel|inner_|_of_box|_(response|text|solution|answer)\|>$|<unused9[45]>"
+    r"|<\|(start|end|begin|message|content|constrain|call)\|>$",
+    re.IGNORECASE,
+)
+_NUM_TAIL_TOKENS = 32  # at the end of a prompt, which may begin the model's thoughts
+
+
+class AnswerReader:
+    """Reads generated token ids as answers, and knows at which tokens generation stops.
+
+    Attributes:
+        end_ids: The end-of-turn token, the tokenizer's end-of-sequence token, and those of the model.
+        pad_id: The token for padding; any would do, because it is masked.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> None:
+        language_model = unwrap_peft(model)
+        self.end_ids = list_end_ids(language_model, tokenizer.eos_token_id, encoder.end_of_turn_id)
+        self.pad_id = _choose_pad_id(language_model, tokenizer, self.end_ids)
+        self._tokenizer, self._encoder = tokenizer, encoder
+        special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        self._skipped_ids = {index for index, text in special.items() if not _DELIMITER.search(text)}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode an answer with the special tokens that delimit thoughts and channels, and without others."""
+        kept = [token_id for token_id in ids if token_id not in self._skipped_ids]
+        return str(self._tokenizer.decode(kept, skip_special_tokens=False))
+
+    def find_open_thoughts(self, prompt: Sequence[int]) -> str:
+        """Return the text with which a prompt begins the model's thoughts, or "" if it does not."""
+        return find_open_thoughts(self.decode(prompt[-_NUM_TAIL_TOKENS:]))
+
+    def read(self, prompt: Sequence[int], ids: Sequence[int], max_new_tokens: int) -> Answer:
+        """Read the tokens generated after a prompt, up to the first end token."""
+        length = next((index for index, token_id in enumerate(ids) if token_id in self.end_ids), None)
+        is_unfinished = length is None and len(ids) >= max_new_tokens
+        split = split_reasoning(self.find_open_thoughts(prompt) + self.decode(ids[:length]))
+        if is_unfinished and (split.problem or (split.reasoning is not None and not split.output.strip())):
+            return Answer("", failure=f"stopped at {max_new_tokens} tokens, before the final answer")
+        if split.problem:
+            return Answer("", failure=split.problem)
+        return Answer(split.output, split.reasoning, is_unfinished)
+
+
+def _choose_pad_id(language_model: Any, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> int:
+    # Some tokenizers have a padding token that the model has no embedding for.
+    pad_id, num_embeddings = tokenizer.pad_token_id, language_model.get_input_embeddings().weight.shape[0]
+    return pad_id if pad_id is not None and pad_id < num_embeddings else end_ids[0]
+
+
+# ---- The check of batches ----
+
+_PROBE_LENGTHS = (5, 23, 12)
+_PROBE_NEW_TOKENS = 3
+
+
+def supports_padding(model: Any, prompts: Sequence[list[int]]) -> bool:
+    """Whether a model gives rows of a batch, padded on the left, the logits that it gives each row alone.
+
+    Compares them on the ends of the longest prompt, with a few tokens generated on the cache; warns if they differ.
+    """
+    source = max(prompts, key=len)
+    rows = [source[-length:] for length in sorted({min(length, len(source)) for length in _PROBE_LENGTHS})]
+    if len(prompts) < 2 or len(rows) < 2 or len(set(map(len, prompts))) < 2:
+        return True  # nothing is padded
+    language_model = unwrap_peft(model)
+    forced = source[:_PROBE_NEW_TOKENS]
+    alone = torch.cat([_compute_logits(model, [row], forced) for row in rows])
+    try:
+        together = _compute_logits(model, rows, forced)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        if not is_layout_error(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.05
+        if ((together - alone).norm(dim=-1) <= tolerance * alone.norm(dim=-1)).all():
+            return True
+        reason = "its logits for padded prompts differ from those for the prompts alone"
+    logger.warning("%s generates responses one at a time: %s", type(language_model).__name__, reason)
+    return False
+
+
+@torch.inference_mode()
+def _compute_logits(model: Any, rows: Sequence[list[int]], forced: Sequence[int]) -> Tensor:
+    """Compute the logits after each row and after each of the tokens forced to follow it: [R, F, V], centered."""
+    width = max(map(len, rows))
+
+    def force(input_ids: Tensor, scores: Tensor) -> Tensor:
+        token_id = torch.tensor([forced[input_ids.shape[1] - width]], device=scores.device)
+        return torch.full_like(scores, -torch.inf).index_fill(1, token_id, 0.0)
+
+    config = GenerationConfig(
+        max_new_tokens=len(forced),
+        do_sample=False,
+        pad_token_id=rows[0][0],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    with evaluation_mode(unwrap_peft(model)):
+        output = generate_ids(model, rows, config, logits_processor=LogitsProcessorList([force]))
+    logits = torch.stack(output.logits, 1).float()
+    logits = torch.where(torch.isfinite(logits), logits, 0.0)  # some models mask parts of their vocabulary
+    return logits - logits.mean(-1, keepdim=True)

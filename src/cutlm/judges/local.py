@@ -88,6 +88,9 @@ def judge_locally(
     if counts.num_resumed:
         outcome.notes.append(f"{counts.num_resumed} answers are from a run that was stopped")
     for number, index in enumerate(asked):
+        if number in counts.failures:
+            outcome.failures[index] = Failure("no answer", counts.failures[number])
+            continue
         answer = counts.responses[number]
         if number in counts.unfinished:
             reason = f"the answer was truncated at {max_new_tokens} tokens; set a larger --max_new_tokens"

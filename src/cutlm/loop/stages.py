@@ -230,7 +230,7 @@ def _answer(plan: Plan, runner: Runner, model: str, prompts: Path | str, out: Pa
     serves_template = template == "chat" or model != plan.model
     has_judgment = any(option.partition("=")[0] == "--judgment" for option in options)
     fixed = [] if plan.server_url and serves_template and not has_judgment else ["--template", template]
-    fixed += ["--max_failure_rate", str(plan.arguments.max_failure_rate)] if plan.server_url else []
+    fixed += ["--max_failure_rate", str(plan.arguments.max_failure_rate)]
     arguments = ["generate", "--model", model, "--prompts", str(prompts), *fixed, *options, *further]
     with runner.serve(model):
         runner.make(out, [*arguments, "--seed", str(seed)])

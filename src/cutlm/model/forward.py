@@ -534,7 +534,7 @@ def _matches_separate_runs(language_model: Any, run: RunLayout, trees: list[Pref
         try:
             together = dict(run(language_model, trees, sequences))
         except (ValueError, AssertionError, RuntimeError) as error:
-            if not _is_layout_error(error):
+            if not is_layout_error(error):
                 raise
             reason = f"{type(error).__name__}: {error}"
         else:
@@ -552,7 +552,7 @@ def _matches_separate_runs(language_model: Any, run: RunLayout, trees: list[Pref
     return False
 
 
-def _is_layout_error(error: Exception) -> bool:
+def is_layout_error(error: Exception) -> bool:
     """Whether an error is one that models raise for a mask, position ids or a KV cache that they do not support.
 
     - ValueError: Bloom unpacks the two dimensions of a padding mask; xLSTM checks the shape of its state.

@@ -95,6 +95,7 @@ _COMPLETE = [_compile(rf"\s*<\s*{_THOUGHT}\s*/(?P<thoughts>)>")]
 _COMPLETE += [_compile(rf"\s*{start}(?P<thoughts>.*?){end}") for start, end in (*_BLOCKS, *_SENTENCES)]
 _STARTS = [_compile(rf"\s*{start}") for start, _ in _BLOCKS]
 _ANY_START = _compile("|".join(re.sub(r"\(\?P<name>|\(\?P=name\)", "(?:", start) for start, _ in _BLOCKS))
+_OPEN_START = _compile(rf"(?:{_ANY_START.pattern}|<\|channel\|>\s*analysis\s*<\|message\|>)\s*\Z")
 _DATA = re.compile(r"\s*(?:[{`]|\[\s*[{\"])")
 _LONE_END = _compile(rf"(?<![\"'`“‘«])(?:{'|'.join(_LONE_ENDS)})")
 _WRAPPED = [_compile(rf"{start}(?P<output>.*){end}") for start, end in _WRAPPERS]
@@ -154,6 +155,20 @@ def split_reasoning(text: str) -> SplitAnswer:
         thoughts.insert(0, before)
     is_unfinished = any(start.match(rest) for start in _STARTS)
     return _finish(rest, thoughts, _UNFINISHED if is_unfinished else None)
+
+
+def find_open_thoughts(prompt: str) -> str:
+    """Return the markup by which the end of a prompt begins the model's thoughts, or "" if it does not.
+
+    The answer then lacks this beginning; put it first before splitting the answer.
+
+    Example:
+
+        >>> find_open_thoughts("<｜User｜>Hi.<｜Assistant｜><think>\\n")
+        '<think>\\n'
+    """
+    match = _OPEN_START.search(prompt)
+    return match[0] if match else ""
 
 
 def _cut_blocks(text: str) -> tuple[list[str], str]:
