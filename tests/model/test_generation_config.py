@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CHATML, make_model, make_tokenizer
+from tiny import CHATML, IM_END, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cutlm import CUTConfig, CUTTrainer
@@ -49,6 +49,24 @@ def _generate_plainly(folder: Path, **options: Any) -> tuple[Any, list[int], lis
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     output = model.generate(**inputs, do_sample=False, max_new_tokens=20, **options)
     return tokenizer, output[0, inputs["input_ids"].shape[1] :].tolist(), model.generation_config.eos_token_id
+
+
+def test_a_merged_model_stops_at_its_end_of_turn_token(folder: Path) -> None:
+    _train(folder, "--use_peft", "--lora_r", "16", "--lora_target_modules", "all-linear")
+    assert main(["merge", "--adapter", str(folder / "run"), "--out", str(folder / "merged")]) == 0
+    tokenizer, ids, end_ids = _generate_plainly(folder / "merged")
+    assert set(end_ids) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(IM_END)}
+    assert tokenizer.decode(ids) == f"Canberra is.{IM_END}"
+    config = json.loads((folder / "merged" / "generation_config.json").read_text())
+    assert config["temperature"] == 0.7, "other fields stay"
+
+
+def test_a_fully_trained_model_and_its_checkpoints_stop_there(folder: Path) -> None:
+    _train(folder, "--no_use_peft", "--learning_rate", "0.005", "--save_strategy", "steps", "--save_steps", "40")
+    for saved in (folder / "run", folder / "run" / "checkpoint-40"):
+        tokenizer, ids, end_ids = _generate_plainly(saved)
+        assert set(end_ids) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(IM_END)}
+        assert tokenizer.decode(ids) == f"Canberra is.{IM_END}"
 
 
 @pytest.mark.parametrize("num_ends", [1, 2])

@@ -187,7 +187,7 @@ class Session:
         """Keep an answer without its reasoning and return a remark on it, or "" if there is nothing to say."""
         split = answer.finish()
         if split.problem is not None:
-            return _DROPPED if not is_ended else f"{split.problem}; {_DROPPED}"
+            return f"{split.problem}; {_DROPPED}"
         if not is_ended and not split.output:
             return _DROPPED
         # A server may split a character's surrogate pair over two pieces.
