@@ -146,4 +146,4 @@ def test_the_chat_shows_and_keeps_the_final_answer_only(tmp_path: Path, capsys: 
     assert not session.conversation.turns
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "stopped at 3 tokens (--max_new_tokens); no answer, so the message was dropped" in printed.err
+    assert "stopped at 3 tokens (--max_new_tokens); the answer has thoughts without an end; no answer" in printed.err
