@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import save_tiny_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPE = {"vocab_size": 1000, "num_layers": 1, "width": 32, "num_heads": 2, "mlp_width": 64}
@@ -137,3 +138,34 @@ def test_scaling_benchmark_runs(
     scaling.main()
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0
     assert scaling.find_exponent((1, 2, 4), [3.0, 6.0, 12.0]) == pytest.approx(1)
+
+
+def test_cpu_benchmark_compares_the_dtypes(
+    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = tmp_path / "records.jsonl"
+    rows = [
+        {"instruction": "Add.", "output": "It is 5.", "judgment": "No."},
+        {"instruction": "Name.", "output": "Two."},
+    ]
+    records.write_text("".join(json.dumps(row | {"judgment": row.get("judgment")}) + "\n" for row in rows))
+    save_tiny_model(tmp_path / "model", chat=True)
+    out = tmp_path / "results.json"
+    options = [f"--model={tmp_path / 'model'}", f"--records={records}", "--max_new_tokens=2", "--repeats=1"]
+    script = load("cpu_dtype", *options, f"--json={out}")
+    dtypes = []
+
+    def run_here(variant: str, folder: str) -> Any:
+        dtypes.append(json.loads((Path(folder) / variant.split()[1] / "config.json").read_text())["dtype"])
+        with contextlib.redirect_stdout(io.StringIO()) as printed, monkeypatch.context() as context:
+            context.setattr(sys, "argv", [*sys.argv, "--variant", variant, "--folder", str(folder)])
+            script.main()
+        return json.loads(printed.getvalue().splitlines()[-1])
+
+    monkeypatch.setattr("common.run_alone", run_here)
+    script.main()
+    known = json.loads(out.read_text())
+    assert sorted(dtypes) == ["bfloat16", "bfloat16", "float32", "float32"]
+    assert known["num_records"] == 2
+    seconds = [known["results"][f"blame {dtype}"]["cpu_seconds"] for dtype in ("bfloat16", "float32")]
+    assert known["blame_cpu_seconds_bfloat16_over_float32"] == pytest.approx(seconds[0] / seconds[1])

@@ -15,6 +15,7 @@ from typing import Any
 from cutlm.cli.model_options import add_options
 from cutlm.errors import ConfigError, UserError
 
+_GPU_BATCH_SIZE = 16
 # Files that can define a task.
 _SUFFIXES = (".yaml", ".py", ".json", ".jsonl", ".csv")
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include_path", metavar="DIR", help="a folder with tasks of your own, as YAML files")
     parser.add_argument("--apply_chat_template", action="store_true", help="wrap prompts in the chat template")
     parser.add_argument("--backend", choices=("hf", "vllm"), default="hf", help="default: hf (transformers)")
-    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="default: 16")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="default: 16 on a GPU, 1 on a CPU")
     add_options(parser, "dtype", "device")
     parser.add_argument("--limit", type=int, metavar="N", help="questions per task, for a quick test")
 
@@ -90,12 +91,15 @@ def _load(args: argparse.Namespace) -> Any:
 
     if args.backend == "vllm":
         kind = need_extra("lm_eval.models.vllm_causallms").VLLM
-        return kind(pretrained=args.model, dtype=args.dtype, batch_size=args.batch_size)
+        return kind(pretrained=args.model, dtype=args.dtype, batch_size=args.batch_size or _GPU_BATCH_SIZE)
     model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
     if args.apply_chat_template:
         _check_template(args, tokenizer)
     kind = need_extra("lm_eval.models.huggingface").HFLM
-    return kind(pretrained=unwrap_peft(model), tokenizer=tokenizer, batch_size=args.batch_size)
+    model = unwrap_peft(model)
+    # One prompt keeps a CPU busy, and lm-eval's bar moves after each batch.
+    batch_size = args.batch_size or (1 if model.device.type == "cpu" else _GPU_BATCH_SIZE)
+    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _check_template(args: argparse.Namespace, tokenizer: Any) -> None:

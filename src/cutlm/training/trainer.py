@@ -303,7 +303,10 @@ class CUTTrainer(CheckpointingTrainer):
     # ---- Logging and evaluation ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log line of training."""
+        """Add the metrics since the last log line of training.
+
+        `tokens_per_second` counts prompts and responses in all contexts, on all processes, without padding.
+        """
         if "loss" in logs and self._metrics.num_batches:
             seconds = time.perf_counter() - self._last_log_time
             metrics = self._metrics.reduce(self.accelerator)
