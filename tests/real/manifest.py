@@ -19,7 +19,6 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, Pre
 _HASHES = {
     "aya_expanse": "7872e59fb81c1019b348ab20402d78f069478211551f2399758530a42450f7cd",
     "baichuan2": "9e6205740d213d9ac5d8fd1d49c9d13f01e1edd74799135ca410d02924d2d9d6",
-    "chatglm3": "39e46c71f7d28435df2690b1e25171ccef77ca93f51de0fed98b22e91be75a88",
     "command_r_plus": "84c816e059cdf0687ed575c9b6f846747266f0e9d0e07f14435809dcff259f5a",
     "deepseek_v3": "b70577e9bc88029325cb6259b7d3cb5cb3be30356da7220dad39baa24a074e14",
     "gemma2": "d9271e3faefc0e5ce39abe8ca0bfd0f028808e04f6ebe6b7f0454c0f2af94876",
@@ -64,9 +63,10 @@ class Family:
     end_of_turn: str  # the token that ends the response
     template: str | None = None  # a file of TRL's wheel or a template; None for the package's own
     tokens: tuple[AddedToken, ...] = ()  # control tokens that the package lacks
+    options: tuple[tuple[str, Any], ...] = ()  # settings of the tokenizer in which the package differs from the model
     named: Mapping[str, str] = field(default_factory=dict)  # eos_token, ... where the package's are another model's
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # arguments of the template
-    strips: Literal["", "both", "right"] = ""  # the ends of the answer from which the template strips white space
+    strips: Literal["", "both", "right", "newlines"] = ""  # what the template strips of an answer (newlines: left)
     alpaca_prefix: str = ""  # tokens before an alpaca prompt
     post_prefix: tuple[str, ...] = ()  # tokens that the model's tokenizer, unlike the package's, puts before any text
 
@@ -109,7 +109,6 @@ _GPT4O = (
     *_mark("<|assistant|>", "<|end|>", "<|user|>", "<|system|>", "<|im_start|>", "<|im_sep|>", rstrip=True),
     *_mark("<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "[EOS]"),
     *_mark("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "]~!b[", "]~b]", "[e~["),
-    *_THINK,
 )
 _QWEN = "<|im_start|>assistant\n"
 _NO_THOUGHTS = "<think>\n\n</think>\n\n"
@@ -138,7 +137,9 @@ _ZEPHYR_TEMPLATE = _write_template(
 )
 _VICUNA_TEMPLATE = _write_template("'USER: ' + text", "' ASSISTANT: ' + text + eos_token", "' ASSISTANT:'", "bos_token")
 _PHI4_MINI_TEMPLATE = _write_template(
-    "'<|user|>' + text + '<|end|>'", "'<|assistant|>' + text + '<|end|>'", "'<|assistant|>'"
+    "'<|user|>' + text + '<|end|>'",
+    "'<|assistant|>' + text + '<|end|>' + (eos_token if loop.last else '')",
+    "'<|assistant|>'",
 )
 _PHI4_TEMPLATE = _write_template(
     "'<|im_start|>user<|im_sep|>' + text + '<|im_end|>'",
@@ -200,6 +201,7 @@ FAMILIES = [
         "<|end|>",
         template="phi3.jinja",
         tokens=_PHI3,
+        options=(("legacy", False),),
         named=_PHI3_NAMES,
         alpaca_prefix="<s>",
     ),
@@ -211,6 +213,7 @@ FAMILIES = [
         "<|end|>",
         template="phi3_5.jinja",
         tokens=_PHI3,
+        options=(("legacy", False),),
         named=_PHI3_NAMES,
         alpaca_prefix="<s>",
     ),
@@ -262,8 +265,8 @@ FAMILIES = [
     Family("Qwen1.5", "qwen1_5", *_QWEN_TURN),
     Family("Qwen2.5", "qwen2_5", *_QWEN_TURN),
     Family("Qwen2.5 base", "qwen2_5", *_QWEN_TURN, named={"eos_token": "<|endoftext|>"}),
-    Family("Qwen3", "qwen3", *_QWEN3_TURN),
-    Family("Qwen3, no thoughts", "qwen3", *_ANSWERING_TURN, kwargs={"enable_thinking": False}),
+    Family("Qwen3", "qwen3", *_QWEN3_TURN, strips="newlines"),
+    Family("Qwen3, no thoughts", "qwen3", *_ANSWERING_TURN, kwargs={"enable_thinking": False}, strips="newlines"),
     Family("Qwen3 Instruct 2507", "qwen3", *_QWEN_TURN, template="qwen3_instruct_2507.jinja"),
     Family("Qwen3-VL", "qwen3", *_QWEN_TURN, template="qwen3_vl.jinja"),
     Family(
@@ -284,7 +287,7 @@ FAMILIES = [
         kwargs={"enable_thinking": False},
         strips="both",
     ),
-    Family("MiniCPM-V 4.5", "minicpm_v4_5", *_QWEN3_TURN),
+    Family("MiniCPM-V 4.5", "minicpm_v4_5", *_QWEN3_TURN, strips="newlines"),
     Family("DeepSeek-V3", "deepseek_v3", *_DEEPSEEK_TURN),
     Family("DeepSeek-V3 (first template)", "deepseek_v3", *_DEEPSEEK_TURN, template="deepseekv3.jinja"),
     Family("DeepSeek-R1 distilled", "deepseek_v3", *_DEEPSEEK_TURN, template="deepseek_r1_distill.jinja"),
@@ -334,16 +337,6 @@ FAMILIES = [
         strips="both",
         alpaca_prefix="[gMASK]<sop>",
         post_prefix=("[gMASK]", "<sop>"),
-    ),
-    Family(
-        "ChatGLM3",
-        "chatglm3",
-        "<|assistant|>",
-        "\n ANSWER<|user|>",
-        "<|user|>",
-        tokens=_mark("[gMASK]", "sop", "<|user|>", "<|assistant|>", special=False),
-        alpaca_prefix="[gMASK]sop",
-        post_prefix=("[gMASK]", "sop"),
     ),
     Family(
         "LFM2",
@@ -447,7 +440,7 @@ FAMILIES = [
         "</s>",
         template=_BAICHUAN_TEMPLATE,
         tokens=_mark("<reserved_106>", "<reserved_107>"),
-        alpaca_prefix="",
+        alpaca_prefix="<s>",
     ),
 ]
 
@@ -459,7 +452,7 @@ def load_tokenizer(family: Family) -> PreTrainedTokenizerBase:
     Raises:
         UnavailableError: The package cannot be downloaded.
     """
-    base = _load_base(family.package, family.tokens, family.post_prefix)
+    base = _load_base(family.package, family.tokens, family.options, family.post_prefix)
     tokenizer = copy.copy(base)  # shares the backend, which is slow to load
     tokenizer.__dict__ = {
         name: value if name == "_tokenizer" else copy.deepcopy(value) for name, value in base.__dict__.items()
@@ -474,11 +467,15 @@ def load_tokenizer(family: Family) -> PreTrainedTokenizerBase:
 
 
 @cache
-def _load_base(package: str, tokens: tuple[AddedToken, ...], post_prefix: tuple[str, ...]) -> PreTrainedTokenizerBase:
+def _load_base(
+    package: str, tokens: tuple[AddedToken, ...], options: tuple[tuple[str, Any], ...], post_prefix: tuple[str, ...]
+) -> PreTrainedTokenizerBase:
     folder = fetch(PACKAGES[package])
     # Some packages name Python code that they lack, which `AutoTokenizer` asks for.
     has_code = "auto_map" in (folder / "tokenizer_config.json").read_text("utf-8")
-    tokenizer = (PreTrainedTokenizerFast if has_code else AutoTokenizer).from_pretrained(folder)
+    tokenizer = (PreTrainedTokenizerFast if has_code else AutoTokenizer).from_pretrained(folder, **dict(options))
+    if getattr(tokenizer, "legacy", None) is not None:
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     tokenizer.add_tokens(list(tokens))
     if post_prefix:
         pairs = [(token, tokenizer.convert_tokens_to_ids(token)) for token in post_prefix]

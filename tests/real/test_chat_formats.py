@@ -51,7 +51,8 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[str], *, is_
 
 def render_turn(family: Family, tokenizer: "PreTrainedTokenizerBase", instruction: str, answer: str) -> tuple[str, str]:
     """Return the text of a prompt and of the response to it, as the template writes them."""
-    shown = {"": answer, "both": answer.strip(), "right": answer.rstrip()}[family.strips]
+    stripped = {"": answer, "both": answer.strip(), "right": answer.rstrip(), "newlines": answer.lstrip("\n")}
+    shown = stripped[family.strips]
     response = family.response.replace("ANSWER", shown)
     text = render(tokenizer, [instruction, answer])
     # A template that does not end the turn writes the token only before the next one.
@@ -165,9 +166,10 @@ def test_control_tokens_in_an_answer_stay_text_or_are_refused(family: Family, en
     control = find_control_tokens(family, encoder.tokenizer)
     plain = [index for index in encoder.encode_response("It.") if index in control.values()]
     prompt_ids = encoder.encode_prompt(INSTRUCTION)
+    frame = render(encoder.tokenizer, [INSTRUCTION, "PLACEHOLDER"])
     for text in spell(control):
         answer = f"It {text} is."
-        is_rendered = answer in render(encoder.tokenizer, [INSTRUCTION, answer])
+        is_rendered = render(encoder.tokenizer, [INSTRUCTION, answer]) == frame.replace("PLACEHOLDER", answer)
         try:
             ids = encoder.encode_response(answer)
         except AlteredResponse:
@@ -188,7 +190,8 @@ def test_spans_cover_the_answer_and_not_what_the_template_writes(family: Family,
     num_template_tokens = encoder.count_template_tokens(ids)
     assert all(start == end for start, end in spans[:num_template_tokens])
     before_answer = family.response.partition("ANSWER")[0]
-    assert bool(num_template_tokens) == bool(before_answer.strip())
+    if not before_answer or before_answer.strip():  # white space alone may merge with the answer
+        assert bool(num_template_tokens) == bool(before_answer)
 
 
 def test_prompts_depend_on_the_date_only_if_the_template_prints_it(encoder: Encoder) -> None:
@@ -225,7 +228,7 @@ def test_a_chat_template_for_alpaca_prompts_gives_the_same_ids(tokenizer: "PreTr
 
 
 # Tokenizers whose behaviour is easily lost: `legacy: true`, tokens with rstrip, an unusual prefix or an end token.
-@pytest.mark.parametrize("name", ["Llama 2", "Phi-3 mini", "ChatGLM3", "Yi", "InternLM2", "Baichuan 2"])
+@pytest.mark.parametrize("name", ["Llama 2", "Yi", "InternLM2", "GLM-4.5"])
 def test_a_saved_tokenizer_gives_the_same_ids(name: str, tmp_path: Path) -> None:
     try:
         tokenizer = load_real_tokenizer(next(family for family in FAMILIES if family.name == name))

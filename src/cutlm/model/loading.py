@@ -73,7 +73,12 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     """Load a tokenizer from a folder or the hub; raise `UserError` if it does not exist or is damaged."""
     _check_path(path)
     with _reading_files(path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+    # transformers reads `legacy` and does not save it, and the saved tokenizer would tokenize the start of a text, and
+    # text after a special token, otherwise.
+    if getattr(tokenizer, "legacy", None) is not None:
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    return tokenizer
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
