@@ -96,7 +96,14 @@ def _download(package: Package, folder: Path) -> Path:
     if package.registry == "npm":
         if (client := shutil.which("npm")) is None:
             raise UnavailableError(f"{package}: the client npm is not installed")
-        command = [client, "pack", f"{package.name}@{package.version}", "--silent", "--pack-destination", str(folder)]
+        command = [
+            client,
+            "pack",
+            f"{package.name}@{package.version}",
+            "--loglevel=error",
+            "--pack-destination",
+            str(folder),
+        ]
         command += ["--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
     else:
         command = [sys.executable, "-m", "pip", "download", f"{package.name}=={package.version}", "--dest", str(folder)]
@@ -109,8 +116,8 @@ def _download(package: Package, folder: Path) -> Path:
         except subprocess.TimeoutExpired:
             _UNREACHABLE[package.registry] = f"no answer within {_TIMEOUT} s"
         except subprocess.CalledProcessError as error:
-            lines = (error.stderr or error.stdout or "no output").strip().splitlines()
-            _UNREACHABLE[package.registry] = f"cannot be downloaded ({lines[-1]})"
+            lines = [line for line in error.stderr.splitlines() if "error" in line.lower()] or ["no message"]
+            _UNREACHABLE[package.registry] = f"cannot be downloaded ({lines[0]})"
     raise UnavailableError(f"{package}: {_UNREACHABLE[package.registry]}")
 
 

@@ -68,7 +68,7 @@ def test_a_download_that_fails_leaves_no_folder(
     monkeypatch.setenv("CUTLM_TEST_CACHE", str(cache))
     monkeypatch.setattr(packages, "_UNREACHABLE", {})
     client = tmp_path / "npm"
-    client.write_text("#!/bin/sh\necho no network >&2\nexit 1\n")
+    client.write_text("#!/bin/sh\necho Error: no network >&2\nexit 1\n")
     client.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(packages.sys, "executable", str(client))
