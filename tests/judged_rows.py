@@ -18,8 +18,14 @@ def make_rows(num_rows: int = NUM_RESPONSES) -> list[dict[str, Any]]:
 
 
 def reply(prompt: str) -> str:
-    index = read_number({"messages": [{"content": prompt}]})
-    return "perfect!" if index % 3 == 0 else f"The number {index} is wrong."
+    judgment = expect(read_number({"messages": [{"content": prompt}]}))
+    return write_verdict(judgment)
+
+
+def write_verdict(judgment: str | None, *quotes: str) -> str:
+    """Write the JSON that the default prompt asks for."""
+    verdict = {"judgment": judgment or "Perfect.", "quotes": quotes, "satisfactory": judgment is None}
+    return json.dumps(verdict, ensure_ascii=False)
 
 
 def read_number(request: dict[str, Any]) -> int:

@@ -21,7 +21,7 @@ from cutlm.flagging.scoring import load_scorer
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.generation.files import check_prompts, generate_file
 from cutlm.generation.local import Sampling, choose_max_new_tokens
-from cutlm.judges.responses import Failure, make_record_row, parse_responses
+from cutlm.judges.responses import Failure, make_record_rows, parse_responses
 from cutlm.judges.rules import judge_by_rules
 from cutlm.judges.server import judge_by_server
 from cutlm.model.loading import fingerprint_model, load_trained
@@ -141,8 +141,8 @@ def judge(
             outcome = judge_by_server(parsed, server, path)
     else:
         raise ConfigError("judge: expected either rules, or base_url and judge_model")
-    judged = [make_record_row(parsed[index], outcome.judgments[index]) for index in sorted(outcome.judgments)]
-    return Judged([JudgedRecord.model_validate(row) for row in judged], dict(outcome.failures))
+    records = [JudgedRecord.model_validate(row) for row in make_record_rows(parsed, outcome)]
+    return Judged(records, dict(outcome.failures))
 
 
 def blame(

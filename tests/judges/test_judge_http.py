@@ -22,12 +22,13 @@ from judged_rows import (
     read_number,
     reply,
     write_lines,
+    write_verdict,
 )
 
 from cutlm.cli import main
 from cutlm.data.records import load_records
 from cutlm.errors import UserError
-from cutlm.judges.prompt import DEFAULT_PROMPT, TRAINED_PROMPT, fill_prompt
+from cutlm.judges.prompt import DEFAULT_PROMPT, RESPONSE_FORMAT, TRAINED_PROMPT, fill_prompt
 from cutlm.judges.responses import read_responses
 from cutlm.judges.server import make_key
 from cutlm.servers.cache import Cache
@@ -59,7 +60,7 @@ def test_progress_shows_tokens_and_failures(
 ) -> None:
     def fault(handler: Handler, number: int) -> bool:
         index = read_number(server.requests[number])
-        handler.answer(200, make_completion("" if index == 5 else "It is wrong.", total_tokens=10_000))
+        handler.answer(200, make_completion("" if index == 5 else reply(f"Answer <{index}>"), total_tokens=10_000))
         return True
 
     server.fault = fault
@@ -73,7 +74,7 @@ def test_the_key_is_in_no_file_and_not_printed(
     server: ChatServer, responses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.reply = lambda prompt: (
-        f"As an AI with the key {CANARY}, I pass." if "<1>" in prompt else f"Wrong, by Bearer {CANARY}."
+        f"As an AI with the key {CANARY}, I pass." if "<1>" in prompt else write_verdict(f"Wrong, by Bearer {CANARY}.")
     )
     out = tmp_path / "results" / "out.jsonl"
     assert main(list_options(server, responses, out)) == 1
@@ -104,7 +105,7 @@ def test_orders_control_tokens_and_html_are_sent_and_recorded_unchanged(server: 
         '<script>alert("x")</script> &amp; {response} \u2028 🙂',
     ]
     responses = write_lines(tmp_path / "in.jsonl", [{"instruction": "Say it.", "output": text} for text in outputs])
-    server.reply = lambda prompt: "<b>Wrong</b> &amp; <|im_end|>."
+    server.reply = lambda prompt: write_verdict('<b>Wrong</b> &amp; "<|im_end|>".')
     out = tmp_path / "out.jsonl"
     assert main(list_options(server, responses, out, "--concurrency", "1")) == 0
     for text, prompt in zip(outputs, server.prompts, strict=True):
@@ -112,7 +113,7 @@ def test_orders_control_tokens_and_html_are_sent_and_recorded_unchanged(server: 
     assert all([message["role"] for message in request["messages"]] == ["user"] for request in server.requests)
     records = load_records(out)
     assert [record.output for record in records] == outputs
-    assert {record.judgment for record in records} == {"<b>Wrong</b> &amp; <|im_end|>."}
+    assert {record.judgment for record in records} == {'<b>Wrong</b> &amp; "<|im_end|>".'}
 
 
 def test_failures_are_listed_and_requested_again_by_the_next_run(
@@ -194,10 +195,11 @@ def test_a_refused_request_is_a_failure_and_a_refusal_of_all_is_an_error(
     server.fault = fault
     out = tmp_path / "out.jsonl"
     options = list_options(server, responses, out)
-    for num_requests in (NUM_RESPONSES, 2):  # refused alone, as among others
+    # Refused alone, as among others. Before the server has answered once, response_format may be the reason.
+    for num_requests, num_more in ((NUM_RESPONSES, 2), (2, 0)):
         server.requests.clear()
         assert main([*options, "--overwrite"]) == 1, capsys.readouterr().err
-        assert len(server.requests) == num_requests
+        assert num_requests <= len(server.requests) <= num_requests + num_more
         assert [(row["location"], row["kind"]) for row in find_failures(out)] == [
             (f"{responses}:{index + 1}", "refused") for index in (0, 5)
         ]
@@ -314,8 +316,10 @@ def test_ten_thousand_judgments_come_from_the_cache(server: ChatServer, tmp_path
         cache._connection.execute("BEGIN")
         for number, response in enumerate(read_responses(responses)):
             prompt = fill_prompt(DEFAULT_PROMPT, response)
-            key = make_key(settings, settings.make_body(prompt, temperature=0.0, max_tokens=1024))
-            cache.put(key, expect(number))
+            key = make_key(
+                settings, settings.make_body(prompt, response_format=RESPONSE_FORMAT, temperature=0.0, max_tokens=1024)
+            )
+            cache.put(key, write_verdict(expect(number)))
         cache._connection.execute("COMMIT")
     assert main(list_options(server, responses, out, "--cache", str(tmp_path / "cache.sqlite"))) == 0
     assert not server.requests
@@ -371,15 +375,15 @@ def test_a_trained_judge_is_asked_with_the_prompt_of_its_training(
     out = tmp_path / "out.jsonl"
 
     def decide(prompt: str) -> str:
-        judgment = reply(prompt)
-        return f"{judgment}\nSatisfactory: {'Yes' if judgment == 'perfect!' else 'No'}"
+        judgment = expect(read_number({"messages": [{"content": prompt}]}))
+        return f"{judgment or 'perfect!'}\nSatisfactory: {'No' if judgment else 'Yes'}"
 
     server.reply = decide
     assert main(list_options(server, responses, out, "--trained")) == 0, capsys.readouterr().err
     assert [row["judgment"] for row in read_lines(out)] == [expect(index) for index in range(NUM_RESPONSES)]
     assert fill_prompt(TRAINED_PROMPT, load_records(responses)[0]) in server.prompts
     # Another prompt has other keys in the cache.
-    server.reply = lambda prompt: "It is wrong."
+    server.reply = lambda prompt: write_verdict("It is wrong.")
     assert main(list_options(server, responses, out, "--overwrite")) == 0
     assert {row["judgment"] for row in read_lines(out)} == {"It is wrong."}
     Path(f"{out}.cache.sqlite").unlink()

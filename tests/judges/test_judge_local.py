@@ -19,14 +19,8 @@ from cutlm.cli import main
 from cutlm.cli.align import parse_stage_options
 from cutlm.data.records import JudgedRecord, load_records
 from cutlm.judges import Response
-from cutlm.judges.prompt import (
-    TRAINED_PROMPT,
-    BadAnswer,
-    choose_marker,
-    fill_prompt,
-    read_trained_answer,
-    write_answer,
-)
+from cutlm.judges.answers import BadAnswer, praises, read_answer
+from cutlm.judges.prompt import TRAINED_PROMPT, choose_marker, fill_prompt, write_answer
 
 LONG = "The capital of Australia is Sydney, which is also the largest city of the whole country."
 OBJECTION = "Sydney is not the capital."
@@ -34,7 +28,7 @@ OBJECTION = "Sydney is not the capital."
 
 def read(text: str | None, output: str = LONG) -> str | None:
     response = Response("r.jsonl:1", "Name the capital of Australia.", "", output)
-    return read_trained_answer(text, "stop", response, fill_prompt(TRAINED_PROMPT, response))
+    return read_answer(text, "stop", response, fill_prompt(TRAINED_PROMPT, response), "trained").judgment
 
 
 @pytest.mark.parametrize(
@@ -46,6 +40,8 @@ def read(text: str | None, output: str = LONG) -> str | None:
         (f"{OBJECTION}\n\nIt is Canberra.\n\nSatisfactory: No\n", f"{OBJECTION}\n\nIt is Canberra."),
         ("The line 'Satisfactory: Yes' is no answer.\nSatisfactory: No", "The line 'Satisfactory: Yes' is no answer."),
         (f"<think>Satisfactory: Yes</think>{OBJECTION}\nSatisfactory: No", OBJECTION),
+        (f"[THINK]Perfect.\nSatisfactory: Yes[/THINK]{OBJECTION}\nSatisfactory: No", OBJECTION),
+        (f"analysisHm.\nSatisfactory: Yesassistantfinal{OBJECTION}\nSatisfactory: No<|return|>", OBJECTION),
     ],
 )
 def test_a_judgment_with_a_matching_decision_is_read(text: str, judgment: str | None) -> None:
@@ -69,12 +65,15 @@ def test_a_judgment_with_a_matching_decision_is_read(text: str, judgment: str | 
         ("Satisfactory: No", "empty judgment"),
         (" \n\nSatisfactory: Yes", "empty judgment"),
         ("Perfect.\nSatisfactory: No", "contradictory answer"),
+        ("No issues found.\nSatisfactory: No", "contradictory answer"),
         (f"{OBJECTION}\nSatisfactory: Yes", "contradictory answer"),
         ("Imperfect.\nSatisfactory: Yes", "contradictory answer"),
         (f"{LONG}\nSatisfactory: No", "echo of the response"),
         ("Each stands between two lines that carry the mark\nSatisfactory: No", "echo of the prompt"),
         (f"{choose_marker('Name the capital of Australia.', LONG)} is odd.\nSatisfactory: No", "echo of the prompt"),
         ("a\0b\nSatisfactory: No", "malformed answer"),
+        (f"<thinking>{OBJECTION}\nSatisfactory: No", "unfinished thoughts"),
+        (f"<|im_start|>assistant\n{OBJECTION}\nSatisfactory: No", "unclear answer"),
         (f"{'x' * 20_001}\nSatisfactory: No", "too long"),
     ],
 )
@@ -96,7 +95,7 @@ def test_an_echo_of_praise_is_not_praise() -> None:
 
 def test_a_truncated_answer_is_refused() -> None:
     with pytest.raises(BadAnswer) as error:
-        read_trained_answer("Perfect.\nSatisfactory: Yes", "length", Response("r.jsonl:1", "x", "", "y"), "?")
+        read_answer("Perfect.\nSatisfactory: Yes", "length", Response("r.jsonl:1", "x", "", "y"), "?", "trained")
     assert error.value.kind == "cut off"
 
 
@@ -107,11 +106,13 @@ def test_the_answer_of_training_is_read_back(judgment: str | None, score: float 
     record = JudgedRecord(
         instruction="Name the capital.", output="It is Sydney, of course.", judgment=judgment, score=score
     )
+    if not record.is_satisfactory and praises(record.stated_judgment):
+        return  # "0" as a judgment is a rating
     response = Response("", record.instruction, "", record.output)
     question = fill_prompt(TRAINED_PROMPT, record)
     assert question == fill_prompt(TRAINED_PROMPT, response), "training and judging ask the same question"
-    read_back = read_trained_answer(write_answer(record), "stop", response, question)
-    assert read_back == (None if record.is_satisfactory else record.stated_judgment.strip())
+    read_back = read_answer(write_answer(record), "stop", response, question, "trained")
+    assert read_back.judgment == (None if record.is_satisfactory else record.stated_judgment.strip())
 
 
 # ---- The command ----

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from chat_server import CANARY, ChatServer, Handler, make_completion, running
+from judged_rows import write_verdict
 from loop_plans import make_plan, make_settings, make_workplace, run_in_process
 
 from cutlm.cli import main
@@ -30,6 +31,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def server() -> Iterator[ChatServer]:
     with running(ChatServer()) as server:
+        server.reply = lambda prompt: write_verdict("It is wrong.")
         yield server
 
 
@@ -59,7 +61,7 @@ def test_key_is_in_no_file_and_launcher_starts_training(
         handler.answer(401, {"error": f"invalid key {CANARY}"})
         return True
 
-    server.reply = lambda prompt: f"It is wrong, says {CANARY}."
+    server.reply = lambda prompt: write_verdict(f"It is wrong, says {CANARY}.")
     server.fault = reject
     assert main(["align", "--config", str(config)]) == 2
     server.fault = None

@@ -92,17 +92,23 @@ def test_judgments_of_a_real_server_become_records(
         "Canberra.",
     ]
     responses = _write_lines(tmp_path / "in.jsonl", [{"instruction": "Name it.", "output": text} for text in outputs])
+    prompt = tmp_path / "prompt.txt"  # whose answers are text: no token follows itself, as it does in JSON
+    prompt.write_text("{instruction}\n{response}")
     out = tmp_path / "out.jsonl"
     options = ["judge", "--responses", str(responses), "--judge", "http", "--base_url", url, "--out", str(out)]
+    options += ["--prompt_file", str(prompt)]
     assert main([*options, "--judge_model", str(model), "--concurrency", "2"]) == 0, capsys.readouterr()
     records = load_records(out)
     assert [record.output for record in records] == outputs
     assert {record.judgment for record in records} == {"It is wrong."}
     assert f"4 records in {out}: 0 satisfactory, 4 unsatisfactory" in capsys.readouterr().out
-    # Another model on the same server, whose judgments are satisfactory.
+    # Another model on the same server, whose judgments are satisfactory. The server ignores response_format.
     praising = _save_model_that_says(tmp_path / "praising", "Perfect.")
-    assert main([*options, "--judge_model", str(praising), "--overwrite"]) == 0, capsys.readouterr()
-    assert all(record.judgment is None for record in load_records(out))
+    for answer_format in ("text", "json"):
+        more = ["--judge_model", str(praising), "--answer_format", answer_format, "--overwrite"]
+        assert main([*options, *more]) == 0, capsys.readouterr()
+        assert all(record.judgment is None for record in load_records(out))
+    assert "refuses response_format" not in capsys.readouterr().out
 
 
 def test_a_real_server_answers_as_a_local_model_does(url: str, model: Path, tmp_path: Path) -> None:

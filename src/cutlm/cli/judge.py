@@ -14,6 +14,12 @@ cached as they arrive: a run that was stopped, or had failures, asks only for th
 caps --max_requests and --max_tokens_total hold for all runs that share the cache. At --max_tokens_total no further
 request is sent, but requests under way are still answered, and count.
 
+The judge is asked for a JSON object with "judgment", "quotes" (passages of the response that are wrong; they become
+wrong_spans) and "satisfactory". A prompt of your own may ask for the same (--answer_format json), or for text
+(--answer_format text): "Perfect." and nothing else, or the judgment, with a first or last line "Satisfactory: yes" or
+"Satisfactory: no". Without this line, only text that clearly names a fault is an objection. An answer that is not
+understood is a failure.
+
 local: a model trained by cutlm train-judge, an adapter or a whole model. A run that was stopped resumes when started
 again with the same settings. The same model on a server is asked by --judge http --trained.
 
@@ -36,7 +42,7 @@ JUDGES = ("http", "local", "rules", "human")
 _LOCAL = ("batch_size", "dtype", "device")
 # The options of each judge and their defaults.
 _HTTP: dict[str, Any] = {"base_url": None, "judge_model": None, "prompt_file": None, "trained": False}
-_HTTP |= {"temperature": 0.0, "max_tokens": 1024, "cache": None}
+_HTTP |= {"answer_format": None, "temperature": 0.0, "max_tokens": 1024, "cache": None}
 _HTTP |= {"max_requests": None, "max_tokens_total": None}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "http": _HTTP | {name: DEFAULTS[name] for name in SERVER_OPTIONS},
@@ -55,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http = parser.add_argument_group("--judge http")
     add_options(http, "base_url")
     http.add_argument("--prompt_file", metavar="FILE", help="your own prompt, with {instruction} and {response}")
+    formats = "what the prompt asks for (default: json; with --prompt_file: text)"
+    http.add_argument("--answer_format", choices=("json", "text"), help=formats)
     trained = "the model is trained by cutlm train-judge: use its prompt"
     http.add_argument("--trained", action="store_const", const=True, help=trained)
     http.add_argument("--temperature", type=float, help="0: greedy (default)")
@@ -124,6 +132,8 @@ def fill_options(args: argparse.Namespace) -> None:
         problems.append(f"--judge {args.judge}: expected {' and '.join(missing)} too, got none; set them")
     if args.trained and args.prompt_file is not None:
         problems.append("--prompt_file, --trained: expected one, got both; a trained judge has its own prompt")
+    if args.trained and args.answer_format is not None:
+        problems.append("--answer_format, --trained: expected one, got both; a trained judge has its own format")
     if problems:
         raise ConfigError(problems)
 
@@ -142,16 +152,18 @@ def _make_server(args: argparse.Namespace) -> "Server":
 
 def _judge(args: argparse.Namespace, responses: "list[Response]", server: "Server | None") -> "Outcome":
     if server is not None:
+        from cutlm.judges.answers import AnswerFormat
         from cutlm.judges.prompt import DEFAULT_PROMPT, TRAINED_PROMPT, read_prompt_file
         from cutlm.judges.server import judge_by_server
 
         template = TRAINED_PROMPT if args.trained else DEFAULT_PROMPT
+        answer_format: AnswerFormat = "trained" if args.trained else args.answer_format or "json"
         if args.prompt_file is not None:
-            template = read_prompt_file(args.prompt_file)
+            template, answer_format = read_prompt_file(args.prompt_file), args.answer_format or "text"
         cache = args.cache or f"{args.out}.cache.sqlite"
-        settings = {"template": template, "temperature": args.temperature, "max_tokens": args.max_tokens}
+        settings = {"temperature": args.temperature, "max_tokens": args.max_tokens}
         try:
-            return judge_by_server(responses, server, cache, **settings)
+            return judge_by_server(responses, server, cache, template=template, answer_format=answer_format, **settings)
         except KeyboardInterrupt:
             print(f"\nfinished judgments are in {cache}; resume with the same options", file=sys.stderr)
             raise

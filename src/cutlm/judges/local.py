@@ -8,13 +8,8 @@ from cutlm.data.records import JudgedRecord
 from cutlm.errors import DataError, UserError
 from cutlm.generation.files import describe_run
 from cutlm.generation.local import Sampling, find_room, generate_with_journal
-from cutlm.judges.prompt import (
-    TRAINED_PROMPT,
-    BadAnswer,
-    fill_prompt,
-    read_trained_answer,
-    write_answer,
-)
+from cutlm.judges.answers import BadAnswer, read_answer
+from cutlm.judges.prompt import TRAINED_PROMPT, fill_prompt, write_answer
 from cutlm.judges.responses import Failure, Outcome, Response, set_aside_empty
 from cutlm.model.loading import fingerprint_model, load_trained, unwrap_peft
 from cutlm.prompting.encoding import Encoder, choose_template
@@ -97,7 +92,9 @@ def judge_locally(
             outcome.failures[index] = Failure("cut off", reason, answer)
             continue
         try:
-            outcome.judgments[index] = read_trained_answer(answer, None, responses[index], questions[index])
+            verdict = read_answer(answer, None, responses[index], questions[index], "trained")
         except BadAnswer as error:
             outcome.failures[index] = Failure(error.kind, error.reason, answer)
+        else:
+            outcome.judgments[index] = verdict.judgment
     return outcome, journal

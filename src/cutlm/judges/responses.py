@@ -13,6 +13,7 @@ from typing import Any
 from cutlm.data.files import SourceRow, read_rows, sync_directory, write_rows
 from cutlm.data.records import check_rows
 from cutlm.errors import DataError
+from cutlm.prompting.spans import Span
 from cutlm.servers.client import describe_commonest
 
 # Fields of an earlier judgment, which would contradict the new one.
@@ -54,6 +55,7 @@ class Outcome:
     """The judgments of responses, by the index of the response."""
 
     judgments: dict[int, str | None] = field(default_factory=dict)  # None if nothing is wrong
+    wrong_spans: dict[int, list[Span]] = field(default_factory=dict)  # of the responses whose wrong passages are known
     failures: dict[int, Failure] = field(default_factory=dict)  # why there is no judgment
     notes: list[str] = field(default_factory=list)  # sentences for the user
 
@@ -117,8 +119,8 @@ def write_outcome(responses: Sequence[Response], outcome: Outcome, out: str | Pa
     failures_file = name_failures_file(out)
     # First, because the rows of an earlier list could make up for missing records.
     _remove(failures_file)
-    if judgments := sorted(outcome.judgments.items()):
-        write_rows(out, [make_record_row(responses[index], judgment) for index, judgment in judgments])
+    if outcome.judgments:
+        write_rows(out, make_record_rows(responses, outcome))
     elif _remove(Path(out)):
         outcome.notes.append(f"removed {out} of an earlier run")
     if failures := sorted(outcome.failures.items()):
@@ -134,10 +136,19 @@ def _remove(path: Path) -> bool:
     return True
 
 
-def make_record_row(response: Response, judgment: str | None) -> dict[str, Any]:
-    """Return the row of a judged record: its main fields first, then the other fields of the response."""
-    own = response.fields | {"judgment": judgment}
-    return own | {name: value for name, value in response.row.items() if name not in own}
+def make_record_rows(responses: Sequence[Response], outcome: Outcome) -> list[dict[str, Any]]:
+    """Return the rows of the judged records, in the order of the responses.
+
+    The main fields come first, then the other fields of the response.
+    """
+    rows = []
+    for index, judgment in sorted(outcome.judgments.items()):
+        response = responses[index]
+        row: dict[str, Any] = response.fields | {"judgment": judgment}
+        if spans := outcome.wrong_spans.get(index):
+            row["wrong_spans"] = [list(span) for span in spans]
+        rows.append(row | {name: value for name, value in response.row.items() if name not in row})
+    return rows
 
 
 def _make_row(response: Response, failure: Failure) -> dict[str, Any]:

@@ -80,7 +80,7 @@ _BARE_START = r"(?:analysis|commentary(?:\s*to=[\w.-]+)?|\s*to=self)"
 _BARE_FINAL = r"assistant\s*(?:final|to=user)(?:\s*json(?=\s*[\[{]))?"
 
 # Text that belongs to the answer whatever is in it: code, and quotations within a line.
-_QUOTED = r"```.*?(?:```|\Z)|`[^`\n]+`|\"[^\"\n]*\"|“[^”\n]*”|«[^»\n]*»|(?<=['‘])[<\[◁][^'’\n]*"
+_QUOTED = r"```.*?(?:```|\Z)|`[^`\n]+`|\"(?:\\.|[^\"\\\n])*\"|“[^”\n]*”|«[^»\n]*»|(?<=['‘])[<\[◁][^'’\n]*"
 _MARKUP = (
     rf"<\s*/?\s*{_THOUGHT}\s*/?>|\[/?THINK(?:ING)?\]|◁\s*/?\s*think\s*▷|<\|[\w/▁.-]+\|>|<｜[\w▁]+｜>|<\|[a-z]+>|<[a-z]+\|>"
     r"|<(?:start|end)_of_turn>|<unused\d+>|\[/?INST\]|<</?SYS>>"
@@ -118,7 +118,7 @@ _QUOTATION, _LEFTOVER = _compile(_QUOTED), _compile(_MARKUP)
 # After a closing tag that is mentioned in a sentence, the sentence continues.
 _CONTINUATION = re.compile(r"[,.;:!?)]|[ \t]+[a-z]|[\"'`”’»]")
 
-_UNFINISHED = "the answer has thoughts without an end"
+UNFINISHED = "the answer has thoughts without an end"
 _TWO_ANSWERS = "expected one message in the final channel at the end of the answer, got another order"
 
 
@@ -154,7 +154,7 @@ def split_reasoning(text: str) -> SplitAnswer:
         thoughts, rest = _cut_blocks(rest[end.end() :])
         thoughts.insert(0, before)
     is_unfinished = any(start.match(rest) for start in _STARTS)
-    return _finish(rest, thoughts, _UNFINISHED if is_unfinished else None)
+    return _finish(rest, thoughts, UNFINISHED if is_unfinished else None)
 
 
 def find_open_thoughts(prompt: str) -> str:
@@ -202,7 +202,7 @@ def _split_channels(text: str) -> SplitAnswer:
     reasoning = [body for body, final in zip(bodies, [False, *is_final], strict=True) if not final]
     if sum(is_final) == 1 and is_final[-1]:
         return _finish(bodies[-1], reasoning, None)
-    return SplitAnswer(text, _join(reasoning), _TWO_ANSWERS if any(is_final) else _UNFINISHED)
+    return SplitAnswer(text, _join(reasoning), _TWO_ANSWERS if any(is_final) else UNFINISHED)
 
 
 def _is_final(header: re.Match[str]) -> bool:
