@@ -207,8 +207,9 @@ def describe_machine() -> dict[str, Any]:
 def describe_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of a benchmark that affect its results."""
     options = {name: value for name, value in vars(args).items() if name not in ("variant", "folder", "json")}
-    if options.get("records"):
-        options["records"] = Path(options["records"]).name
+    for name in ("records", "model"):
+        if options.get(name):
+            options[name] = Path(options[name]).name
     return options
 
 

@@ -82,9 +82,9 @@ def _summarize(results: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]]
         rows.append(row)
     for command in COMMANDS:
         for unit in ("seconds", "cpu_seconds"):
-            values = [results[f"{command} {dtype}"].get(unit) for dtype in DTYPES]
-            if None not in values:
-                figures[f"{command}_{unit}_bfloat16_over_float32"] = values[0] / values[1]
+            pair = [results[f"{command} {dtype}"] for dtype in DTYPES]
+            if not any("failed" in result for result in pair):
+                figures[f"{command}_{unit}_bfloat16_over_float32"] = pair[0][unit] / pair[1][unit]
     return rows, figures
 
 

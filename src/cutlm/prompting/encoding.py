@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.prompting.spans import CONTINUATION_ANCHORS, Span, locate_tokens
@@ -420,13 +422,19 @@ def encode_records(
     encoder: Encoder,
     max_length: int,
     view: Callable[[JudgedRecord, Encoder], EncodedRecord | str] = view_both_contexts,
+    *,
+    show_progress: bool = True,
 ) -> EncodedRecords:
     """Encode records and report those that do not fit; see `Encoder.fit`.
 
     The view selects the training data of a record, or returns the reason for leaving it out.
     """
     encoded, problems = EncodedRecords(), []
-    for index, (record, location) in enumerate(zip(records, locations, strict=True)):
+    pairs = list(zip(records, locations, strict=True))
+    options: Any = {} if show_progress else {"disable": True}  # an explicit False would override TQDM_DISABLE
+    # Thousands of records take a minute; few take no bar.
+    progress = tqdm(pairs, desc="tokenizing", unit=" records", delay=2, leave=False, **options)
+    for index, (record, location) in enumerate(progress):
         try:
             viewed = view(record, encoder)
         except AlteredResponse as error:

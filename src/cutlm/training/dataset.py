@@ -146,7 +146,8 @@ def _encode(
         else:
             records = list(dataset)  # read from a file, which has checked them
         view = choose_view(args)
-    encoded = encode_records(records, locations, encoder, args.max_length, view)
+    show_progress = not args.disable_tqdm
+    encoded = encode_records(records, locations, encoder, args.max_length, view, show_progress=show_progress)
     data = PreparedData(
         Dataset.from_list(encoded.rows),
         [f"{name}: {encoded.describe(args.max_length)}", *encoded.describe_left_out()],

@@ -222,7 +222,7 @@ class CUTTrainer(CheckpointingTrainer):
         for part in parts:
             # Ranks reduce their gradients with the last part.
             with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))  # type: ignore[arg-type]
+                losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
 
     def _split(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
