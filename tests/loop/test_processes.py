@@ -255,7 +255,7 @@ def test_other_server_at_the_address_is_refused(tmp_path: Path, lock: int) -> No
 
 def test_loop_waits_while_the_server_is_loading(tmp_path: Path, lock: int) -> None:
     # Not ready before it is started, nor for a while after.
-    statuses = iter([503, 503, 503, 200])
+    statuses = iter([503, 503, 502, 500])
     with (
         answering(lambda: next(statuses)) as url,
         serve("sleep 60 # {model}", "m", url, 60, tmp_path / "log", lock),

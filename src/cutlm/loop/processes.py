@@ -260,8 +260,9 @@ def _answers(url: str) -> bool:
         response = httpx2.get(f"{url.rstrip('/')}/models", headers=headers, timeout=5)  # follows no redirect
     except (httpx2.RequestError, httpx2.InvalidURL, ValueError):
         return False
-    # A refusal is an answer, and the command that uses the server reports it; 503 means that it is still loading.
-    return response.status_code < 500
+    # A refusal is an answer, and so is a list of models that fails, as that of `transformers serve` without a cache;
+    # the command that uses the server reports what matters. 503 means that it is still loading.
+    return response.status_code not in (502, 503, 504)
 
 
 # ---- The guard ----
