@@ -98,8 +98,11 @@ class ModelServer(ChatServer):
         return {"id": "cmpl-1", "object": "text_completion", "model": request["model"], "choices": [choice]}
 
 
-def make_completion(text: str | None, finish_reason: str = "stop", total_tokens: int | None = 100) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text}
+def make_completion(
+    text: str | None, finish_reason: str | None = "stop", total_tokens: int | None = 100, **fields: Any
+) -> dict[str, Any]:
+    """Returns a completion, with further fields of its message."""
+    message = {"role": "assistant", "content": text, **fields}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     completion = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
     return completion if total_tokens is None else completion | {"usage": {"total_tokens": total_tokens}}
@@ -110,10 +113,12 @@ def running(server: ChatServer) -> Iterator[ChatServer]:
     """Runs the server in a thread until the end of the block."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def stream_events(handler: Handler, events: Sequence[Any]) -> bool:

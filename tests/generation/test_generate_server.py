@@ -341,3 +341,67 @@ def test_options_at_odds_are_all_named(
     printed = capsys.readouterr().err
     for sentence in expected:
         assert sentence in printed
+
+
+THOUGHTS = "Which number is it?"
+_HARMONY = f"<|channel|>analysis<|message|>{THOUGHTS}<|end|><|start|>assistant<|channel|>final<|message|>It is"
+REASONING: dict[int, dict[str, Any]] = {
+    0: make_completion(f"<think>{THOUGHTS}</think>\n\nIt is <b>0</b>."),
+    1: make_completion("It is <b>1</b>.", reasoning_content=THOUGHTS),
+    2: make_completion(_HARMONY),
+    3: make_completion("It is <b>3</b>."),
+    4: make_completion(f"{THOUGHTS}</think>It is", "length"),
+    # Failures.
+    5: make_completion(f"<think>{THOUGHTS}", "length"),
+    6: make_completion(THOUGHTS, "length"),
+    7: make_completion(f"<think>{THOUGHTS}"),
+    8: make_completion(None, reasoning_content=THOUGHTS),
+}
+
+
+def test_thoughts_are_separated_and_answers_within_them_are_failures(
+    server: ChatServer, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.fault = lambda handler, number: handler.answer(200, REASONING[read_number(server.prompts[number])]) is None
+    out = tmp_path / "out.json"
+    options = list_options(server, prompts, out)
+    for _ in range(2):  # the second run resumes
+        assert main(options) == 1
+        assert not out.exists()
+        reasons = {row["number"] - 1: row["reason"] for row in read_failures(out)}
+        assert list(reasons) == [5, 6, 7, 8]
+        assert all("stopped at 64 tokens, before the final answer" in reasons[index] for index in (5, 6))
+    assert main([*options, "--max_failure_rate", "0.5"]) == 0
+    rows = json.loads(out.read_text("utf-8"))
+    assert [row["output"] for row in rows] == [
+        "It is <b>0</b>.",
+        "It is <b>1</b>.",
+        "It is",
+        "It is <b>3</b>.",
+        "It is",
+    ]
+    assert [row.get("reasoning") for row in rows] == [THOUGHTS, THOUGHTS, THOUGHTS, None, THOUGHTS]
+    assert "1 of them stopped at 64 tokens" in capsys.readouterr().out
+
+
+def test_thoughts_that_the_prompt_begins_are_no_answer(prompts: Path, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "tiny", chat=True)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
+    tokenizer.save_pretrained(model)
+
+    class TokenServer(ChatServer):
+        def respond(self, request: dict[str, Any]) -> dict[str, Any]:
+            number = read_number(tokenizer.decode(request["prompt"]))
+            text = f"{THOUGHTS}</think>{EXPECTED[number]}" if number else THOUGHTS
+            return {"choices": [{"text": text, "finish_reason": "stop"}]}
+
+    out = tmp_path / "out.json"
+    with running(TokenServer()) as server:
+        assert main(list_options(server, prompts, out, "--template", "chat", "--tokenizer", str(model))) == 1
+    assert [(row["number"], row["reason"]) for row in read_failures(out)] == [
+        (1, "the answer has thoughts without an end")
+    ]
+    lines = [json.loads(line) for line in Path(f"{out}.partial").read_text("utf-8").splitlines()[1:]]
+    assert {line["index"]: line["output"] for line in lines} == dict(list(enumerate(EXPECTED))[1:])
+    assert {line["reasoning"] for line in lines} == {THOUGHTS}

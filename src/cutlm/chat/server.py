@@ -15,8 +15,9 @@ from cutlm.errors import UserError
 from cutlm.flagging.detector import FlagSettings, blame_record
 from cutlm.flagging.server import score_rows_by_server
 from cutlm.flagging.token_scores import TokenScores
-from cutlm.generation.local import Sampling
+from cutlm.generation.local import NUM_TAIL_TOKENS, Sampling
 from cutlm.prompting.encoding import Encoder, choose_template
+from cutlm.prompting.reasoning import find_open_thoughts
 from cutlm.prompting.templates import TemplateName, make_messages
 from cutlm.servers.client import Client, Refused, RequestFailed, Server
 
@@ -58,17 +59,21 @@ class ServerEngine:
         return make_messages(texts), 0
 
     def answer(self, prompt: list[dict[str, str]] | list[int], seed_offset: int, show: Callable[[str], None]) -> bool:
-        client, sampling, is_truncated, is_thinking = self._client, self._sampling, False, False
+        client, sampling = self._client, self._sampling
+        has_reasoning = has_text = is_truncated = False
+        if self._tokenizer is not None and self.template is not None:
+            show(find_open_thoughts(str(self._tokenizer.decode(prompt[-NUM_TAIL_TOKENS:]))))
         options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
         body = client.server.make_body(prompt, **options, seed=(sampling.seed + seed_offset) % 2**31)
         try:
             with closing(client.stream(body)) as pieces:
                 for piece in pieces:
                     is_truncated = piece.is_truncated
-                    if piece.reasoning and not is_thinking:
-                        is_thinking = True
+                    if piece.reasoning and not has_reasoning:
+                        has_reasoning = True
                         remark("the model reasons before it answers")
                     if piece.text:
+                        has_text = True
                         show(piece.text)
         except Refused as error:
             advice = "if the conversation is too long for the model, start a new one by /reset"
@@ -77,6 +82,8 @@ class ServerEngine:
             raise client.explain_refusal(error, "the message", advice) from None
         except RequestFailed as error:
             raise UserError(f"{client.server.url}: {error}; send the message again") from None
+        if has_reasoning and not has_text and not is_truncated:
+            raise UserError(f"{client.server.url}: the model reasons and gives no answer; send the message again")
         return not is_truncated
 
     def blame(self, record: JudgedRecord) -> tuple[TokenScores, bool]:

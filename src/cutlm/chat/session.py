@@ -188,7 +188,7 @@ class Session:
         split = answer.finish()
         if split.problem is not None:
             return f"{split.problem}; {_DROPPED}"
-        if not is_ended and not split.output:
+        if not split.output and (not is_ended or split.reasoning is not None):
             return _DROPPED
         # A server may split a character's surrogate pair over two pieces.
         output = split.output.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -118,15 +118,20 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
     sampling = make_sampling(args)
     instructions = [join_instruction(row) for row in prompts]
     encoded: list[list[int]] | None = None
+    opening = ""
     if args.template is not None:
+        from cutlm.generation.local import NUM_TAIL_TOKENS
         from cutlm.model.loading import load_tokenizer
         from cutlm.prompting.encoding import Encoder
+        from cutlm.prompting.reasoning import find_open_thoughts
 
-        encoder = Encoder(load_tokenizer(args.tokenizer or args.model), args.template)
+        tokenizer = load_tokenizer(args.tokenizer or args.model)
+        encoder = Encoder(tokenizer, args.template)
         encoded = [encoder.encode_generation_prompt(instruction, args.judgment) for instruction in instructions]
+        opening = find_open_thoughts(str(tokenizer.decode(encoded[0][-NUM_TAIL_TOKENS:])))
     header = describe_run([instructions, args.judgment], sampling, args.template or "the server's", args.model)
     journal = Journal(args.out, header | {"extra_body": server.extra_body})
-    generated = generate_by_server(server, encoded or instructions, sampling, journal)
+    generated = generate_by_server(server, encoded or instructions, sampling, journal, opening)
     write_answers(prompts, generated, journal, args.out, **_name_output(args), max_failure_rate=args.max_failure_rate)
     return _report(args, generated, sampling)
 

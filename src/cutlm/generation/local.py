@@ -276,7 +276,7 @@ _DELIMITER = re.compile(
     r"|<\|(start|end|begin|message|content|constrain|call)\|>$",
     re.IGNORECASE,
 )
-_NUM_TAIL_TOKENS = 32  # at the end of a prompt, which may begin the model's thoughts
+NUM_TAIL_TOKENS = 32  # at the end of a prompt, which may begin the model's thoughts
 
 
 class AnswerReader:
@@ -303,7 +303,7 @@ class AnswerReader:
 
     def find_open_thoughts(self, prompt: Sequence[int]) -> str:
         """Return the text with which a prompt begins the model's thoughts, or "" if it does not."""
-        return find_open_thoughts(self.decode(prompt[-_NUM_TAIL_TOKENS:]))
+        return find_open_thoughts(self.decode(prompt[-NUM_TAIL_TOKENS:]))
 
     def read(self, prompt: Sequence[int], ids: Sequence[int], max_new_tokens: int) -> Answer:
         """Read the tokens generated after a prompt, up to the first end token."""

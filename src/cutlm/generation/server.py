@@ -1,7 +1,7 @@
 """Generate responses by a model on an OpenAI-compatible server, each written to a journal when it arrives.
 
 A prompt is an instruction, which the server puts into the model's own chat template (a merged model has that of its
-training), or token ids.
+training), or token ids. What a model thinks before its answer is separated, by the server or here.
 """
 
 from collections.abc import Sequence
@@ -10,18 +10,21 @@ from tqdm import tqdm
 
 from cutlm.data.journal import Journal
 from cutlm.generation.local import Generated, Sampling
-from cutlm.servers.client import Answer, Client, RequestFailed, Server
+from cutlm.prompting.reasoning import split_reasoning
+from cutlm.servers.client import INCOMPLETE, Answer, Client, RequestFailed, Server
 
 _ADVICE = "if the prompt is too long for the model, set a smaller --max_new_tokens"
 _TOKENS_ADVICE = "; if the server does not accept token ids, leave out --template"
 
 
 def generate_by_server(
-    server: Server, prompts: Sequence[str | list[int]], sampling: Sampling, journal: Journal
+    server: Server, prompts: Sequence[str | list[int]], sampling: Sampling, journal: Journal, opening: str = ""
 ) -> Generated:
     """Generate the responses that a journal does not hold yet and append each to it.
 
-    Each prompt has its own seed, for servers that support one. `sampling.batch_size` is not used.
+    Each prompt has its own seed, for servers that support one. `sampling.batch_size` is not used. `opening` is the
+    markup by which prompts of token ids begin the model's thoughts. Answers that are neither complete nor stopped at
+    `max_new_tokens`, and those whose thoughts cannot be separated, are failures.
 
     Raises:
         UserError: The server refuses every request. Earlier responses are in the journal.
@@ -29,10 +32,11 @@ def generate_by_server(
     client, generated = Client(server), Generated.resume(journal)
     missing = [index for index in range(len(prompts)) if index not in generated.responses]
 
-    def ask(number: int) -> Answer:
+    def ask(number: int) -> tuple[Answer, str, str | None]:
         index = missing[number]
         options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
-        return client.complete(server.make_body(prompts[index], seed=(sampling.seed + index) % 2**31, **options))
+        answer = client.complete(server.make_body(prompts[index], seed=(sampling.seed + index) % 2**31, **options))
+        return answer, *read_response(answer, sampling.max_new_tokens, opening)
 
     progress = tqdm(total=len(prompts), initial=generated.num_resumed, desc="generating", unit="response")
     advice = _ADVICE + _TOKENS_ADVICE * any(not isinstance(prompt, str) for prompt in prompts)
@@ -46,12 +50,32 @@ def generate_by_server(
                 generated.failures[index] = str(result)
                 progress.set_postfix(failed=len(generated.failures), refresh=False)
                 continue
-            text, is_unfinished = result.text or "", result.is_truncated
-            flags = {"is_unfinished": is_unfinished, "is_redacted": result.is_redacted}
-            journal.append([{"index": index, "output": text} | flags])
-            generated.responses[index] = text
-            generated.num_redacted += result.is_redacted
-            if is_unfinished:
-                generated.unfinished.add(index)
+            answer, output, reasoning = result
+            line = {"index": index, "output": output, "is_unfinished": answer.is_truncated}
+            line |= {"is_redacted": answer.is_redacted} | ({} if reasoning is None else {"reasoning": reasoning})
+            journal.append([line])
+            generated.add(line)
             progress.update()
+    if generated.reasoning:
+        # The server's template may begin the thoughts, so that only their end tells them from an answer.
+        for index in generated.unfinished - generated.reasoning.keys():
+            generated.failures[index] = _describe_unfinished(sampling.max_new_tokens)
+            del generated.responses[index]
+        generated.unfinished -= generated.failures.keys()
     return generated
+
+
+def read_response(answer: Answer, max_new_tokens: int, opening: str = "") -> tuple[str, str | None]:
+    """Return the final answer, and the model's thoughts before it or None; raise `RequestFailed` without an answer."""
+    split = split_reasoning(opening + (answer.text or ""))
+    reasoning = "\n\n".join(filter(None, (answer.reasoning, split.reasoning))) or None
+    if split.problem is None and (split.output.strip() or reasoning is None):
+        return split.output, reasoning
+    problem = split.problem or "the model reasons and gives no answer"
+    if answer.is_truncated:
+        problem = _describe_unfinished(max_new_tokens)
+    raise RequestFailed(INCOMPLETE, problem, answer.text or "")
+
+
+def _describe_unfinished(max_new_tokens: int) -> str:
+    return f"stopped at {max_new_tokens} tokens, before the final answer; set a larger --max_new_tokens"
