@@ -7,6 +7,7 @@ the token that ends the assistant's turn; `real.manifest` says for each family w
 import datetime
 import json
 import re
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -264,3 +265,12 @@ def test_the_manifest_agrees_with_the_published_cases() -> None:
         family = families[_CASES[case["family"]]]
         assert family.end_of_turn == case["end_of_turn"]
         assert (family.opening + family.response).endswith(case["turn"].replace("|ANSWER|", "ANSWER"))
+
+
+def test_the_page_of_chat_formats_is_up_to_date() -> None:
+    script = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "chat_formats.py"))
+    page = script["PAGE"].read_text("utf-8")
+    try:
+        assert script["update_tables"](page) == page
+    except UnavailableError as error:
+        pytest.skip(str(error))
