@@ -1,6 +1,7 @@
 """Generation by a local model: its greedy answers, in AlpacaEval's format, and resuming."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,10 +11,18 @@ from typing import Any
 import pytest
 import torch
 from tiny import make_model, make_tokenizer, save_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MambaConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+)
 
 import cutlm.generation.local as generation
 from cutlm.cli import main
+from cutlm.generation import progress
 from cutlm.prompting.encoding import Encoder
 
 PROMPTS: list[dict[str, Any]] = [
@@ -125,6 +134,12 @@ def test_greedy_ignores_the_generation_config_of_the_model(tmp_path: Path, model
     loaded = AutoModelForCausalLM.from_pretrained(model)
     loaded.generation_config.repetition_penalty = 5.0
     loaded.generation_config.no_repeat_ngram_size = 2
+    loaded.generation_config.suppress_tokens = list(range(20, 300))
+    loaded.generation_config.begin_suppress_tokens = list(range(300, 400))
+    loaded.generation_config.forced_eos_token_id = 5
+    loaded.generation_config.max_length = 3
+    loaded.generation_config.num_return_sequences = 2
+    loaded.generation_config.num_beams = 2
     loaded.save_pretrained(other)
     AutoTokenizer.from_pretrained(model).save_pretrained(other)
     assert main(_options(model, prompts, tmp_path / "a.json")) == 0
@@ -290,3 +305,89 @@ def test_a_judgment_is_part_of_the_prompt_as_in_training(tmp_path, prompts):
 def test_an_empty_judgment_is_refused(model, prompts, tmp_path, capsys):
     assert main(_options(model, prompts, tmp_path / "out.json", "--judgment", " ")) == 2
     assert "--judgment: expected text" in capsys.readouterr().err
+
+
+# ---- Padding ----
+
+
+def test_a_padding_token_without_an_embedding_is_not_used(tmp_path, prompts, model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    assert main(_options(tmp_path / "tiny", prompts, tmp_path / "a.json")) == 0
+    assert main(_options(model, prompts, tmp_path / "b.json")) == 0
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+SIZES = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = LlamaConfig(**SIZES, intermediate_size=64, num_attention_heads=4, initializer_range=0.2)
+RWKV = RwkvConfig(**SIZES, attention_hidden_size=32)
+GRIFFIN = RecurrentGemmaConfig(
+    **SIZES | {"num_hidden_layers": 3}, num_attention_heads=2, lru_width=32, head_dim=16, initializer_range=0.2
+)
+MAMBA = MambaConfig(**SIZES, state_size=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "expected"),
+    [
+        (LLAMA, "float32", True),
+        (LLAMA, "bfloat16", True),
+        (MAMBA, "float32", True),
+        (RWKV, "float32", False),
+        (RWKV, "bfloat16", False),
+        (GRIFFIN, "float32", False),
+    ],
+)
+def test_a_model_that_padding_misleads_is_found(config: Any, dtype: str, expected: bool) -> None:
+    torch.manual_seed(0)
+    loaded = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    own = loaded.generation_config
+    prompts = [[(number * 7 + 3) % 600 for number in range(length)] for length in (40, 9)]
+    assert generation.supports_padding(loaded, prompts) is expected
+    assert loaded.generation_config is own
+
+
+def test_a_model_that_padding_misleads_answers_one_prompt_at_a_time(
+    tmp_path: Path, prompts: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    folder = tmp_path / "tiny"
+    AutoModelForCausalLM.from_config(RWKV).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    assert main(_options(folder, prompts, tmp_path / "a.json", "--batch_size", "4")) == 0
+    assert "RwkvForCausalLM generates responses one at a time" in caplog.text
+    assert main(_options(folder, prompts, tmp_path / "b.json", "--batch_size", "1")) == 0
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+# ---- Progress ----
+
+
+def test_the_bar_moves_within_a_batch(
+    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[float] = []
+    update = progress.tqdm.update
+
+    def watch(self: Any, n: float = 1) -> Any:
+        if self.desc.startswith("generating"):  # not a bar of transformers
+            shown.append(self.n)
+        return update(self, n)
+
+    monkeypatch.setattr(progress.tqdm, "update", watch)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_UPDATES", 0)
+    assert main(_options(model, prompts, tmp_path / "out.json", "--batch_size", "7")) == 0
+    assert len(set(shown)) > 10, "at each layer of the prompts and at each token"
+    assert shown == sorted(shown)
+    assert shown[-1] == 7
+
+
+def test_no_bar_is_shown_if_tqdm_is_disabled(model: Path, prompts: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    options = _options(model, prompts, tmp_path / "out.json")
+    result = subprocess.run(
+        [sys.executable, "-m", "cutlm", *options], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "generating" not in result.stderr

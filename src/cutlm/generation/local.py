@@ -298,12 +298,15 @@ class AnswerReader:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode an answer with the special tokens that delimit thoughts and channels, and without others."""
+        return self._encoder.remove_template_space(self._decode(ids))
+
+    def _decode(self, ids: Sequence[int]) -> str:
         kept = [token_id for token_id in ids if token_id not in self._skipped_ids]
         return str(self._tokenizer.decode(kept, skip_special_tokens=False))
 
     def find_open_thoughts(self, prompt: Sequence[int]) -> str:
         """Return the text with which a prompt begins the model's thoughts, or "" if it does not."""
-        return find_open_thoughts(self.decode(prompt[-NUM_TAIL_TOKENS:]))
+        return find_open_thoughts(self._decode(prompt[-NUM_TAIL_TOKENS:]))
 
     def read(self, prompt: Sequence[int], ids: Sequence[int], max_new_tokens: int) -> Answer:
         """Read the tokens generated after a prompt, up to the first end token."""
@@ -348,8 +351,10 @@ def supports_padding(model: Any, prompts: Sequence[list[int]]) -> bool:
             raise
         reason = f"{type(error).__name__}: {error}"
     else:
-        tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.05
-        if ((together - alone).norm(dim=-1) <= tolerance * alone.norm(dim=-1)).all():
+        # Of the padded rows. Right models differ by up to 5e-6 in float32 and by 0.02 in bfloat16, wrong ones by 0.06
+        # or more. The median, because rounding may choose another expert for a token.
+        differences = ((together - alone).norm(dim=-1) / alone.norm(dim=-1))[:-1]
+        if differences.median() <= (1e-3 if language_model.dtype == torch.float32 else 0.05):
             return True
         reason = "its logits for padded prompts differ from those for the prompts alone"
     logger.warning("%s generates responses one at a time: %s", type(language_model).__name__, reason)

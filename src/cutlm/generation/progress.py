@@ -61,11 +61,11 @@ class Progress:
             max_new_tokens: The largest number of tokens per response.
             end_ids: The tokens that end a response.
         """
-        layers = find_layers(language_model)
+        layers = [] if self._bar.disable else find_layers(language_model)
         batch = _Batch(num_rows, width, max_new_tokens, end_ids, max(1, len(layers)))
 
-        def show(is_last: bool = False) -> None:
-            if self._bar.disable or not (is_last or time.perf_counter() - batch.shown >= _SECONDS_BETWEEN_UPDATES):
+        def show() -> None:
+            if self._bar.disable or time.perf_counter() - batch.shown < _SECONDS_BETWEEN_UPDATES:
                 return
             batch.shown = time.perf_counter()
             num_tokens = self._num_tokens + batch.count_tokens()
@@ -84,7 +84,7 @@ class Progress:
         self._num_done += num_new
         self._num_tokens += batch.count_tokens()
         self._bar.n = self._num_done
-        show(is_last=True)
+        self._bar.update(0)
 
 
 class _Batch(StoppingCriteria):

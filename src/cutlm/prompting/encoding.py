@@ -150,6 +150,12 @@ class Encoder:
             ids = [*self._tokenize_continuation(text), self.end_of_turn_id]
         return ids
 
+    def remove_template_space(self, answer: str) -> str:
+        """Remove the white space that the template writes before and after an answer from a generated one."""
+        if self._opening.isspace():
+            answer = answer.removeprefix(self._opening)
+        return answer.removesuffix(self._closing)
+
     def count_template_tokens(self, response_ids: Sequence[int]) -> int:
         """Count the tokens at the start of a response that the template writes: a channel, an empty block of thoughts.
 
