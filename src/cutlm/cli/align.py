@@ -7,7 +7,7 @@ data, and
   num_instructions  new ones per iteration (default 1000)    output_dir        a folder for everything
   generate          options for cutlm generate, such as "--temperature 1 --num_samples 4 --base_url URL"
   judge             a kind of judge and options for cutlm judge, such as "rules --rules package.module:function"
-  max_failure_rate  largest tolerated share of responses without a judgment, and of instructions that a server does not
+  max_failure_rate  largest tolerated share of responses without a judgment, and of instructions without an
                     answer (default 0.02)
   eval_instructions held-out instructions; every model's answers to them are judged by eval_judge (default: judge)
   eval_command      a shell command; {model} is the model, {out} a JSON file of metrics that it writes
