@@ -103,7 +103,7 @@ class _Batch(StoppingCriteria):
         self._num_layer_calls += 1
         self.show()
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         if not self._num_steps:
             names = ("_end_ids", "_is_finished", "_num_tokens")
             for name in names:
