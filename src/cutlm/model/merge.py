@@ -1,25 +1,37 @@
 """Merge a LoRA adapter into its base model, and verify and save the result."""
 
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from cutlm.data.files import sync_directory, sync_tree
 from cutlm.errors import UserError
 from cutlm.model.generation_config import find_end_of_turn_id, stopping_at
 from cutlm.model.loading import find_base_model, load_adapter, load_model, load_own_tokenizer, read_stored_dtypes
+from cutlm.model.saving import (
+    choose_probe_ids,
+    compute_logits,
+    read_probe,
+    repair_generation_config,
+    select_logprobs,
+)
+
+logger = logging.getLogger(__name__)
 
 # Largest expected change of a logit, relative to the largest logit. Rounding a merged weight to bfloat16 costs up to
 # 2^-9 of it, at every layer.
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# The same for log-probabilities that were recorded in training, which may have run on other hardware.
+_RECORDED_TOLERANCES = {"float32": 1e-2, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,11 @@ class Merge:
 
     base: str  # the base model
     dtype: torch.dtype  # of the merged weights and of the base model
-    difference: float  # largest change of a logit by merging, relative to the largest logit
+    # Largest change of a log-probability from the trained model, relative to the largest log-probability; without its
+    # record, largest change of a logit from the reloaded adapter, relative to the largest logit.
+    difference: float
+    is_recorded: bool  # whether the trained model's log-probabilities were saved with the adapter
+    quantization: str | None  # of the base model in training, which the merged one does not have, such as "4-bit"
     has_template: bool  # whether the tokenizer has the training template as its chat template
 
 
@@ -43,7 +59,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | None = No
 
     Raises:
         UserError: Adapter or base model are missing, do not fit each other or are non-finite, the output folder is not
-            empty, or logits change by more than rounding explains.
+            empty, or the saved model's outputs differ from those of the trained one by more than rounding explains.
 
     Example:
 
@@ -55,32 +71,47 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | None = No
     if out.exists() and Path(base).exists() and out.samefile(base):
         raise UserError(f"{out}: this is the base model of {adapter}; choose another folder")
     _check_out(out, overwrite)
+    probe = read_probe(adapter)
     base_model = load_model(base)
     dtype, dtypes = base_model.dtype, dict[str, torch.dtype]()
     if dtype == torch.float32:  # perhaps only to compute in
         dtype, dtypes = read_stored_dtypes(base)
     model: Any = load_adapter(base_model, adapter).eval()
     tokenizer = load_own_tokenizer(adapter, base)
-    vocab_size = base_model.config.get_text_config().vocab_size
-    ids = torch.randint(vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
-    before = _compute_logits(model, ids)
+    ids = choose_probe_ids(base_model) if probe is None else torch.tensor([probe.token_ids])
+    reloaded = compute_logits(model, ids).float()
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # PEFT: non-finite values
         raise UserError(f"{adapter}: cannot merge it ({error})") from error
-    computed = {name: weight.dtype for name, weight in _list_weights(merged)}
-    _cast_weights(merged, dtypes)  # rounds them as they will be saved
-    _cast_weights(merged, computed)
-    difference = ((_compute_logits(merged, ids) - before).abs().max() / before.abs().max().clamp_min(1e-6)).item()
-    tolerance = _TOLERANCES.get(dtype, 1e-1)
-    if not difference <= tolerance:
-        raise UserError(
-            f"{adapter}: merging changed the logits by {difference:.2g} of the largest, expected at most {tolerance} in"
-            f" {dtype}; nothing was saved"
-        )
-    _cast_weights(merged, dtypes)
-    _save(merged, tokenizer, out)
-    return Merge(base, dtype, difference, bool(tokenizer.chat_template))
+    for name, weight in chain(merged.named_parameters(), merged.named_buffers()):
+        weight.data = weight.data.to(dtypes.get(name, weight.dtype))  # other buffers, as RoPE's, are not saved
+    for field in repair_generation_config(merged):
+        logger.warning("generation_config: %s is not valid, and left out of the merged model", field)
+    with _saving(merged, tokenizer, out) as folder:
+        del base_model, model, merged  # the memory is needed to load the saved model
+        logits = compute_logits(load_model(folder), ids).float()
+        is_recorded, quantization = probe is not None, probe.quantization if probe is not None else None
+        change = ((logits - reloaded).abs().max() / reloaded.abs().max().clamp_min(1e-6)).item()
+        tolerance = _TOLERANCES.get(dtype, 1e-1)
+        if not change <= tolerance:
+            raise UserError(
+                f"{adapter}: merging changed the logits by {change:.2g} of the largest, expected at most {tolerance} in"
+                f" {dtype}; nothing was saved"
+            )
+        difference = change
+        if probe is not None:
+            recorded = torch.tensor(probe.logprobs)
+            difference = ((select_logprobs(logits, ids) - recorded).abs().max() / recorded.abs().max()).item()
+            tolerance = max(_RECORDED_TOLERANCES.get(name, 1e-1) for name in (str(dtype)[6:], probe.dtype))
+            if quantization is None and not difference <= tolerance:
+                raise UserError(
+                    f"{adapter}: the log-probabilities of the merged model differ from those of the trained one by"
+                    f" {difference:.2g} of the largest, expected at most {tolerance} in {dtype}; nothing was saved. Is"
+                    f" {base} the base model of the training, unchanged? An adapter that was initialized by"
+                    " pissa_niter is only complete in the output_dir of a finished run, not in its checkpoints"
+                )
+    return Merge(base, dtype, difference, is_recorded, quantization, bool(tokenizer.chat_template))
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -93,23 +124,9 @@ def _check_out(out: Path, overwrite: bool) -> None:
             raise UserError(f"{out}: not a model folder, so --overwrite does not replace it; choose another folder")
 
 
-def _list_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return chain(model.named_parameters(), model.named_buffers())
-
-
-def _cast_weights(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Cast the named weights and buffers in place; others, such as RoPE's frequencies, are not saved."""
-    for name, weight in _list_weights(model):
-        weight.data = weight.data.to(dtypes.get(name, weight.dtype))
-
-
-@torch.no_grad()
-def _compute_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits.float()
-
-
-def _save(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Save into a temporary folder next to `out`, then renames it."""
+@contextmanager
+def _saving(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -> Iterator[Path]:
+    """Save into a temporary folder next to `out`, and rename it at the end of the context."""
     saving = out.with_name(f".{out.name}.saving")
     shutil.rmtree(saving, ignore_errors=True)
     saving.mkdir(parents=True)
@@ -117,6 +134,8 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
         with stopping_at(model, tokenizer.eos_token_id, find_end_of_turn_id(tokenizer)):
             model.save_pretrained(saving)
         tokenizer.save_pretrained(saving)
+        del model
+        yield saving
         sync_tree(saving)
     except BaseException:
         shutil.rmtree(saving, ignore_errors=True)  # frees the disk, which may be full

@@ -18,19 +18,35 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerState
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from cutlm.data.files import open_atomic, sync_directory, sync_tree
 from cutlm.errors import ConfigError, NonFiniteError, UserError
+from cutlm.model.forward import run_inside
 from cutlm.model.generation_config import stopping_at
 from cutlm.model.loading import unwrap_peft
+from cutlm.model.saving import (
+    PROBE_FILE,
+    choose_probe_ids,
+    compute_logits,
+    convert_to_plain_lora,
+    make_probe,
+    repair_generation_config,
+    write_probe,
+)
 from cutlm.training.config import Settings
 
 logger = logging.getLogger(__name__)
+
+# What transformers, PEFT and tokenizers raise for what they cannot save. Errors of the disk are reported as such.
+_SAVING_ERRORS = (ValueError, TypeError, AttributeError, RuntimeError, LookupError, StrictDataclassError)
 
 # Token scores of the frozen detector, and what they depend on with their SHA-256.
 SCORES_FILE = "token_scores.jsonl"
@@ -82,7 +98,9 @@ TRAINER_OVERRIDES = {
 class CheckpointingTrainer(Trainer):
     """A `Trainer` that stops before a bad optimizer step, saves when asked to stop, and saves atomically."""
 
-    _stop_requested = _is_stopping = False
+    # The first weights of an adapter that were subtracted from its base model.
+    initial_adapter: Mapping[str, Tensor] | None = None
+    _stop_requested = _is_stopping = _has_tried_saving = False
     _staging: str | None = None
     _num_done = _num_in_step = 0  # tokens of the optimizer step
     _step_start = _last_shown = 0.0
@@ -191,17 +209,85 @@ class CheckpointingTrainer(Trainer):
         """Save the adapter or model so that a kill leaves either the previous files or the new ones."""
         if _internal_call:  # part of a checkpoint, which is renamed as a whole
             super().save_model(output_dir, _internal_call)
+            self._save_probe(str(output_dir))
             return
         target = output_dir or self.args.output_dir
         assert target is not None
         with _staged(target, self.args.should_save, self.accelerator.wait_for_everyone) as staging:
             super().save_model(staging, _internal_call=True)
+            self._save_probe(staging)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                if self.initial_adapter:
+                    convert_to_plain_lora(staging, self.initial_adapter)
                 publish_files(staging, target)
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def try_saving(self) -> None:
+        """Save everything but the weights of a full model to a temporary folder, so that errors come before training.
+
+        Raises:
+            UserError: Something cannot be saved, or the disk is too full.
+        """
+        if self._has_tried_saving:
+            return
+        self._has_tried_saving = True
+        model: Any = self.accelerator.unwrap_model(self.model)
+        is_adapter = hasattr(model, "peft_config")
+        for name in repair_generation_config(unwrap_peft(model)):
+            logger.warning("generation_config: %s is not valid, and left out of the saved model", name)
+        with _staged(self.args.output_dir, self.args.should_save, self.accelerator.wait_for_everyone) as staging:
+            # Other processes save with this one only if the model is sharded, where weights have to be gathered.
+            if not self.args.should_save or not isinstance(model, PreTrainedModel | PeftModel):
+                return
+            num_bytes = sum(
+                w.numel() * w.element_size() for w in model.parameters() if w.requires_grad or not is_adapter
+            )
+            if num_bytes > (free := shutil.disk_usage(staging).free):
+                raise UserError(
+                    f"output_dir: {self.args.output_dir} has {free / 1e9:.1f} GB free, expected at least"
+                    f" {num_bytes / 1e9:.1f} GB for the weights; free disk space, or name another folder"
+                )
+            try:
+                if self.is_deepspeed_enabled:
+                    pass  # its parameters may be spread over processes
+                elif is_adapter:
+                    model.save_pretrained(staging)
+                else:
+                    remove_tied_weights_from_state_dict(model.state_dict(), model)  # raises if others are shared
+                    model.save_pretrained(staging, state_dict={})
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(staging)
+            except _SAVING_ERRORS as error:
+                text = " ".join(str(error).split())
+                raise UserError(
+                    f"the trained model could not be saved ({type(error).__name__}: {text}); nothing was trained."
+                    " Correct the files of the base model"
+                ) from error
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, after trying whether the model can be saved."""
+        self.try_saving()
+        return super().train(*args, **kwargs)
+
+    def _save_probe(self, folder: str) -> None:
+        """Save log-probabilities of the trained model next to an adapter, for the check of `cutlm merge`."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if not hasattr(model, "peft_config"):
+            return
+        ids = choose_probe_ids(unwrap_peft(model))
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                # The model inside, without the autocast of mixed precision around it.
+                logits = run_inside(self.model_wrapped, model, lambda module: compute_logits(unwrap_peft(module), ids))
+        finally:
+            model.train(was_training)
+        if self.args.should_save:
+            write_probe(folder, make_probe(unwrap_peft(model), logits, ids))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         language_model = unwrap_peft(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
@@ -330,7 +416,13 @@ def clear_output_dir(output_dir: str) -> None:
     """Remove the checkpoints and the model of an earlier run, and nothing else."""
     # An old checkpoint would be newer than the first ones of this run, and an old model would be taken for its result.
     folder = Path(output_dir)
-    for name in (*_MARKERS, "adapter_model.safetensors", "model.safetensors.index.json", TRAINER_STATE_NAME):
+    for name in (
+        *_MARKERS,
+        PROBE_FILE,
+        "adapter_model.safetensors",
+        "model.safetensors.index.json",
+        TRAINER_STATE_NAME,
+    ):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("model*.safetensors"):
         path.unlink()

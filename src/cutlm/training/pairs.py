@@ -19,6 +19,7 @@ from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.loading import check_lora_targets
+from cutlm.model.saving import changes_base
 from cutlm.prompting.encoding import Encoder
 from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import CUTConfig
@@ -155,6 +156,11 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
             # Saved with the model, so that every tool prompts it as in training.
             processing_class = copy.deepcopy(processing_class)
             processing_class.chat_template = template
+        if changes_base(peft_config):
+            raise ConfigError(
+                f"init_lora_weights: {peft_config.init_lora_weights} changes the base model, which is the reference of"
+                f" {args.objective}; expected true, gaussian or orthogonal"
+            )
         if peft_config is not None:
             check_lora_targets(model, peft_config)
             head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())

@@ -84,6 +84,7 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
         trainer = build_trainer(settings, data, prepare)
     if not len(trainer.get_train_dataloader()):
         raise ConfigError("dataloader_drop_last: the records fill no batch; set a smaller per_device_train_batch_size")
+    trainer.try_saving()
     if is_main:
         if not is_own:
             clear_output_dir(config.output_dir)  # only now, because building the trainer may fail

@@ -33,6 +33,7 @@ from cutlm.model.collator import CutCollator, find_non_finite, split_batch, spli
 from cutlm.model.forward import check_head, choose_layout, choose_tokens_per_pass, run_inside, score_batch
 from cutlm.model.loading import check_lora_targets, compile_layers, load_model, unwrap_peft
 from cutlm.model.logprobs import get_head
+from cutlm.model.saving import changes_base, check_base_change, collect_initial_weights
 from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import CUTConfig
 from cutlm.training.dataset import PreparedData, ScoresFile, describe_replaced_template, prepare_data
@@ -125,7 +126,7 @@ class CUTTrainer(CheckpointingTrainer):
             model = load_model(model, device=args.device)
         if not any(weight.requires_grad for weight in model.parameters()) and peft_config is None:
             raise ConfigError("model: all its weights are frozen; unfreeze some, or pass a peft_config")
-        _check_adapter(model, peft_config)
+        _check_adapter(model, peft_config, args)
         check_head(model)
         prepared: dict[str, PreparedData] = {}
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
@@ -145,6 +146,8 @@ class CUTTrainer(CheckpointingTrainer):
         set_seed(args.seed)  # before the adapter draws its weights
         if peft_config is not None:
             model = _add_adapter(model, peft_config, args)
+            if changes_base(peft_config):
+                self.initial_adapter = collect_initial_weights(model)
         super().__init__(
             model=model,
             args=args,
@@ -426,7 +429,7 @@ def count_batch(batch: Mapping[str, Any], normalization: str, parts: Parts) -> t
 # ---- Adapters and sharding ----
 
 
-def _check_adapter(model: nn.Module, peft_config: "PeftConfig | None") -> None:
+def _check_adapter(model: nn.Module, peft_config: "PeftConfig | None", args: CUTConfig) -> None:
     """Raises:
     ConfigError: The adapter does not fit the model, or works by a forward pass of PEFT's that is not used here.
     """
@@ -435,6 +438,8 @@ def _check_adapter(model: nn.Module, peft_config: "PeftConfig | None") -> None:
             raise ConfigError(
                 "peft_config: expected an adapter inside the model such as LoRA, got prompt learning or activated LoRA"
             )
+        if config is not None and changes_base(config):
+            check_base_change(config, is_new=config is peft_config, is_sharded=args.is_sharded)
     if peft_config is None:
         return
     if hasattr(model, "peft_config"):
