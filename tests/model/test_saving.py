@@ -83,23 +83,15 @@ def test_the_merged_model_is_the_trained_one(settings: dict[str, Any], base: Pat
     [{"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6]}],
     ids=str,
 )
-def test_a_model_with_tied_embeddings_is_merged_rightly_or_not_at_all(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_merged_model_with_tied_embeddings_is_the_trained_one(settings: dict[str, Any], tmp_path: Path) -> None:
     tokenizer = make_tokenizer("bpe")
     make_model(len(tokenizer), tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    try:
-        trainer = make_trainer(tmp_path / "base", tmp_path / "out", **settings)
-    except ConfigError:
-        return
+    trainer = make_trainer(tmp_path / "base", tmp_path / "out", **settings)
     trainer.train()
     trainer.save_model()
     trained = compute_logits(trainer.model)
-    try:
-        merge_adapter(tmp_path / "out", tmp_path / "merged")
-    except UserError as error:
-        print(error)
-        assert not (tmp_path / "merged").exists()
-        return
+    merge_adapter(tmp_path / "out", tmp_path / "merged")
     merged = compute_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     assert (merged - trained).abs().max() < 1e-4 * trained.abs().max()
 

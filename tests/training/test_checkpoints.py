@@ -1,12 +1,20 @@
-"""The private methods of the libraries' trainers that are overridden here, and what they were checked against."""
+"""The private methods of the libraries' trainers that are overridden; trying to save before training."""
 
 import hashlib
 import inspect
+import json
+from pathlib import Path
+from typing import Any
 
+import pytest
 import transformers
 import trl
+from tiny import make_model, make_tokenizer, save_tiny_model
 
+from cutlm.cli import main
+from cutlm.errors import UserError
 from cutlm.training.checkpoints import TRAINER_OVERRIDES, CheckpointingTrainer
+from cutlm.training.config import CUTConfig
 from cutlm.training.pairs import PairTrainer
 from cutlm.training.trainer import CUTTrainer
 
@@ -36,3 +44,74 @@ def test_the_overridden_methods_are_those_that_were_checked() -> None:
         f"transformers {transformers.__version__}, trl {trl.__version__} changed these methods: {sorted(changed)}; read"
         f" their source, adapt the overrides, then update TRAINER_OVERRIDES: {changed}"
     )
+
+
+# ---- What can fail at saving fails before training ----
+
+
+def make_base(folder: Path, generation: dict[str, Any] | None = None, **config: Any) -> Path:
+    """Save a tiny model with other files."""
+    save_tiny_model(folder)
+    if not generation:  # old models have these fields in config.json
+        (folder / "generation_config.json").unlink()
+    for name, values in (("generation_config.json", generation), ("config.json", config)):
+        if values:
+            content = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps(content | values))
+    return folder
+
+
+def train_fully(base: Path, out: Path) -> int:
+    data = out.with_name("records.jsonl")
+    data.write_text(json.dumps({"instruction": "Hi.", "output": "Hello.", "judgment": None}) + "\n")
+    options = [f"--model_name_or_path={base}", f"--data={data}", f"--output_dir={out}", "--use_peft=false", "--use_cpu"]
+    return main(["train", *options, "--max_steps=1", "--report_to=none", "--save_strategy=no"])
+
+
+@pytest.mark.parametrize(
+    ("generation", "config"),
+    [
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {}),
+        ({"temperature": 0.6, "top_k": 20, "max_new_tokens": 100}, {}),
+        ({}, {"temperature": 0.6, "do_sample": True}),
+        ({}, {"top_p": 0.9}),
+    ],
+)
+def test_a_model_with_defaults_for_sampling_is_saved(
+    generation: dict[str, Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    base = make_base(tmp_path / "base", generation, **config)
+    assert train_fully(base, tmp_path / "out") == 0
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    expected = generation | config | {"do_sample": True}
+    assert {name: saved.get(name) for name in expected} == expected
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_weights_that_share_memory_are_refused_before_training(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("bpe")
+    model = make_model(len(tokenizer))
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    trainer = CUTTrainer(
+        model=model,
+        args=CUTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", max_steps=1),
+        train_dataset=[{"instruction": "Hi.", "output": "Hello.", "judgment": None}],
+        processing_class=tokenizer,
+    )
+    with pytest.raises(UserError, match="nothing was trained"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("no vocabulary file")
+
+    base = save_tiny_model(tmp_path / "base")
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", refuse)
+    assert train_fully(base, tmp_path / "out") == 2
+    assert "no vocabulary file" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())

@@ -247,8 +247,8 @@ class CheckpointingTrainer(Trainer):
             )
             if num_bytes > (free := shutil.disk_usage(staging).free):
                 raise UserError(
-                    f"output_dir: {self.args.output_dir} has {free / 1e9:.1f} GB free, expected at least"
-                    f" {num_bytes / 1e9:.1f} GB for the weights; free disk space, or name another folder"
+                    f"output_dir: {self.args.output_dir} has {free / 1e6:,.1f} MB free, expected at least"
+                    f" {num_bytes / 1e6:,.1f} MB for the weights; free disk space, or name another folder"
                 )
             try:
                 if self.is_deepspeed_enabled:
