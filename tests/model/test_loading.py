@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import make_model, make_tokenizer
+from tiny import make_model, make_tokenizer, save_tiny_model
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, Llama4TextConfig
 from transformers import LlamaForSequenceClassification as Classifier
 from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM
@@ -204,3 +204,41 @@ def test_unknown_device_is_refused_before_the_model_is_loaded(tmp_path: Path) ->
     for device in ("xpu:7", "nonsense"):
         with pytest.raises(UserError, match=f"--device {device}: not available"):
             load_trained(tmp_path / "missing", device=device)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("config.json", "model_type", ["llama"]),
+        ("config.json", "model_type", {}),
+        ("config.json", "quantization_config", "4-bit"),
+        ("config.json", "dtype", "floaty"),
+        ("config.json", "text_config", "x"),
+        ("tokenizer_config.json", "tokenizer_class", ["x"]),
+        ("tokenizer_config.json", "eos_token", 5),
+        ("tokenizer_config.json", "auto_map", "x"),
+        ("generation_config.json", "watermarking_config", "x"),
+    ],
+)
+def test_a_value_of_the_wrong_type_in_a_model_folder_is_a_user_error(
+    name: str, field: str, value: object, tmp_path: Path
+) -> None:
+    save_tiny_model(tmp_path)
+    content = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps(content | {field: value}))
+    load = load_tokenizer if name == "tokenizer_config.json" else load_model
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "content", ["version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "<!doctype html>"]
+)
+def test_a_file_of_which_only_a_pointer_or_a_web_page_was_downloaded_is_named(
+    name: str, content: str, tmp_path: Path
+) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}: expected a file of a model, got a (Git LFS pointer|web page)"):
+        load_model(tmp_path)

@@ -43,7 +43,11 @@ _USER_ERRNOS = {
     *(errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS),
 }
 # How safetensors, datasets and torch report a full disk, each with a different exception.
-_DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing file")
+_DISK_FULL = (
+    "No space left on device",
+    "PytorchStreamWriter failed writing file",
+    "enforce fail at inline_container.cc",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,7 +5,14 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTERS = (
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a Git LFS pointer instead of the file itself; run git lfs pull in its folder, or download it again",
+    ),
+    (b"/annex/objects/", "a git-annex pointer instead of the file itself; run git annex get on it"),
+)
+_WEB_PAGE = (b"<!doctype html", b"<html", b"<head", b"<body")
 _DATASETS = """run: python -c "from datasets import Dataset; Dataset.{}('FILE').to_json('NEW.jsonl')\""""
 _PARQUET = _DATASETS.format("from_parquet")
 CSV = f"a table in CSV; {_DATASETS.format('from_csv')}"
@@ -14,12 +21,6 @@ _EXPORT = "export the rows as JSON Lines"
 _NO_TEXT = "a file of records has text, one JSON object per line"
 # How files begin that are no text of ours, what they are, and what to do.
 _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
-    (
-        LFS_POINTER,
-        "a Git LFS pointer instead of the file itself",
-        "run git lfs pull in its folder, or download it again",
-    ),
-    (b"/annex/objects/", "a git-annex pointer instead of the file itself", "run git annex get on it"),
     (b"PAR1", "a Parquet file", _PARQUET),
     (b"ARROW1", "an Arrow file", _DATASETS.format("from_file")),
     (b"\xff\xff\xff\xff", "an Arrow stream", _DATASETS.format("from_file")),
@@ -56,6 +57,16 @@ _OTHER_NAMES = {
 }
 
 
+def describe_stand_in(content: bytes) -> str | None:
+    """Say what a file holds instead of its real content, if a download left a pointer or a web page."""
+    for beginning, description in _POINTERS:
+        if content.startswith(beginning):
+            return description
+    if content[:_NUM_BYTES_EXAMINED].lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_WEB_PAGE):
+        return "a web page, perhaps one that asks to log in or reports an error; download the file itself"
+    return None
+
+
 def describe_file_format(content: bytes) -> str | None:
     """Say what a file is that cannot be a file of records, and what to do; None if it may be one.
 
@@ -67,6 +78,8 @@ def describe_file_format(content: bytes) -> str | None:
         >>> describe_file_format(b"PAR1...")
         'a Parquet file; run: ...'
     """
+    if stand_in := describe_stand_in(content):
+        return stand_in
     for beginning, name, advice in _BEGINNINGS:
         if content.startswith(beginning):
             return f"{name}; {advice}"
@@ -80,8 +93,6 @@ def describe_file_format(content: bytes) -> str | None:
     if len(head) > 1 and (encoding := _guess_encoding_without_mark(head)):
         return f"{encoding[:6]} text; {_ICONV.format(encoding)}"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
-        return "a web page, perhaps one that asks to log in or reports an error; download the file itself"
     if text.startswith((b"<?xml", b"<!doctype")):
         return f"an XML file; {_EXPORT}"
     return None

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from cutlm.data.formats import describe_stand_in
 from cutlm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ _ADAPTER_CONFIG = "adapter_config.json"
 # A layer is compiled again for one row or several, with or without mask, dropout, gradients and gradients of its input.
 # After 8 versions, torch's default, it would run uncompiled.
 _MAX_COMPILED_VERSIONS = 32
+# What transformers raises for a JSON value of another type than it expects, such as a list as `model_type`.
+_TYPE_ERRORS = (TypeError, AttributeError)
 # Exceptions that the libraries raise for missing, damaged or unknown files.
 _FILE_ERRORS = (
     OSError,  # transformers and huggingface_hub: a missing file, a config that is not JSON, no network
@@ -52,6 +55,7 @@ _FILE_ERRORS = (
     RuntimeError,  # torch: sizes in config.json that do not fit each other; a damaged .bin file
     EOFError,  # torch: an empty .bin file
     pickle.UnpicklingError,  # torch: a .bin file with other content
+    *_TYPE_ERRORS,
 )
 
 
@@ -66,7 +70,13 @@ def _reading_files(path: str | Path, kind: str) -> Iterator[None]:
         # The tokenizers library raises plain `Exception` for a damaged tokenizer.json.
         if isinstance(error, UserError) or not (isinstance(error, _FILE_ERRORS) or type(error) is Exception):
             raise
-        raise UserError(f"{path}: cannot load a {kind} from it ({_first_line(error)})") from error
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{path}: its {kind} needs Python code that comes with it, which cutlm never runs; expected a kind that"
+                " transformers knows"
+            ) from error
+        reason = f"{'a JSON value of the wrong type: ' * isinstance(error, _TYPE_ERRORS)}{_first_line(error)}"
+        raise UserError(f"{path}: cannot load a {kind} from it ({reason})") from error
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -78,6 +88,8 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     # text after a special token, otherwise.
     if getattr(tokenizer, "legacy", None) is not None:
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    # It would be saved with the tokenizer, and other tools would ask to run code that is not saved.
+    tokenizer.init_kwargs.pop("auto_map", None)
     return tokenizer
 
 
@@ -203,6 +215,8 @@ def load_model(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **source, **kwargs
         )
     model, info = loaded
+    if hasattr(model.config, "auto_map"):  # likewise
+        del model.config.auto_map
     missing = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if missing:
         # transformers would initialize them at random.
@@ -234,9 +248,20 @@ def _check_path(path: str | Path) -> None:
     is_hub_name = not folder.is_absolute() and str(path).count("/") <= 1 and not str(path).startswith(".")
     if not folder.exists() and not is_hub_name:
         raise UserError(f"{path}: no such folder; pass a model folder or a name on the hub such as owner/name")
+    _refuse_stand_ins(folder)
     for file in (folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
         if file.is_file() and not file.read_bytes().lstrip().startswith(b"{"):
             raise UserError(f"{file}: expected a JSON object; restore the file")
+
+
+def _refuse_stand_ins(folder: Path) -> None:
+    """Raises a `UserError` for files of which only a Git LFS pointer or a web page was downloaded."""
+    for pattern in ("*.safetensors", "*.json", "*.bin", "*.model"):
+        for path in sorted(folder.glob(pattern)):
+            with path.open("rb") as file:
+                stand_in = describe_stand_in(file.read(1000))
+            if stand_in:
+                raise UserError(f"{path}: expected a file of a model, got {stand_in}")
 
 
 def _first_line(error: Exception) -> str:
@@ -339,6 +364,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> nn.Module:
     file = Path(path) / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(f"{file}: no such file next to {_ADAPTER_CONFIG}; restore it or train again")
+    _refuse_stand_ins(Path(path))
     try:
         with safe_open(file, "pt") as weights:
             stored = set(weights.keys())
