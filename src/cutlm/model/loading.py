@@ -41,8 +41,19 @@ _ADAPTER_CONFIG = "adapter_config.json"
 # A layer is compiled again for one row or several, with or without mask, dropout, gradients and gradients of its input.
 # After 8 versions, torch's default, it would run uncompiled.
 _MAX_COMPILED_VERSIONS = 32
-# What transformers raises for a JSON value of another type than it expects, such as a list as `model_type`.
-_TYPE_ERRORS = (TypeError, AttributeError)
+# Fields whose type transformers takes for granted, so that another one ends in a TypeError.
+_FIELD_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
+    "config.json": {
+        **dict.fromkeys(("model_type", "dtype", "torch_dtype"), (str,)),
+        **dict.fromkeys(("quantization_config", "text_config", "auto_map", "id2label"), (dict,)),
+    },
+    "tokenizer_config.json": {
+        "tokenizer_class": (str,),
+        "auto_map": (dict, list),
+        "added_tokens_decoder": (dict,),
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), (str, dict)),
+    },
+}
 # Exceptions that the libraries raise for missing, damaged or unknown files.
 _FILE_ERRORS = (
     OSError,  # transformers and huggingface_hub: a missing file, a config that is not JSON, no network
@@ -55,7 +66,6 @@ _FILE_ERRORS = (
     RuntimeError,  # torch: sizes in config.json that do not fit each other; a damaged .bin file
     EOFError,  # torch: an empty .bin file
     pickle.UnpicklingError,  # torch: a .bin file with other content
-    *_TYPE_ERRORS,
 )
 
 
@@ -75,8 +85,7 @@ def _reading_files(path: str | Path, kind: str) -> Iterator[None]:
                 f"{path}: its {kind} needs Python code that comes with it, which cutlm never runs; expected a kind that"
                 " transformers knows"
             ) from error
-        reason = f"{'a JSON value of the wrong type: ' * isinstance(error, _TYPE_ERRORS)}{_first_line(error)}"
-        raise UserError(f"{path}: cannot load a {kind} from it ({reason})") from error
+        raise UserError(f"{path}: cannot load a {kind} from it ({_first_line(error)})") from error
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -252,6 +261,21 @@ def _check_path(path: str | Path) -> None:
     for file in (folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
         if file.is_file() and not file.read_bytes().lstrip().startswith(b"{"):
             raise UserError(f"{file}: expected a JSON object; restore the file")
+    _check_field_types(folder)
+
+
+def _check_field_types(folder: Path) -> None:
+    """Raises a `UserError` for fields of another type than transformers takes for granted."""
+    for name, types in _FIELD_TYPES.items():
+        try:
+            values = json.loads((folder / name).read_text("utf-8"))
+        except (OSError, ValueError):
+            continue  # none, or damaged, which is reported when it is loaded
+        for field, expected in types.items():
+            if values.get(field) is not None and not isinstance(values[field], expected):
+                kinds = " or ".join({str: "text", dict: "an object", list: "a list"}[kind] for kind in expected)
+                got = json.dumps(values[field])[:80]
+                raise UserError(f"{folder / name}: {field}: expected {kinds}, got {got}; restore the file")
 
 
 def _refuse_stand_ins(folder: Path) -> None:

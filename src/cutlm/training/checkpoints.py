@@ -238,7 +238,7 @@ class CheckpointingTrainer(Trainer):
         is_adapter = hasattr(model, "peft_config")
         for name in repair_generation_config(unwrap_peft(model)):
             logger.warning("generation_config: %s is not valid, and left out of the saved model", name)
-        with _staged(self.args.output_dir, self.args.should_save, self.accelerator.wait_for_everyone) as staging:
+        with _staged(str(self.args.output_dir), self.args.should_save, self.accelerator.wait_for_everyone) as staging:
             # Other processes save with this one only if the model is sharded, where weights have to be gathered.
             if not self.args.should_save or not isinstance(model, PreTrainedModel | PeftModel):
                 return
@@ -253,7 +253,7 @@ class CheckpointingTrainer(Trainer):
             try:
                 if self.is_deepspeed_enabled:
                     pass  # its parameters may be spread over processes
-                elif is_adapter:
+                elif isinstance(model, PeftModel):
                     model.save_pretrained(staging)
                 else:
                     remove_tied_weights_from_state_dict(model.state_dict(), model)  # raises if others are shared

@@ -156,10 +156,11 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
             # Saved with the model, so that every tool prompts it as in training.
             processing_class = copy.deepcopy(processing_class)
             processing_class.chat_template = template
-        if changes_base(peft_config):
+        if peft_config is not None and changes_base(peft_config):
+            init = getattr(peft_config, "init_lora_weights", None)
             raise ConfigError(
-                f"init_lora_weights: {peft_config.init_lora_weights} changes the base model, which is the reference of"
-                f" {args.objective}; expected true, gaussian or orthogonal"
+                f"init_lora_weights: {init} changes the base model, which is the reference of {args.objective};"
+                " expected true, gaussian or orthogonal"
             )
         if peft_config is not None:
             check_lora_targets(model, peft_config)
