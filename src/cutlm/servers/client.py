@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -24,7 +25,6 @@ from urllib.request import getproxies, proxy_bypass
 import httpx2  # the HTTP library of openai
 import openai
 
-from cutlm import __version__
 from cutlm.errors import ConfigError, UserError
 from cutlm.servers.cache import BYTES_PER_TOKEN, Budget, BudgetExceeded
 from cutlm.servers.limiter import RateLimiter, Started
@@ -271,7 +271,7 @@ class Client:
             ) from None
         options: Any = {"max_retries": server.max_retries, "timeout": server.timeout, "http_client": http_client}
         self._client = openai.OpenAI(base_url=server.url, api_key=self._key or "none", **options)
-        headers: dict[str, Any] = {"Content-Type": "application/json", "User-Agent": f"cutlm/{__version__}"}
+        headers: dict[str, Any] = {"Content-Type": "application/json", "User-Agent": _name_agent()}
         self._options: Any = {"headers": headers if self._key else headers | {"Authorization": openai.Omit()}}
 
     def request(self, path: str, body: Mapping[str, Any]) -> Any:
@@ -585,6 +585,13 @@ def _sleep(seconds: float) -> None:
 
 def _is_about_one_request(result: Any) -> bool:
     return isinstance(result, Refused) and result.status in _ABOUT_ONE_REQUEST and not result.has_no_credit
+
+
+def _name_agent() -> str:
+    try:
+        return f"cutlm/{version('cutlm')}"
+    except PackageNotFoundError:  # the source is used without being installed
+        return "cutlm"
 
 
 def _choose_path(body: Mapping[str, Any]) -> str:
