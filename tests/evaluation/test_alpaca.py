@@ -279,6 +279,56 @@ def test_an_unread_answer_is_counted_and_requested_again(command, server: ChatSe
     assert read(tmp_path / "out" / "result.json")["num_judged"] == 5
 
 
+# A parser that reads the thoughts finds the other response first in each of them.
+THOUGHTS = (
+    "Hm. [{'model': 'model_1', 'rank': 2}, {'model': 'model_2', 'rank': 1}] or [{'model': 'model_1', 'rank': 1}]?"
+)
+
+
+@pytest.mark.parametrize(
+    "notation",
+    [
+        "<think>{}</think>\n\n{}",
+        "{}</think>{}",
+        "[THINK]{}[/THINK]{}",
+        "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}",
+        "analysis{}assistantfinal{}",
+        "<|channel>thought\n{}<channel|>{}",
+    ],
+)
+def test_verdicts_are_read_after_the_thoughts(command, server: ChatServer, tmp_path: Path, notation: str):
+    server.reply = lambda prompt: notation.replace("{}", THOUGHTS, 1).replace("{}", prefer_longer(prompt), 1)
+    assert main(command) == 0
+    result = read(tmp_path / "out" / "result.json")
+    assert [result[f"num_{name}"] for name in ("wins", "losses", "draws")] == [3, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "finish_reason"),
+    [
+        (f"<think>{THOUGHTS}", "stop"),
+        (f"analysis{THOUGHTS}", "stop"),
+        ("[{'model': 'model_1', 'rank': 1}, {'model': 'model_2', 'rank': 2}]", "length"),
+        ("[{'model': 'model_1', 'rank': 1}, {'model': 'model_2', 'rank': 2}]", "MAX_TOKENS"),
+    ],
+)
+def test_an_answer_that_does_not_end_is_no_verdict(
+    command, server: ChatServer, tmp_path: Path, capsys, answer: str, finish_reason: str
+):
+    def fault(handler, number: int) -> bool:
+        is_one = "Count." in server.requests[number]["messages"][-1]["content"]
+        return is_one and handler.answer(200, make_completion(answer, finish_reason)) is None
+
+    server.fault, server.reply = fault, prefer_longer
+    assert main(command) == 0
+    result = read(tmp_path / "out" / "result.json")
+    assert (result["num_judged"], result["num_without_verdict"]) == (4, 1)
+    assert ("1 answers were truncated" in capsys.readouterr().out) == (finish_reason != "stop")
+    server.fault = None
+    assert main(command) == 0
+    assert len(server.requests) == 4 + 1, "it is not cached"
+
+
 def test_after_failures_only_missing_pairs_are_requested(command, server: ChatServer, tmp_path: Path, capsys):
     server.fault = lambda handler, number: number >= 2 and handler.answer(200, b"{}") is None
     assert main([*command, "--annotator_concurrency", "1"]) == 1

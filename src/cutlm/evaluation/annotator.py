@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from cutlm.errors import UserError
 from cutlm.evaluation.shared import import_alpaca_eval
+from cutlm.prompting.reasoning import split_reasoning
 from cutlm.servers.cache import Budget, Cache
 from cutlm.servers.client import Answer, Client, RequestFailed, Server, describe_commonest
 
@@ -73,10 +74,16 @@ class Annotator:
         return self.is_shuffled and bool(utils.random_seeded_choice(seed=seed, choices=[False, True]))
 
     def read(self, answer: str, pair: Pair) -> float | None:
-        """Return the verdict: 2 if the model's response is better, 1 if the reference is; None if there is none."""
+        """Return the verdict: 2 if the model's response is better, 1 if the reference is; None if there is none.
+
+        The package's parser does not see the thoughts before the answer, which may name either response.
+        """
+        split = split_reasoning(answer)
+        if split.problem is not None:
+            return None
         try:
             with _silence_root_logger():  # the parsers log answers that they cannot read as errors
-                verdict = float(self.parse(answer))
+                verdict = float(self.parse(split.output))
         except _PARSER_ERRORS:
             return None
         if not 1 <= verdict <= 2:
@@ -90,6 +97,7 @@ class Verdicts:
 
     preferences: dict[int, float] = field(default_factory=dict)  # 1 to 2; 2: the model's response is better
     unread: dict[int, str] = field(default_factory=dict)  # answers that are not verdicts
+    truncated: set[int] = field(default_factory=set)  # answers that do not end, and so are no verdicts either
     failures: dict[int, str] = field(default_factory=dict)  # why there is no answer
     num_cached: int = 0  # verdicts that were in the cache
     num_requests: int = 0  # of this run
@@ -105,6 +113,10 @@ class Verdicts:
         if self.unread:
             example = min(self.unread.items())[1]
             lines.append(f"{len(self.unread)} answers are not verdicts, such as {example[:200]!r}")
+        if self.truncated:
+            advice = """set a larger one by --annotator_extra_body '{"max_tokens": 4096}'"""
+            what = "answers were truncated at the maximum number of tokens and are not verdicts"
+            lines.append(f"{len(self.truncated)} {what}; {advice}")
         if self.failures:
             lines.append(f"{len(self.failures)} pairs have no answer, {describe_commonest(self.failures.values())}")
         return lines
@@ -205,8 +217,8 @@ def _read_template(name: str, file: Any, folders: Sequence[Path]) -> str:
 def ask_verdicts(pairs: Sequence[Pair], annotator: Annotator, server: Server, cache_file: str | Path) -> Verdicts:
     """Ask which response of each pair is better; equal responses are a draw without a request.
 
-    Answers are cached, except those that are not verdicts, which are requested again. If the server refuses every
-    request, it raises UserError.
+    Answers are cached, except those that are truncated or not verdicts, which are requested again. If the server
+    refuses every request, it raises UserError.
     """
     verdicts = Verdicts({index: DRAW for index, pair in enumerate(pairs) if pair.output == pair.reference})
     bodies = {
@@ -238,6 +250,8 @@ def ask_verdicts(pairs: Sequence[Pair], annotator: Annotator, server: Server, ca
                 progress.update()
                 if isinstance(result, RequestFailed):
                     verdicts.failures[index] = str(result)
+                elif result.is_truncated:
+                    verdicts.truncated.add(index)
                 elif (verdict := annotator.read(result.text or "", pairs[index])) is None:
                     verdicts.unread[index] = result.text or ""
                 else:

@@ -3,7 +3,7 @@
 Read in this order:
 
 1. `responses`: `Response`, `Outcome` and their files; every judge turns responses into an outcome.
-2. `prompt`: the question for a language model, and the reading of its answer.
+2. `prompt`: the question for a language model; `answers`: the reading of its answer.
 3. `server`, `local`, `rules`, `human`: the judges.
 4. `evaluation`: how well a trained judge agrees with held-out judgments.
 """
