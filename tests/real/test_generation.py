@@ -1,0 +1,46 @@
+"""Answers in the formats of real models are read as they were written."""
+
+import pytest
+from real.manifest import Family
+from tiny import make_model
+from transformers import PreTrainedTokenizerBase
+
+from cutlm.generation.local import Answer, AnswerReader
+from cutlm.prompting.encoding import Encoder
+
+ANSWER = "Canberra.\n\n    It isn't Sydney, is it?"
+
+
+@pytest.fixture
+def reader(encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> AnswerReader:
+    return AnswerReader(make_model(8), tokenizer, encoder)
+
+
+def test_a_learned_response_is_read_as_its_text(encoder: Encoder, reader: AnswerReader) -> None:
+    prompt, ids = encoder.encode_prompt("Name the capital of Australia."), encoder.encode_response(ANSWER)
+    assert reader.read(prompt, ids, 1000) == Answer(ANSWER)
+    assert reader.end_ids.count(ids[-1]) == 1
+    assert reader.read(prompt, ids[:-1], len(ids) - 1).is_unfinished
+
+
+def test_thoughts_that_the_prompt_opens_are_separated(
+    encoder: Encoder, reader: AnswerReader, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompt = encoder.encode_generation_prompt("Name the capital of Australia.")
+    if "<think>" not in reader.find_open_thoughts(prompt):
+        pytest.skip("the generation prompt opens no thoughts")
+    ids = tokenizer(f"Not Sydney.\n</think>\n\n{ANSWER}", add_special_tokens=False)["input_ids"]
+    assert reader.read(prompt, [*ids, encoder.end_of_turn_id], 1000) == Answer(ANSWER, "Not Sydney.")
+    assert reader.read(prompt, ids[:3], 3).failure is not None
+
+
+def test_the_channels_of_harmony_are_separated(
+    family: Family, encoder: Encoder, reader: AnswerReader, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    if family.name != "gpt-oss":
+        pytest.skip("another format")
+    thoughts = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    ids = tokenizer(f"{thoughts}<|channel|>final<|message|>{ANSWER}", add_special_tokens=False)["input_ids"]
+    prompt = encoder.encode_generation_prompt("Name the capital of Australia.")
+    assert reader.read(prompt, [*ids, encoder.end_of_turn_id], 1000) == Answer(ANSWER, "Hm.")
+    assert reader.read(prompt, ids[:4], 4).failure is not None
