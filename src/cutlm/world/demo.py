@@ -207,9 +207,9 @@ def run_iteration(
         stage.text = f"{len(losses)} steps, loss {loss_start:.3f} -> {loss_end:.3f}"
 
     with result.stage("merge", terminal) as stage:
-        # The largest change of a logit by merging, as a share of the largest logit.
+        # The largest change of a log-probability since training, as a share of the largest one.
         figures["merge_difference"] = merge_adapter(folder / "adapter", folder / "model").difference
-        stage.text = f"adapter folded in, logits agree within {figures['merge_difference']:.1%}"
+        stage.text = f"adapter folded in, log-probabilities agree within {figures['merge_difference']:.1%}"
     return result
 
 
