@@ -453,10 +453,8 @@ def load_tokenizer(family: Family) -> PreTrainedTokenizerBase:
         UnavailableError: The package cannot be downloaded.
     """
     base = _load_base(family.package, family.tokens, family.options, family.post_prefix)
-    tokenizer = copy.copy(base)  # shares the backend, which is slow to load
-    tokenizer.__dict__ = {
-        name: value if name == "_tokenizer" else copy.deepcopy(value) for name, value in base.__dict__.items()
-    }
+    tokenizer = copy.copy(base)  # shares what is slow to load
+    tokenizer._special_tokens_map = dict(base._special_tokens_map)
     for name, token in family.named.items():
         setattr(tokenizer, name, token)
     if family.template and family.template.endswith(".jinja"):
