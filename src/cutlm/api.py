@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from cutlm.data.files import SourceRow, read_rows
+from cutlm.data.journal import read_header
 from cutlm.data.records import JudgedRecord, as_records
 from cutlm.errors import ConfigError, UserError
 from cutlm.flagging.detector import FlagSettings, blame_file
@@ -27,7 +30,7 @@ from cutlm.judges.server import judge_by_server
 from cutlm.model.loading import fingerprint_model, load_trained
 from cutlm.model.merge import merge_adapter
 from cutlm.prompting.encoding import Encoder, choose_template
-from cutlm.prompting.templates import TemplateName
+from cutlm.prompting.templates import TemplateName, parse_date, set_arguments
 from cutlm.servers.client import Server
 
 
@@ -36,6 +39,7 @@ def generate(
     prompts: Sequence[str | Mapping[str, Any]],
     *,
     template: TemplateName | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -51,6 +55,7 @@ def generate(
         model: A model or adapter folder, or a hub name.
         prompts: Instructions, or rows with `instruction` and optional `input`.
         template: "alpaca" or "chat"; None for the chat template that is saved with the model.
+        chat_template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`.
         max_new_tokens: Maximum tokens per response; None: 2048, or half of the model's context if that is less.
         temperature: 0 is greedy.
         top_p: Nucleus sampling; 1 turns it off.
@@ -74,7 +79,7 @@ def generate(
     rows = [{"instruction": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
     check_prompts([SourceRow(f"prompts[{index}]", row) for index, row in enumerate(rows)], [], "prompts")
     loaded, tokenizer = load_trained(model, dtype=dtype, device=device)
-    encoder = Encoder(tokenizer, template or choose_template(tokenizer))
+    encoder = _make_encoder(tokenizer, template or choose_template(tokenizer), chat_template_kwargs, out)
     sampling = Sampling(max_new_tokens or choose_max_new_tokens(loaded), temperature, top_p, seed, batch_size)
     with _writing_to(out, "responses.jsonl") as path:
         generated = generate_file(
@@ -150,6 +155,7 @@ def blame(
     records: Sequence[JudgedRecord | Mapping[str, Any]],
     *,
     template: TemplateName = "alpaca",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     threshold: float = 1.1,
     unlikelihood_weight: float = 1.0,
     gamma: float = 1.0,
@@ -164,6 +170,7 @@ def blame(
         model: A model or adapter folder, or a hub name.
         records: Judged records.
         template: "alpaca" or "chat", as in training.
+        chat_template_kwargs: Arguments of the chat template, as in training.
         threshold: lambda of eq. 5.
         unlikelihood_weight: alpha of eq. 6.
         gamma: Exponent of the dynamic weight of eq. 6; 0 turns it off.
@@ -186,7 +193,7 @@ def blame(
     settings = FlagSettings(threshold, unlikelihood_weight, gamma, max_length)
     check = as_records(list(records), "records")
     tokenizer, score, detector, backend = load_scorer(model, dtype=dtype, device=device, max_length=max_length)
-    encoder = Encoder(tokenizer, template)
+    encoder = _make_encoder(tokenizer, template, chat_template_kwargs, out)
     with _writing_to(out, "scores.jsonl") as path:
         report = blame_file(
             check.records, check.locations, path, encoder, score, settings, detector=detector, backend=backend
@@ -215,6 +222,17 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | None = None, over
     """
     merge_adapter(adapter, out, base=base, overwrite=overwrite)
     return Path(out)
+
+
+def _make_encoder(
+    tokenizer: PreTrainedTokenizerBase,
+    template: TemplateName,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    out: str | Path | None,
+) -> Encoder:
+    """The encoder of a call that writes `out`, with the date of the call that it resumes."""
+    date = None if out is None else read_header(out).get("template_date")
+    return Encoder(set_arguments(tokenizer, chat_template_kwargs or {}), template, parse_date(date))
 
 
 @contextmanager

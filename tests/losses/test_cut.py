@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cutlm.losses import combine_parts, cut_loss
-from cutlm.losses.cut import log1mexp
+from cutlm.losses.cut import flag_tokens, log1mexp
 
 GAMMAS = (0.0, 0.25, 1.0, 2.0)
 THRESHOLDS = (1.0, 1.1, 1.2, 3.0)
@@ -279,3 +279,17 @@ def test_log1mexp_is_exact_in_between(logp):
     got.backward()
     assert got.item() == pytest.approx(value, rel=1e-14)
     assert x.grad.item() == pytest.approx(slope, rel=1e-13)
+
+
+def test_tokens_that_cannot_be_flagged_are_learned() -> None:
+    without = torch.tensor([0.2, 0.2, 0.5]).log()
+    with_judgment = torch.tensor([0.4, 0.4, 0.5]).log()
+    can_flag = torch.tensor([False, True, True])
+    settings = {"threshold": 1.1, "unlikelihood_weight": 1.0, "gamma": 0.0}
+    flags = flag_tokens(without, with_judgment, **settings, can_flag=can_flag)
+    assert flags.is_flagged.tolist() == [False, True, False]
+    assert flags.weights.tolist() == [0.0, 1.0, 0.0]
+    loss = cut_loss(without, with_judgment, torch.zeros(0), **settings, can_flag=can_flag)
+    assert loss.is_flagged.tolist() == [False, True, False]
+    # -log 0.2 - log(1 - 0.2) - log 0.5
+    assert loss.contrast.item() == pytest.approx(1.609438 + 0.223144 + 0.693147, abs=1e-5)

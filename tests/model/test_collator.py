@@ -301,3 +301,16 @@ def test_run_inside_calls_the_wrapper_and_restores_the_module(model):
     with pytest.raises(RuntimeError, match="inside"):
         run_inside(wrapper, model, fail)
     assert "forward" not in vars(model)
+
+
+def test_tokens_of_the_chat_template_cannot_be_flagged() -> None:
+    rows = [
+        {"prompt_ids": [1], "judged_prompt_ids": [1, 9], "response_ids": [5, 6, 2], "num_template_tokens": 2},
+        {"prompt_ids": [1], "judged_prompt_ids": None, "response_ids": [5, 6, 2], "num_template_tokens": 2},
+        {"prompt_ids": [1], "judged_prompt_ids": [1, 8, 9], "response_ids": [5, 2], "num_template_tokens": None},
+    ]
+    batch = CutCollator()(rows)
+    assert batch["can_flag"].tolist() == [False, False, True, True, True]
+    parts = split_batch(batch, 1)
+    assert [part["can_flag"].tolist() for part in parts if "can_flag" in part] == [[False, False, True], [True, True]]
+    assert "can_flag" not in CutCollator()([rows[1], rows[2]])

@@ -12,14 +12,14 @@ import torch
 from commands import ON_CPU, list_options, run_main, run_ranks, write_lines
 from reference import score_response
 from safetensors.torch import load_file
-from tiny import make_model, make_tokenizer
-from transformers import BitsAndBytesConfig
+from tiny import make_model, make_tokenizer, save_tiny_model
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
 import cutlm.training.dataset as dataset
 from cutlm import CUTConfig, CUTTrainer
 from cutlm.chat.local import LocalEngine
 from cutlm.cli import main
-from cutlm.data.records import as_records
+from cutlm.data.records import JudgedRecord, as_records
 from cutlm.errors import ConfigError, DataError, UserError
 from cutlm.flagging.detector import FlagSettings
 from cutlm.flagging.token_scores import TokenScores, read_token_scores, write_token_scores
@@ -521,3 +521,45 @@ def test_the_other_processes_report_that_the_first_one_failed(tmp_path: Path, ba
     assert (first.exit_code, second.exit_code) == (2, 2), (first, second)
     assert "token_scores.jsonl.partial: " in first.stderr
     assert "token_scores.jsonl: expected the token scores of the first process" in second.stderr
+
+
+# ---- Chat templates that write something before an answer ----
+
+
+def make_channel_model(folder: Path) -> Path:
+    """Save a tiny model whose chat template writes a channel before an answer and ends its turn in its own token."""
+    save_tiny_model(folder, chat=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = "<eos>"
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{% if message['role'] == 'assistant' %}one two{% endif %}{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("detector", ["current", "frozen"])
+def test_what_the_template_writes_is_never_flagged(tmp_path: Path, detector: str) -> None:
+    folder = make_channel_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    records = [
+        JudgedRecord(instruction=f"Name {number}.", output="Sydney is.", judgment="It is wrong.") for number in range(4)
+    ]
+    args = CUTConfig(output_dir=str(tmp_path / "out"), template="chat", detector=detector, threshold=1.0, use_cpu=True)
+    trainer = CUTTrainer(str(folder), args, records, processing_class=tokenizer)
+    row = trainer.train_dataset[0]
+    num = row["num_template_tokens"]
+    assert tokenizer.decode(row["response_ids"][:num]) == "one two"
+    assert row["response_ids"][-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    _, loss = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    flags = batch.get("is_flagged", loss.is_flagged).view(4, -1)
+    assert not flags[:, :num].any()
+    if detector == "current":
+        ratios = loss.log_ratios.view(4, -1)
+        assert (ratios[:, :num] > 0).any(), "the threshold alone would flag some"
+        assert (flags[:, num:] == (ratios[:, num:] > 0)).all()
+    assert flags[:, num:].any()
+    assert trainer.processing_class.chat_template == tokenizer.chat_template

@@ -33,7 +33,10 @@ from cutlm.errors import ConfigError
 
 # Options that the loop itself sets.
 _LOOP_OPTIONS = {
-    "generate": ("model", "prompts", "out", "seed", "overwrite", "template", "tokenizer", "max_failure_rate"),
+    "generate": (
+        *("model", "prompts", "out", "seed", "overwrite", "template", "tokenizer", "max_failure_rate"),
+        *("chat_template_kwargs", "template_date"),
+    ),
     "judge": ("responses", "judge", "out", "overwrite", "labels"),
 }
 

@@ -12,11 +12,19 @@ The server must return log-probabilities of the prompt's own tokens (prompt_logp
 from the environment variable OPENAI_API_KEY."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutlm.cli.model_options import SERVER_OPTIONS, ModelOptions, add_options, check_output, make_server
+from cutlm.cli.model_options import (
+    SERVER_OPTIONS,
+    ModelOptions,
+    add_options,
+    check_output,
+    make_encoder,
+    make_server,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +47,7 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", choices=("alpaca", "chat"), default="alpaca", help="as in training (default: alpaca)"
     )
+    add_options(parser, "chat_template_kwargs", "template_date")
     parser.add_argument("--max_length", type=int, default=2048, help="of prompt and response (default: 2048)")
     parser.add_argument(
         "--with_praise",
@@ -61,7 +70,6 @@ def score_file(args: argparse.Namespace) -> None:
 
     from cutlm.data.records import check_records, raise_problems
     from cutlm.flagging.detector import FlagSettings, blame_file
-    from cutlm.prompting.encoding import Encoder
 
     settings = FlagSettings(args.threshold, args.unlikelihood_weight, args.gamma, args.max_length, args.with_praise)
     check = check_records(args.data)
@@ -72,7 +80,7 @@ def score_file(args: argparse.Namespace) -> None:
             check.records,
             check.locations,
             args.out,
-            Encoder(tokenizer, args.template),
+            make_encoder(args, tokenizer, args.template),
             score,
             settings,
             detector=detector,
@@ -145,6 +153,8 @@ def _suggest_training(args: argparse.Namespace) -> str:
     command = ["cutlm", "train", "--data", args.out, "--model_name_or_path", model]
     if args.template != "alpaca":
         command += ["--template", args.template]
+    if args.chat_template_kwargs:
+        command += ["--chat_template_kwargs", json.dumps(args.chat_template_kwargs)]
     if args.max_length != 2048:
         command += ["--max_length", str(args.max_length)]
     return merging + shlex.join(command)

@@ -31,7 +31,7 @@ _OPTIONS = ModelOptions(("dtype", "device"), ("tokenizer", "timeout", "extra_bod
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, "model", "template")
+    add_options(parser, "model", "template", "chat_template_kwargs")
     parser.add_argument("--threshold", type=float, default=1.1, help="lambda of eq. 5, for /judge (default: 1.1)")
     add_sampling_options(parser)
     _OPTIONS.add(parser)
@@ -70,9 +70,10 @@ def _make_server_engine(args: argparse.Namespace) -> "Engine":
     from cutlm.chat.server import ServerEngine
     from cutlm.flagging.detector import FlagSettings
     from cutlm.model.loading import load_tokenizer
+    from cutlm.prompting.templates import set_arguments
 
     # The user sees at once that there is no answer and can send the message again.
     server = make_server(args, args.model, concurrency=1, max_retries=0)
     name = args.tokenizer or (args.model if args.template else None)
-    tokenizer = None if name is None else load_tokenizer(name)
+    tokenizer = None if name is None else set_arguments(load_tokenizer(name), args.chat_template_kwargs or {})
     return ServerEngine(server, tokenizer, args.template, make_sampling(args), FlagSettings(args.threshold))

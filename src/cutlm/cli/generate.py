@@ -26,6 +26,7 @@ from cutlm.cli.model_options import (
     add_sampling_options,
     check_output,
     load_model,
+    make_encoder,
     make_sampling,
     make_server,
 )
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_answering_arguments(parser: argparse.ArgumentParser, options: ModelOptions = ANSWERING_OPTIONS) -> None:
     """Add the options of answering a file, for every command that has a model do so."""
-    add_options(parser, "template")
+    add_options(parser, "template", "chat_template_kwargs", "template_date")
     judgment = 'ask for a response that deserves this judgment, such as "Perfect.": for models trained by hindsight'
     parser.add_argument("--judgment", metavar="TEXT", help=judgment)
     add_sampling_options(parser)
@@ -73,8 +74,9 @@ def check_options(args: argparse.Namespace) -> None:
     if args.base_url is not None and args.template is None:
         if args.judgment is not None:
             problems.append("--judgment: its prompt is encoded here; with --base_url, set --template too")
-        if args.tokenizer is not None:
-            problems.append("--tokenizer: expected only with --template; set that too, or leave this out")
+        for name in ("tokenizer", "template_date"):
+            if getattr(args, name) is not None:
+                problems.append(f"--{name}: expected only with --template; set that too, or leave this out")
     if problems:
         raise ConfigError(problems)
     ANSWERING_OPTIONS.fill(args)
@@ -98,11 +100,10 @@ def _name_output(args: argparse.Namespace) -> dict[str, str]:
 def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:
     from cutlm.generation.files import generate_file
     from cutlm.model.loading import fingerprint_model
-    from cutlm.prompting.encoding import Encoder
 
     model, tokenizer, template = load_model(args)
     sampling = make_sampling(args, model)
-    encoder, names = Encoder(tokenizer, template), _name_output(args)
+    encoder, names = make_encoder(args, tokenizer, template), _name_output(args)
     names |= {"fingerprint": fingerprint_model(args.model)}
     options = names | {"judgment": args.judgment, "max_failure_rate": args.max_failure_rate}
     generated = generate_file(model, tokenizer, encoder, prompts, args.out, sampling, **options)
@@ -118,18 +119,17 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
     sampling = make_sampling(args)
     instructions = [join_instruction(row) for row in prompts]
     encoded: list[list[int]] | None = None
-    opening = ""
+    opening, template, date = "", "the server's", None
     if args.template is not None:
         from cutlm.generation.local import NUM_TAIL_TOKENS
         from cutlm.model.loading import load_tokenizer
-        from cutlm.prompting.encoding import Encoder
         from cutlm.prompting.reasoning import find_open_thoughts
 
-        tokenizer = load_tokenizer(args.tokenizer or args.model)
-        encoder = Encoder(tokenizer, args.template)
+        encoder = make_encoder(args, load_tokenizer(args.tokenizer or args.model), args.template)
+        template, date = encoder.fingerprint, encoder.template_date
         encoded = [encoder.encode_generation_prompt(instruction, args.judgment) for instruction in instructions]
-        opening = find_open_thoughts(str(tokenizer.decode(encoded[0][-NUM_TAIL_TOKENS:])))
-    header = describe_run([instructions, args.judgment], sampling, args.template or "the server's", args.model)
+        opening = find_open_thoughts(str(encoder.tokenizer.decode(encoded[0][-NUM_TAIL_TOKENS:])))
+    header = describe_run([instructions, args.judgment], sampling, template, args.model, date)
     journal = Journal(args.out, header | {"extra_body": server.extra_body})
     generated = generate_by_server(server, encoded or instructions, sampling, journal, opening)
     write_answers(prompts, generated, journal, args.out, **_name_output(args), max_failure_rate=args.max_failure_rate)

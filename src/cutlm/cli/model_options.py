@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cutlm.generation.local import Sampling
+    from cutlm.prompting.encoding import Encoder
     from cutlm.prompting.templates import TemplateName
     from cutlm.servers.client import Server
 
@@ -23,6 +24,18 @@ DEFAULTS |= {"max_tokens_per_batch": None, "tokenizer": None, "concurrency": 8, 
 DEFAULTS |= {"extra_body": "{}", "requests_per_minute": None, "tokens_per_minute": None}
 # Of every server, besides `base_url`.
 SERVER_OPTIONS = ("concurrency", "timeout", "max_retries", "extra_body", "requests_per_minute", "tokens_per_minute")
+
+
+def _parse_json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"""expected a JSON object such as '{{"name": true}}', got {text!r}""")
+    return value
+
+
 # Every default is None here, to tell given options from missing ones.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": {"required": True, "metavar": "MODEL", "help": "model or adapter folder, or hub name"},
@@ -30,6 +43,15 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "out": {"required": True, "metavar": "FILE", "help": "file to write"},
     "overwrite": {"action": "store_true", "help": "replace the output file"},
     "template": {"choices": ("alpaca", "chat"), "help": "default: the tokenizer's chat template, which training saves"},
+    "chat_template_kwargs": {
+        "type": _parse_json_object,
+        "metavar": "JSON",
+        "help": """arguments of the chat template: '{"enable_thinking": false}'""",
+    },
+    "template_date": {
+        "metavar": "YYYY-MM-DD",
+        "help": "date for chat templates that print one (default: today, or that of the run that is resumed)",
+    },
     "base": {"metavar": "MODEL", "help": "base model of an adapter (default: the one that the adapter names)"},
     "dtype": {
         "choices": ("auto", "float32", "bfloat16", "float16"),
@@ -159,8 +181,20 @@ def load_model(args: argparse.Namespace) -> "tuple[Any, PreTrainedTokenizerBase,
     """Load the local model and its tokenizer, and choose the prompt template."""
     from cutlm.model.loading import load_trained
     from cutlm.prompting.encoding import choose_template
+    from cutlm.prompting.templates import set_arguments
 
     model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
+    tokenizer = set_arguments(tokenizer, args.chat_template_kwargs or {})
     if args.template is None and not tokenizer.chat_template:
         raise UserError(f"{args.model}: its tokenizer has no chat template; set --template alpaca")
     return model, tokenizer, args.template or choose_template(tokenizer)
+
+
+def make_encoder(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", template: "TemplateName") -> "Encoder":
+    """Return the encoder of a command that writes `args.out`, with the date of the run that it resumes."""
+    from cutlm.data.journal import read_header
+    from cutlm.prompting.encoding import Encoder
+    from cutlm.prompting.templates import parse_date, set_arguments
+
+    date = args.template_date or read_header(args.out).get("template_date")
+    return Encoder(set_arguments(tokenizer, args.chat_template_kwargs or {}), template, parse_date(date))

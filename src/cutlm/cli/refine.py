@@ -8,7 +8,14 @@ A run that was stopped resumes when started again with the same settings."""
 import argparse
 
 from cutlm.cli.generate import LOCAL_OPTIONS, print_counts
-from cutlm.cli.model_options import add_options, add_sampling_options, check_output, load_model, make_sampling
+from cutlm.cli.model_options import (
+    add_options,
+    add_sampling_options,
+    check_output,
+    load_model,
+    make_encoder,
+    make_sampling,
+)
 from cutlm.errors import DataError
 
 
@@ -16,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "model", "data", "out", "overwrite")
     template = "as in training (default: alpaca)"
     parser.add_argument("--template", choices=("alpaca", "chat"), default="alpaca", help=template)
+    add_options(parser, "chat_template_kwargs", "template_date")
     add_sampling_options(parser)
     LOCAL_OPTIONS.add(parser)
 
@@ -27,14 +35,13 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.data.records import load_records
     from cutlm.generation.files import name_failures_file, refine_file
     from cutlm.model.loading import fingerprint_model
-    from cutlm.prompting.encoding import Encoder
 
     records = load_records(args.data)
     if all(record.is_satisfactory or record.i_ans for record in records):
         raise DataError(f"{args.data}: nothing to refine: every record is satisfactory or has an i_ans")
     model, tokenizer, template = load_model(args)
     sampling = make_sampling(args, model)
-    encoder, fingerprint = Encoder(tokenizer, template), fingerprint_model(args.model)
+    encoder, fingerprint = make_encoder(args, tokenizer, template), fingerprint_model(args.model)
     refined = refine_file(model, tokenizer, encoder, records, args.out, sampling, fingerprint=fingerprint)
     if refined.failures:
         listed = f"listed with the reasons in {name_failures_file(args.out)}"

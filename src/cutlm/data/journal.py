@@ -69,6 +69,16 @@ class Journal:
         sync_directory(self.path.parent)
 
 
+def read_header(out: str | Path) -> dict[str, Any]:
+    """Read the settings of a stopped run that wrote `out`; empty if there is none that can be resumed."""
+    try:
+        with open(f"{out}.partial", "rb") as file:
+            header = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError):  # `Journal` reports a file that it cannot read
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
 def refuse_foreign(path: Path) -> NoReturn:
     """Raises a UserError: the file is not a partial file."""
     raise UserError(f"{path}: not the partial file of a stopped run; remove it to start over")

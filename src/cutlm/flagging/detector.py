@@ -246,6 +246,7 @@ def describe_run(
         "model": detector,
         "tokenizer": fingerprint_tokenizer(encoder.tokenizer),
         "template": encoder.fingerprint,
+        "template_date": encoder.template_date,
         "data": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
     }
 
@@ -304,6 +305,7 @@ def _fingerprint(encoder: Encoder, settings: FlagSettings, detector: str) -> dic
         "detector": detector,
         "tokenizer": fingerprint_tokenizer(encoder.tokenizer),
         "template": encoder.fingerprint,
+        "template_date": encoder.template_date,
     }
 
 

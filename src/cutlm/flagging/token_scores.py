@@ -50,6 +50,7 @@ class TokenScores:
         detector: Fingerprint of the model.
         tokenizer: Fingerprint of the tokenizer; see `fingerprint_tokenizer`.
         template: Name and fingerprint of the prompts; see `Encoder.fingerprint`.
+        template_date: The date in the prompts, such as "2026-11-26"; None if they have none.
     """
 
     record: JudgedRecord
@@ -66,6 +67,7 @@ class TokenScores:
     detector: str
     tokenizer: str
     template: str
+    template_date: str | None = None
 
     def to_row(self) -> dict[str, Any]:
         """The record as a row of a file."""
@@ -102,6 +104,7 @@ class _Columns(BaseModel):
     detector: str
     tokenizer: str
     template: str
+    template_date: str | None = None
 
 
 SCORE_FIELDS = tuple(_Columns.model_fields)

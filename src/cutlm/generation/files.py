@@ -63,10 +63,13 @@ def join_instruction(row: dict[str, Any]) -> str:
     return f"{row['instruction']}\n{row['input']}" if row.get("input") else str(row["instruction"])
 
 
-def describe_run(inputs: Any, sampling: Sampling, template: str, model: str) -> dict[str, Any]:
+def describe_run(
+    inputs: Any, sampling: Sampling, template: str, model: str, template_date: str | None = None
+) -> dict[str, Any]:
     """Return the header of a run's journal: all settings that its responses depend on, with a hash of the inputs."""
     prompts = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-    return {"sampling": asdict(sampling), "template": template, "model": model, "prompts": prompts}
+    header = {"sampling": asdict(sampling), "template": template, "model": model, "prompts": prompts}
+    return header | {"template_date": template_date}
 
 
 def generate_file(
@@ -102,7 +105,7 @@ def generate_file(
         UserError: There is a partial file of a run with other settings.
     """
     instructions = [join_instruction(row) for row in prompts]
-    header = describe_run([instructions, judgment], sampling, encoder.template, fingerprint)
+    header = describe_run([instructions, judgment], sampling, encoder.fingerprint, fingerprint, encoder.template_date)
     encoded = [encoder.encode_generation_prompt(instruction, judgment) for instruction in instructions]
     journal = Journal(out, header)
     generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
@@ -160,7 +163,7 @@ def refine_file(
     """
     unrefined = [index for index, record in enumerate(records) if not record.is_satisfactory and not record.i_ans]
     inputs = [record.model_dump(mode="json") for record in records]
-    journal = Journal(out, describe_run(inputs, sampling, encoder.template, fingerprint))
+    journal = Journal(out, describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date))
     encoded = encode_refinement_prompts([records[index] for index in unrefined], encoder)
     generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
     rows = [record.model_dump(mode="json", exclude_unset=True) for record in records]

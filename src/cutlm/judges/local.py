@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from cutlm.data.journal import Journal
+from cutlm.data.journal import Journal, read_header
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import DataError, UserError
 from cutlm.generation.files import describe_run
@@ -13,6 +13,7 @@ from cutlm.judges.prompt import TRAINED_PROMPT, fill_prompt, write_answer
 from cutlm.judges.responses import Failure, Outcome, Response, set_aside_empty
 from cutlm.model.loading import fingerprint_model, load_trained, unwrap_peft
 from cutlm.prompting.encoding import Encoder, choose_template
+from cutlm.prompting.templates import parse_date
 
 _MAX_NEW_TOKENS = 1024
 
@@ -63,7 +64,7 @@ def judge_locally(
         raise UserError(
             f"{path}: expected a model that cutlm train-judge trained, got one whose tokenizer has no chat template"
         )
-    encoder = Encoder(tokenizer, choose_template(tokenizer))
+    encoder = Encoder(tokenizer, choose_template(tokenizer), parse_date(read_header(out).get("template_date")))
     if max_new_tokens is None:
         limit = getattr(unwrap_peft(model).config.get_text_config(), "max_position_embeddings", None)
         max_new_tokens = _MAX_NEW_TOKENS if limit is None else max(1, min(_MAX_NEW_TOKENS, limit // 4))
@@ -77,7 +78,8 @@ def judge_locally(
             reason = f"the question has {len(ids)} tokens; the model's context leaves {max_prompt} besides the answer"
             outcome.failures[index] = Failure("long question", reason)
     asked = [index for index in kept if index not in outcome.failures]
-    header = describe_run([questions[index] for index in asked], sampling, encoder.template, fingerprint_model(path))
+    inputs = [questions[index] for index in asked]
+    header = describe_run(inputs, sampling, encoder.fingerprint, fingerprint_model(path), encoder.template_date)
     journal = Journal(out, header)
     counts = generate_with_journal(model, tokenizer, encoder, [encoded[index] for index in asked], sampling, journal)
     if counts.num_resumed:

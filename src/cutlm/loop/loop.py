@@ -24,7 +24,7 @@ from cutlm.data.files import sync_directory, write_text
 from cutlm.errors import ConfigError, DataError, UserError
 from cutlm.loop.processes import lock_folder, run_command
 from cutlm.loop.report import format_seconds, write_report
-from cutlm.loop.settings import Plan, find_differences
+from cutlm.loop.settings import SETTINGS_FILE, Plan, find_differences
 from cutlm.loop.stages import (
     STAGES,
     Iteration,
@@ -39,7 +39,6 @@ from cutlm.loop.stages import (
     write_yaml,
 )
 
-SETTINGS_FILE = "align.yaml"
 _PACKAGES = ("cutlm", "torch", "transformers", "peft", "trl", "accelerate")
 
 

@@ -1,11 +1,15 @@
 """Settings of the online loop: one flat file, from which each stage takes its part, checked before anything runs."""
 
+import datetime
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from cutlm.errors import ConfigError
 
@@ -20,6 +24,7 @@ _FREE_SETTINGS = {
     *("output_dir", "launcher", "server_command", "server_timeout", "max_failure_rate"),
     *("logging_steps", "report_to", "save_steps", "save_total_limit", "disable_tqdm", "dataloader_num_workers"),
 }
+SETTINGS_FILE = "align.yaml"
 _FREE_OPTIONS = {"concurrency", "timeout", "max_retries", "max_requests", "max_tokens_total", "cache", "device"}
 _FREE_OPTIONS |= {"requests_per_minute", "tokens_per_minute"}
 
@@ -92,6 +97,7 @@ class Plan:
     has_refine: bool  # whether the objective learns from refined responses
     has_merge: bool  # whether an adapter is trained, rather than the whole model
     train_settings: dict[str, Any]  # of `cutlm train`, shared by all iterations
+    prompt_options: list[str]  # for commands that encode prompts here
     blame_options: list[str]  # for `cutlm blame`
     refine_options: list[str]  # for `cutlm refine`
     prompt_files: dict[str, str]  # of the judges, by the setting that names one
@@ -149,8 +155,17 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
     training = {name: value for name, value in settings.resolved.items() if name not in own}
     if "save_steps" not in training and "save_strategy" not in training:
         training |= {"save_steps": 0.25, "save_total_limit": 1}  # a kill then costs at most a quarter of a training
-    shared = ("threshold", "unlikelihood_weight", "gamma", "template", "max_length")
-    blame_options = [f"--{name}={getattr(train_args, name)}" for name in shared]
+    prompt_options = [f"--template={train_args.template}"]
+    if train_args.template == "chat":
+        # One date for all stages and for a resumed run, for chat templates that print one.
+        training["template_date"] = settings.resolved["template_date"] = (
+            train_args.template_date or _read_date(Path(train_args.output_dir)) or datetime.date.today().isoformat()
+        )
+        prompt_options.append(f"--template_date={training['template_date']}")
+    if train_args.chat_template_kwargs:
+        prompt_options.append(f"--chat_template_kwargs={json.dumps(train_args.chat_template_kwargs)}")
+    shared = ("threshold", "unlikelihood_weight", "gamma", "max_length")
+    blame_options = [*prompt_options] + [f"--{name}={getattr(train_args, name)}" for name in shared]
     blame_options += ["--bf16"] * bool(train_args.bf16) + ["--device=cpu"] * bool(train_args.use_cpu)
     blame_options += [f"--dtype={model_args.dtype}"] if model_args.dtype else []
     generate = parse_options("generate", arguments.generate)
@@ -169,8 +184,18 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
         has_merge=model_args.use_peft,
         train_settings=training,
         blame_options=blame_options,
-        refine_options=[f"--template={train_args.template}", *refine_options],
+        refine_options=[*prompt_options, *refine_options],
+        prompt_options=prompt_options,
         prompt_files={name: path for name, path in prompts.items() if path},
         resolved=settings.resolved,
         parse_options=parse_options,
     )
+
+
+def _read_date(folder: Path) -> str | None:
+    """The date in the prompts of the run that is resumed; `loop` checks the file."""
+    try:
+        settings = yaml.safe_load((folder / SETTINGS_FILE).read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return settings.get("template_date") if isinstance(settings, dict) else None

@@ -229,7 +229,10 @@ def _answer(plan: Plan, runner: Runner, model: str, prompts: Path | str, out: Pa
     template = str(plan.train_settings["template"])
     serves_template = template == "chat" or model != plan.model
     has_judgment = any(option.partition("=")[0] == "--judgment" for option in options)
-    fixed = [] if plan.server_url and serves_template and not has_judgment else ["--template", template]
+    if plan.server_url and serves_template and not has_judgment:
+        fixed = [option for option in plan.prompt_options if option.startswith("--chat_template_kwargs")]
+    else:
+        fixed = list(plan.prompt_options)
     fixed += ["--max_failure_rate", str(plan.arguments.max_failure_rate)]
     arguments = ["generate", "--model", model, "--prompts", str(prompts), *fixed, *options, *further]
     with runner.serve(model):

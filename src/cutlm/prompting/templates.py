@@ -306,7 +306,9 @@ def set_arguments(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, 
         for name, value in merged.items()
     )
     configured = copy.deepcopy(tokenizer)
-    configured.chat_template = f"{{#- chat_template_kwargs: {comment} #}}{defaults}{source}"
+    template = f"{{#- chat_template_kwargs: {comment} #}}{defaults}{source}"
+    is_named = isinstance(tokenizer.chat_template, dict)
+    configured.chat_template = tokenizer.chat_template | {"default": template} if is_named else template
     _check_arguments(tokenizer, configured, merged)
     return configured
 
@@ -345,18 +347,16 @@ def fingerprint_template(template: TemplateName, source: str | None) -> str:
     return f"{template} {digest[:16]}"
 
 
-def build_alpaca_chat_template(has_bos: bool, gap: str = "") -> str:
+def build_alpaca_chat_template(start: str = "") -> str:
     """Build the alpaca prompt as a Jinja chat template, so that other tools prompt a trained model as it was trained.
 
-    One user turn gives exactly the training prompt; further turns follow in the same style. If the tokenizer starts
-    every text with a beginning-of-sequence token (`has_bos`), the template does, because tools do not add it; some
-    tokenizers need a gap after it to split the first word as usual.
+    One user turn gives exactly the training prompt; further turns follow in the same style. `start` is what the
+    tokenizer puts before every text, such as a beginning-of-sequence token: tools do not add it to a rendered prompt.
     """
-    start = f"{{{{ bos_token }}}}{gap}" if has_bos else ""
     parts = (_ALPACA_TASK, _ALPACA_INSTRUCTION, _ALPACA_RESPONSE)
     task, instruction, response = (part.replace("\n", "\\n") for part in parts)
     return (
-        f"{start}{{{{ '{task}' }}}}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}"
+        f"{{{{ '{start}{task}' }}}}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}"
         f"{{{{ '{response}' + message['content'] + eos_token + '\\n\\n' }}}}{{% elif message['role'] == 'user' %}}"
         f"{{{{ '{instruction}' + message['content'] + '\\n\\n' }}}}{{% else %}}{{{{ message['content'] + '\\n\\n' }}}}"
         f"{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '{response}' }}}}{{% endif %}}"

@@ -70,6 +70,7 @@ _SETTINGS_OF_A_RUN = (
     *("data_seed", "detector", "downsample", "eval_split", "gradient_accumulation_steps", "load_in_4bit"),
     *("load_in_8bit", "lora_alpha", "lora_modules_to_save", "lora_r", "lora_target_modules", "max_length"),
     *("objective", "optim", "per_device_train_batch_size", "satisfactory_only", "seed", "template"),
+    "chat_template_kwargs",
     *("train_sampling_strategy", "use_contrast_loss", "use_dora", "use_peft", "use_rslora", "use_satisfactory_loss"),
 )
 _CARD = """# An adapter trained by cutlm
@@ -100,6 +101,7 @@ class CheckpointingTrainer(Trainer):
 
     # The first weights of an adapter that were subtracted from its base model.
     initial_adapter: Mapping[str, Tensor] | None = None
+    template_date: str | None = None  # the date in the prompts, if they have one
     _stop_requested = _is_stopping = _has_tried_saving = False
     _staging: str | None = None
     _num_done = _num_in_step = 0  # tokens of the optimizer step
@@ -442,7 +444,7 @@ def compare_settings(settings: Settings, run_facts: Mapping[str, Any], folder: P
         return
     try:
         before = dict(yaml.safe_load(path.read_text("utf-8")))
-        run = dict(json.loads(run_path.read_text("utf-8"))) if run_path.is_file() else {}
+        run = read_run_facts(folder)
     except (ValueError, TypeError, yaml.YAMLError):
         raise UserError(f"{path}, {run_path.name}: damaged, so the run cannot be resumed; restore them") from None
     pairs = {name: (before.get(name), settings.resolved.get(name)) for name in before | settings.resolved}
@@ -465,6 +467,12 @@ def compare_settings(settings: Settings, run_facts: Mapping[str, Any], folder: P
     for name, (old, new) in changed.items():
         if name not in ("resume_from_checkpoint", "overwrite_output_dir"):
             print(f"{name} was {old!r} before this resume, and is {new!r} now")
+
+
+def read_run_facts(folder: Path) -> dict[str, Any]:
+    """Read what `save_settings` wrote about a run besides its settings; empty without a file."""
+    path = folder / RUN_FILE
+    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
 
 
 def save_settings(settings: Settings, run_facts: Mapping[str, Any], folder: Path) -> None:

@@ -29,7 +29,7 @@ from trl import ModelConfig, TrlParser
 from cutlm.errors import ConfigError
 from cutlm.losses import Parts
 from cutlm.model.loading import has_fast_math, warn_of_slow_autocast
-from cutlm.prompting.templates import TEMPLATES
+from cutlm.prompting.templates import TEMPLATES, parse_date
 
 NORMALIZATIONS = ("token", "record")
 PAIR_OBJECTIVES = ("dpo", "ilf_dpo")
@@ -150,6 +150,10 @@ class CUTConfig(TrainingArguments):
         normalization: "token": each part of the loss is a mean over the tokens of the optimizer step; "record": a mean
             over its records of each record's mean over its tokens, the paper's 1/N.
         template: Prompt template: "alpaca", or "chat" for the tokenizer's own chat template.
+        chat_template_kwargs: Arguments of the chat template, such as `{"enable_thinking": false}`; they become
+            defaults of the saved template, so that the trained model is prompted with them.
+        template_date: Date for chat templates that print one, such as 2026-11-26. None: that of the token scores or of
+            the run that is resumed, else today.
         max_length: Maximum number of tokens in a prompt and its response. Prompts are truncated on the left to fit;
             responses are never truncated.
         downsample: Keep at most this many satisfactory records per unsatisfactory one, drawn by `seed`; None keeps
@@ -179,6 +183,8 @@ class CUTConfig(TrainingArguments):
     gamma: float = 1.0
     normalization: str = field(default="token", metadata={"choices": list(NORMALIZATIONS)})
     template: str = field(default="alpaca", metadata={"choices": list(TEMPLATES)})
+    chat_template_kwargs: dict[str, Any] | None = None
+    template_date: str | None = None
     max_length: int = 2048
     downsample: float | None = None
     head_chunk_size: int | None = None
@@ -213,6 +219,14 @@ class CUTConfig(TrainingArguments):
         for name, choices in (("normalization", NORMALIZATIONS), ("template", TEMPLATES)):
             if getattr(self, name) not in choices:
                 problems.append(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
+        if self.template != "chat" and (self.chat_template_kwargs or self.template_date):
+            problems.append("chat_template_kwargs, template_date: not used by template alpaca; remove them")
+        try:
+            parse_date(self.template_date)
+        except ConfigError as error:
+            problems += error.problems
+        if isinstance(self.chat_template_kwargs, str):
+            problems.append(f"chat_template_kwargs: expected a mapping, got {self.chat_template_kwargs!r}")
         is_cut, uses_flags = self.objective == "cut", self.objective in ("cut", "dual_cut")
         is_used = {
             "threshold": uses_flags and self.detector not in ("spans", "off"),

@@ -39,9 +39,9 @@ from cutlm.flagging.token_scores import (
 )
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.loading import fingerprint_model, unwrap_peft
-from cutlm.prompting.encoding import EncodedRecord, Encoder, encode_records, view_both_contexts
+from cutlm.prompting.encoding import EncodedRecord, Encoder, check_saved_tokenizer, encode_records, view_both_contexts
 from cutlm.prompting.spans import flag_spans
-from cutlm.prompting.templates import TEMPLATES
+from cutlm.prompting.templates import TEMPLATES, parse_date, set_arguments
 from cutlm.training.config import CUTConfig
 
 _ID_COLUMNS = ("prompt_ids", "judged_prompt_ids", "response_ids")
@@ -64,6 +64,7 @@ class PreparedData:
     num_left_out: int = 0
     chat_template: str | None = None  # with which other tools make the same prompts
     end_of_turn_id: int | None = None  # the token that ends every response; None if unknown
+    template_date: str | None = None  # the date in the prompts, if they have one
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ def prepare_data(
     else:
         if tokenizer is None:
             raise ConfigError(f"{name}: records need a tokenizer; pass processing_class")
-        encoder = Encoder(tokenizer, args.template)  # type: ignore[arg-type]
+        encoder = make_encoder(tokenizer, args, dataset)
+        if name == "train_dataset":
+            check_saved_tokenizer(encoder)
         data, records = _encode(dataset, name, args, encoder, locations)
     if name == "train_dataset" and args.downsample is not None:
         kept = _downsample(data, name, args.downsample, args.seed)
@@ -129,6 +132,15 @@ def prepare_data(
 
 
 # ---- Encoding ----
+
+
+def make_encoder(tokenizer: PreTrainedTokenizerBase, args: CUTConfig, dataset: Sequence[Any] = ()) -> Encoder:
+    """Make the encoder of the settings; without a date there, with that of the token scores."""
+    tokenizer = set_arguments(tokenizer, dict(args.chat_template_kwargs or {}))
+    date = args.template_date
+    if date is None and len(dataset) and isinstance(dataset[0], TokenScores):
+        date = dataset[0].template_date
+    return Encoder(tokenizer, args.template, parse_date(date))  # type: ignore[arg-type]
 
 
 def _encode(
@@ -154,6 +166,7 @@ def _encode(
         encoded.num_left_out,
         encoder.build_chat_template(),
         encoder.end_of_turn_id,
+        encoder.template_date,
     )
     return data, [records[index] for index in encoded.indices]
 
@@ -584,7 +597,7 @@ def _is_weight(value: Any) -> bool:
 
 def describe_replaced_template(tokenizer: PreTrainedTokenizerBase, template: str | None, name: str) -> list[str]:
     """Say that the template of training will replace the tokenizer's own in what is saved, if so."""
-    if template is None or tokenizer.chat_template in (None, template):
+    if name == "chat" or template is None or tokenizer.chat_template in (None, template):
         return []
     return [
         f"the saved tokenizer gets the chat template of training (template: {name}), which replaces its previous"

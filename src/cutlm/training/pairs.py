@@ -20,10 +20,10 @@ from cutlm.flagging.token_scores import TokenScores
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.loading import check_lora_targets
 from cutlm.model.saving import changes_base
-from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.encoding import Encoder, check_saved_tokenizer
 from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import CUTConfig
-from cutlm.training.dataset import describe_replaced_template
+from cutlm.training.dataset import describe_replaced_template, make_encoder
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -137,7 +137,8 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
         locations = locations or [f"record {number}" for number in range(len(train_dataset))]
         make_pairs = pair_responses if args.objective == "dpo" else pair_refinements
         pairs, left_out = make_pairs(train_dataset, locations)
-        encoder = Encoder(processing_class, args.template)  # type: ignore[arg-type]
+        encoder = make_encoder(processing_class, args)
+        check_saved_tokenizer(encoder)
         rows, too_long = encode_pairs(pairs, encoder, args.max_length)
         if not rows:
             expected = "satisfactory and unsatisfactory responses to one instruction"
@@ -145,6 +146,7 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
             raise DataError(f"{args.objective}: expected {expected}, got none", hint="\n".join(left_out + too_long))
         num_used = len({(pair.instruction, text) for pair in pairs for text in (pair.chosen, pair.rejected)})
         template = encoder.build_chat_template()
+        self.template_date = encoder.template_date
         self.notices = [
             f"{len(rows)} pairs of {len(train_dataset)} records, with {num_used} different responses",
             *left_out,

@@ -28,6 +28,7 @@ from cutlm.training.checkpoints import (
     clear_output_dir,
     compare_settings,
     find_checkpoint,
+    read_run_facts,
     save_settings,
 )
 from cutlm.training.config import Settings, check_libraries
@@ -78,8 +79,11 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
     if is_main:
         _warn_of_doubts(data)
     run_facts = {"data_sha256": data.sha256, "num_processes": int(os.environ.get("WORLD_SIZE", "1"))}
-    if is_main and checkpoint is not None:
-        compare_settings(settings, run_facts, Path(checkpoint).parent)
+    if checkpoint is not None:
+        if is_main:
+            compare_settings(settings, run_facts, Path(checkpoint).parent)
+        if config.template == "chat" and config.template_date is None:
+            config.template_date = read_run_facts(Path(checkpoint).parent).get("template_date")
     with _log_to_stdout():
         trainer = build_trainer(settings, data, prepare)
     if not len(trainer.get_train_dataloader()):
@@ -92,7 +96,7 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
         print(f"training {counts['trained']:,} of {counts['all']:,} parameters; output in {config.output_dir}")
         if checkpoint is not None:
             print(f"resuming from {checkpoint}")
-        save_settings(settings, run_facts, Path(config.output_dir))
+        save_settings(settings, run_facts | {"template_date": trainer.template_date}, Path(config.output_dir))
         sys.stdout.flush()
     with _stop_on_signals(trainer, is_main) as signals, _log_to_stdout():
         trainer.train(resume_from_checkpoint=checkpoint)

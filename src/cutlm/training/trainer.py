@@ -142,6 +142,7 @@ class CUTTrainer(CheckpointingTrainer):
                 # Saved with the model, so that every tool prompts it as in training.
                 processing_class = copy.deepcopy(processing_class)
                 processing_class.chat_template = data.chat_template
+        self.template_date = prepared["train_dataset"].template_date if "train_dataset" in prepared else None
         self.num_left_out = prepared["train_dataset"].num_left_out if "train_dataset" in prepared else 0
         set_seed(args.seed)  # before the adapter draws its weights
         if peft_config is not None:
