@@ -24,15 +24,7 @@ def smollm2() -> Path:
         pytest.skip(str(error))
 
 
-# Families whose control tokens are not yet all found.
-_OPEN = {"Phi-3 mini", "Phi-3.5 mini", "Phi-4 mini", "Phi-4", "Cohere 2"}
-_PARAMETERS = [
-    pytest.param(family, id=family.name, marks=[pytest.mark.xfail(strict=False)] if family.name in _OPEN else [])
-    for family in FAMILIES
-]
-
-
-@pytest.fixture(scope="session", params=_PARAMETERS)
+@pytest.fixture(scope="session", params=FAMILIES, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest) -> Family:
     """Each family of models."""
     return request.param

@@ -228,7 +228,8 @@ class Encoder:
     def _find_end_of_turn(self) -> tuple[str, int]:
         """Find what the template writes after an answer: white space, and the token that ends the turn.
 
-        It is the first control token after the answer. Some templates write none and mark only the next turn.
+        It is the first control token after the answer. Some templates write none and mark only the next turn. Others
+        close the answer by a token of its own before they end the turn by the end-of-sequence token, in every turn.
         """
         if self._chat:
             answer_format = self._chat.answer_format
@@ -236,9 +237,12 @@ class Encoder:
                 rest = after.lstrip()
                 found = [text for text in self._control_tokens if text and rest.startswith(text)]
                 if found:
-                    end = max(found, key=len)
+                    end, gap = max(found, key=len), after[: len(after) - len(rest)]
+                    closed = gap + end
+                    if all(text.startswith(closed + self.tokenizer.eos_token) for text in answer_format[1:]):
+                        return closed, self.tokenizer.eos_token_id
                     index = next(index for index, text in self._texts.items() if text == end)
-                    return after[: len(after) - len(rest)], index
+                    return gap, index
         return "", self.tokenizer.eos_token_id
 
     def _tokenize(self, text: str, user_spans: Sequence[Span] = ()) -> list[int]:
@@ -260,9 +264,9 @@ class Encoder:
         ids, offsets = encoding["input_ids"], encoding[0].offsets
         candidates = [index for index, token_id in enumerate(ids) if token_id in self._candidates]
         special = [index for index in candidates if self._is_control(ids[index], text, offsets[index])]
+        located = {index: self._locate_control_token(ids[index], text, offsets[index]) for index in special}
         spelled = {}
-        for index in special:
-            left, right = self._locate_control_token(ids[index], text, offsets[index])
+        for index, (left, right) in located.items():
             span = next(((start, end) for start, end in user_spans if left < end and right > start), None)
             if span is not None:
                 spelled[index] = span
@@ -270,8 +274,8 @@ class Encoder:
         frame = [index for index in special if index not in spelled]
         regions = set()
         for start, end in spelled.values():
-            first = max((index + 1 for index in frame if offsets[index][1] <= start), default=0)
-            regions.add((first, min((index for index in frame if offsets[index][0] >= end), default=len(ids))))
+            first = max((index + 1 for index in frame if located[index][1] <= start), default=0)
+            regions.add((first, min((index for index in frame if located[index][0] >= end), default=len(ids))))
         result: list[int] = []
         num_done = 0
         for first, last in sorted(regions):
@@ -339,7 +343,8 @@ def _find_control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]
     for index, token in tokenizer.added_tokens_decoder.items():
         text = token.content
         is_used = text in source and len(text) > 1 and not text.isspace() and not text.isalnum()
-        if token.special or is_used or _CONTROL_SHAPE.fullmatch(text):
+        # Ordinary text does not swallow the white space next to it.
+        if token.special or is_used or token.lstrip or token.rstrip or _CONTROL_SHAPE.fullmatch(text):
             control[index] = text
     return control | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 

@@ -305,7 +305,7 @@ def set_arguments(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, 
         f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
         for name, value in merged.items()
     )
-    configured = copy.deepcopy(tokenizer)
+    configured = copy.copy(tokenizer)
     template = f"{{#- chat_template_kwargs: {comment} #}}{defaults}{source}"
     is_named = isinstance(tokenizer.chat_template, dict)
     configured.chat_template = tokenizer.chat_template | {"default": template} if is_named else template

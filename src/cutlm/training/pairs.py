@@ -156,7 +156,7 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
         check_rows_fit_model(model, rows, args.max_length, ("prompt_ids",), ("chosen_ids", "rejected_ids"))
         if template is not None:
             # Saved with the model, so that every tool prompts it as in training.
-            processing_class = copy.deepcopy(processing_class)
+            processing_class = copy.copy(processing_class)
             processing_class.chat_template = template
         if peft_config is not None and changes_base(peft_config):
             init = getattr(peft_config, "init_lora_weights", None)

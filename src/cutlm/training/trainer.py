@@ -140,7 +140,7 @@ class CUTTrainer(CheckpointingTrainer):
                 if name == "train_dataset":
                     self.notices += describe_replaced_template(processing_class, data.chat_template, args.template)
                 # Saved with the model, so that every tool prompts it as in training.
-                processing_class = copy.deepcopy(processing_class)
+                processing_class = copy.copy(processing_class)
                 processing_class.chat_template = data.chat_template
         self.template_date = prepared["train_dataset"].template_date if "train_dataset" in prepared else None
         self.num_left_out = prepared["train_dataset"].num_left_out if "train_dataset" in prepared else 0
