@@ -79,7 +79,8 @@ PLAIN = st.text(st.characters(exclude_characters="<>[]◁▷|`\"'“”‘’«�
 @given(thoughts=PLAIN, answer=PLAIN)
 def test_any_thoughts_and_any_answer_are_separated(notation: str, thoughts: str, answer: str) -> None:
     thoughts, answer = f"The {thoughts}", f"The {answer.strip()} end."
-    split = split_reasoning(notation.replace("{}", thoughts, 1).replace("{}", answer, 1))
+    before, between, after = notation.split("{}")
+    split = split_reasoning(before + thoughts + between + answer + after)
     assert (split.output, split.problem) == (answer, None)
     assert thoughts.strip() in (split.reasoning or "")
 

@@ -102,6 +102,31 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
     return tokenizer
 
 
+def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Check that a tokenizer that was saved to a folder tokenizes and prompts as before.
+
+    Raises:
+        UserError: It does not, so that a trained model would be prompted otherwise than in training.
+    """
+    saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    probe = "Name a colour.\n\n  Just one: x_1 = 'é', 12 🙂"
+    special = f"{probe}{tokenizer.eos_token or ''}{probe}"
+    options: list[dict[str, Any]] = [{}, {"add_special_tokens": False}, {"split_special_tokens": True}]
+    is_same = all(tokenizer(special, **each)["input_ids"] == saved(special, **each)["input_ids"] for each in options)
+    if is_same and tokenizer.chat_template:
+        messages = [{"role": "user", "content": probe}]
+        prompts = [
+            each.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            for each in (tokenizer, saved)
+        ]
+        is_same = prompts[0] == prompts[1]
+    if not is_same:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} tokenizes otherwise once it is saved and loaded, so the trained"
+            " model would be prompted otherwise than in training; save it with a current version of transformers"
+        )
+
+
 def load_config(path: str | Path) -> PreTrainedConfig:
     """Load a model config from a folder, a file or the hub; raise `UserError` if it is missing or damaged."""
     if not Path(path).is_file():
@@ -273,7 +298,8 @@ def _check_field_types(folder: Path) -> None:
             continue  # none, or damaged, which is reported when it is loaded
         for field, expected in types.items():
             if values.get(field) is not None and not isinstance(values[field], expected):
-                kinds = " or ".join({str: "text", dict: "an object", list: "a list"}[kind] for kind in expected)
+                names: dict[type, str] = {str: "text", dict: "an object", list: "a list"}
+                kinds = " or ".join(names[kind] for kind in expected)
                 got = json.dumps(values[field])[:80]
                 raise UserError(f"{folder / name}: {field}: expected {kinds}, got {got}; restore the file")
 

@@ -6,13 +6,11 @@ end-of-turn token and has no second beginning-of-sequence token. Special tokens 
 text are tokenized as plain text.
 """
 
-import copy
 import datetime
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -211,7 +209,7 @@ class Encoder:
         """Build the chat template with which other tools prompt a model as it was trained.
 
         Under "chat" it is the tokenizer's own. Under "alpaca" it gives exactly the ids of `encode_prompt` for one user
-        turn; it is None if no such template does with this tokenizer.
+        turn; it is None if no such template does with this tokenizer, which training refuses.
         """
         if self._chat:
             return self.tokenizer.chat_template
@@ -376,35 +374,6 @@ def choose_template(tokenizer: "PreTrainedTokenizerBase") -> TemplateName:
     """
     is_alpaca = tokenizer.chat_template == Encoder(tokenizer, "alpaca").build_chat_template()
     return "alpaca" if is_alpaca and tokenizer.chat_template else "chat"
-
-
-def check_saved_tokenizer(encoder: Encoder) -> None:
-    """Check that a tokenizer, once saved and loaded, prompts a model as it does now.
-
-    Raises:
-        ConfigError: It does not, or its prompts cannot be written as a chat template for other tools.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer, template = copy.copy(encoder.tokenizer), encoder.build_chat_template()
-    if template is None:
-        raise ConfigError(
-            f"template: alpaca: no chat template gives the same prompt with {tokenizer.name_or_path!r}, so other"
-            " tools would prompt the model otherwise than in training; use template: chat"
-        )
-    tokenizer.chat_template = template
-    with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    date = None if encoder.template_date is None else datetime.date.fromisoformat(encoder.template_date)
-    loaded = Encoder(saved, encoder.template, date)
-    probe = "Name a colour.\n\n  Just one: x_1 = 'é', 12 🙂"
-    for encode in (lambda one: one.encode_prompt(probe, probe), lambda one: one.encode_response(probe)):
-        if encode(encoder) != encode(loaded):
-            raise ConfigError(
-                f"the tokenizer {tokenizer.name_or_path!r} splits text otherwise once it is saved and loaded, so the"
-                " trained model would be prompted otherwise than in training; use a current version of this tokenizer"
-            )
 
 
 @dataclass(frozen=True)

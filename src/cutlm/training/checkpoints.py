@@ -22,7 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerState
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
@@ -31,7 +31,7 @@ from cutlm.data.files import open_atomic, sync_directory, sync_tree
 from cutlm.errors import ConfigError, NonFiniteError, UserError
 from cutlm.model.forward import run_inside
 from cutlm.model.generation_config import stopping_at
-from cutlm.model.loading import unwrap_peft
+from cutlm.model.loading import check_saved_tokenizer, unwrap_peft
 from cutlm.model.saving import (
     PROBE_FILE,
     choose_probe_ids,
@@ -262,6 +262,8 @@ class CheckpointingTrainer(Trainer):
                     model.save_pretrained(staging, state_dict={})
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(staging)
+                    if isinstance(self.processing_class, PreTrainedTokenizerBase):
+                        check_saved_tokenizer(self.processing_class, staging)
             except _SAVING_ERRORS as error:
                 text = " ".join(str(error).split())
                 raise UserError(

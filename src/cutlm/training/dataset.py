@@ -39,7 +39,7 @@ from cutlm.flagging.token_scores import (
 )
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.loading import fingerprint_model, unwrap_peft
-from cutlm.prompting.encoding import EncodedRecord, Encoder, check_saved_tokenizer, encode_records, view_both_contexts
+from cutlm.prompting.encoding import EncodedRecord, Encoder, encode_records, view_both_contexts
 from cutlm.prompting.spans import flag_spans
 from cutlm.prompting.templates import TEMPLATES, parse_date, set_arguments
 from cutlm.training.config import CUTConfig
@@ -114,8 +114,6 @@ def prepare_data(
         if tokenizer is None:
             raise ConfigError(f"{name}: records need a tokenizer; pass processing_class")
         encoder = make_encoder(tokenizer, args, dataset)
-        if name == "train_dataset":
-            check_saved_tokenizer(encoder)
         data, records = _encode(dataset, name, args, encoder, locations)
     if name == "train_dataset" and args.downsample is not None:
         kept = _downsample(data, name, args.downsample, args.seed)
@@ -140,7 +138,13 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, args: CUTConfig, dataset: S
     date = args.template_date
     if date is None and len(dataset) and isinstance(dataset[0], TokenScores):
         date = dataset[0].template_date
-    return Encoder(tokenizer, args.template, parse_date(date))  # type: ignore[arg-type]
+    encoder = Encoder(tokenizer, args.template, parse_date(date))  # type: ignore[arg-type]
+    if encoder.build_chat_template() is None:
+        raise ConfigError(
+            f"template: alpaca: no chat template gives the same prompt with {tokenizer.name_or_path!r}, so other"
+            " tools would prompt the trained model otherwise; use template: chat"
+        )
+    return encoder
 
 
 def _encode(

@@ -20,7 +20,7 @@ from cutlm.flagging.token_scores import TokenScores
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.loading import check_lora_targets
 from cutlm.model.saving import changes_base
-from cutlm.prompting.encoding import Encoder, check_saved_tokenizer
+from cutlm.prompting.encoding import Encoder
 from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import CUTConfig
 from cutlm.training.dataset import describe_replaced_template, make_encoder
@@ -138,7 +138,6 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
         make_pairs = pair_responses if args.objective == "dpo" else pair_refinements
         pairs, left_out = make_pairs(train_dataset, locations)
         encoder = make_encoder(processing_class, args)
-        check_saved_tokenizer(encoder)
         rows, too_long = encode_pairs(pairs, encoder, args.max_length)
         if not rows:
             expected = "satisfactory and unsatisfactory responses to one instruction"
