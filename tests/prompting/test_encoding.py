@@ -15,7 +15,14 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
-from cutlm.prompting.encoding import EncodedRecord, EncodedRecords, Encoder, encode_records, view_both_contexts
+from cutlm.prompting.encoding import (
+    EncodedRecord,
+    EncodedRecords,
+    Encoder,
+    encode_each,
+    encode_records,
+    view_both_contexts,
+)
 from cutlm.prompting.templates import read_arguments, render_alpaca_prompt, set_arguments
 
 TEMPLATES = ("alpaca", "chat")
@@ -755,3 +762,22 @@ def test_an_argument_that_the_template_does_not_have_is_refused(name):
         set_arguments(tokenizer, {name: 1})
     with pytest.raises(ConfigError, match="chat_template_kwargs"):
         set_arguments(make_tokenizer("bpe"), {"effort": 1})
+
+
+def test_records_and_prompts_that_the_template_refuses_are_named():
+    tokenizer = make_tokenizer("bpe", chat=True)
+    tokenizer.chat_template = (
+        "{% if messages[0]['content'].startswith('<tool>') %}{{ raise_exception('No user query found.') }}{% endif %}"
+        + CHATML
+    )
+    encoder = Encoder(tokenizer, "chat")
+    texts = ["Name it.", "<tool>x</tool>", "<tool>"]
+    records = [JudgedRecord(instruction=text, output="Sydney.", judgment="No.") for text in texts]
+    locations = ["a:1", "a:2", "a:3"]
+    with pytest.raises(DataError) as error:
+        encode_records(records, locations, encoder, 100)
+    assert [problem[:3] for problem in error.value.problems] == ["a:2", "a:3"]
+    with pytest.raises(DataError) as error:
+        encode_each(encoder.encode_generation_prompt, texts, locations)
+    assert [problem[:3] for problem in error.value.problems] == ["a:2", "a:3"]
+    assert encode_each(encoder.encode_generation_prompt, texts[:1], locations[:1]) == [encoder.encode_prompt(texts[0])]

@@ -112,7 +112,7 @@ def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
 
 def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:
     from cutlm.data.journal import Journal
-    from cutlm.generation.files import describe_run, join_instruction, write_answers
+    from cutlm.generation.files import describe_run, encode_prompts, join_instruction, write_answers
     from cutlm.generation.server import generate_by_server
 
     server = make_server(args, args.model)
@@ -127,7 +127,7 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
 
         encoder = make_encoder(args, load_tokenizer(args.tokenizer or args.model), args.template)
         template, date = encoder.fingerprint, encoder.template_date
-        encoded = [encoder.encode_generation_prompt(instruction, args.judgment) for instruction in instructions]
+        encoded = encode_prompts(instructions, args.judgment, encoder)
         opening = find_open_thoughts(str(encoder.tokenizer.decode(encoded[0][-NUM_TAIL_TOKENS:])))
     header = describe_run([instructions, args.judgment], sampling, template, args.model, date)
     journal = Journal(args.out, header | {"extra_body": server.extra_body})

@@ -18,7 +18,7 @@ from cutlm.data.journal import Journal
 from cutlm.data.records import InstructionRow, JudgedRecord, validate_row
 from cutlm.errors import DataError, UserError
 from cutlm.generation.local import Generated, Sampling, generate_with_journal
-from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.encoding import Encoder, encode_each
 
 ALPACA_EVAL = "alpaca_eval"
 
@@ -106,11 +106,17 @@ def generate_file(
     """
     instructions = [join_instruction(row) for row in prompts]
     header = describe_run([instructions, judgment], sampling, encoder.fingerprint, fingerprint, encoder.template_date)
-    encoded = [encoder.encode_generation_prompt(instruction, judgment) for instruction in instructions]
+    encoded = encode_prompts(instructions, judgment, encoder)
     journal = Journal(out, header)
     generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
     write_answers(prompts, generated, journal, out, generator, dataset, max_failure_rate)
     return generated
+
+
+def encode_prompts(instructions: Sequence[str], judgment: str | None, encoder: Encoder) -> list[list[int]]:
+    """Return the token ids of prompts to generate from; raise a `DataError` that names those the template refuses."""
+    locations = [f"prompt {number}" for number in range(1, len(instructions) + 1)]
+    return encode_each(lambda text: encoder.encode_generation_prompt(text, judgment), instructions, locations)
 
 
 def write_answers(
@@ -177,10 +183,11 @@ def refine_file(
 
 def encode_refinement_prompts(records: Sequence[JudgedRecord], encoder: Encoder) -> list[list[int]]:
     """Return the token ids of prompts that ask to improve unsatisfactory responses by their judgments."""
-    return [
-        encoder.encode_refinement_prompt(record.full_instruction, record.output, record.judgment or "")
-        for record in records
-    ]
+    return encode_each(
+        lambda record: encoder.encode_refinement_prompt(record.full_instruction, record.output, record.judgment or ""),
+        records,
+        [f"unsatisfactory record {number}" for number in range(1, len(records) + 1)],
+    )
 
 
 def make_rows(

@@ -13,7 +13,7 @@ from cutlm.judges.prompt import TRAINED_PROMPT, fill_prompt, write_answer
 from cutlm.judges.responses import Failure, Outcome, Response, set_aside_empty
 from cutlm.model.loading import fingerprint_model, load_trained, unwrap_peft
 from cutlm.prompting.encoding import Encoder, choose_template
-from cutlm.prompting.templates import parse_date
+from cutlm.prompting.templates import RenderError, parse_date
 
 _MAX_NEW_TOKENS = 1024
 
@@ -71,7 +71,12 @@ def judge_locally(
     sampling = Sampling(max_new_tokens, batch_size=batch_size)
     kept, outcome = set_aside_empty(responses)
     questions = {index: fill_prompt(TRAINED_PROMPT, responses[index]) for index in kept}
-    encoded = {index: encoder.encode_generation_prompt(question) for index, question in questions.items()}
+    encoded: dict[int, list[int]] = {}
+    for index, question in questions.items():
+        try:
+            encoded[index] = encoder.encode_generation_prompt(question)
+        except RenderError as error:
+            outcome.failures[index] = Failure("not rendered", str(error))
     max_prompt = find_room(model, max_new_tokens)
     for index, ids in encoded.items():
         if max_prompt is not None and len(ids) > max_prompt:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
@@ -19,9 +19,9 @@ from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.prompting.spans import CONTINUATION_ANCHORS, Span, locate_tokens
 from cutlm.prompting.templates import (
-    AlteredResponse,
     ChatTemplate,
     Prompt,
+    RenderError,
     TemplateName,
     build_alpaca_chat_template,
     fingerprint_template,
@@ -32,6 +32,10 @@ from cutlm.prompting.templates import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Encoder:
@@ -129,7 +133,7 @@ class Encoder:
         """Encode a response as the continuation of any prompt of this template, through the end-of-turn token.
 
         Raises:
-            AlteredResponse: The chat template renders another text than this response.
+            RenderError: The chat template refuses the response or renders another text.
         """
         shown = self._chat.render_answer(response) if self._chat else response
         end = self._texts.get(self.end_of_turn_id, "") if self._chat else ""
@@ -347,6 +351,23 @@ def _find_control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]
     return control | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
+def encode_each(encode: Callable[[T], R], items: Sequence[T], locations: Sequence[str]) -> list[R]:
+    """Encode items one by one.
+
+    Raises:
+        DataError: A chat template refuses some of them; all are named by their locations.
+    """
+    encoded, problems = [], []
+    for item, location in zip(items, locations, strict=True):
+        try:
+            encoded.append(encode(item))
+        except RenderError as error:
+            problems.append(f"{location}: {error}")
+    if problems:
+        raise DataError(problems)
+    return encoded
+
+
 def _count_common(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the length of the common prefix."""
     shorter = min(len(one), len(other))
@@ -441,7 +462,7 @@ def encode_records(
 
     The view selects the training data of a record, or returns the reason for leaving it out.
     """
-    encoded, problems = EncodedRecords(), []
+    encoded, problems = EncodedRecords(), list[str]()
     pairs = list(zip(records, locations, strict=True))
     options: Any = {} if show_progress else {"disable": True}  # an explicit False would override TQDM_DISABLE
     # Thousands of records take a minute; few take no bar.
@@ -449,8 +470,8 @@ def encode_records(
     for index, (record, location) in enumerate(progress):
         try:
             viewed = view(record, encoder)
-        except AlteredResponse as error:
-            problems.append(f"{location}: field 'output': {error}")
+        except RenderError as error:
+            problems.append(f"{location}: {error}")
             continue
         if isinstance(viewed, str):
             encoded.skipped[viewed] += 1

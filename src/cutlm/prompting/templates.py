@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
-from cutlm.errors import ConfigError, DataError
+from cutlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,8 +89,8 @@ class AnswerFormat(NamedTuple):
     after_in_history: str  # after the answer, if a user's turn follows; up to the user's text
 
 
-class AlteredResponse(DataError):
-    """The chat template renders a response as another text, so that it cannot be learned as it is."""
+class RenderError(ConfigError):
+    """A chat template refuses a text, or renders it as another one."""
 
 
 class ChatTemplate:
@@ -133,16 +133,16 @@ class ChatTemplate:
         """Return a response as the template writes it: some templates strip white space at its ends.
 
         Raises:
-            AlteredResponse: The template changes it otherwise, for example by removing reasoning.
+            RenderError: The template changes it otherwise, for example by removing reasoning.
         """
         before, after = self._answer_frame
         text = self._apply([_PLACEHOLDER.format(0), response], is_answered=True)
         shown = text[len(before) : len(text) - len(after)]
         if before + shown + after == text and shown in (response, *_strip_each(response)):
             return shown
-        raise AlteredResponse(
-            "the chat template does not render this response as it is written (templates may move or remove reasoning"
-            " and markup); leave these out of the response, or use template: alpaca"
+        raise RenderError(
+            "template: chat: the tokenizer's chat template does not render the response as it is written (templates may"
+            " move or remove reasoning and markup); leave these out of it, or use template: alpaca"
         )
 
     def render(self, messages: Sequence[str]) -> Prompt:
@@ -152,7 +152,7 @@ class ChatTemplate:
         parts of the assistant's messages, such as its reasoning.
 
         Raises:
-            ConfigError: The template refuses the messages or alters those of the user.
+            RenderError: The template refuses the messages or alters those of the user.
         """
         placeholders = [_PLACEHOLDER.format(index) for index in range(len(messages))]
         frame = self._frames.get(len(messages))
@@ -160,7 +160,7 @@ class ChatTemplate:
             frame = self._frames[len(messages)] = self._apply(placeholders)
         if prompt := self._fill(frame, placeholders, messages):
             return prompt
-        raise ConfigError(_CHANGES_USER_TEXT)
+        raise RenderError(_CHANGES_USER_TEXT)
 
     def _fill(self, frame: str, placeholders: list[str], messages: Sequence[str]) -> Prompt | None:
         """Put messages in place of a frame's placeholders; None if the template does not render them like that.
@@ -197,7 +197,7 @@ class ChatTemplate:
         self._answer_frame = before + user + opening, after
         try:
             history = self._apply([user, answer, reply])
-        except ConfigError:  # a template of one turn
+        except RenderError:  # a template of one turn
             history = ""
         return AnswerFormat(opening, after, history.partition(answer)[2].partition(reply)[0])
 
@@ -212,7 +212,7 @@ class ChatTemplate:
             text = self._tokenizer.apply_chat_template(make_messages(contents), **options)
         except TemplateError as error:
             message = f"template: chat: the tokenizer's chat template does not accept the messages ({error})"
-            raise ConfigError(f"{message}; use template: alpaca") from None
+            raise RenderError(f"{message}; use template: alpaca") from None
         assert isinstance(text, str)
         return text
 

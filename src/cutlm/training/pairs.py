@@ -20,7 +20,7 @@ from cutlm.flagging.token_scores import TokenScores
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.loading import check_lora_targets
 from cutlm.model.saving import changes_base
-from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.encoding import Encoder, encode_each
 from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import CUTConfig
 from cutlm.training.dataset import describe_replaced_template, make_encoder
@@ -98,13 +98,21 @@ def encode_pairs(pairs: Sequence[Pair], encoder: Encoder, max_length: int) -> tu
         Rows with `prompt_ids`, `chosen_ids` and `rejected_ids`, and a sentence for each pair that does not fit.
     """
     rows, left_out = [], []
-    for pair in pairs:
-        chosen_ids, rejected_ids = encoder.encode_response(pair.chosen), encoder.encode_response(pair.rejected)
+    encoded = encode_each(
+        lambda pair: (
+            encoder.encode_prompt(pair.instruction),
+            encoder.encode_response(pair.chosen),
+            encoder.encode_response(pair.rejected),
+        ),
+        pairs,
+        [pair.location for pair in pairs],
+    )
+    for pair, (prompt_ids, chosen_ids, rejected_ids) in zip(pairs, encoded, strict=True):
         room = max_length - max(len(chosen_ids), len(rejected_ids))
         if room < 1:
             left_out.append(f"{pair.location}: a response alone fills max_length {max_length}; left out")
             continue
-        prompt_ids = encoder.truncate(encoder.encode_prompt(pair.instruction), room)
+        prompt_ids = encoder.truncate(prompt_ids, room)
         rows.append({"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids})
     return rows, left_out
 
