@@ -1,0 +1,186 @@
+"""Sensitivity: how much of what a model flags depends on what the judgment says.
+
+Some unsatisfactory responses are scored under the judgment of another record, too. A model that reads judgments flags
+fewer tokens then. One that does not flags as many, whatever the judgment says, and its flags are mostly noise.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from cutlm.data.records import JudgedRecord
+from cutlm.losses import flag_tokens
+from cutlm.prompting.encoding import Encoder
+
+NUM_RECORDS = 64
+LEAST_FLAG_SIGNAL = 0.3
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How a model's flags differ between a record's own judgment and the judgment of another record.
+
+    Attributes:
+        num_records: Number of records in the sample.
+        flagged_share_own: Share of their tokens that is flagged under their own judgments.
+        flagged_share_foreign: The same under the judgments of other records.
+        flag_signal: 1 - flagged_share_foreign / flagged_share_own: 1 if foreign judgments flag nothing, 0 if they flag
+            as much; None if no token is flagged under the records' own judgments.
+        pairwise: Share of the records whose largest log ratio is larger under their own judgment; a tie does not count.
+    """
+
+    num_records: int
+    flagged_share_own: float
+    flagged_share_foreign: float
+    flag_signal: float | None
+    pairwise: float
+
+    def describe(self) -> str:
+        """Return the numbers as one line."""
+        signal = (
+            "undefined (nothing is flagged under their own)" if self.flag_signal is None else f"{self.flag_signal:.2f}"
+        )
+        return (
+            f"sensitivity on {self.num_records} records: {self.flagged_share_own:.1%} of their tokens are flagged under"
+            f" their own judgments, {self.flagged_share_foreign:.1%} under those of other records; flag_signal"
+            f" {signal}, pairwise {self.pairwise:.2f}"
+        )
+
+    def describe_noise(self) -> str | None:
+        """Return a sentence that says what to do if the flags are mostly noise; None if they are not."""
+        if self.flag_signal is not None and self.flag_signal >= LEAST_FLAG_SIGNAL:
+            return None
+        signal = "undefined" if self.flag_signal is None else f"{self.flag_signal:.2f}"
+        return (
+            f"flag_signal is {signal}, below {LEAST_FLAG_SIGNAL}: this model hardly reads these judgments, so its flags"
+            " are mostly noise; flag with a larger model or a server (cutlm blame, then cutlm train --map_spans true),"
+            " with a detector that was taught on judged records (objective: hindsight), or by spans that the judge"
+            " marks (detector: spans)"
+        )
+
+
+class Contrast(NamedTuple):
+    """Log-probabilities [T] of one unsatisfactory response in three contexts."""
+
+    without: Sequence[float]  # log p(y_t | x, y_<t)
+    own: Sequence[float]  # log p(y_t | x, j, y_<t) with its own judgment
+    foreign: Sequence[float]  # the same with the judgment of another record
+    num_template_tokens: int = 0  # tokens at the start that the chat template writes, which do not count
+
+
+class ForeignContext(NamedTuple):
+    """The prompt of a row with the judgment of another row."""
+
+    index: int  # the row whose response is scored
+    source: int  # the row whose judgment it gets
+    prompt_ids: list[int]
+
+
+def pair_foreign(judgments: Sequence[str], seed: int = 0) -> list[int]:
+    """Assign to each record another record, the judgment of which has another text.
+
+    It is a permutation, unless more than half of the judgments have the same text: those then share the others.
+
+    Args:
+        judgments: The judgments. White space and case do not distinguish them.
+        seed: Other seeds give other pairs.
+
+    Returns:
+        For each judgment the index of a foreign one; an empty list if all have the same text.
+
+    Example:
+
+        >>> pair_foreign(["Too long.", "Too long.", "Wrong.", "Rude."])
+        [2, 3, 0, 1]
+    """
+    generator = random.Random(f"foreign {seed}")
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index in generator.sample(range(len(judgments)), len(judgments)):
+        groups[" ".join(judgments[index].split()).casefold()].append(index)
+    if len(groups) < 2:
+        return []
+    # In this order the records of one text follow each other, so a step as long as the largest group leaves any group.
+    by_size = sorted(groups.values(), key=len, reverse=True)
+    order = [index for group in by_size for index in group]
+    num, num_largest = len(order), len(by_size[0])
+    foreign = [0] * num
+    for place, index in enumerate(order):
+        if 2 * num_largest > num and place < num_largest:
+            source = num_largest + place % (num - num_largest)
+        else:
+            source = (place + num_largest) % num
+        foreign[index] = order[source]
+    return foreign
+
+
+def sample_foreign(
+    rows: Sequence[Mapping[str, Any]],
+    records: Sequence[JudgedRecord],
+    encoder: Encoder,
+    max_length: int,
+    num_records: int = NUM_RECORDS,
+    seed: int = 0,
+) -> list[ForeignContext]:
+    """Draw unsatisfactory rows, and encode the prompt of each with the judgment of another one.
+
+    Args:
+        rows: Encoded rows.
+        records: The record of each.
+        encoder: Tokenizer and template.
+        max_length: Maximum number of tokens in a prompt and the response; prompts are truncated on the left.
+        num_records: Number of rows to draw.
+        seed: Seed of the sample and of the pairs.
+
+    Returns:
+        The contexts in the order of the rows; none if fewer than two judgments differ.
+    """
+    judged = [
+        index
+        for index, row in enumerate(rows)
+        if row["judged_prompt_ids"] is not None and not records[index].is_satisfactory
+    ]
+    judgments = [str(records[index].judgment) for index in judged]
+    foreign = pair_foreign(judgments, seed)
+    places = range(len(foreign))
+    drawn = sorted(random.Random(f"sample {seed}").sample(places, min(num_records, len(foreign))))
+    contexts = []
+    for place in drawn:
+        index, source = judged[place], judged[foreign[place]]
+        prompt_ids = encoder.encode_prompt(records[index].full_instruction, records[source].judgment)
+        num_tokens = max_length - len(rows[index]["response_ids"])
+        contexts.append(ForeignContext(index, source, encoder.truncate(prompt_ids, num_tokens)))
+    return contexts
+
+
+def compute_sensitivity(contrasts: Sequence[Contrast], threshold: float) -> Sensitivity | None:
+    """Compute the sensitivity from the log-probabilities of a sample; None without any record.
+
+    Args:
+        contrasts: The log-probabilities of each record.
+        threshold: lambda of eq. 5.
+
+    Example:
+
+        >>> contrast = Contrast([-2.0, -2.0, -2.0], own=[-1.0, -1.0, -2.0], foreign=[-2.0, -1.5, -2.0])
+        >>> compute_sensitivity([contrast], threshold=1.1).flag_signal  # 2 tokens are flagged, then 1
+        0.5
+    """
+    if not contrasts:
+        return None
+    num_tokens = num_larger = 0
+    num_flagged = [0, 0]
+    for contrast in contrasts:
+        start = contrast.num_template_tokens
+        without, own, foreign = (torch.tensor(logps[start:], dtype=torch.float64) for logps in contrast[:3])
+        num_tokens += len(without)
+        for place, logps in enumerate((own, foreign)):
+            flags = flag_tokens(without, logps, threshold=threshold, unlikelihood_weight=1.0, gamma=0.0)
+            num_flagged[place] += int(flags.is_flagged.sum())
+        num_larger += bool((own - without).max() > (foreign - without).max())
+    shares = [num / num_tokens for num in num_flagged]
+    signal = 1 - num_flagged[1] / num_flagged[0] if num_flagged[0] else None
+    return Sensitivity(len(contrasts), *shares, signal, num_larger / len(contrasts))
