@@ -7,6 +7,7 @@ Example:
     >>> merge("runs/first", "runs/first-merged")
 """
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from cutlm.data.records import JudgedRecord, as_records
 from cutlm.errors import ConfigError, UserError
 from cutlm.flagging.detector import FlagSettings, blame_file
 from cutlm.flagging.scoring import load_scorer
+from cutlm.flagging.sensitivity import NUM_RECORDS
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.generation.files import check_prompts, generate_file
 from cutlm.generation.local import Sampling, choose_max_new_tokens
@@ -32,6 +34,8 @@ from cutlm.model.merge import merge_adapter
 from cutlm.prompting.encoding import Encoder, choose_template
 from cutlm.prompting.templates import TemplateName, parse_date, set_arguments
 from cutlm.servers.client import Server
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -163,6 +167,7 @@ def blame(
     dtype: str = "auto",
     device: str | None = None,
     out: str | Path | None = None,
+    sensitivity_records: int = NUM_RECORDS,
 ) -> list[TokenScores]:
     """Flag the tokens that each judgment objects to, by a frozen model (`cutlm blame`; paper, eq. 5).
 
@@ -177,7 +182,10 @@ def blame(
         max_length: Maximum tokens in a prompt and its response; prompts are truncated on the left.
         dtype: dtype of the weights; "auto" for the checkpoint's, or float32 on a CPU that is faster in it.
         device: Such as "cuda:1"; None for a GPU if there is one.
-        out: A file to write, which `CUTTrainer` and `cutlm train` take as data; an interrupted call resumes.
+        out: A file to write, which `CUTTrainer` and `cutlm train` take as data; an interrupted call resumes. Its report
+            is next to it, in `OUT.report.json`.
+        sensitivity_records: Number of records to measure on whether the flags depend on what the judgments say; if
+            they hardly do, a warning is logged. 0 does not measure it.
 
     Returns:
         Token scores in the order of the records, without those that are too long.
@@ -196,8 +204,18 @@ def blame(
     encoder = _make_encoder(tokenizer, template, chat_template_kwargs, out)
     with _writing_to(out, "scores.jsonl") as path:
         report = blame_file(
-            check.records, check.locations, path, encoder, score, settings, detector=detector, backend=backend
+            check.records,
+            check.locations,
+            path,
+            encoder,
+            score,
+            settings,
+            detector=detector,
+            backend=backend,
+            sensitivity_records=sensitivity_records,
         )
+    if report.sensitivity is not None and (noise := report.sensitivity.describe_noise()):
+        logger.warning(noise)
     return report.scores
 
 

@@ -21,7 +21,7 @@ RECORDS: list[dict[str, Any]] = [
     {"instruction": "Name a city.", "output": "Canberra is 🙂.", "judgment": "Perfect. A city."},
     {"instruction": "Ask.", "output": "yes", "judgment": "No question."},
 ]
-NUM_REQUESTS = 2 * 3 + 2
+NUM_REQUESTS = 3 * 3 + 2  # each unsatisfactory response is scored with a foreign judgment, too
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_failed_records_are_counted_and_requested_again_by_the_next_run(
     server.fault = None
     server.requests.clear()
     assert main(options) == 0
-    assert len(server.requests) == 2, "the two contexts of the missing record"
+    assert len(server.requests) == 2 + 3, "the contexts of the missing record, and all foreign judgments"
     assert (tmp_path / "results" / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 

@@ -18,13 +18,15 @@ from reference import score_response
 from tiny import make_model, make_tokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import cutlm.flagging.detector as detector
 import cutlm.flagging.scoring as scoring
 from cutlm.cli import main
 from cutlm.data.journal import Journal
 from cutlm.data.records import JudgedRecord, load_records
 from cutlm.errors import ConfigError, UserError
-from cutlm.flagging.detector import FlagSettings, blame_file, describe_run
+from cutlm.flagging.detector import FlagSettings, blame_file, describe_run, read_sensitivity
 from cutlm.flagging.scoring import score_rows
+from cutlm.flagging.sensitivity import pair_foreign
 from cutlm.flagging.token_scores import read_token_scores
 from cutlm.prompting.encoding import Encoder
 
@@ -179,6 +181,73 @@ def test_extreme_log_probs_can_be_written_and_read(tmp_path: Path) -> None:
     assert certain.logps_without == [0.0] * len(certain.token_ids)
 
 
+# ---- The report ----
+
+
+def test_the_report_has_the_sensitivity_of_the_model(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert blame(model, data, out, template="chat") == 0
+    report = json.loads(Path(f"{out}.report.json").read_text())
+    all_scores = read_token_scores(out)
+    judged = [scores for scores in all_scores if not scores.record.is_satisfactory]
+    num_tokens = sum(len(scores.token_ids) for scores in judged)
+    own_share = sum(sum(scores.is_flagged) for scores in judged) / num_tokens
+    assert report["num_records"] == len(RECORDS)
+    assert report["flagged_share"] == pytest.approx(own_share)
+    found = report["sensitivity"]
+    assert found["num_records"] == len(judged)
+    assert found["flagged_share_own"] == pytest.approx(own_share), "all records are in the sample"
+    # The same by an independent model in float64.
+    reference = AutoModelForCausalLM.from_pretrained(model).double()
+    encoder = Encoder(AutoTokenizer.from_pretrained(model), "chat")
+    foreign = pair_foreign([str(scores.record.judgment) for scores in judged])
+    num_flagged = num_larger = 0
+    for scores, source in zip(judged, foreign, strict=True):
+        assert scores.logps_with is not None
+        assert scores.logps_without is not None
+        prompt_ids = encoder.encode_prompt(scores.record.full_instruction, judged[source].record.judgment)
+        logps = score_response(reference, prompt_ids, scores.token_ids)
+        rises = [logp - without for logp, without in zip(logps, scores.logps_without, strict=True)]
+        own = [logp - without for logp, without in zip(scores.logps_with, scores.logps_without, strict=True)]
+        num_flagged += sum(rise > math.log(1.1) for rise in rises)
+        num_larger += max(own) > max(rises)
+    assert found["flagged_share_foreign"] == pytest.approx(num_flagged / num_tokens)
+    assert found["flag_signal"] == pytest.approx(1 - num_flagged / num_tokens / own_share)
+    assert found["pairwise"] == num_larger / len(judged)
+
+
+def test_the_sample_can_be_smaller_or_off(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, expected in ((0, None), (2, 2)):
+        out = tmp_path / f"{number}.jsonl"
+        assert blame(model, data, out, sensitivity_records=number) == 0
+        found = json.loads(Path(f"{out}.report.json").read_text())["sensitivity"]
+        assert (found and found["num_records"]) == expected
+    assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
+    capsys.readouterr()
+    assert blame(model, data, tmp_path / "bad.jsonl", sensitivity_records=-1) == 2
+    assert "sensitivity_records: " in capsys.readouterr().err
+
+
+def test_judgments_of_one_text_have_no_sensitivity(model: Path, tmp_path: Path) -> None:
+    rows = [row | {"judgment": "It is wrong.", "score": None} for row in RECORDS]
+    out = tmp_path / "out.jsonl"
+    assert blame(model, write_lines(tmp_path / "data.jsonl", rows), out) == 0
+    assert json.loads(Path(f"{out}.report.json").read_text())["sensitivity"] is None
+
+
+def test_flags_of_a_model_that_does_not_read_judgments_are_called_noise_once(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert blame(model, data, tmp_path / "out.jsonl", threshold=1) == 0
+    sensitivity = read_sensitivity(tmp_path / "out.jsonl")
+    assert sensitivity is not None
+    noise = sensitivity.describe_noise()
+    assert noise is not None, "a random model flags half of the tokens, whatever the judgment says"
+    assert capsys.readouterr().out.count(noise) == 1
+
+
 # ---- Stopped runs ----
 
 
@@ -242,7 +311,40 @@ def test_finished_batches_are_not_scored_again(
 
     monkeypatch.setattr(scoring, "score_batch", count)
     assert blame(model, data, killed) == 0
-    assert sum(num_scored) == len(RECORDS) - num_finished
+    num_foreign = sum(not record.is_satisfactory for record in load_records(data))
+    assert sum(num_scored) == len(RECORDS) - num_finished + num_foreign
+
+
+def test_foreign_judgments_are_not_scored_again(
+    model: Path, data: Path, complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.jsonl"
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(detector, "write_report", stop)
+        assert blame(model, data, out) == 130
+    assert not Path(f"{out}.report.json").exists()
+    lines = Path(f"{out}.partial").read_text().splitlines()
+    num_foreign = sum("logps_foreign" in line for line in lines)
+    assert num_foreign == sum(not record.is_satisfactory for record in load_records(data))
+    # Only the last foreign judgment is missing.
+    Path(f"{out}.partial").write_text("\n".join(lines[:-1]) + "\n")
+    num_scored: list[int] = []
+    original = scoring.score_batch
+
+    def count(model: Any, batch: Any, **options: Any) -> Any:
+        num_scored.append(1)
+        return original(model, batch, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "score_batch", count)
+        assert blame(model, data, out) == 0
+    assert sum(num_scored) == 1
+    for suffix in ("", ".report.json"):
+        assert Path(f"{out}{suffix}").read_bytes() == Path(f"{complete}{suffix}").read_bytes()
 
 
 def test_ctrl_c_keeps_finished_batches_and_exits_with_130(
@@ -320,6 +422,7 @@ DAMAGED_LINES = {
     "no numbers": '{"index": 0, "logps_without": null, "logps_with": null}',
     "index out of range": '{"index": 99, "logps_without": [-1.0], "logps_with": [-1.0]}',
     "nested": "[" * 200_000,
+    "foreign without an index": '{"index": [0], "source": 2, "logps_foreign": [-1.0]}',
 }
 
 

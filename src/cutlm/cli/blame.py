@@ -3,7 +3,8 @@ train on.
 
 Each response is scored without and with its judgment; a token that the judgment makes more likely by the threshold is
 flagged. The output is JSON Lines: the records with their tokens, log-probabilities, flags and weights. An interrupted
-run resumes when started again with the same settings.
+run resumes when started again with the same settings. OUT.report.json holds counts and flag_signal: 1 if other
+records' judgments flag nothing, 0 if they flag as much, so that the flags are noise.
 
   cutlm blame --model MODEL --data records.jsonl --out scores.jsonl
   cutlm blame --base_url http://localhost:8000/v1 --model NAME --tokenizer MODEL --data records.jsonl --out scores.jsonl
@@ -54,6 +55,13 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="score satisfactory records with their praise too, to calibrate thresholds; they are never flagged",
     )
+    parser.add_argument(
+        "--sensitivity_records",
+        type=int,
+        default=64,
+        help="measure whether the flags depend on what the judgments say, on this number of records; 0: do not"
+        " (default: 64)",
+    )
     _OPTIONS.add(parser)
 
 
@@ -86,6 +94,7 @@ def score_file(args: argparse.Namespace) -> None:
             detector=detector,
             backend=backend,
             overwrite=args.overwrite,
+            sensitivity_records=args.sensitivity_records,
         )
     except KeyboardInterrupt:
         if Path(f"{args.out}.partial").exists():

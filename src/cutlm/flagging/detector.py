@@ -9,18 +9,20 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cutlm.data.files import read_bytes, write_text
 from cutlm.data.journal import Journal, refuse_foreign
 from cutlm.data.records import PRAISE, JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.scoring import Scorer
+from cutlm.flagging.sensitivity import NUM_RECORDS, Contrast, Sensitivity, compute_sensitivity, sample_foreign
 from cutlm.flagging.token_scores import (
     SCORE_FIELDS,
     TokenScores,
@@ -110,6 +112,7 @@ class BlameReport:
     num_resumed: int = 0  # records taken from an interrupted run
     num_truncated: int = 0  # records with a truncated prompt
     left_out: list[str] = field(default_factory=list)  # a sentence for each record that is too long
+    sensitivity: Sensitivity | None = None  # None if it was not asked for, or fewer than two judgments differ
 
     @property
     def judged(self) -> list[TokenScores]:
@@ -131,14 +134,18 @@ class BlameReport:
         return sum(not any(scores.is_flagged) for scores in self.judged)
 
     def describe(self) -> str:
-        """Two lines of counts for the user."""
+        """Counts for the user, and how far the flags can be trusted, in lines."""
         num_judged, num_tokens, num_flagged = len(self.judged), self.num_tokens, self.num_flagged
-        return (
+        lines = [
             f"{len(self.scores)} records scored ({len(self.scores) - num_judged} satisfactory, {num_judged}"
-            f" unsatisfactory); {self.num_truncated} with a truncated prompt; {len(self.left_out)} left out\n"
+            f" unsatisfactory); {self.num_truncated} with a truncated prompt; {len(self.left_out)} left out",
             f"{num_flagged} of {num_tokens} tokens of unsatisfactory responses flagged"
-            f" ({num_flagged / max(1, num_tokens):.1%}); {self.num_without_flag} of these records without any flag"
-        )
+            f" ({num_flagged / max(1, num_tokens):.1%}); {self.num_without_flag} of these records without any flag",
+        ]
+        if self.sensitivity is not None:
+            lines.append(self.sensitivity.describe())
+            lines += [f"warning: {noise}" for noise in [self.sensitivity.describe_noise()] if noise]
+        return "\n".join(lines)
 
 
 def blame_file(
@@ -152,8 +159,9 @@ def blame_file(
     detector: str,
     backend: Mapping[str, Any],
     overwrite: bool = False,
+    sensitivity_records: int = NUM_RECORDS,
 ) -> BlameReport:
-    """Score records and write their token scores, in the order of the records.
+    """Score records and write their token scores, in the order of the records, and a report (`OUT.report.json`).
 
     Finished batches go to `OUT.partial` at once, from which an interrupted run resumes.
 
@@ -167,11 +175,15 @@ def blame_file(
         detector: Fingerprint of the model.
         backend: Further settings that the numbers depend on, by name, such as the dtype.
         overwrite: Replace a partial file of another run.
+        sensitivity_records: Number of records to measure the sensitivity on; 0 does not measure it.
 
     Raises:
+        ConfigError: `sensitivity_records` is negative.
         DataError: A record has fields whose names token scores use, or no record fits.
         UserError: A partial file of another run exists, or the scorer failed.
     """
+    if sensitivity_records < 0:
+        raise ConfigError(f"sensitivity_records: expected a whole number of at least 0, got {sensitivity_records}")
     records = [strip_scores(record) for record in records]
     refuse_clashes(records, locations)
     encoded = encode_for_scoring(records, locations, encoder, settings)
@@ -180,11 +192,21 @@ def blame_file(
     kept = [records[index] for index in encoded.indices]
     header = describe_run(records, encoder, settings, detector, backend)
     journal = Journal(out, header, overwrite=overwrite)
-    num_resumed = len(journal.lines)
+    num_resumed = count_resumed(journal)
     scores = score_with_journal(encoded.rows, kept, journal, encoder, score, settings, detector)
+    sensitivity = measure_sensitivity(
+        encoded.rows, scores, encoder, score, settings, num_records=sensitivity_records, journal=journal
+    )
+    report = BlameReport(scores, num_resumed, encoded.num_truncated, encoded.left_out, sensitivity)
+    write_report(out, report)  # first, so that a file of scores has its report
     write_token_scores(out, scores)
     journal.remove()
-    return BlameReport(scores, num_resumed, encoded.num_truncated, encoded.left_out)
+    return report
+
+
+def count_resumed(journal: Journal) -> int:
+    """Count the records whose log-probabilities a journal holds."""
+    return sum("logps_foreign" not in line for line in journal.lines)
 
 
 def score_with_journal(
@@ -199,7 +221,8 @@ def score_with_journal(
     """Score the rows that a journal does not hold yet, appending each batch to it."""
     if not all(_matches_row(line, rows) for line in journal.lines):
         refuse_foreign(journal.path)
-    finished = {line["index"]: (line["logps_without"], line["logps_with"]) for line in journal.lines}
+    lines = [line for line in journal.lines if "logps_foreign" not in line]
+    finished = {line["index"]: (line["logps_without"], line["logps_with"]) for line in lines}
     with journal, closing(score(rows, frozenset(finished))) as batches:
         for batch in batches:
             logps = {
@@ -213,6 +236,90 @@ def score_with_journal(
         make_scores(record, row["response_ids"], *finished[index], encoder, settings, marks)
         for index, (row, record) in enumerate(zip(rows, records, strict=True))
     ]
+
+
+def measure_sensitivity(
+    rows: Sequence[Mapping[str, Any]],
+    scores: Sequence[TokenScores],
+    encoder: Encoder,
+    score: Scorer,
+    settings: FlagSettings,
+    *,
+    num_records: int,
+    journal: Journal | None = None,
+) -> Sensitivity | None:
+    """Measure the sensitivity of a model: score a sample of the rows with foreign judgments, too.
+
+    Args:
+        rows: Encoded rows.
+        scores: The token scores of each, by the same model.
+        encoder: Tokenizer and template.
+        score: Computes the log-probabilities.
+        settings: Threshold and lengths.
+        num_records: Size of the sample; 0 measures nothing.
+        journal: Holds what a stopped run has finished, whatever the size of its sample, and gets what is new.
+
+    Returns:
+        The sensitivity; None if fewer than two judgments differ.
+    """
+    contexts = sample_foreign(rows, [one.record for one in scores], encoder, settings.max_length, num_records)
+    if not contexts:
+        return None
+    foreign_rows = [
+        {
+            "prompt_ids": context.prompt_ids,
+            "judged_prompt_ids": None,
+            "response_ids": rows[context.index]["response_ids"],
+            "location": f"{rows[context.index]['location']} with the judgment of {rows[context.source]['location']}",
+        }
+        for context in contexts
+    ]
+    places = {(context.index, context.source): place for place, context in enumerate(contexts)}
+    finished: dict[int, list[float]] = {}
+    for line in journal.lines if journal else ():
+        if "logps_foreign" in line and (place := places.get((line["index"], line["source"]))) is not None:
+            finished[place] = line["logps_foreign"]
+    if len(finished) < len(contexts):
+        with journal or nullcontext(), closing(score(foreign_rows, frozenset(finished))) as batches:
+            for batch in batches:
+                logps = {place: round_logps(foreign) for place, foreign, _ in batch}
+                if journal is not None:
+                    journal.append(
+                        {"index": contexts[place].index, "source": contexts[place].source, "logps_foreign": values}
+                        for place, values in logps.items()
+                    )
+                finished |= logps
+    contrasts = []
+    for place, context in enumerate(contexts):
+        own = scores[context.index]
+        assert own.logps_without is not None
+        assert own.logps_with is not None
+        num_template_tokens = encoder.count_template_tokens(own.token_ids)
+        contrasts.append(Contrast(own.logps_without, own.logps_with, finished[place], num_template_tokens))
+    return compute_sensitivity(contrasts, settings.threshold)
+
+
+def name_report_file(scores: str | Path) -> Path:
+    """Name the report next to a file of token scores."""
+    return Path(f"{scores}.report.json")
+
+
+def write_report(scores: str | Path, report: BlameReport) -> None:
+    """Write the report of a file of token scores next to it."""
+    content = {
+        "num_records": len(report.scores),
+        "flagged_share": report.num_flagged / report.num_tokens if report.num_tokens else None,
+        "sensitivity": report.sensitivity and asdict(report.sensitivity),
+    }
+    write_text(name_report_file(scores), json.dumps(content, indent=2) + "\n")
+
+
+def read_sensitivity(scores: str | Path) -> Sensitivity | None:
+    """Read the sensitivity from the report next to a file of token scores; None if there is none that can be used."""
+    try:
+        return Sensitivity(**json.loads(read_bytes(name_report_file(scores)))["sensitivity"])
+    except (ValueError, RecursionError, KeyError, TypeError):  # including DataError, if the file is missing
+        return None
 
 
 def blame_record(
@@ -312,15 +419,26 @@ def _fingerprint(encoder: Encoder, settings: FlagSettings, detector: str) -> dic
 def _matches_row(line: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a journal line holds log-probabilities of one of these rows."""
     index = line["index"]
-    if type(index) is not int or not 0 <= index < len(rows) or not {"logps_without", "logps_with"} <= set(line):
+    if type(index) is not int or not 0 <= index < len(rows):
         return False
     row = rows[index]
+    if "logps_foreign" in line:
+        return type(line.get("source")) is int and _are_logps(line["logps_foreign"], len(row["response_ids"]))
+    if not {"logps_without", "logps_with"} <= set(line):
+        return False
     is_judged = row["judged_prompt_ids"] is not None
     columns = [line["logps_without"], *([line["logps_with"]] if is_judged else [])]
-    if not all(isinstance(logps, list) and len(logps) == len(row["response_ids"]) for logps in columns):
+    if not all(_are_logps(logps, len(row["response_ids"])) for logps in columns):
         return False
-    return (is_judged or line["logps_with"] is None) and all(
-        isinstance(logp, float) and math.isfinite(logp) for logps in columns for logp in logps
+    return is_judged or line["logps_with"] is None
+
+
+def _are_logps(values: Any, length: int) -> bool:
+    """Whether a value of a journal line is a list of so many log-probabilities."""
+    return (
+        isinstance(values, list)
+        and len(values) == length
+        and all(isinstance(logp, float) and math.isfinite(logp) for logp in values)
     )
 
 

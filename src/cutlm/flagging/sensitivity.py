@@ -54,12 +54,13 @@ class Sensitivity:
         """Return a sentence that says what to do if the flags are mostly noise; None if they are not."""
         if self.flag_signal is not None and self.flag_signal >= LEAST_FLAG_SIGNAL:
             return None
-        signal = "undefined" if self.flag_signal is None else f"{self.flag_signal:.2f}"
+        finding = "nothing is flagged"
+        if self.flag_signal is not None:
+            finding = f"flag_signal is {self.flag_signal:.2f}, below {LEAST_FLAG_SIGNAL}"
         return (
-            f"flag_signal is {signal}, below {LEAST_FLAG_SIGNAL}: this model hardly reads these judgments, so its flags"
-            " are mostly noise; flag with a larger model or a server (cutlm blame, then cutlm train --map_spans true),"
-            " with a detector that was taught on judged records (objective: hindsight), or by spans that the judge"
-            " marks (detector: spans)"
+            f"{finding}: this model hardly reads these judgments, so its flags are mostly noise; flag with a larger"
+            " model or a server (cutlm blame, then cutlm train --map_spans true), with a detector that was taught on"
+            " judged records (objective: hindsight), or by spans that the judge marks (detector: spans)"
         )
 
 
