@@ -9,7 +9,7 @@ Example:
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from cutlm.flagging.token_scores import TokenScores
 from cutlm.generation.files import check_prompts, generate_file
 from cutlm.generation.local import Sampling, choose_max_new_tokens
 from cutlm.judges.responses import Failure, make_record_rows, parse_responses
-from cutlm.judges.rules import judge_by_rules
+from cutlm.judges.rules import Rules, judge_by_rules
 from cutlm.judges.server import judge_by_server
 from cutlm.model.loading import fingerprint_model, load_trained
 from cutlm.model.merge import merge_adapter
@@ -117,7 +117,7 @@ class Judged(NamedTuple):
 def judge(
     responses: Sequence[Mapping[str, Any]],
     *,
-    rules: Callable[[str, str], str | None] | None = None,
+    rules: Rules | None = None,
     base_url: str | None = None,
     judge_model: str | None = None,
     cache: str | Path | None = None,
@@ -127,7 +127,8 @@ def judge(
 
     Args:
         responses: Rows with `instruction`, optional `input`, and `output`, as `generate` returns them.
-        rules: Called with the instruction and the response; returns what is wrong, or None.
+        rules: Called with the instruction and the response; returns what is wrong, or None, or a pair of that and the
+            wrong spans.
         base_url: Address of a server, such as "http://localhost:8000/v1"; its key is read from OPENAI_API_KEY.
         judge_model: Name of the model on the server.
         cache: SQLite file of the server's judgments, which are then paid for once; None keeps no file.

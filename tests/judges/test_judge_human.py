@@ -123,6 +123,50 @@ def test_all_problems_of_a_list_are_reported_together(
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "list"])
+def test_quotes_of_a_person_become_spans(options: list[str], tmp_path: Path, kind: str) -> None:
+    assert main(options) == 0
+    quotes = ["", "Hello,\n\n  bye", "+1"]
+    rows = [
+        row | {"quotes": quote.split("\n") if kind == "list" else quote}
+        for row, quote in zip(fill(read_table(tmp_path / "out.jsonl.todo.csv")), quotes, strict=True)
+    ]
+    path = tmp_path / f"filled.{'csv' if kind == 'csv' else 'jsonl'}"
+    if kind == "csv":
+        write_table(path, rows)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([*options, "--labels", str(path)]) == 1, "one response is empty"
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    assert [row.get("wrong_spans") for row in records] == [None, [[0, 6], [8, 11]], [[0, 2]]]
+
+
+def test_lists_without_the_column_of_quotes_are_read(options: list[str], tmp_path: Path) -> None:
+    assert main(options) == 0
+    table = tmp_path / "out.jsonl.todo.csv"
+    rows = [{name: cell for name, cell in row.items() if name != "quotes"} for row in fill(read_table(table))]
+    write_table(table, rows)
+    assert main([*options, "--labels", str(table)]) == 1, "one response is empty"
+    check_records(tmp_path / "out.jsonl")
+
+
+def test_quotes_that_do_not_occur_once_are_problems(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == 0
+    table = tmp_path / "out.jsonl.todo.csv"
+    rows = fill(read_table(table))
+    for row, quotes in zip(rows, ["1", "Goodbye\nbye", "el"], strict=True):
+        row["quotes"] = quotes
+    write_table(table, rows)
+    assert main([*options, "--labels", str(table)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("field 'quotes'") == 3
+    assert "'Goodbye'" in printed
+    assert "'bye'" not in printed
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_an_existing_list_is_not_overwritten(
     options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from cutlm.judges.responses import name_failures_file, set_aside_empty, write_ou
 from cutlm.judges.rules import load_rules
 
 RULES = """
+import re
 import sys
 
 def judge(instruction, response):
@@ -22,6 +23,13 @@ def judge(instruction, response):
 def misbehave(instruction, response):
     return {"boom": lambda: 1 / 0, "int": lambda: 3, "empty": lambda: " ", "praise": lambda: "perfect, yes",
             "exit": lambda: sys.exit(0), "stop": stop, "null": lambda: "a\\0"}.get(response, lambda: None)()
+
+def locate(instruction, response):
+    spans = [match.span() for match in re.finditer(",", response)]
+    return {"none": (None, None), "empty": (None, []), "late": ("Late.", [(0, 5)]), "praise": ("Perfect.", [(0, 1)]),
+            "many": ("Many.", [(0, 1)], 3), "number": ("Number.", 3), "text": ("Text.", "0-1"),
+            "deep": ("Deep.", [[0, 1, 2]]), "lazy": ("Lazy.", (span for span in [(0, 4)])), "list": ["List.", []],
+            }.get(response) or (("No commas.", spans) if spans else None)
 
 def stop():
     raise KeyboardInterrupt
@@ -81,15 +89,51 @@ def test_the_judge_of_the_world_is_an_example(folder: Path) -> None:
     assert second["judgment"]
 
 
+def test_rules_may_say_where_a_response_is_wrong(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["a, b, c", "fine", "none", "empty", "lazy"], "my_rules_for_tests:locate") == 0
+    assert [row["judgment"] for row in read()] == ["No commas.", None, None, None, "Lazy."]
+    assert [row.get("wrong_spans") for row in read()] == [[[1, 2], [4, 5]], None, None, None, [[0, 4]]]
+    assert "2 unsatisfactory (2 of them with wrong_spans)" in capsys.readouterr().out
+    assert main(["check", "out.jsonl"]) == 0
+    assert "2 unsatisfactory records have wrong_spans" in capsys.readouterr().out
+
+
+def test_spans_that_do_not_fit_the_response_are_reported_together(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = ["late", "praise", "many", "number", "text", "deep", "list"]
+    assert run([*bad, "a, b"], "my_rules_for_tests:locate") == 2
+    printed = capsys.readouterr().err
+    for line in range(1, len(bad) + 1):
+        assert f"in.jsonl:{line}: returned by my_rules_for_tests:locate: " in printed
+    assert "expected 0 <= start <= end <= 4, the length of output, got [0, 5]" in printed
+    assert f"{len(bad)} of {len(bad) + 1} responses could not be judged" in printed
+    assert not Path("out.jsonl").exists()
+
+
+def test_the_oracle_of_the_world_marks_its_spans(folder: Path) -> None:
+    from cutlm.world.tasks import list_tasks
+
+    task = list_tasks("train")[0]
+    rows = [{"instruction": task.instruction, "output": output} for output in (task.right_answers[0], "No idea.")]
+    Path("in.json").write_text(json.dumps(rows))
+    options = ["--judge", "rules", "--rules", "cutlm.world.judge:judge_with_spans", "--out", "out.jsonl"]
+    assert main(["judge", "--responses", "in.json", *options]) == 0
+    first, second = read()
+    assert (first["judgment"], first.get("wrong_spans")) == (None, None)
+    assert second["wrong_spans"] == [[0, 2]]
+
+
 def test_all_problems_of_rules_are_reported_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["boom", "praise", "int", "empty", "fine", "exit", "null"], "my_rules_for_tests:misbehave") == 2
     printed = capsys.readouterr().err
     for part in (
-        "in.jsonl:1: the rules raised ZeroDivisionError: division by zero",
-        "in.jsonl:3: returned by the rules: field 'judgment': expected a string or null, got a number (3)",
-        "in.jsonl:4: returned by the rules: field 'judgment': expected text, got an empty string",
-        "in.jsonl:6: the rules raised SystemExit: 0",
-        "in.jsonl:7: returned by the rules: field 'judgment': expected text without null bytes",
+        "in.jsonl:1: my_rules_for_tests:misbehave raised ZeroDivisionError: division by zero",
+        "in.jsonl:3: returned by my_rules_for_tests:misbehave: field 'judgment': expected a string or null, got a"
+        " number (3)",
+        "in.jsonl:4: returned by my_rules_for_tests:misbehave: field 'judgment': expected text, got an empty string",
+        "in.jsonl:6: my_rules_for_tests:misbehave raised SystemExit: 0",
+        "in.jsonl:7: returned by my_rules_for_tests:misbehave: field 'judgment': expected text without null bytes",
         "5 of 7 responses could not be judged",
     ):
         assert part in printed

@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
         f"{len(check.records)} records: {check.num_satisfactory} satisfactory,"
         f" {check.num_unsatisfactory} unsatisfactory"
     )
+    if num_marked := sum(bool(record.wrong_spans) for record in check.records if not record.is_satisfactory):
+        print(f"{num_marked} unsatisfactory records have wrong_spans, which detector: spans trains on")
     if num_without := sum("judgment" not in record.model_fields_set for record in check.records):
         print(f"{num_without} records have no field 'judgment' and count as satisfactory")
     for doubt in describe_doubts(check.records, check.locations, MAX_PROBLEMS_SHOWN):

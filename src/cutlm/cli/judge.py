@@ -185,7 +185,8 @@ def _write_todo(args: argparse.Namespace, responses: "list[Response]") -> int:
         print(f"{num_empty} responses are empty and are left out")
     print(
         f"{num_rows} responses to judge in {lines} and {table}: fill in the column 'judgment' of one of them, with"
-        f' "Perfect." if nothing is wrong; then run:\n  cutlm judge --responses {args.responses} --judge human'
+        " \"Perfect.\" if nothing is wrong, and if you like, copy the wrong passages into the column 'quotes', one a"
+        f" line; then run:\n  cutlm judge --responses {args.responses} --judge human"
         f" --labels {table} --out {args.out}"
     )
     return 0

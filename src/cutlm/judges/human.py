@@ -14,9 +14,12 @@ from typing import Any
 from cutlm.data.files import SourceRow, open_atomic, read_bytes, read_rows, write_rows
 from cutlm.data.records import PRAISE, JudgedRecord, is_praise, validate_row
 from cutlm.errors import DataError, UserError
+from cutlm.judges.answers import locate_quotes
 from cutlm.judges.responses import Outcome, Response, set_aside_empty
 
 COLUMNS = ("number", "instruction", "input", "output", "judgment")
+# The wrong passages, a line each (or, in JSON, a list); lists of earlier versions lack it.
+QUOTES = "quotes"
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 # The largest value that the csv module accepts on every platform; its default is smaller than some responses.
 _MAX_CELL = 2**31 - 1
@@ -38,11 +41,13 @@ def write_todo(responses: Sequence[Response], out: str | Path) -> int:
         advice = "pass one with --labels FILE, or remove it to start over"
         raise UserError(f"{' and '.join(existing)}: exists already and may be filled; {advice}")
     kept, _ = set_aside_empty(responses)
-    rows: list[dict[str, Any]] = [{"number": index + 1, **responses[index].fields, "judgment": ""} for index in kept]
+    rows: list[dict[str, Any]] = [
+        {"number": index + 1, **responses[index].fields, "judgment": "", QUOTES: ""} for index in kept
+    ]
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(COLUMNS)
-    writer.writerows([guard_cell(str(row[name])) for name in COLUMNS] for row in rows)
+    writer.writerow([*COLUMNS, QUOTES])
+    writer.writerows([guard_cell(str(row[name])) for name in (*COLUMNS, QUOTES)] for row in rows)
     with open_atomic(table) as file:
         file.write(text.getvalue().encode("utf-8-sig"))  # spreadsheets recognize UTF-8 by its byte order mark
     return write_rows(lines, rows)
@@ -57,7 +62,8 @@ def read_todo(responses: Sequence[Response], path: str | Path) -> Outcome:
     """Read a list that a person has filled: CSV if it ends in `.csv`, otherwise JSON Lines or a JSON array.
 
     Raises:
-        DataError: Judgments or rows are missing, or texts differ from those of the responses; all of them are named.
+        DataError: Judgments or rows are missing, texts differ from those of the responses, or a quote does not occur
+            exactly once in its response; all of them are named.
     """
     kept, outcome = set_aside_empty(responses)
     indices = {str(index + 1): index for index in kept}
@@ -87,6 +93,9 @@ def read_todo(responses: Sequence[Response], path: str | Path) -> Outcome:
             problems.append(f"{location}: field 'judgment': expected a judgment, or \"{PRAISE}\", got nothing")
         validate_row(SourceRow(location, response.fields | {"judgment": judgment or None}), JudgedRecord, problems)
         outcome.judgments[index] = None if is_praise(judgment) else judgment
+        if quotes := _split_quotes(cells.get(QUOTES) or ""):
+            problems += _find_quote_problems(quotes, response.output, judgment, location)
+            outcome.wrong_spans[index] = locate_quotes(quotes, response.output)[0]
     problems += [
         f"{path}: number {index + 1} is missing ({responses[index].location}); restore its row"
         for index in kept
@@ -95,6 +104,23 @@ def read_todo(responses: Sequence[Response], path: str | Path) -> Outcome:
     if problems:
         raise DataError(problems, hint=f"{len(problems)} problems in {path}; fix them and try again")
     return outcome
+
+
+def _split_quotes(cell: str) -> list[str]:
+    """Return the quotes of a cell: one in each line that is not empty."""
+    return [line.strip() for line in cell.splitlines() if line.strip()]
+
+
+def _find_quote_problems(quotes: Sequence[str], output: str, judgment: str, location: str) -> list[str]:
+    """The problems of the quotes in one row."""
+    if is_praise(judgment):
+        return [f'{location}: field {QUOTES!r}: expected none with the judgment "{PRAISE}", got {len(quotes)}']
+    return [
+        f"{location}: field {QUOTES!r}: expected passages that occur exactly once in output, got {quote!r}; copy it"
+        " from there, with more of the text around it if it occurs again"
+        for quote in quotes
+        if locate_quotes([quote], output)[1]
+    ]
 
 
 def _is_same(cell: str, text: str) -> bool:
@@ -139,6 +165,8 @@ def _read_json(path: str | Path, problems: list[str]) -> Iterator[SourceRow]:
         if not isinstance(row.value, dict):
             problems.append(f"{row.location}: expected an object with the fields {', '.join(COLUMNS)}")
             continue
-        values = {name: row.value.get(name) for name in COLUMNS}
+        values = {name: row.value.get(name) for name in (*COLUMNS, QUOTES)}
+        if isinstance(quotes := values[QUOTES], list) and all(isinstance(quote, str) for quote in quotes):
+            values[QUOTES] = "\n".join(" ".join(quote.split()) for quote in quotes)
         others = {name: json.dumps(value) for name, value in values.items() if not isinstance(value, str | None)}
         yield SourceRow(row.location, values | others)

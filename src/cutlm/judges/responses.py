@@ -161,6 +161,8 @@ def describe_outcome(outcome: Outcome, out: str | Path) -> str:
     num_judged = len(outcome.judgments)
     num_satisfactory = sum(judgment is None for judgment in outcome.judgments.values())
     counts = f"{num_satisfactory} satisfactory, {num_judged - num_satisfactory} unsatisfactory"
+    if outcome.wrong_spans:
+        counts += f" ({len(outcome.wrong_spans)} of them with wrong_spans)"
     result = (
         f"{num_judged} records in {out}: {counts}" if num_judged else f"every judgment failed; {out} was not written"
     )

@@ -2,23 +2,26 @@
 
     def judge(instruction: str, response: str) -> str | None: ...
 
-`cutlm.world.judge:judge` is an example.
+It may also return where: `return judgment, spans`, with [start, end) in characters of the response. Examples are
+`cutlm.world.judge:judge` and `cutlm.world.judge:judge_with_spans`.
 """
 
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from cutlm.data.files import SourceRow
-from cutlm.data.records import JudgedRecord, is_praise, validate_row
+from cutlm.data.records import JudgedRecord, validate_row
 from cutlm.errors import DataError, UserError
 from cutlm.judges.responses import Outcome, Response, set_aside_empty
 
-Rules = Callable[[str, str], str | None]
+# What is wrong with a response, or None; and its wrong passages, if the rules say where they are.
+RuleVerdict = str | None | tuple[str | None, Sequence[Sequence[int]] | None]
+Rules = Callable[[str, str], RuleVerdict]
 
 
 def load_rules(name: str) -> Rules:
@@ -52,23 +55,45 @@ def judge_by_rules(responses: Sequence[Response], rules: Rules) -> Outcome:
     """Judge responses by a function of the instruction (including the input) and the response.
 
     Raises:
-        DataError: The function raised, or did not return text or None; all such responses are named.
+        DataError: The function raised, or did not return text or None, or returned spans that do not fit the response;
+            all such responses are named.
     """
     kept, outcome = set_aside_empty(responses)
     problems: list[str] = []
+    name = _name_rules(rules)
     for index in tqdm(kept, desc="judging", unit="response"):
         response = responses[index]
         try:
-            judgment = rules(response.full_instruction, response.output)
+            verdict = rules(response.full_instruction, response.output)
         except (Exception, SystemExit) as error:  # the user's code, which may raise anything
-            problems.append(f"{response.location}: the rules raised {_describe(error)}; fix them or remove the row")
+            problems.append(f"{response.location}: {name} raised {_describe(error)}; fix it or remove the row")
             continue
-        value = {"instruction": "-", "output": "-", "judgment": judgment}
-        if validate_row(SourceRow(f"{response.location}: returned by the rules", value), JudgedRecord, problems):
-            outcome.judgments[index] = None if judgment is None or is_praise(judgment) else judgment.strip()
+        location = f"{response.location}: returned by {name}"
+        if isinstance(verdict, tuple) and len(verdict) != 2:
+            expected = "expected the judgment, or the judgment and its spans"
+            problems.append(f"{location}: {expected}, got a tuple of {len(verdict)}")
+            continue
+        judgment, spans = verdict if isinstance(verdict, tuple) else (verdict, None)
+        if isinstance(spans, Iterable) and not isinstance(spans, str | bytes | Mapping):
+            spans = [list(span) if isinstance(span, tuple) else span for span in spans]
+        value = {"instruction": "-", "output": response.output, "judgment": judgment, "wrong_spans": spans}
+        record = validate_row(SourceRow(location, value), JudgedRecord, problems)
+        if record is None:
+            continue
+        if record.wrong_spans and record.is_satisfactory:
+            problems.append(f"{location}: expected no spans with a judgment that nothing is wrong, got {spans}")
+            continue
+        outcome.judgments[index] = None if judgment is None or record.is_satisfactory else judgment.strip()
+        if record.wrong_spans:
+            outcome.wrong_spans[index] = list(record.wrong_spans)
     if problems:
         raise DataError(problems, hint=f"{len(problems)} of {len(kept)} responses could not be judged")
     return outcome
+
+
+def _name_rules(rules: Rules) -> str:
+    """Return the name of a rules function as `load_rules` takes it."""
+    return f"{getattr(rules, '__module__', '')}:{getattr(rules, '__qualname__', type(rules).__name__)}"
 
 
 def _describe(error: BaseException) -> str:

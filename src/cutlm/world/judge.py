@@ -61,6 +61,16 @@ def judge(instruction: str, response: str) -> str | None:
     return judge_task(find_task(instruction), response).judgment
 
 
+def judge_with_spans(instruction: str, response: str) -> tuple[str | None, tuple[tuple[int, int], ...]]:
+    """The judgment of a response, as by `judge`, and its wrong spans; none if it is right.
+
+    Raises:
+        UserError: The instruction does not belong to a task.
+    """
+    verdict = judge_task(find_task(instruction), response)
+    return verdict.judgment, verdict.wrong_spans
+
+
 def rate_answers(tasks: Sequence[Task], responses: Sequence[str]) -> dict[str, float]:
     """The share of right responses by family, and the mean over families as "macro"."""
     verdicts: dict[str, list[bool]] = {family: [] for family in FAMILIES}
