@@ -24,7 +24,7 @@ _ATTRIBUTE = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 # Fields inherited from TRL and transformers. Their own help texts are long and change with the version.
 _MODEL = {
-    "model_name_or_path": "A model folder or hub name. Required.",
+    "model_name_or_path": "A model folder, a GGUF file (dequantized to float32) or a hub name. Required.",
     "model_revision": "Revision of the model on the hub.",
     "attn_implementation": "Attention implementation in transformers, such as sdpa or flash_attention_2.",
     "lora_r": "LoRA rank.",

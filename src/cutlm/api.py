@@ -56,7 +56,7 @@ def generate(
     """Generate a response to each prompt with a local model (`cutlm generate`).
 
     Args:
-        model: A model or adapter folder, or a hub name.
+        model: A model or adapter folder, a GGUF file, or a hub name.
         prompts: Instructions, or rows with `instruction` and optional `input`.
         template: "alpaca" or "chat"; None for the chat template that is saved with the model.
         chat_template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`.
@@ -173,7 +173,7 @@ def blame(
     """Flag the tokens that each judgment objects to, by a frozen model (`cutlm blame`; paper, eq. 5).
 
     Args:
-        model: A model or adapter folder, or a hub name.
+        model: A model or adapter folder, a GGUF file, or a hub name.
         records: Judged records.
         template: "alpaca" or "chat", as in training.
         chat_template_kwargs: Arguments of the chat template, as in training.

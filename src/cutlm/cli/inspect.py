@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     scores = "token scores from cutlm blame; pass it twice to compare before and after training"
     parser.add_argument("--scores", action="append", metavar="FILE", help=scores)
-    parser.add_argument("--model", metavar="MODEL", help="instead of --scores: a model or adapter folder, or hub name")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="instead of --scores: a model or adapter folder, GGUF file, or hub name"
+    )
     parser.add_argument("--data", metavar="FILE", help="the records to score with --model: JSON array or JSON Lines")
     parser.add_argument("--out", required=True, metavar="FILE", help="the HTML page to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the page and, with --model, its scores")

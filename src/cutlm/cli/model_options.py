@@ -38,7 +38,7 @@ def _parse_json_object(text: str) -> dict[str, Any]:
 
 # Every default is None here, to tell given options from missing ones.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
-    "model": {"required": True, "metavar": "MODEL", "help": "model or adapter folder, or hub name"},
+    "model": {"required": True, "metavar": "MODEL", "help": "model or adapter folder, GGUF file, or hub name"},
     "data": {"required": True, "metavar": "FILE", "help": "file of records: JSON array or JSON Lines"},
     "out": {"required": True, "metavar": "FILE", "help": "file to write"},
     "overwrite": {"action": "store_true", "help": "replace the output file"},

@@ -57,7 +57,7 @@ class StageRef:
 
 def list_iterations(plan: Plan) -> list[Iteration]:
     """List all iterations, starting with number 0 for the initial model."""
-    model = str(Path(plan.model).resolve()) if Path(plan.model).is_dir() else plan.model
+    model = str(Path(plan.model).resolve()) if Path(plan.model).exists() else plan.model
     iterations = []
     for number in range(plan.arguments.num_iterations + 1):
         iterations.append(Iteration(number, plan.folder / f"iteration-{number}", model))

@@ -8,6 +8,7 @@ import logging
 import pickle
 import platform
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.quantization_config import GgufConfig
 
 from cutlm.data.formats import describe_stand_in
 from cutlm.errors import ConfigError, UserError
@@ -66,7 +68,11 @@ _FILE_ERRORS = (
     RuntimeError,  # torch: sizes in config.json that do not fit each other; a damaged .bin file
     EOFError,  # torch: an empty .bin file
     pickle.UnpicklingError,  # torch: a .bin file with other content
+    struct.error,  # transformers: a truncated GGUF file
 )
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+# One of several files of a model, such as model-00001-of-00002.gguf.
+_GGUF_PART = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", re.IGNORECASE)
 
 
 @contextmanager
@@ -89,10 +95,12 @@ def _reading_files(path: str | Path, kind: str) -> Iterator[None]:
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the hub; raise `UserError` if it does not exist or is damaged."""
+    """Load a tokenizer from a folder, a GGUF file or the hub; raise `UserError` if there is none or it is damaged."""
     _check_path(path)
     with _reading_files(path, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        source, gguf = _split_gguf(path)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False, **gguf)
+    tokenizer.init_kwargs.pop("gguf_file", None)
     # transformers reads `legacy` and does not save it, and the saved tokenizer would tokenize the start of a text, and
     # text after a special token, otherwise.
     if getattr(tokenizer, "legacy", None) is not None:
@@ -129,10 +137,11 @@ def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path
 
 def load_config(path: str | Path) -> PreTrainedConfig:
     """Load a model config from a folder, a file or the hub; raise `UserError` if it is missing or damaged."""
-    if not Path(path).is_file():
+    if not Path(path).is_file() or find_gguf(path):
         _check_path(path)
     with _reading_files(path, "model config"):
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        source, gguf = _split_gguf(path)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
 
 
 def has_fast_math(dtype: torch.dtype) -> bool:
@@ -192,7 +201,12 @@ def warn_of_slow_autocast() -> None:
 
 
 def read_stored_dtypes(path: str | Path, *, revision: str | None = None) -> tuple[torch.dtype, dict[str, torch.dtype]]:
-    """Read the dtype of a checkpoint, and of each of its weights and stored buffers, without loading them."""
+    """Read the dtype of a checkpoint, and of each of its weights and stored buffers, without loading them.
+
+    Weights of a GGUF file count as float32, in which they are dequantized.
+    """
+    if find_gguf(path):
+        return torch.float32, {}
     with _reading_files(path, "causal language model"):
         model = AutoModelForCausalLM.from_pretrained(
             path, revision=revision or "main", dtype="auto", device_map="meta", trust_remote_code=False
@@ -209,10 +223,11 @@ def load_model(
     quantization: "BitsAndBytesConfig | None" = None,
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model from a folder or the hub. Code from the hub is never run.
+    """Load a causal language model from a folder, a GGUF file or the hub. Code from the hub is never run.
 
     Args:
-        path: A folder or a name on the hub.
+        path: A folder, a GGUF file (or a folder with one and no other weights), which is dequantized, or a name on the
+            hub.
         revision: A branch, tag or commit on the hub.
         dtype: A dtype or its name; "auto" for the checkpoint's, or float32 on a CPU that is faster in it.
         attn_implementation: See `transformers`.
@@ -230,25 +245,39 @@ def load_model(
     _check_path(path)
     if is_adapter_folder(path):
         raise UserError(f"{path}: expected a model, got an adapter; first run: cutlm merge --adapter {path} --out DIR")
-    if Path(path).is_dir():
+    if Path(path).exists():
         path = str(Path(path).resolve())  # adapters record this path of their base model
-    source = {"revision": revision or "main", "trust_remote_code": False}
+    folder, gguf = _split_gguf(path)
+    source = {"revision": revision or "main", "trust_remote_code": False, **gguf}
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization is not None:
+        if gguf:
+            raise UserError(
+                f"{path}: load_in_8bit and load_in_4bit cannot be used with a GGUF file; remove the setting"
+            )
         check_bitsandbytes()
         kwargs |= {"quantization_config": quantization, "device_map": {"": device if device is not None else "cpu"}}
     with _reading_files(path, "causal language model"):
-        config = AutoConfig.from_pretrained(path, **source)
+        config = AutoConfig.from_pretrained(folder, **source)
         if config.is_encoder_decoder:
             raise UserError(f"{path}: expected a causal language model, got one with an encoder, which would be lost")
-        if dtype == "auto" and quantization is None and getattr(config, "quantization_config", None) is None:
+        if gguf:
+            kwargs |= {"quantization_config": GgufConfig(dequantize=True)}
+            kwargs["dtype"] = torch.float32 if dtype == "auto" else dtype
+        elif dtype == "auto" and quantization is None and getattr(config, "quantization_config", None) is None:
             stored = config.dtype or read_stored_dtypes(path, revision=revision)[0]
             kwargs["dtype"] = choose_dtype(stored, device)
         # Weights of another shape are reported below, together with the missing ones.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **source, **kwargs
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **source, **kwargs
         )
     model, info = loaded
+    if gguf:
+        # It is a plain model now, which can be trained and saved.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.config.name_or_path = model.name_or_path = str(path)
     if hasattr(model.config, "auto_map"):  # likewise
         del model.config.auto_map
     missing = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
@@ -266,6 +295,44 @@ def load_model(
     return model
 
 
+def find_gguf(path: str | Path) -> Path | None:
+    """Return the GGUF file that a path names: itself, or the only weights in a folder; None if there is none.
+
+    Raises:
+        UserError: The folder has several GGUF files and no other weights.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path if path.suffix.lower() == ".gguf" else None
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
+    if not found or is_adapter_folder(path) or any(file for pattern in _WEIGHT_PATTERNS for file in path.glob(pattern)):
+        return None
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"{path}: expected one GGUF file, got {len(found)} ({names}); pass the path of one of them")
+    return found[0]
+
+
+def _split_gguf(path: str | Path) -> tuple[str, dict[str, str]]:
+    """Split the path of a GGUF file into its folder and the argument of transformers that names it."""
+    file = find_gguf(path)
+    return (str(path), {}) if file is None else (str(file.parent), {"gguf_file": file.name})
+
+
+def _check_gguf(file: Path) -> None:
+    """Raises a `UserError` if transformers could not read a GGUF file."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    with file.open("rb") as opened:
+        start = opened.read(1000)
+    if not start.startswith(b"GGUF"):
+        raise UserError(f"{file}: expected a GGUF file, got {describe_stand_in(start) or 'other content'}")
+    if _GGUF_PART.search(file.name):
+        raise UserError(f"{file}: expected a whole model, got one part of it; merge the parts with llama-gguf-split")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{file}: reading a GGUF file needs the package gguf; run: pip install 'cutlm[gguf]'")
+
+
 def check_bitsandbytes() -> None:
     """Raises a `UserError` if bitsandbytes, which 8-bit and 4-bit loading needs, is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -275,8 +342,11 @@ def check_bitsandbytes() -> None:
 def _check_path(path: str | Path) -> None:
     """Check a local path, because `transformers` takes a missing folder for a name on the hub."""
     folder = Path(path)
+    if gguf := find_gguf(path):
+        _check_gguf(gguf)
+        return
     if folder.is_file():
-        raise UserError(f"{path}: expected a model folder, got a file")
+        raise UserError(f"{path}: expected a model folder or a GGUF file, got another file")
     if folder.is_dir() and not any(folder.glob("*.json")):
         raise UserError(f"{path}: expected a model folder, found no config.json in it")
     is_hub_name = not folder.is_absolute() and str(path).count("/") <= 1 and not str(path).startswith(".")
@@ -402,7 +472,7 @@ def find_base_model(adapter: str | Path, base: str | None = None) -> str:
         raise UserError(f"{config}: expected a JSON object; restore the file or train again") from None
     if not base or not isinstance(base, str):
         raise UserError(f"{config}: expected base_model_name_or_path, found none; pass --base")
-    if Path(base).is_absolute() and not Path(base).is_dir():
+    if Path(base).is_absolute() and not Path(base).exists():
         raise UserError(f"{config}: its base model {base} does not exist; pass --base")
     return base
 
@@ -489,9 +559,10 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def fingerprint_model(path: str | Path) -> str:
-    """Identify the state of a model: its path, and for a folder a hash of the sizes and times of its weight files."""
+    """Identify the state of a model: its path, and if it is local a hash of the sizes and times of its weight files."""
     folder = Path(path)
-    if not folder.is_dir():
+    if not folder.exists():
         return str(path)
-    stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors"))
+    files = [file] if (file := find_gguf(path)) else folder.glob("*.safetensors")
+    stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     return f"{folder.resolve()} {hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]}"

@@ -102,7 +102,7 @@ class ModelArguments(ModelConfig):
     def __post_init__(self) -> None:
         problems = []
         if not self.model_name_or_path:
-            problems.append("model_name_or_path: expected a model folder or hub name, got none")
+            problems.append("model_name_or_path: expected a model folder, a GGUF file or a hub name, got none")
         if self.lora_r < 1:
             problems.append(f"lora_r: expected a whole number of at least 1, got {self.lora_r}")
         if not 0 <= self.lora_dropout < 1:
