@@ -36,6 +36,7 @@ from alignment_runs import (
     Method,
     Training,
     check_responses,
+    find_model_cache,
     load_aligned,
     measure_retention,
     respond,
@@ -48,7 +49,7 @@ from cutlm.data.journal import Journal
 from cutlm.data.records import JudgedRecord
 from cutlm.generation.local import Sampling, generate_with_journal
 from cutlm.inspect.tables import format_table
-from cutlm.model.loading import fingerprint_model, load_tokenizer
+from cutlm.model.loading import load_tokenizer
 from cutlm.prompting.encoding import Encoder
 
 FOLDER = Path(__file__).parent
@@ -128,7 +129,7 @@ class Experiment:
         self.size, self.methods = size, tuple(methods)
         self._model, self._out = model, out
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
-        self._cache = find_cache() / "alignment" / _hash(fingerprint_model(model))
+        self._cache = find_model_cache(model)
         self._runs_file = out / "alignment-runs.jsonl"
         self._runs = _read_lines(self._runs_file)
         self._data_folder = data
@@ -207,7 +208,7 @@ class Experiment:
         followed = check_responses(prompts, responses)
         generating = time.perf_counter() - started
         retention = measure_retention(model, self._model, data.held_out)
-        result = {
+        result: dict[str, Any] = {
             "key": key,
             "method": method.name,
             "settings": method.settings,

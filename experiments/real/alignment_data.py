@@ -149,7 +149,8 @@ def judge(task: Task, response: str, is_unfinished: bool = False) -> tuple[str |
     Returns:
         What is wrong with it, or None, and where.
     """
-    texts, spans = [], []
+    texts: list[str] = []
+    spans: list[Span] = []
     if not all(check_response(task.as_prompt(), response)):
         text, spans = RULES[task.rule].find_fault(response, task.arguments)
         texts.append(text)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import alignment_shepherd
 import pytest
 from alignment import Size, bootstrap, describe_rows, main, make_row
 from alignment_data import RULES, UNFINISHED, Task, draw_held_out, draw_tasks, judge
@@ -262,3 +263,38 @@ def test_a_row_has_the_gain_over_base():
     assert table.index("`cut_spans`") < table.index("`base`")
     assert "Not complete: 3 of 4" in table
     assert "`the command`" in table
+
+
+# ---- Shepherd ----
+
+
+def test_shepherd_is_measured_before_and_after(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUTLM_CACHE", str(tmp_path / "cache"))
+    source, out = tmp_path / "data" / "shepherd", tmp_path / "out"
+    source.mkdir(parents=True)
+    out.mkdir()
+    judged, raw = [], []
+    for number in range(8):
+        texts = {"question": f"Add {number // 2} and 1.", "answer": f"{number}", "feedback": f"It is not {number}."}
+        judged.append({"id": number, "dataset": "sums"} | texts)
+        metadata = {"context": texts["question"], "output_correct": f"{number // 2 + 1}"}
+        metadata |= {"output_candidate": texts["answer"]}
+        raw.append({"id": number, "dataset": "sums", "metadata": metadata})
+    for name, rows in (("human_data_for_model", judged), ("human_data_raw", raw)):
+        (source / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    size = alignment_shepherd.Size(num_held_out=4, num_steps=1, batch_size=2)
+    train, held_out = alignment_shepherd.split_records(source, size)
+    assert len(held_out) == 4
+    assert not {record.instruction for record in train} & {record.instruction for record in held_out}
+    model = save_tiny_model(tmp_path / "model", chat=True)
+    command = ["--data", str(tmp_path / "data"), "--model", str(model), "--out", str(out)]
+    monkeypatch.setattr(alignment_shepherd, "METHODS", alignment_shepherd.METHODS[:3])
+    assert alignment_shepherd.main(command, size) == 0
+    content = json.loads((out / "alignment_shepherd.json").read_text())
+    assert [row["method"] for row in content["results"]] == ["base", "cut", "cut_frozen"]
+    base, cut, _ = content["results"]
+    assert base["response"] != cut["response"]
+    assert base["sensitivity"]["num_records"] == 4
+    before = (out / "alignment_shepherd.json").read_bytes()
+    assert alignment_shepherd.main(command, size) == 0
+    assert (out / "alignment_shepherd.json").read_bytes() == before
