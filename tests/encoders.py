@@ -1,6 +1,7 @@
 """Encoders of many kinds of tokenizers, and texts that are hard to tokenize."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -8,7 +9,9 @@ from tiny import TOKENIZER_KINDS, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from cutlm.data.conversations import Conversation
 from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.templates import make_messages
 
 KINDS = (*TOKENIZER_KINDS, "wordpiece", "slow")
 _WORDS = (
@@ -42,3 +45,8 @@ def get_encoder(kind: str, template: str = "alpaca") -> Encoder:
     if kind == "wordpiece":
         return Encoder(make_wordpiece(), "alpaca")
     return Encoder(make_tokenizer(kind, chat=template == "chat"), template)  # type: ignore[arg-type]
+
+
+def encode_turns(encoder: Encoder, texts: Sequence[str]) -> list[int]:
+    """The generation prompt of a conversation: texts by the user and the assistant in turn."""
+    return encoder.encode_generation_prompt(Conversation(tuple(make_messages(texts))))

@@ -81,7 +81,7 @@ def generate(
         'Canberra.'
     """
     rows = [{"instruction": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
-    check_prompts([SourceRow(f"prompts[{index}]", row) for index, row in enumerate(rows)], [], "prompts")
+    rows = check_prompts([SourceRow(f"prompts[{index}]", row) for index, row in enumerate(rows)], [], "prompts")
     loaded, tokenizer = load_trained(model, dtype=dtype, device=device)
     encoder = _make_encoder(tokenizer, template or choose_template(tokenizer), chat_template_kwargs, out)
     sampling = Sampling(max_new_tokens or choose_max_new_tokens(loaded), temperature, top_p, seed, batch_size)

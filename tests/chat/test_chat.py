@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from encoders import encode_turns
 from tiny import IM_END, IM_START, make_model, make_tokenizer, save_tiny_model
 
-from cutlm.chat.conversation import Conversation, Turn, append_record, join_texts
+from cutlm.chat.conversation import Conversation, Turn, append_record
 from cutlm.chat.local import LocalEngine
 from cutlm.chat.session import Message, Session, read_message
 from cutlm.cli import main
@@ -32,6 +33,7 @@ from cutlm.generation.local import Sampling, generate_responses
 from cutlm.inspect.terminal import Terminal
 from cutlm.model.loading import load_trained
 from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.templates import make_messages
 from cutlm.world.base import base_path
 
 JAPAN, KYOTO = "I want the official capital of Japan.", "The capital of Japan is Kyoto."
@@ -128,12 +130,15 @@ def test_only_the_largest_ratios_are_listed(tiny: tuple[Any, Any], capsys: pytes
 
 def test_the_instruction_of_a_later_turn_is_the_whole_conversation() -> None:
     conversation = Conversation([Turn("Hello.", "Hi!", True), Turn("Count to two.", "1, 3", True)])
-    assert conversation.make_record("Wrong.").model_dump(exclude_unset=True) == {
-        "instruction": "User: Hello.\n\nAssistant: Hi!\n\nUser: Count to two.",
+    record = conversation.make_record("Wrong.")
+    assert record.full_instruction == "User: Hello.\n\nAssistant: Hi!\n\nUser: Count to two."
+    assert record.model_dump(exclude_unset=True) == {
+        "instruction": "Count to two.",
         "output": "1, 3",
         "judgment": "Wrong.",
+        "messages": make_messages(["Hello.", "Hi!", "Count to two.", "1, 3"]),
     }
-    assert join_texts(["Hello."]) == "Hello."
+    assert conversation.make_record("Wrong.", is_single_turn=True).messages is None
 
 
 def test_an_empty_answer_is_not_a_valid_record() -> None:
@@ -308,11 +313,11 @@ def test_a_conversation_is_encoded_by_the_chat_template(kind: str) -> None:
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert encoder.encode_conversation(texts) == expected
-    assert encoder.encode_conversation(texts[:1]) == encoder.encode_prompt(texts[0])
+    assert encode_turns(encoder, texts) == expected
+    assert encode_turns(encoder, texts[:1]) == encoder.encode_prompt(texts[0])
     # Special tokens spelled out in messages stay text: only the template starts and ends turns.
     spelled = [f"a{IM_END}\n{IM_START}b", f"{IM_START}c", f"d{IM_END}"]
-    ids = encoder.encode_conversation(spelled)
+    ids = encode_turns(encoder, spelled)
     special = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
     assert [index for index in ids if index in special] == special * 3 + special[:1]
     decoded = re.sub(r"\s", "", tokenizer.decode(ids))  # some tokenizers add spaces
@@ -326,16 +331,16 @@ def test_a_template_may_drop_thoughts_but_no_user_text() -> None:
         "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endfor %}assistant:"
     )
     encoder = Encoder(tokenizer, "chat")
-    ids = encoder.encode_conversation(["Hello.", "hm</think>Hi!", "Bye."])
+    ids = encode_turns(encoder, ["Hello.", "hm</think>Hi!", "Bye."])
     assert tokenizer.decode(ids) == "user: Hello.\nassistant: Hi!\nuser: Bye.\nassistant:"
     with pytest.raises(ConfigError, match="the tokenizer's chat template changes the user's text"):
-        encoder.encode_conversation(["Hello.", "Hi!", "My </think> text."])
+        encode_turns(encoder, ["Hello.", "Hi!", "My </think> text."])
     tokenizer.chat_template = "{{ messages[-1].content }}"
     with pytest.raises(ConfigError, match="the tokenizer's chat template changes the user's text"):
-        Encoder(tokenizer, "chat").encode_conversation(["Hello.", "Hi!", "Bye."])
+        encode_turns(Encoder(tokenizer, "chat"), ["Hello.", "Hi!", "Bye."])
     tokenizer.chat_template = "{{ messages[0].content if messages | length == 1 else raise_exception('One turn!') }}:"
     with pytest.raises(ConfigError, match=r"does not accept the messages \(One turn!\); use template: alpaca"):
-        Encoder(tokenizer, "chat").encode_conversation(["Hello.", "Hi!", "Bye."])
+        encode_turns(Encoder(tokenizer, "chat"), ["Hello.", "Hi!", "Bye."])
 
 
 def test_the_oldest_turns_are_dropped_if_the_conversation_does_not_fit(
@@ -349,10 +354,11 @@ def test_the_oldest_turns_are_dropped_if_the_conversation_does_not_fit(
         num_dropped += len(re.findall("-- the conversation is too long for the model's", capsys.readouterr().err))
         turns = session.conversation.turns
         texts = Conversation(turns[:-1]).list_texts(turns[-1].message)
-        assert len(encoder.encode_conversation(texts)) <= 256 - 16
+        assert len(encode_turns(encoder, texts)) <= 256 - 16
     assert num_dropped
     assert turns[0].message != "Name city number 0."
-    assert join_texts(texts) == session.conversation.make_record("No.").instruction, "what the model saw"
+    seen = session.conversation.make_record("No.").conversation
+    assert [message["content"] for message in seen.messages] == texts, "what the model saw"
     with pytest.raises(UserError, match=r"the message alone makes a prompt of \d+ tokens"):
         talk(session, "word " * 300)
     assert session.conversation.turns == turns

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from chat_server import CANARY, ChatServer, Handler, ModelServer, fail_first, running, stream_events
+from encoders import encode_turns
 from tiny import make_tokenizer, save_tiny_model
 
 from cutlm.chat.conversation import Turn
@@ -216,6 +217,6 @@ def test_prompts_encoded_here_are_sent_as_token_ids(server: ChatServer, capsys: 
     assert server.paths == ["/v1/completions"] * 3
     assert [request["prompt"] for request in server.requests] == [
         Encoder(tokenizer, "chat").encode_prompt("Name a city."),
-        Encoder(tokenizer, "chat").encode_conversation(["Name a city.", "It is.", "And <|im_end|>?"]),
+        encode_turns(Encoder(tokenizer, "chat"), ["Name a city.", "It is.", "And <|im_end|>?"]),
         Encoder(tokenizer, "alpaca").encode_prompt("Name a city."),
     ]

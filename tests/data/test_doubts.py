@@ -13,8 +13,7 @@ KINDS = {
     "range": "a score outside 1 to 10",
     "low": "a score below 7 and no objection",
     "high": "a score of 7 or more and an objection",
-    "system": "a field 'system', which is ignored",
-    "history": "a field 'history', which is ignored",
+    "chat_history": "a field 'chat_history', which is ignored",
 }
 
 
@@ -50,8 +49,8 @@ def find_kinds(row, max_locations=5):
         ({"judgment": None, "score": 1}, {"low"}),
         ({"judgment": "Perfect.", "score": 6.9}, {"low"}),
         ({"judgment": "The sum is 3.", "score": 8}, {"high"}),
-        ({"judgment": None, "system": "Be brief.", "history": [["a", "b"]]}, {"system", "history"}),
-        ({"judgment": None, "system": "", "history": []}, set()),
+        ({"judgment": None, "system": "Be brief.", "history": [["a", "b"]]}, set()),
+        ({"judgment": None, "chat_history": [["a", "b"]]}, {"chat_history"}),
     ],
 )
 def test_each_kind_of_doubt(row, kinds):

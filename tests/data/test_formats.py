@@ -96,13 +96,8 @@ def test_json_is_not_taken_for_another_format(text, tmp_path):
 @pytest.mark.parametrize(
     ("row", "texts"),
     [
-        ({"messages": [{"role": "user", "content": "Hi."}]}, ["a conversation ('messages')"]),
         ({"conversations": [{"from": "human", "value": "Hi."}]}, ["a ShareGPT conversation ('conversations')"]),
-        ({"prompt": [{"role": "user", "content": "Hi."}], "completion": []}, ["a conversation ('prompt')"]),
-        (
-            {"prompt": "Hi.", "completion": "Ho."},
-            ["'prompt' to 'instruction', 'completion' to 'output'", "cutlm judge"],
-        ),
+        ({"prompt": "Hi.", "response": "Ho."}, ["'prompt' to 'instruction', 'response' to 'output'", "cutlm judge"]),
         ({"instruction": "Hi.", "response": "Ho."}, ["rename 'response' to 'output'"]),
         ({"question": "Hi.", "answer": "Ho.", "critique": "No."}, ["'critique' to 'judgment'"]),
         ({"prompt": "Hi.", "chosen": "a", "rejected": "b"}, ["a preference pair ('chosen' and 'rejected')"]),
@@ -123,7 +118,7 @@ def test_records_and_unknown_rows_are_not_taken_for_another_format(row):
 
 def test_rows_of_one_format_give_one_problem(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text('{"prompt": "Hi.", "completion": "Ho."}\n' * 3 + LINE)
+    path.write_text('{"prompt": "Hi.", "response": "Ho."}\n' * 3 + LINE)
     check = check_records(path)
     assert len(check.problems) == 1
     assert check.problems[0].startswith(f"{path}:1 and 2 more rows: expected a record")

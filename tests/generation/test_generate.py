@@ -211,7 +211,10 @@ def test_bad_prompts_are_all_named(model: Path, tmp_path: Path, capsys: pytest.C
     assert main(_options(model, path, tmp_path / "out.json")) == 2
     message = capsys.readouterr().err
     assert "bad.jsonl:2: field 'instruction' is missing; the object has 'text'" in message
-    assert "bad.jsonl:3: expected an object with the fields instruction, input, dataset, got a list" in message
+    assert (
+        "bad.jsonl:3: expected an object with the fields instruction, input, dataset, messages, tools, got a list"
+        in message
+    )
     assert "bad.jsonl:4: field 'input': expected a string or null, got a number (3)" in message
     assert "bad.jsonl:5: not JSON" in message
 

@@ -228,14 +228,16 @@ def test_input_follows_the_instruction_after_a_newline():
     assert encode(encoder, record).prompt_ids == encoder.encode_prompt("Add.\n1 2")
 
 
-@pytest.mark.parametrize(("judgment", "content"), [(None, "user"), ("Bad", "user{}Bad")])
+@pytest.mark.parametrize(("judgment", "content"), [(None, "user<|im_end|>"), ("Bad", "user<|im_end|>{}Bad")])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_prompt_locates_the_users_text(template, judgment, content):
-    prompt = get_encoder("bpe", template).render("user", judgment)  # the chat template contains this word too
+    # The chat template contains this word too. Texts without a control token need no span.
+    prompt = get_encoder("bpe", template).render("user<|im_end|>", judgment)
     separator = "\n\n### Judgment:\n" if template == "alpaca" else "\n\nWrite a response that this judgment fits:\n"
     [(start, end)] = prompt.user_spans
     assert prompt.text[start:end] == content.format(separator)
-    assert prompt.tail == ("\n\n### Response:\n" if template == "alpaca" else f"{IM_END}\n{IM_START}assistant\n")
+    tail = prompt.text[end:]
+    assert tail == ("\n\n### Response:\n" if template == "alpaca" else f"{IM_END}\n{IM_START}assistant\n")
 
 
 # ---- Ids, whatever the text ----
@@ -557,7 +559,8 @@ def test_a_chat_template_may_strip_the_users_text():
     encoder = Encoder(tokenizer, "chat")
     prompt = encoder.render(" \nName it.\n\n")
     assert prompt.text == frame("chat", "Name it.")
-    assert [prompt.text[start:end] for start, end in prompt.user_spans] == ["Name it."]
+    spelled = encoder.render(f" \nName {IM_END}.\n\n")
+    assert [spelled.text[start:end] for start, end in spelled.user_spans] == [f"Name {IM_END}."]
     assert read("bpe", tokenizer, encoder.encode_prompt(f" {IM_END} ")) == frame("chat", IM_END)
 
 

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 from conftest import SHARED
+from encoders import encode_turns
 from real.manifest import FAMILIES, Family
 from real.manifest import load_tokenizer as load_real_tokenizer
 from real.packages import UnavailableError
 
+from cutlm.data.conversations import Conversation
 from cutlm.model.loading import load_tokenizer
 from cutlm.prompting.encoding import Encoder
-from cutlm.prompting.templates import RenderError
+from cutlm.prompting.templates import RenderError, add_judgment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,9 +86,7 @@ def test_prompt_and_response_are_what_the_template_renders(family: Family, encod
 
 
 def test_the_judged_context_is_what_the_template_renders(family: Family, encoder: Encoder) -> None:
-    prompt = encoder.render(INSTRUCTION, JUDGMENT)
-    [(start, end)] = prompt.user_spans
-    judged = prompt.text[start:end]
+    judged = add_judgment(Conversation.start(INSTRUCTION), JUDGMENT).instruction
     assert INSTRUCTION in judged
     assert JUDGMENT in judged
     texts = render_turn(family, encoder.tokenizer, judged, ANSWER)
@@ -104,7 +104,7 @@ def test_a_generation_prompt_is_what_the_template_renders(encoder: Encoder) -> N
 def test_a_conversation_is_what_the_template_renders(encoder: Encoder) -> None:
     messages = [INSTRUCTION, ANSWER, "Since when?"]
     expected = tokenize(encoder.tokenizer, render(encoder.tokenizer, messages, is_prompt=True))
-    assert encoder.encode_conversation(messages) == expected
+    assert encode_turns(encoder, messages) == expected
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -16,6 +16,7 @@ from tiny import make_model, make_tokenizer
 
 from cutlm import CUTTrainer
 from cutlm.cli import main
+from cutlm.data.conversations import Conversation
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.token_scores import TokenScores
@@ -52,8 +53,8 @@ ENCODER = Encoder(TOKENIZER, "alpaca")
 def test_each_unsatisfactory_response_is_paired_with_a_satisfactory_one_to_its_instruction() -> None:
     pairs, left_out = pair_responses(RECORDS, LOCATIONS)
     assert pairs == [
-        Pair("A city?", "Canberra is.", "Sydney is.", "data.jsonl:1"),
-        Pair("A city?", "The capital is.", "So is.", "data.jsonl:4"),
+        Pair(Conversation.start("A city?"), "Canberra is.", "Sydney is.", "data.jsonl:1"),
+        Pair(Conversation.start("A city?"), "The capital is.", "So is.", "data.jsonl:4"),
     ]
     # One instruction has satisfactory responses only, and one has unsatisfactory ones only.
     assert [sentence.partition(" ")[0] for sentence in left_out] == ["1", "1"]
@@ -74,13 +75,15 @@ def test_a_refinement_is_preferred_to_the_response_it_refines() -> None:
         make_record("A city?", "Canberra is.", True),
     ]
     pairs, left_out = pair_refinements(records, LOCATIONS[:4])
-    assert pairs == [Pair("A city?", "Canberra is.", "Sydney is.", "data.jsonl:1")]
+    assert pairs == [Pair(Conversation.start("A city?"), "Canberra is.", "Sydney is.", "data.jsonl:1")]
     # One record is satisfactory, and two have no other response.
     assert [sentence.partition(" ")[0] for sentence in left_out] == ["1", "2"]
 
 
 def test_pairs_have_the_token_ids_of_every_other_objective() -> None:
-    rows, left_out = encode_pairs([Pair("A city?", "Canberra is.", "Sydney is.", "a")], ENCODER, 512)
+    rows, left_out = encode_pairs(
+        [Pair(Conversation.start("A city?"), "Canberra is.", "Sydney is.", "a")], ENCODER, 512
+    )
     assert rows == [
         {
             "prompt_ids": ENCODER.encode_prompt("A city?"),

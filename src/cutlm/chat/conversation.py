@@ -1,7 +1,6 @@
 """The turns of a conversation, and the records made from them."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,8 +8,7 @@ from cutlm.data.files import SourceRow, read_bytes, sync_directory, sync_file
 from cutlm.data.records import JudgedRecord, check_records, check_rows, is_praise
 from cutlm.errors import DataError
 from cutlm.flagging.token_scores import is_token_scores_row
-
-_SPEAKERS = ("User", "Assistant")
+from cutlm.prompting.templates import make_messages
 
 
 @dataclass
@@ -33,27 +31,19 @@ class Conversation:
         """All texts by the user and the model in turn, followed by a new message."""
         return [text for turn in self.turns for text in (turn.message, turn.answer)] + [message]
 
-    def make_record(self, judgment: str) -> JudgedRecord:
+    def make_record(self, judgment: str, *, is_single_turn: bool = False) -> JudgedRecord:
         """Make a record of the last exchange; raise a DataError if it is not valid, such as with an empty answer.
 
-        The instruction is the message or, after earlier turns, the whole conversation up to the answer as plain text
-        (see `join_texts`). A judgment that is praise becomes null.
+        After earlier turns it has the whole conversation as `messages`, unless the model sees one turn only. A judgment
+        that is praise becomes null.
         """
-        last = self.turns[-1]
-        instruction = join_texts(Conversation(self.turns[:-1]).list_texts(last.message))
-        stated = None if is_praise(judgment) else judgment
-        row = {"instruction": instruction, "output": last.answer, "judgment": stated}
+        turns = self.turns[-1:] if is_single_turn else self.turns
+        texts = [text for turn in turns for text in (turn.message, turn.answer)]
+        row = {"messages": make_messages(texts), "judgment": None if is_praise(judgment) else judgment}
         check = check_rows([SourceRow("the last exchange", row)])
         if check.problems:
             raise DataError(check.problems)
         return check.records[0]
-
-
-def join_texts(texts: Sequence[str]) -> str:
-    r"""Join a conversation into plain text, "User: Hi.\n\nAssistant: Hi!"; a single message stays as it is."""
-    if len(texts) == 1:
-        return texts[0]
-    return "\n\n".join(f"{_SPEAKERS[index % 2]}: {text}" for index, text in enumerate(texts))
 
 
 def append_record(path: str | Path, record: JudgedRecord) -> int:

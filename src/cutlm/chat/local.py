@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer, StoppingCriteriaList
 
+from cutlm.data.conversations import Conversation
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import UserError
 from cutlm.flagging.detector import FlagSettings, blame_record
@@ -31,7 +32,7 @@ from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.forward import check_head
 from cutlm.model.loading import unwrap_peft
 from cutlm.prompting.encoding import Encoder
-from cutlm.prompting.templates import TemplateName
+from cutlm.prompting.templates import TemplateName, make_messages
 
 _NO_LIMIT = 2**31  # for models without a context limit
 
@@ -106,7 +107,7 @@ def encode_texts(encoder: Encoder, texts: Sequence[str]) -> list[int]:
     """Encode a conversation; for the alpaca template, which has no turns, only its last message."""
     if encoder.template == "alpaca":
         return encoder.encode_generation_prompt(texts[-1])
-    return encoder.encode_conversation(texts)
+    return encoder.encode_generation_prompt(Conversation(tuple(make_messages(texts))))
 
 
 class _Streamer(BaseStreamer):

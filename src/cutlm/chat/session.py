@@ -206,7 +206,7 @@ class Session:
         last = self._get_last("/judge")
         if not judgment:
             raise UserError("/judge: expected what is wrong with the last answer, or Perfect. if nothing is")
-        record = self.conversation.make_record(judgment)
+        record = self._make_record(judgment)
         last.judgment = judgment
         if is_praise(judgment):
             remark('a judgment that begins with "Perfect" is praise; no token is flagged')
@@ -245,13 +245,16 @@ class Session:
         counts = f"{len(flagged)} of {len(ratios)} tokens"
         print(f"{counts} are more than {scores.threshold:g} times as likely with the judgment", flush=True)
 
+    def _make_record(self, judgment: str) -> JudgedRecord:
+        return self.conversation.make_record(judgment, is_single_turn=self._engine.template == "alpaca")
+
     def _save(self, name: str) -> None:
         last = self._get_last("/save")
         if not name:
             raise UserError("/save: expected the name of a file of records")
         if last.judgment is None:
             raise UserError("/save: the last answer has no judgment yet; use /judge TEXT or /judge Perfect.")
-        record = self.conversation.make_record(last.judgment)
+        record = self._make_record(last.judgment)
         try:
             path = Path(name).expanduser()
             num_records = append_record(path, record)

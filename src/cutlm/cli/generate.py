@@ -112,12 +112,18 @@ def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
 
 def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:
     from cutlm.data.journal import Journal
-    from cutlm.generation.files import describe_run, encode_prompts, join_instruction, write_answers
+    from cutlm.generation.files import (
+        describe_run,
+        encode_prompts,
+        get_conversation,
+        list_inputs,
+        write_answers,
+    )
     from cutlm.generation.server import generate_by_server
 
     server = make_server(args, args.model)
     sampling = make_sampling(args)
-    instructions = [join_instruction(row) for row in prompts]
+    conversations = [get_conversation(row) for row in prompts]
     encoded: list[list[int]] | None = None
     opening, template, date = "", "the server's", None
     if args.template is not None:
@@ -127,11 +133,11 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
 
         encoder = make_encoder(args, load_tokenizer(args.tokenizer or args.model), args.template)
         template, date = encoder.fingerprint, encoder.template_date
-        encoded = encode_prompts(instructions, args.judgment, encoder)
+        encoded = encode_prompts(conversations, args.judgment, encoder)
         opening = find_open_thoughts(str(encoder.tokenizer.decode(encoded[0][-NUM_TAIL_TOKENS:])))
-    header = describe_run([instructions, args.judgment], sampling, template, args.model, date)
+    header = describe_run([list_inputs(conversations), args.judgment], sampling, template, args.model, date)
     journal = Journal(args.out, header | {"extra_body": server.extra_body})
-    generated = generate_by_server(server, encoded or instructions, sampling, journal, opening)
+    generated = generate_by_server(server, encoded or conversations, sampling, journal, opening)
     write_answers(prompts, generated, journal, args.out, **_name_output(args), max_failure_rate=args.max_failure_rate)
     return _report(args, generated, sampling)
 

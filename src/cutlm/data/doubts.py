@@ -9,8 +9,8 @@ from cutlm.data.records import SATISFACTORY_SCORE, JudgedRecord, is_praise
 MIN_SCORE, MAX_SCORE = 1.0, 10.0
 # Fields with which other tools store a part of the prompt or the conversation.
 _FIELDS_OF_PROMPTS = (
-    *("system", "system_prompt", "history", "context", "messages", "conversation", "conversations", "chat_history"),
-    *("tools", "image", "images", "audio", "audios", "video", "videos"),
+    *("system_prompt", "context", "conversation", "conversations", "chat_history"),
+    *("image", "images", "audio", "audios", "video", "videos"),
 )
 # Punctuation without a word, or what a program writes instead of a judgment.
 _PLACEHOLDER = re.compile(

@@ -5,6 +5,8 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
+from cutlm.data.conversations import is_conversation_row
+
 _POINTERS = (
     (
         b"version https://git-lfs.github.com/spec/",
@@ -133,7 +135,7 @@ def describe_row_format(row: Any) -> str | None:
     Returns:
         Words that follow "got", or None for a row that has `instruction` and `output` or is of no known kind.
     """
-    if not isinstance(row, Mapping) or {"instruction", "output"} <= row.keys():
+    if not isinstance(row, Mapping) or {"instruction", "output"} <= row.keys() or is_conversation_row(row):
         return None
     fields = set(row)
     if "completions" in fields and "instruction" in fields:

@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from cutlm.data.conversations import Conversation, ConversationError, normalize_row
 from cutlm.data.files import SourceRow, read_rows
 from cutlm.data.formats import describe_row_format
 from cutlm.errors import DataError
@@ -31,8 +41,10 @@ _Spans = tuple[tuple[int, int], ...] | None
 class JudgedRecord(BaseModel):
     """One response and the judgment of it.
 
+    A row may have a conversation instead of `instruction` and `output`: see `cutlm.data.conversations`.
+
     Attributes:
-        instruction: The instruction.
+        instruction: The instruction, or the last message by the user of a conversation.
         input: Further material for the instruction; it follows the instruction after a newline.
         output: The response that was judged.
         judgment: The faults of the response, in words; None if it has no fault.
@@ -40,6 +52,8 @@ class JudgedRecord(BaseModel):
         i_ans: An improved response, if the source has one.
         wrong_spans: Where the response is wrong: [start, end) in characters of `output`. An empty span [n, n] marks
             the token that starts there; at the very end, it means that the response ends too soon.
+        messages: A conversation of several turns, with a system prompt or with tools; its last message is the response.
+        tools: The JSON schemas of the functions that the model may call in the conversation.
 
     Other fields of a row are kept unchanged, but a misspelling of a field above is an error.
 
@@ -61,6 +75,14 @@ class JudgedRecord(BaseModel):
         tuple[_LaxSpan, ...] | None,
         Field(strict=False, description="a list of [start, end] in characters of output, or null"),
     ] = None
+
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_conversation(cls, row: Any) -> Any:
+        return _normalize(row, is_answered=True)
 
     @field_validator("wrong_spans")
     @classmethod
@@ -90,18 +112,55 @@ class JudgedRecord(BaseModel):
 
     @property
     def full_instruction(self) -> str:
-        """The instruction and, if there is an input, a newline and the input."""
-        return f"{self.instruction}\n{self.input}" if self.input else self.instruction
+        """The instruction and, if there is an input, a newline and the input; a conversation as plain text."""
+        return self.conversation.to_text()
+
+    @property
+    def conversation(self) -> Conversation:
+        """What precedes the response."""
+        if self.messages is not None:
+            return Conversation(tuple(self.messages[:-1]), tuple(self.tools or ()))
+        return Conversation.start(f"{self.instruction}\n{self.input}" if self.input else self.instruction)
+
+    def drop_oldest_turn(self) -> "JudgedRecord | None":
+        """Return the record without the oldest turn of its conversation; None if only the last is left."""
+        shorter = self.conversation.drop_oldest_turn()
+        if shorter is None or self.messages is None:
+            return None
+        return self.model_copy(update={"messages": [*map(dict, shorter.messages), self.messages[-1]]})
+
+
+def _normalize(row: Any, *, is_answered: bool) -> Any:
+    if not isinstance(row, Mapping):
+        return row
+    try:
+        return normalize_row(row, is_answered=is_answered)
+    except ConversationError as error:
+        raise PydanticCustomError("conversation", "{problem}", {"problem": str(error)}) from None
 
 
 class InstructionRow(BaseModel):
-    """An instruction to be answered, such as a row of AlpacaEval, with the data set that it comes from."""
+    """An instruction or a conversation to be answered, such as a row of AlpacaEval, with its data set."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
     instruction: FilledText
     input: Annotated[InputText, Field(description="a string or null")] = ""
     dataset: Annotated[Text | None, Field(description="a string or null")] = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_conversation(cls, row: Any) -> Any:
+        return _normalize(row, is_answered=False)
+
+    @property
+    def conversation(self) -> Conversation:
+        """What is to be answered."""
+        if self.messages is not None:
+            return Conversation(tuple(self.messages), tuple(self.tools or ()))
+        return Conversation.start(f"{self.instruction}\n{self.input}" if self.input else self.instruction)
 
 
 def is_praise(judgment: str) -> bool:
@@ -187,7 +246,7 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
         record = row.value if isinstance(row.value, JudgedRecord) else _validate_record(row, check.problems)
         if record is None:
             continue
-        key = (record.instruction, record.input, record.output, record.judgment)
+        key = (record.full_instruction, record.output, record.judgment)
         if first := first_locations.get(key):
             check.duplicates.append(f"{row.location}: the same instruction, response and judgment as {first}")
         first_locations.setdefault(key, row.location)
@@ -229,6 +288,8 @@ _EXPECTED |= {"bool_type": "a boolean", "float_type": "a number"}
 
 def _describe_error(values: Mapping[str, Any], model: type[BaseModel], detail: Any) -> str:
     path, kind, value = detail["loc"], detail["type"], detail["input"]
+    if kind == "conversation":
+        return str(detail["msg"])
     description = model.model_fields[path[0]].description if path and path[0] in model.model_fields else None
     if description is not None:  # one sentence for the field, whichever part of it is not valid
         path, value = path[:1], values[path[0]]

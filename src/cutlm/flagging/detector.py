@@ -365,10 +365,10 @@ def encode_for_scoring(
 
     def view_with_praise(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
         judgment = (record.judgment or PRAISE) if record.is_satisfactory else record.judgment
-        instruction = record.full_instruction
+        conversation = record.conversation
         return EncodedRecord(
-            encoder.encode_prompt(instruction),
-            encoder.encode_prompt(instruction, judgment),
+            encoder.encode_prompt(conversation),
+            encoder.encode_prompt(conversation, judgment),
             encoder.encode_response(record.output),
         )
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from cutlm.data.conversations import Conversation
 from cutlm.data.files import SourceRow, read_rows, write_rows
 from cutlm.data.journal import Journal
 from cutlm.data.records import InstructionRow, JudgedRecord, validate_row
@@ -36,13 +37,12 @@ def load_prompts(source: str) -> list[dict[str, Any]]:
 def check_prompts(rows: Sequence[SourceRow], problems: Sequence[str], source: str) -> list[dict[str, Any]]:
     """Check the rows of a file of instructions; see `load_prompts`."""
     problems = [*problems]
-    for row in rows:
-        validate_row(row, InstructionRow, problems)
+    checked = [validate_row(row, InstructionRow, problems) for row in rows]
     if problems:
         raise DataError(problems)
     if not rows:
         raise DataError(f"{source}: expected a JSON array or JSON Lines with at least one instruction, got none")
-    return [row.value for row in rows]
+    return [row.model_dump(exclude_unset=True) for row in checked if row is not None]
 
 
 def _download_alpaca_eval() -> str:
@@ -58,9 +58,9 @@ def _download_alpaca_eval() -> str:
         ) from None
 
 
-def join_instruction(row: dict[str, Any]) -> str:
-    """Return the instruction of a row and, after a newline, its input if it has one."""
-    return f"{row['instruction']}\n{row['input']}" if row.get("input") else str(row["instruction"])
+def get_conversation(row: dict[str, Any]) -> Conversation:
+    """Return the conversation that a row of `load_prompts` asks to answer."""
+    return InstructionRow.model_validate(row).conversation
 
 
 def describe_run(
@@ -104,19 +104,27 @@ def generate_file(
     Raises:
         UserError: There is a partial file of a run with other settings.
     """
-    instructions = [join_instruction(row) for row in prompts]
-    header = describe_run([instructions, judgment], sampling, encoder.fingerprint, fingerprint, encoder.template_date)
-    encoded = encode_prompts(instructions, judgment, encoder)
+    conversations = [get_conversation(row) for row in prompts]
+    inputs = [list_inputs(conversations), judgment]
+    header = describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date)
+    encoded = encode_prompts(conversations, judgment, encoder)
     journal = Journal(out, header)
     generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
     write_answers(prompts, generated, journal, out, generator, dataset, max_failure_rate)
     return generated
 
 
-def encode_prompts(instructions: Sequence[str], judgment: str | None, encoder: Encoder) -> list[list[int]]:
+def list_inputs(conversations: Sequence[Conversation]) -> list[Any]:
+    """Return conversations as JSON values, those of one turn as text: what responses depend on."""
+    return [
+        each.instruction if each.is_single_turn else [list(each.messages), list(each.tools)] for each in conversations
+    ]
+
+
+def encode_prompts(conversations: Sequence[Conversation], judgment: str | None, encoder: Encoder) -> list[list[int]]:
     """Return the token ids of prompts to generate from; raise a `DataError` that names those the template refuses."""
-    locations = [f"prompt {number}" for number in range(1, len(instructions) + 1)]
-    return encode_each(lambda text: encoder.encode_generation_prompt(text, judgment), instructions, locations)
+    locations = [f"prompt {number}" for number in range(1, len(conversations) + 1)]
+    return encode_each(lambda each: encoder.encode_generation_prompt(each, judgment), conversations, locations)
 
 
 def write_answers(
@@ -184,7 +192,7 @@ def refine_file(
 def encode_refinement_prompts(records: Sequence[JudgedRecord], encoder: Encoder) -> list[list[int]]:
     """Return the token ids of prompts that ask to improve unsatisfactory responses by their judgments."""
     return encode_each(
-        lambda record: encoder.encode_refinement_prompt(record.full_instruction, record.output, record.judgment or ""),
+        lambda record: encoder.encode_refinement_prompt(record.conversation, record.output, record.judgment or ""),
         records,
         [f"unsatisfactory record {number}" for number in range(1, len(records) + 1)],
     )
@@ -202,6 +210,9 @@ def make_rows(
         if index in generated.responses:
             answer = {"instruction": row["instruction"], "output": generated.responses[index], "generator": generator}
             answer |= {"input": row["input"]} if row.get("input") else {}
+            if messages := row.get("messages"):
+                answer["messages"] = [*messages, {"role": "assistant", "content": generated.responses[index]}]
+                answer |= {"tools": row["tools"]} if row.get("tools") else {}
             answer |= {"dataset": row.get("dataset") or dataset}
             rows.append(answer | ({"reasoning": generated.reasoning[index]} if index in generated.reasoning else {}))
     return rows

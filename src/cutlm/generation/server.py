@@ -5,9 +5,11 @@ training), or token ids. What a model thinks before its answer is separated, by 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from tqdm import tqdm
 
+from cutlm.data.conversations import Conversation
 from cutlm.data.journal import Journal
 from cutlm.generation.local import Generated, Sampling
 from cutlm.prompting.reasoning import split_reasoning
@@ -18,7 +20,7 @@ _TOKENS_ADVICE = "; if the server does not accept token ids, leave out --templat
 
 
 def generate_by_server(
-    server: Server, prompts: Sequence[str | list[int]], sampling: Sampling, journal: Journal, opening: str = ""
+    server: Server, prompts: Sequence[Conversation | list[int]], sampling: Sampling, journal: Journal, opening: str = ""
 ) -> Generated:
     """Generate the responses that a journal does not hold yet and append each to it.
 
@@ -34,12 +36,17 @@ def generate_by_server(
 
     def ask(number: int) -> tuple[Answer, str, str | None]:
         index = missing[number]
-        options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
-        answer = client.complete(server.make_body(prompts[index], seed=(sampling.seed + index) % 2**31, **options))
+        prompt = prompts[index]
+        options: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        options |= {"max_tokens": sampling.max_new_tokens, "seed": (sampling.seed + index) % 2**31}
+        if isinstance(prompt, Conversation) and prompt.tools:
+            options["tools"] = list(prompt.tools)
+        content = prompt.messages if isinstance(prompt, Conversation) else prompt
+        answer = client.complete(server.make_body(content, **options))
         return answer, *read_response(answer, sampling.max_new_tokens, opening)
 
     progress = tqdm(total=len(prompts), initial=generated.num_resumed, desc="generating", unit="response")
-    advice = _ADVICE + _TOKENS_ADVICE * any(not isinstance(prompt, str) for prompt in prompts)
+    advice = _ADVICE + _TOKENS_ADVICE * any(not isinstance(prompt, Conversation) for prompt in prompts)
     locations = [f"prompt {index + 1}" for index in missing]
     with journal, progress:
         for number, result in client.request_many(

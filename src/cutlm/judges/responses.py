@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cutlm.data.conversations import Conversation, normalize_row
 from cutlm.data.files import SourceRow, read_rows, sync_directory, write_rows
 from cutlm.data.records import check_rows
 from cutlm.errors import DataError
@@ -28,11 +29,13 @@ class Response:
     instruction: str
     input: str  # further material for the instruction, or ""
     output: str
-    row: dict[str, Any] = field(default_factory=dict)  # all fields of the original row
+    row: dict[str, Any] = field(default_factory=dict)  # all fields of the original row, see `normalize_row`
 
     @property
     def full_instruction(self) -> str:
-        """The instruction and, if there is an input, a newline and the input."""
+        """The instruction and, if there is an input, a newline and the input; a conversation as plain text."""
+        if messages := self.row.get("messages"):
+            return Conversation(tuple(messages[:-1]), tuple(self.row.get("tools") or ())).to_text()
         return f"{self.instruction}\n{self.input}" if self.input else self.instruction
 
     @property
@@ -86,10 +89,11 @@ def parse_responses(rows: Sequence[SourceRow], problems: Sequence[str], source: 
         raise DataError(problems, hint=f"{len(problems)} problems in {source}; fix them and try again")
     if not rows:
         raise DataError(f"{source}: no responses; expected a JSON array or JSON Lines with at least one")
-    return [
-        Response(row.location, row.value["instruction"], row.value.get("input") or "", row.value["output"], row.value)
-        for row in rows
-    ]
+    responses = []
+    for row in rows:
+        value = normalize_row(row.value, is_answered=True)
+        responses.append(Response(row.location, value["instruction"], value.get("input") or "", value["output"], value))
+    return responses
 
 
 def _fill_empty(value: Any) -> Any:

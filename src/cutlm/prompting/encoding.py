@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
+from cutlm.data.conversations import Conversation
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.prompting.spans import CONTINUATION_ANCHORS, Span, locate_tokens
 from cutlm.prompting.templates import (
+    ALPACA_TAIL,
     ChatTemplate,
     Prompt,
     RenderError,
     TemplateName,
+    add_judgment,
+    ask_for_refinement,
     build_alpaca_chat_template,
     fingerprint_template,
     get_template_source,
@@ -79,10 +83,10 @@ class Encoder:
         self._texts = control
         self._restarts_after_special = _restarts_after_special(tokenizer)
         date = date or datetime.date.today()
-        self._chat = ChatTemplate(tokenizer, date) if template == "chat" else None
+        self._chat = ChatTemplate(tokenizer, date, self._control_tokens) if template == "chat" else None
         self.template_date = date.isoformat() if self._chat and self._chat.prints_date else None
         self.fingerprint = fingerprint_template(template, self._chat.source if self._chat else None)
-        tail = self.render("x").tail
+        tail = self._chat.answer_format.prompt if self._chat else ALPACA_TAIL
         tail_ids = self._tokenize(tail)
         # What precedes an answer: the end of the prompt, and what the template writes after the generation prompt.
         self._before = self._chat.answer_format.before if self._chat else tail
@@ -97,32 +101,53 @@ class Encoder:
         self._opening = self._before[len(tail) :] if self._before.startswith(tail) else ""
         self._closing, self.end_of_turn_id = self._find_end_of_turn()
 
-    def render(self, instruction: str, judgment: str | None = None) -> Prompt:
-        """Render a generation prompt as text."""
-        return (self._chat.render_prompt if self._chat else render_alpaca_prompt)(instruction, judgment)
+    def render(self, prompt: str | Conversation, judgment: str | None = None) -> Prompt:
+        """Render a generation prompt as text, for an instruction or a conversation.
 
-    def encode_prompt(self, instruction: str, judgment: str | None = None) -> list[int]:
+        Raises:
+            RenderError: The template refuses it; the alpaca prompt has one turn.
+        """
+        conversation = Conversation.start(prompt) if isinstance(prompt, str) else prompt
+        if self._chat:
+            return self._chat.render(conversation if judgment is None else add_judgment(conversation, judgment))
+        return render_alpaca_prompt(_get_single_turn(conversation), judgment)
+
+    def encode_prompt(self, prompt: str | Conversation, judgment: str | None = None) -> list[int]:
         """Encode what precedes a response whose text is known, in training and scoring.
 
         It is the generation prompt, or its beginning if the template writes an answer in another place than where the
         generation prompt ends: that of a reasoning model may begin its thoughts.
         """
-        ids = self.encode_generation_prompt(instruction, judgment)
+        ids = self.encode_generation_prompt(prompt, judgment)
         return ids[: len(ids) - self._num_dropped]
 
-    def encode_generation_prompt(self, instruction: str, judgment: str | None = None) -> list[int]:
+    def encode_generation_prompt(self, prompt: str | Conversation, judgment: str | None = None) -> list[int]:
         """Encode a prompt as it is fed to the model for generation."""
-        return self._encode_prompt(self.render(instruction, judgment))
+        return self._encode_prompt(self.render(prompt, judgment))
 
-    def encode_refinement_prompt(self, instruction: str, response: str, judgment: str) -> list[int]:
+    def encode_refinement_prompt(self, prompt: str | Conversation, response: str, judgment: str) -> list[int]:
         """Encode the request to improve a response so that its judgment no longer applies, for generation."""
-        render_prompt = self._chat.render_refinement_prompt if self._chat else render_refinement_prompt
-        return self._encode_prompt(render_prompt(instruction, response, judgment))
+        conversation = Conversation.start(prompt) if isinstance(prompt, str) else prompt
+        if self._chat:
+            return self._encode_prompt(self._chat.render(ask_for_refinement(conversation, response, judgment)))
+        return self._encode_prompt(render_refinement_prompt(_get_single_turn(conversation), response, judgment))
 
-    def encode_conversation(self, messages: Sequence[str]) -> list[int]:
-        """Encode messages of the user and the assistant in turn, for generation; the last is the user's."""
-        assert self._chat is not None, "the alpaca prompt has no turns"
-        return self._encode_prompt(self._chat.render(messages))
+    def check_conversation(self, conversation: Conversation, response: str) -> None:
+        """Check that a conversation with its answer is rendered as its prompt and its response are.
+
+        Raises:
+            RenderError: The template writes something else before the answer than in a conversation of one turn.
+        """
+        if self._chat is None or conversation.is_single_turn:
+            return
+        before = self._chat.answer_format.before
+        prompt = self.render(conversation).text.removesuffix(self._chat.answer_format.prompt)
+        expected = prompt + before + self._chat.render_answer(response) + self._closing
+        if not self._chat.render_answered(conversation, response).startswith(expected):
+            raise RenderError(
+                "template: chat: the tokenizer's chat template renders the last answer of this conversation otherwise"
+                " than an answer to one message; use a conversation without tools or with fewer turns"
+            )
 
     def _encode_prompt(self, prompt: Prompt) -> list[int]:
         # A chat template writes its own beginning-of-sequence token.
@@ -241,7 +266,10 @@ class Encoder:
                 if found:
                     end, gap = max(found, key=len), after[: len(after) - len(rest)]
                     closed = gap + end
-                    if all(text.startswith(closed + self.tokenizer.eos_token) for text in answer_format[1:]):
+                    if all(
+                        text.startswith(closed + self.tokenizer.eos_token)
+                        for text in (answer_format.after, answer_format.after_in_history)
+                    ):
                         return closed, self.tokenizer.eos_token_id
                     index = next(index for index, text in self._texts.items() if text == end)
                     return gap, index
@@ -351,6 +379,12 @@ def _find_control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]
     return control | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
+def _get_single_turn(conversation: Conversation) -> str:
+    if conversation.is_single_turn:
+        return conversation.instruction
+    raise RenderError("template: alpaca has one turn and no system prompt; use template: chat for conversations")
+
+
 def encode_each(encode: Callable[[T], R], items: Sequence[T], locations: Sequence[str]) -> list[R]:
     """Encode items one by one.
 
@@ -441,12 +475,38 @@ class EncodedRecords:
 
 def view_both_contexts(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
     """Encode the response without the judgment and, if it is unsatisfactory, with it: the training data of CUT."""
-    instruction = record.full_instruction
+    conversation = record.conversation
     return EncodedRecord(
-        encoder.encode_prompt(instruction),
-        None if record.is_satisfactory else encoder.encode_prompt(instruction, record.judgment),
+        encoder.encode_prompt(conversation),
+        None if record.is_satisfactory else encoder.encode_prompt(conversation, record.judgment),
         encoder.encode_response(record.output),
     )
+
+
+def _view_and_fit(
+    record: JudgedRecord,
+    encoder: Encoder,
+    max_length: int,
+    view: Callable[[JudgedRecord, Encoder], EncodedRecord | str],
+) -> tuple[EncodedRecord | str, EncodedRecord | None]:
+    """View a record and truncate it to `max_length`: a conversation by whole turns, so that its system prompt stays."""
+    viewed = view(record, encoder)
+    is_shortened = False
+    while not isinstance(viewed, str):
+        row = encoder.fit(viewed, max_length)
+        if record.messages is None or (row is not None and not row.is_truncated):
+            return viewed, row if row is None or not is_shortened else replace(row, is_truncated=True)
+        shorter = record.drop_oldest_turn()
+        if shorter is None:
+            return viewed, None
+        record, is_shortened = shorter, True
+        viewed = view(record, encoder)
+    return viewed, None
+
+
+def _describe_too_long(record: JudgedRecord, max_length: int) -> str:
+    what = "the response alone fills" if record.messages is None else "the last turn of the conversation exceeds"
+    return f"{what} max_length {max_length}"
 
 
 def encode_records(
@@ -469,15 +529,16 @@ def encode_records(
     progress = tqdm(pairs, desc="tokenizing", unit=" records", delay=2, leave=False, **options)
     for index, (record, location) in enumerate(progress):
         try:
-            viewed = view(record, encoder)
+            encoder.check_conversation(record.conversation, record.output)
+            viewed, row = _view_and_fit(record, encoder, max_length, view)
         except RenderError as error:
             problems.append(f"{location}: {error}")
             continue
         if isinstance(viewed, str):
             encoded.skipped[viewed] += 1
             continue
-        if (row := encoder.fit(viewed, max_length)) is None:
-            encoded.left_out.append(f"{location}: the response alone fills max_length {max_length}; left out")
+        if row is None:
+            encoded.left_out.append(f"{location}: {_describe_too_long(record, max_length)}; left out")
             continue
         encoded.num_truncated += row.is_truncated
         encoded.indices.append(index)

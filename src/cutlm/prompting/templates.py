@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
+from cutlm.data.conversations import Conversation, Message
 from cutlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _ALPACA_JUDGED_TASK = (
 _ALPACA_INSTRUCTION = "### Instruction:\n"
 _ALPACA_JUDGMENT = "\n\n### Judgment:\n"
 _ALPACA_RESPONSE = "### Response:\n"
+ALPACA_TAIL = "\n\n" + _ALPACA_RESPONSE  # from the end of the user's text to the response
 
 # The paper's code has no refinement prompt: its ILF baselines take refinements from the data.
 _ALPACA_REFINEMENT_TASK = (
@@ -50,17 +52,24 @@ _PLACEHOLDER = "[text {} of the conversation]"
 class Prompt(NamedTuple):
     """The text that precedes a response.
 
-    `user_spans` are the [start, end) of text written by a user or a model, in characters and in order; special tokens
-    of a chat template count as such only outside of these.
+    `user_spans` are the [start, end) of texts by a user or a model, in characters and in order; control tokens of a
+    chat template count as such only outside of these. Empty if no text spells out a control token.
     """
 
     text: str
     user_spans: list[tuple[int, int]]
 
-    @property
-    def tail(self) -> str:
-        """The text between the last user text and the response; the same for every prompt of a template."""
-        return self.text[self.user_spans[-1][1] :]
+
+def add_judgment(conversation: Conversation, judgment: str) -> Conversation:
+    """Return a conversation whose last message by the user asks for a response that a judgment fits."""
+    return conversation.replace_instruction(conversation.instruction + _CHAT_JUDGMENT + judgment)
+
+
+def ask_for_refinement(conversation: Conversation, response: str, judgment: str) -> Conversation:
+    """Return a conversation whose last message by the user asks to improve a response by its judgment."""
+    return conversation.replace_instruction(
+        f"{conversation.instruction}{_CHAT_DRAFT}{response}{_CHAT_OBJECTION}{judgment}{_CHAT_REFINE}"
+    )
 
 
 def render_alpaca_prompt(instruction: str, judgment: str | None = None) -> Prompt:
@@ -84,27 +93,31 @@ def _render_alpaca(task: str, content: str) -> Prompt:
 class AnswerFormat(NamedTuple):
     """What a chat template writes around an answer."""
 
+    prompt: str  # from the end of the user's text to the end of the generation prompt
     before: str  # from the end of the user's text to the answer
     after: str  # after the answer, if nothing follows
     after_in_history: str  # after the answer, if a user's turn follows; up to the user's text
 
 
 class RenderError(ConfigError):
-    """A chat template refuses a text, or renders it as another one."""
+    """A template refuses a text, or renders it as another one."""
 
 
 class ChatTemplate:
-    """A tokenizer's own chat template, which also locates each message in the rendered text.
+    """A tokenizer's own chat template, which also locates texts that spell out control tokens.
 
     Args:
         tokenizer: A tokenizer with a chat template.
         date: The date for templates that print today's.
+        control_tokens: The tokens that only the template may write.
 
     Raises:
         ConfigError: The tokenizer has no chat template, or it does not render an answer.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", date: datetime.date) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", date: datetime.date, control_tokens: Sequence[str] = ()
+    ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
                 f"template: chat: the tokenizer {tokenizer.name_or_path!r} has no chat template; use template: alpaca,"
@@ -113,7 +126,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self.source = get_template_source(tokenizer)
         self._dated_source = insert_date(self.source, date)
-        self._frames: dict[int, str] = {}
+        self._control = re.compile("|".join(map(re.escape, filter(None, control_tokens))) or "(?!)")
         self.answer_format = self._find_answer_format()
 
     @property
@@ -121,13 +134,24 @@ class ChatTemplate:
         """Whether the rendered text depends on the date."""
         return self._dated_source != self.source
 
-    def render_prompt(self, instruction: str, judgment: str | None = None) -> Prompt:
-        """Render one user turn and the start of the assistant's turn."""
-        return self.render([instruction if judgment is None else instruction + _CHAT_JUDGMENT + judgment])
+    def render(self, conversation: Conversation) -> Prompt:
+        """Render a conversation and the start of the assistant's next turn.
 
-    def render_refinement_prompt(self, instruction: str, response: str, judgment: str) -> Prompt:
-        """Render the request to improve a response as one user turn."""
-        return self.render([f"{instruction}{_CHAT_DRAFT}{response}{_CHAT_OBJECTION}{judgment}{_CHAT_REFINE}"])
+        A template may drop parts of the assistant's messages, such as its reasoning.
+
+        Raises:
+            RenderError: The template refuses the messages or alters those of the user.
+        """
+        text = self._apply(conversation.messages, conversation.tools)
+        position = 0
+        for message in conversation.messages:
+            if message["role"] == "user":
+                content = message["content"].strip()
+                position = text.find(content, position)
+                if position < 0:
+                    raise RenderError(_CHANGES_USER_TEXT)
+                position += len(content)
+        return Prompt(text, self._locate_texts(conversation, text))
 
     def render_answer(self, response: str) -> str:
         """Return a response as the template writes it: some templates strip white space at its ends.
@@ -136,7 +160,7 @@ class ChatTemplate:
             RenderError: The template changes it otherwise, for example by removing reasoning.
         """
         before, after = self._answer_frame
-        text = self._apply([_PLACEHOLDER.format(0), response], is_answered=True)
+        text = self._apply(_make_messages(_PLACEHOLDER.format(0), response), is_answered=True)
         shown = text[len(before) : len(text) - len(after)]
         if before + shown + after == text and shown in (response, *_strip_each(response)):
             return shown
@@ -145,46 +169,45 @@ class ChatTemplate:
             " move or remove reasoning and markup); leave these out of it, or use template: alpaca"
         )
 
-    def render(self, messages: Sequence[str]) -> Prompt:
-        """Render a conversation and the start of the assistant's next turn.
+    def render_answered(self, conversation: Conversation, response: str) -> str:
+        """Render a conversation with its answer, and what the template writes after that."""
+        answer = {"role": "assistant", "content": response}
+        return self._apply([*conversation.messages, answer], conversation.tools, is_answered=True)
 
-        Messages are of the user and the assistant in turn; the first and the last are the user's. A template may drop
-        parts of the assistant's messages, such as its reasoning.
+    def _locate_texts(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
+        """Find the texts of a rendered conversation, if any spells out a control token; otherwise it does not matter.
 
-        Raises:
-            RenderError: The template refuses the messages or alters those of the user.
+        They are rendered with marks around them, because a search could find a short text in the template's own words.
         """
-        placeholders = [_PLACEHOLDER.format(index) for index in range(len(messages))]
-        frame = self._frames.get(len(messages))
-        if frame is None:
-            frame = self._frames[len(messages)] = self._apply(placeholders)
-        if prompt := self._fill(frame, placeholders, messages):
-            return prompt
-        raise RenderError(_CHANGES_USER_TEXT)
+        written = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False)
+        if not self._spells_control_token(written):
+            return []
+        marks = _choose_marks(written)
+        marked = self._apply([_mark_texts(message, marks) for message in conversation.messages], conversation.tools)
+        spans, start, rendered = [], 0, ""
+        for piece in re.split(f"([{''.join(marks)}])", marked):
+            if piece == marks[0]:
+                start = len(rendered)
+            elif piece == marks[1]:
+                spans.append((start, len(rendered)))
+            else:
+                rendered += piece
+        if rendered == text and not self._spells_control_token(json.dumps(conversation.tools, ensure_ascii=False)):
+            return spans
+        raise RenderError(
+            "template: chat: a text spells out a control token of the model, and the chat template moves or changes it,"
+            " so that it could pass for the template's own; remove it from the text"
+        )
 
-    def _fill(self, frame: str, placeholders: list[str], messages: Sequence[str]) -> Prompt | None:
-        """Put messages in place of a frame's placeholders; None if the template does not render them like that.
-
-        Searching the rendered text for a message would not do: a short one may occur in the template's own words, and
-        some templates strip messages.
-        """
-        text, spans, rest = "", [], frame
-        for index, message in enumerate(messages):
-            rendered = self._apply([*placeholders[:index], message, *placeholders[index + 1 :]])
-            before, _, after = frame.partition(placeholders[index])
-            shown = rendered[len(before) : len(rendered) - len(after)]
-            is_unaltered = index % 2 == 1 or shown in (message, *_strip_each(message))
-            gap, is_found, rest = rest.partition(placeholders[index])
-            if not is_found or before + shown + after != rendered or not is_unaltered:
-                return None
-            text += gap
-            spans.append((len(text), len(text) + len(shown)))
-            text += shown
-        return Prompt(text + rest, spans)
+    def _spells_control_token(self, text: str) -> bool:
+        """Whether a text has a control token, as it is or once the tokenizer has normalized it."""
+        normalizer = self._tokenizer.backend_tokenizer.normalizer if self._tokenizer.is_fast else None
+        forms = [text] if normalizer is None else [text, normalizer.normalize_str(text)]
+        return any(self._control.search(form) for form in forms)
 
     def _find_answer_format(self) -> AnswerFormat:
         user, answer, reply = (_PLACEHOLDER.format(index) for index in range(3))
-        text = self._apply([user, answer], is_answered=True)
+        text = self._apply(_make_messages(user, answer), is_answered=True)
         before, is_found, rest = text.partition(user)
         if not is_found:
             raise ConfigError(_CHANGES_USER_TEXT)
@@ -195,26 +218,55 @@ class ChatTemplate:
                 " template: alpaca"
             )
         self._answer_frame = before + user + opening, after
+        prompt = self._apply(_make_messages(user)).partition(user)[2]
         try:
-            history = self._apply([user, answer, reply])
+            history = self._apply(_make_messages(user, answer, reply))
         except RenderError:  # a template of one turn
             history = ""
-        return AnswerFormat(opening, after, history.partition(answer)[2].partition(reply)[0])
+        return AnswerFormat(prompt, opening, after, history.partition(answer)[2].partition(reply)[0])
 
-    def _apply(self, contents: Sequence[str], *, is_answered: bool = False) -> str:
-        """Render messages of the user and the assistant in turn, and unless the last one is an answer, its start."""
+    def _apply(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, is_answered: bool = False
+    ) -> str:
+        """Render messages and, unless the last one is an answer, the start of an answer."""
         options: Any = {
             "chat_template": self._dated_source,
             "tokenize": False,
             "add_generation_prompt": not is_answered,
+            "tools": list(tools) or None,
         }
         try:
-            text = self._tokenizer.apply_chat_template(make_messages(contents), **options)
-        except TemplateError as error:
+            text = self._tokenizer.apply_chat_template([dict(message) for message in messages], **options)
+        except (TemplateError, TypeError) as error:  # a TypeError by an operation of the template on the messages
             message = f"template: chat: the tokenizer's chat template does not accept the messages ({error})"
             raise RenderError(f"{message}; use template: alpaca") from None
         assert isinstance(text, str)
         return text
+
+
+def _choose_marks(text: str) -> tuple[str, str]:
+    """Choose two characters of the private use area that do not occur in a text."""
+    free = [chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text][:2]
+    return free[0], free[1]
+
+
+def _mark_texts(value: Any, marks: tuple[str, str], name: str = "") -> Any:
+    """Enclose the texts of a message in marks, inside the white space at their ends; names stay as they are."""
+    if isinstance(value, str):
+        text = value.strip()
+        if not text or name in ("role", "name", "id", "type", "tool_call_id"):
+            return value
+        start = value.index(text)
+        return value[:start] + marks[0] + text + marks[1] + value[start + len(text) :]
+    if isinstance(value, Mapping):
+        return {key: _mark_texts(item, marks, key) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_mark_texts(item, marks) for item in value]
+    return value
+
+
+def _make_messages(*contents: str) -> list[dict[str, str]]:
+    return make_messages(contents)
 
 
 def _strip_each(text: str) -> tuple[str, str, str]:

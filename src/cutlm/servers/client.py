@@ -65,7 +65,7 @@ _FILTERED_ENDS = frozenset(
 _REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_content")
 
 # A user's message, messages with roles, or token ids.
-Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
 
 @dataclass(frozen=True)

@@ -194,13 +194,13 @@ def choose_view(args: CUTConfig) -> View:
 def _view_with_praise(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
     """Both contexts of every record; satisfactory ones with their praise (DualCUT)."""
     encoded = _view_response(record, encoder)
-    judged_ids = encoder.encode_prompt(record.full_instruction, record.stated_judgment)
+    judged_ids = encoder.encode_prompt(record.conversation, record.stated_judgment)
     return replace(encoded, judged_prompt_ids=judged_ids, extra={"is_praised": record.is_satisfactory})
 
 
 def _view_response(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
     """The response after the instruction, whatever its judgment (maximum likelihood)."""
-    return EncodedRecord(encoder.encode_prompt(record.full_instruction), None, encoder.encode_response(record.output))
+    return EncodedRecord(encoder.encode_prompt(record.conversation), None, encoder.encode_response(record.output))
 
 
 def _view_satisfactory(record: JudgedRecord, encoder: Encoder) -> EncodedRecord | str:
@@ -210,7 +210,7 @@ def _view_satisfactory(record: JudgedRecord, encoder: Encoder) -> EncodedRecord 
 
 def _view_hindsight(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
     """The response after the instruction and its judgment (Liu et al. 2023, arXiv 2302.02676)."""
-    judged_ids = encoder.encode_prompt(record.full_instruction, record.stated_judgment)
+    judged_ids = encoder.encode_prompt(record.conversation, record.stated_judgment)
     return EncodedRecord(judged_ids, None, encoder.encode_response(record.output))
 
 
@@ -222,7 +222,7 @@ def _view_forward(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
     ids = encoder.encode_response(record.output)
     judgment_ids = encoder.encode_response(_FORWARD_MARK + record.stated_judgment)
     ids += judgment_ids[encoder.count_template_tokens(judgment_ids) :]
-    return EncodedRecord(encoder.encode_prompt(record.full_instruction), None, ids)
+    return EncodedRecord(encoder.encode_prompt(record.conversation), None, ids)
 
 
 def _view_refinement(record: JudgedRecord, encoder: Encoder) -> EncodedRecord | str:
@@ -231,7 +231,7 @@ def _view_refinement(record: JudgedRecord, encoder: Encoder) -> EncodedRecord | 
         return _view_response(record, encoder)
     if not record.i_ans:
         return "unsatisfactory, and without an improved response in i_ans (cutlm refine makes them)"
-    return EncodedRecord(encoder.encode_prompt(record.full_instruction), None, encoder.encode_response(record.i_ans))
+    return EncodedRecord(encoder.encode_prompt(record.conversation), None, encoder.encode_response(record.i_ans))
 
 
 def _view_all_flagged(weight: float) -> View:
@@ -316,9 +316,9 @@ def _view_scores(dataset: Sequence[TokenScores], locations: Sequence[str], encod
         scores = by_record[id(record)]
         judged_ids = None
         if args.parts.unsatisfactory and not record.is_satisfactory:
-            judged_ids = encoder.encode_prompt(record.full_instruction, record.judgment)
+            judged_ids = encoder.encode_prompt(record.conversation, record.judgment)
         return EncodedRecord(
-            encoder.encode_prompt(record.full_instruction),
+            encoder.encode_prompt(record.conversation),
             judged_ids,
             list(scores.token_ids),
             {"is_flagged": list(scores.is_flagged), "weights": list(scores.weights)},

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
+from cutlm.data.conversations import Conversation
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.token_scores import TokenScores
@@ -33,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
-    """Two responses to one instruction."""
+    """Two responses to one instruction or conversation."""
 
-    instruction: str
+    conversation: Conversation
     chosen: str
     rejected: str
     location: str
@@ -56,7 +57,7 @@ def pair_responses(records: Sequence[JudgedRecord], locations: Sequence[str]) ->
         responses = better if record.is_satisfactory else worse
         responses.setdefault(record.full_instruction, {}).setdefault(record.output, location)
     pairs, num_alike, num_alone = [], 0, {"satisfactory": 0, "unsatisfactory": 0}
-    for instruction in dict.fromkeys(record.full_instruction for record in records):
+    for instruction, conversation in {record.full_instruction: record.conversation for record in records}.items():
         chosen, rejected = better.get(instruction, {}), worse.get(instruction, {})
         if not chosen or not rejected:
             num_alone["satisfactory" if chosen else "unsatisfactory"] += 1
@@ -66,7 +67,7 @@ def pair_responses(records: Sequence[JudgedRecord], locations: Sequence[str]) ->
             if best == response:  # judged both ways
                 num_alike += 1
                 continue
-            pairs.append(Pair(instruction, best, response, location))
+            pairs.append(Pair(conversation, best, response, location))
     alike = [f"{num_alike} pairs left out: the same response, judged both ways"] if num_alike else []
     return pairs, alike + [
         f"{num} instructions left out: every response is {kind}" for kind, num in num_alone.items() if num
@@ -82,7 +83,7 @@ def pair_refinements(records: Sequence[JudgedRecord], locations: Sequence[str]) 
         elif not record.i_ans or record.i_ans == record.output:
             num_unrefined += 1
         else:
-            pairs.append(Pair(record.full_instruction, record.i_ans, record.output, location))
+            pairs.append(Pair(record.conversation, record.i_ans, record.output, location))
     left_out = [f"{num_satisfactory} records left out: satisfactory, so there is no pair"] if num_satisfactory else []
     if num_unrefined:
         left_out.append(
@@ -100,7 +101,7 @@ def encode_pairs(pairs: Sequence[Pair], encoder: Encoder, max_length: int) -> tu
     rows, left_out = [], []
     encoded = encode_each(
         lambda pair: (
-            encoder.encode_prompt(pair.instruction),
+            encoder.encode_prompt(pair.conversation),
             encoder.encode_response(pair.chosen),
             encoder.encode_response(pair.rejected),
         ),
@@ -151,7 +152,7 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
             expected = "satisfactory and unsatisfactory responses to one instruction"
             expected = expected if args.objective == "dpo" else "improved responses in i_ans"
             raise DataError(f"{args.objective}: expected {expected}, got none", hint="\n".join(left_out + too_long))
-        num_used = len({(pair.instruction, text) for pair in pairs for text in (pair.chosen, pair.rejected)})
+        num_used = len({(pair.conversation.to_text(), text) for pair in pairs for text in (pair.chosen, pair.rejected)})
         template = encoder.build_chat_template()
         self.template_date = encoder.template_date
         self.notices = [

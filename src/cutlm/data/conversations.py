@@ -1,0 +1,205 @@
+"""Conversations before a response: rows of chat data, read into one form.
+
+A row may have `messages` with `tools`, or `prompt` and `completion` (text or messages), or `system` and `history` next
+to `instruction` and `output`. `normalize_row` turns all of them into `instruction` and `output`, and `messages` if
+there is more than one turn.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Message = Mapping[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+
+
+class ConversationError(ValueError):
+    """A conversation is not valid: the field, and what is wrong with it."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"field {field!r}: {problem}")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages before a response, and the tools that the model may call.
+
+    Attributes:
+        messages: Each with `role` and `content`; one of them is the user's. An assistant's message may have
+            `tool_calls` instead of content.
+        tools: JSON schemas of functions, as chat templates take them.
+
+    Example:
+
+        >>> Conversation.start("Name a colour.").messages
+        ({'role': 'user', 'content': 'Name a colour.'},)
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    @classmethod
+    def start(cls, instruction: str) -> "Conversation":
+        """Return a conversation of one message by the user."""
+        return cls(({"role": "user", "content": instruction},))
+
+    @property
+    def instruction(self) -> str:
+        """The text of the last message by the user."""
+        return str(self.messages[self._last_user_index]["content"])
+
+    @property
+    def _last_user_index(self) -> int:
+        return max(index for index, message in enumerate(self.messages) if message["role"] == "user")
+
+    @property
+    def is_single_turn(self) -> bool:
+        """Whether there is nothing but one message by the user."""
+        return len(self.messages) == 1 and not self.tools
+
+    def replace_instruction(self, text: str) -> "Conversation":
+        """Return the conversation with another text as the last message by the user."""
+        index = self._last_user_index
+        changed = {**self.messages[index], "content": text}
+        return Conversation((*self.messages[:index], changed, *self.messages[index + 1 :]), self.tools)
+
+    def drop_oldest_turn(self) -> "Conversation | None":
+        """Return the conversation without its oldest turn, up to the next message by the user; None without a next.
+
+        System messages at the start stay.
+        """
+        users = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        if len(users) < 2:
+            return None
+        first, second = users[:2]
+        start = 0
+        while start < first and self.messages[start]["role"] in ("system", "developer"):
+            start += 1
+        return Conversation((*self.messages[:start], *self.messages[second:]), self.tools)
+
+    def to_text(self) -> str:
+        r"""Return the conversation as plain text, "User: Hi.\n\nAssistant: Hi!"; a single message stays as it is."""
+        if self.is_single_turn:
+            return self.instruction
+        return "\n\n".join(f"{_NAMES[message['role']]}: {_describe(message)}" for message in self.messages)
+
+
+def _describe(message: Message) -> str:
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    texts = [f"[calls {call.get('name')}({call.get('arguments', '')})]" for call in calls]
+    return "\n".join(filter(None, [message.get("content") or "", *texts]))
+
+
+def is_conversation_row(row: Mapping[str, Any]) -> bool:
+    """Whether a row has the fields of a conversation that `normalize_row` reads."""
+    return isinstance(row.get("messages"), list) or {"prompt", "completion"} <= row.keys()
+
+
+def normalize_row(row: Mapping[str, Any], *, is_answered: bool) -> dict[str, Any]:
+    """Return a row with `instruction`, `output`, and `messages` if it has several turns, a system prompt or tools.
+
+    Args:
+        row: A row of any of the forms.
+        is_answered: Whether the conversation ends with the response. If not, a response at its end is left out.
+
+    Raises:
+        ConversationError: The conversation is not valid, or fields contradict each other.
+    """
+    rest = dict(row)
+    if isinstance(row.get("messages"), Sequence) and not isinstance(row["messages"], str):
+        messages = list(_read_messages(rest.pop("messages"), "messages"))
+    elif {"prompt", "completion"} <= row.keys() or (not is_answered and isinstance(row.get("prompt"), str | list)):
+        messages = list(_read_part(rest.pop("prompt"), "prompt", "user"))
+        if (completion := rest.pop("completion", None)) is not None:
+            messages += _read_part(completion, "completion", "assistant")
+    elif row.get("system") or row.get("history"):
+        if not isinstance(row.get("instruction"), str) or (is_answered and not isinstance(row.get("output"), str)):
+            return rest  # the missing field is reported
+        messages = list(_read_parts_around(rest))
+    else:
+        return rest
+    tools = rest.pop("tools", None)
+    if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise ConversationError("tools", f"expected a list of objects, got {type(tools).__name__}")
+    answer = messages.pop() if messages and messages[-1]["role"] == "assistant" else None
+    if is_answered and (answer is None or answer.get("tool_calls")):
+        raise ConversationError("messages", "expected a message with text by the assistant at the end, the response")
+    if not any(message["role"] == "user" for message in messages):
+        raise ConversationError("messages", "expected a message by the user before the response, got none")
+    conversation = Conversation(tuple(messages), tuple(tools or ()))
+    texts = {"instruction": conversation.instruction}
+    if is_answered and answer is not None:
+        texts["output"] = answer["content"]
+    for name, text in texts.items():
+        if rest.get(name, text) != text:
+            raise ConversationError(name, "differs from the conversation in the same row; leave one of them out")
+    for name in ("system", "history"):
+        if rest.get(name):
+            raise ConversationError(name, "expected none next to messages; write it as messages")
+    if rest.pop("input", None):
+        raise ConversationError("input", "expected none next to messages; write it into a message")
+    rest |= texts
+    if not conversation.is_single_turn:
+        rest["messages"] = [*messages, answer] if is_answered else messages
+        rest |= {"tools": list(tools)} if tools else {}
+    return rest
+
+
+def _read_part(value: Any, field: str, role: str) -> Iterator[dict[str, Any]]:
+    """Read `prompt` or `completion`: text or messages."""
+    if isinstance(value, str):
+        yield {"role": role, "content": value}
+    else:
+        yield from _read_messages(value, field)
+
+
+def _read_parts_around(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Read `system` and `history`, pairs of a user's and an assistant's text, and remove what was read from a row."""
+    system, history = row.pop("system", None), row.pop("history", None)
+    if system:
+        if not isinstance(system, str):
+            raise ConversationError("system", f"expected text, got {type(system).__name__}")
+        yield {"role": "system", "content": system}
+    for number, turn in enumerate(history or ()):
+        if not (isinstance(turn, Sequence) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+            raise ConversationError(f"history[{number}]", "expected a pair of the user's and the assistant's text")
+        yield {"role": "user", "content": turn[0]}
+        yield {"role": "assistant", "content": turn[1]}
+    further = row.pop("input", None)
+    instruction = row.pop("instruction")
+    yield {"role": "user", "content": f"{instruction}\n{further}" if further else instruction}
+    if (output := row.pop("output", None)) is not None:
+        yield {"role": "assistant", "content": output}
+
+
+def _read_messages(values: Any, field: str) -> Iterator[dict[str, Any]]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ConversationError(field, f"expected a list of messages, got {type(values).__name__}")
+    for number, value in enumerate(values):
+        name = f"{field}[{number}]"
+        if not isinstance(value, Mapping):
+            raise ConversationError(name, f"expected an object with role and content, got {type(value).__name__}")
+        if value.get("role") not in ROLES:
+            raise ConversationError(f"{name}.role", f"expected one of {', '.join(ROLES)}, got {value.get('role')!r}")
+        # `datasets` fills fields that other messages have with None.
+        message = {key: item for key, item in value.items() if item is not None}
+        message["content"] = _read_content(message.get("content"), f"{name}.content", "tool_calls" in message)
+        yield message
+
+
+def _read_content(content: Any, name: str, has_calls: bool) -> str:
+    """Return the text of a message; parts of text are joined."""
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        kinds = {part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content}
+        if kinds - {"text"}:
+            raise ConversationError(name, f"expected text, got parts of {', '.join(sorted(map(str, kinds)))}")
+        content = "".join(str(part.get("text") or "") for part in content)
+    if content is None and has_calls:
+        return ""
+    if not isinstance(content, str):
+        raise ConversationError(name, f"expected text, got {'null' if content is None else type(content).__name__}")
+    if "\0" in content:
+        raise ConversationError(name, "expected text without null bytes")
+    return content

@@ -1,0 +1,114 @@
+"""Conversations of several turns with tools are encoded as the templates of real models render them."""
+
+import json
+from typing import Any
+
+import pytest
+from real.manifest import FAMILIES, Family, load_tokenizer
+from real.packages import UnavailableError
+from real.test_chat_formats import tokenize
+
+from cutlm.data.conversations import Conversation
+from cutlm.data.records import JudgedRecord
+from cutlm.errors import DataError
+from cutlm.prompting.encoding import Encoder, encode_records
+from cutlm.prompting.templates import add_judgment
+
+NAMES = ("Qwen3", "Qwen3, no thoughts", "Llama 3.1", "Llama 3.2", "gpt-oss", "Qwen2.5", "Gemma 3", "DeepSeek-V3")
+WITH_TOOLS = ("Qwen3", "Llama 3.1", "Llama 3.2", "gpt-oss", "Qwen2.5")
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "find_capital",
+        "description": "Finds the capital of a country.",
+        "parameters": {"type": "object", "properties": {"country": {"type": "string"}}, "required": ["country"]},
+    },
+}
+CALL = {"type": "function", "function": {"name": "find_capital", "arguments": {"country": "Australia"}}}
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello."},
+    {"role": "assistant", "content": "Hi!"},
+    {"role": "user", "content": "Name the capital of Australia."},
+]
+CALLS = [*TURNS, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "Canberra"}]
+ANSWER = {"role": "assistant", "content": "It is Canberra."}
+
+
+def make_encoder(name: str) -> Encoder:
+    family: Family = next(family for family in FAMILIES if family.name == name)
+    try:
+        return Encoder(load_tokenizer(family), "chat")
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+def check(encoder: Encoder, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
+    """Both contexts and the response are what the template renders for these messages."""
+    record = JudgedRecord.model_validate({"messages": [*messages, ANSWER], "tools": tools, "judgment": "Too short."})
+    ((row,), problems) = (lambda encoded: (encoded.rows, encoded.left_out))(
+        encode_records([record], ["a:1"], encoder, 10**5)
+    )
+    assert not problems
+    judged = add_judgment(record.conversation, "Too short.").messages
+    for ids, prompt in ((row["prompt_ids"], messages), (row["judged_prompt_ids"], judged)):
+        rendered = encoder.tokenizer.apply_chat_template(
+            [*prompt, ANSWER], tools=tools, tokenize=False, chat_template=encoder._chat._dated_source
+        )
+        expected = tokenize(encoder.tokenizer, rendered)
+        found = [*ids, *row["response_ids"]]
+        assert found == expected[: len(found)]
+        assert found[-1] == encoder.end_of_turn_id
+    assert row["response_ids"] == encoder.encode_response(ANSWER["content"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_turns(name: str) -> None:
+    check(make_encoder(name), TURNS, None)
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_turns_with_tools(name: str) -> None:
+    check(make_encoder(name), CALLS, [TOOL])
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Llama 3.2", "gpt-oss"])
+def test_control_tokens_in_any_message_stay_text(name: str) -> None:
+    encoder = make_encoder(name)
+    end = encoder.tokenizer.decode([encoder.end_of_turn_id])
+    found = {"role": "tool", "content": f"Canberra{end}"}
+    plain = encoder.encode_prompt(Conversation(tuple(CALLS), (TOOL,)))
+    spelled = encoder.encode_prompt(Conversation((*CALLS[:-1], found), (TOOL,)))
+    control = encoder._control_ids
+    assert [index for index in spelled if index in control] == [index for index in plain if index in control]
+    assert end in encoder.tokenizer.decode(spelled)
+
+
+def test_old_turns_are_dropped_whole() -> None:
+    encoder = make_encoder("Qwen3")
+    history = [{"role": role, "content": f"Turn {number}."} for number in range(20) for role in ("user", "assistant")]
+    messages = [TURNS[0], *history, TURNS[-1]]
+    record = JudgedRecord.model_validate({"messages": [*messages, ANSWER], "judgment": "Too short."})
+    encoded = encode_records([record], ["a:1"], encoder, 100)
+    (row,) = encoded.rows
+    assert encoded.num_truncated == 1
+    assert len(row["judged_prompt_ids"]) + len(row["response_ids"]) <= 100
+    text = encoder.tokenizer.decode(row["judged_prompt_ids"])
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nTurn ")
+    assert text.count("<|im_start|>user") == text.count("<|im_start|>assistant")
+    assert "Turn 19." in text
+    assert "Turn 0." not in text
+    # Both contexts have the same turns.
+    assert encoder.tokenizer.decode(row["prompt_ids"]).count("Turn") == text.count("Turn")
+    too_long = encode_records([record], ["a:1"], encoder, 20)
+    assert not too_long.rows
+    assert len(too_long.left_out) == 1
+
+
+def test_the_alpaca_prompt_refuses_conversations_by_name() -> None:
+    tokenizer = make_encoder("Qwen3").tokenizer
+    record = JudgedRecord.model_validate({"messages": [*TURNS, ANSWER], "judgment": "Too short."})
+    with pytest.raises(DataError) as error:
+        encode_records([record], ["a:1"], Encoder(tokenizer, "alpaca"), 100)
+    assert [problem[:4] for problem in error.value.problems] == ["a:1:"]
+    assert json.dumps(record.model_dump(mode="json"))
