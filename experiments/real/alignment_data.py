@@ -70,7 +70,7 @@ def draw_tasks(folder: Path, tested: Sequence[Prompt], num_tasks: int, seed: int
     """
     draw = random.Random(f"tasks {seed}")
     texts = [normalize(prompt.text) for prompt in tested]
-    found = {}
+    found: dict[str, JudgedRecord] = {}
     for record in read_judgments(folder):
         is_short = len(record.instruction.split()) <= _MAX_INSTRUCTION_WORDS and "\n" not in record.instruction
         if record.input or not is_short or len(record.output.split()) > _MAX_OUTPUT_WORDS:
