@@ -22,6 +22,7 @@ from transformers import (
 
 import cutlm.generation.local as generation
 from cutlm.cli import main
+from cutlm.data.files import read_rows
 from cutlm.generation import progress
 from cutlm.prompting.encoding import Encoder
 
@@ -394,3 +395,32 @@ def test_no_bar_is_shown_if_tqdm_is_disabled(model: Path, prompts: Path, tmp_pat
         [sys.executable, "-m", "cutlm", *options], env=environment, capture_output=True, text=True, check=True
     )
     assert "generating" not in result.stderr
+
+
+def test_conversations_are_answered_and_kept(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", chat=True)
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hi!"},
+        {"role": "user", "content": "Name a city."},
+    ]
+    answered = [*turns, {"role": "assistant", "content": "Sydney."}]
+    rows = [{"messages": turns, "tools": [tool]}, {"messages": answered}, {"prompt": turns[-1:]}, {"prompt": "Hi."}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    arguments = ["--model", str(folder), "--prompts", str(prompts), "--out", str(out), "--device", "cpu"]
+    assert main(["generate", *arguments, "--template", "chat", "--max_new_tokens", "4"]) == 0
+    found = [row.value for row in read_rows(out)[0]]
+    assert [row["instruction"] for row in found] == ["Name a city.", "Name a city.", "Name a city.", "Hi."]
+    assert [row.get("messages") for row in found] == [
+        [*turns, {"role": "assistant", "content": found[0]["output"]}],
+        [*turns, {"role": "assistant", "content": found[1]["output"]}],
+        None,
+        None,
+    ]
+    assert [row.get("tools") for row in found] == [[tool], None, None, None]
+    # The model saw the earlier turns: the same last message alone has another answer.
+    assert found[0]["output"] == found[1]["output"] != found[2]["output"]

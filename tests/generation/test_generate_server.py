@@ -405,3 +405,22 @@ def test_thoughts_that_the_prompt_begins_are_no_answer(prompts: Path, tmp_path: 
     lines = [json.loads(line) for line in Path(f"{out}.partial").read_text("utf-8").splitlines()[1:]]
     assert {line["index"]: line["output"] for line in lines} == dict(list(enumerate(EXPECTED))[1:])
     assert {line["reasoning"] for line in lines} == {THOUGHTS}
+
+
+def test_a_conversation_is_sent_as_it_is(server: ChatServer, tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Name 1."},
+        {"role": "assistant", "content": "One."},
+        {"role": "user", "content": "Name 2."},
+    ]
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out.json"
+    path.write_text(json.dumps({"messages": turns, "tools": [tool]}) + "\n")
+    assert main(list_options(server, path, out)) == 0
+    (body,) = server.requests
+    assert body["messages"] == turns
+    assert body["tools"] == [tool]
+    (row,) = json.loads(out.read_text())
+    assert row["messages"] == [*turns, {"role": "assistant", "content": row["output"]}]
+    assert row["instruction"] == "Name 2."
