@@ -519,7 +519,7 @@ def test_wrong_inputs_give_exit_code_2_and_the_reason(tmp_path, capsys):
     file = write(tmp_path / "in.jsonl", SHEPHERD_MODEL)
     for argv, message in (
         (["alpaca", str(tmp_path / "nothing")], "nothing: no such file"),
-        (["critiques", str(tmp_path)], "expected a file, got a directory"),
+        (["critiques", str(tmp_path / "none")], "none: no such file"),
         (["shepherd", str(tmp_path)], "human_data_for_model.jsonl: no such file"),
         (["shepherd", file], "got 1 inputs"),
         (["shepherd", file, file, file], "got 3 inputs"),

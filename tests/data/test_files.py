@@ -7,6 +7,7 @@ import lzma
 import os
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from cutlm.data.files import MAX_DEPTH, open_atomic, read_bytes, read_rows, sync
 from cutlm.data.journal import Journal
 from cutlm.errors import DataError
 
-NAMES = ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.json.gz", "rows.jsonl.xz", "rows.json.xz"]
+NAMES = ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.json.gz", "rows.jsonl.xz", "rows.json.xz", "rows.jsonl.zst"]
 
 # Any text, with Unicode line breaks, quotes and halves of surrogate pairs.
 texts = st.text(
@@ -77,7 +78,7 @@ def test_the_suffix_selects_the_compression_and_no_time_is_written(tmp_path):
 
 
 def test_compression_is_recognized_by_the_first_bytes(tmp_path):
-    for pack in (gzip.compress, lzma.compress):
+    for pack in (gzip.compress, lzma.compress, lambda content: pyarrow.compress(content, "zstd", asbytes=True)):
         path = tmp_path / "rows.txt"
         path.write_bytes(pack(b'{"a": 1}\n'))
         assert [row.value for row in read_rows(path)[0]] == [{"a": 1}]
@@ -149,6 +150,7 @@ def test_the_new_file_appears_only_when_complete(tmp_path):
         (gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], r"bad: the compressed file is damaged"),
         (lzma.compress(b'{"a": 1}\n' * 99)[:-9], r"bad: the compressed file is damaged"),
         (b"\x1f\x8brubbish", r"bad: the compressed file is damaged"),
+        (b"\x28\xb5\x2f\xfd\x04\x58", r"bad: the compressed file is damaged"),
     ],
 )
 def test_an_unreadable_file_is_refused_with_the_reason(data, message, tmp_path):
@@ -202,7 +204,7 @@ def test_each_row_is_named_even_if_none_is_usable(tmp_path):
 def test_paths_that_are_not_files_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"nothing: no such file; check the path"):
         read_rows(tmp_path / "nothing")
-    with pytest.raises(DataError, match=r"expected a file, got a directory; name the file inside it"):
+    with pytest.raises(DataError, match=r"no data files in this folder"):
         read_rows(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot be read \(Not a directory\)"):

@@ -26,6 +26,7 @@ from cutlm.cli.model_options import (
     make_encoder,
     make_server,
 )
+from cutlm.data.sources import describe_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ _OPTIONS = ModelOptions(("base", "dtype", "device", "bf16", "max_tokens_per_batc
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, "model", "data", "out", "overwrite")
+    add_options(parser, "model", "data", "columns", "out", "overwrite")
     add_scoring_arguments(parser)
 
 
@@ -74,14 +75,14 @@ def run(args: argparse.Namespace) -> int:
 def score_file(args: argparse.Namespace) -> None:
     """Score the records of `args.data`, write `args.out` and print counts."""
     _OPTIONS.fill(args)
-    check_output(args, [args.data])
+    check_output(args, args.data)
 
     from cutlm.data.records import check_records, raise_problems
     from cutlm.flagging.detector import FlagSettings, blame_file
 
     settings = FlagSettings(args.threshold, args.unlikelihood_weight, args.gamma, args.max_length, args.with_praise)
-    check = check_records(args.data)
-    raise_problems(check, args.data)
+    check = check_records(args.data, args.columns)
+    raise_problems(check, describe_sources(args.data))
     tokenizer, score, detector, backend = _prepare_server(args) if args.base_url else _prepare_model(args)
     try:
         report = blame_file(

@@ -10,23 +10,25 @@ is 2.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cutlm.cli.model_options import SOURCES, add_options
 from cutlm.data.files import read_rows, refuse_overwriting, write_rows
 from cutlm.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from cutlm.data.convert import Conversion
 
-SOURCES = ("alpaca", "critiques", "shepherd", "ultrafeedback")
+CONVERTERS = ("alpaca", "critiques", "shepherd", "ultrafeedback")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", choices=SOURCES, help=" | ".join(SOURCES))
-    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="JSON Lines or a JSON array, plain, .gz or .xz")
-    out = "one array if it ends in .json, else JSON Lines; also .gz, .xz"
+    parser.add_argument("source", metavar="SOURCE", choices=CONVERTERS, help=" | ".join(CONVERTERS))
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help=SOURCES)
+    add_options(parser, "columns")
+    out = "one array if it ends in .json, else JSON Lines; also .gz, .xz, .zst"
     parser.add_argument("--out", metavar="FILE", required=True, help=out)
     pairs = "ultrafeedback: write prompt, chosen and rejected, as TRL's trainers read"
     parser.add_argument("--pairs", action="store_true", help=pairs)
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--pairs: expected the source 'ultrafeedback', got {args.source!r}; remove --pairs")
     paths = _find_files(args.source, args.inputs)
     refuse_overwriting(paths, args.out)
-    conversion = _convert(args.source, paths, args.pairs)
+    conversion = _convert(args.source, paths, args.columns, args.pairs)
 
     reasons = [f"{count} left out: {reason}" for reason, count in conversion.left_out.most_common()]
     num_read, num_kept = conversion.num_read, len(conversion.rows)
@@ -63,27 +65,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _find_files(source: str, inputs: Sequence[str]) -> list[Path]:
+def _find_files(source: str, inputs: Sequence[str]) -> Sequence[str | Path]:
     """Return the files to read; Shepherd's two files may be given as their folder."""
     from cutlm.data.convert import shepherd
 
-    paths = [Path(name) for name in inputs]
     if source != "shepherd":
-        return paths
-    if len(paths) == 1 and paths[0].is_dir():
-        return [paths[0] / name for name in shepherd.FILE_NAMES]
-    if len(paths) != 2:
+        return inputs
+    if len(inputs) == 1 and Path(inputs[0]).is_dir():
+        return [Path(inputs[0]) / name for name in shepherd.FILE_NAMES]
+    if len(inputs) != 2:
         names = " and ".join(shepherd.FILE_NAMES)
-        raise UserError(f"shepherd: expected two files, {names}, or the folder of both, got {len(paths)} inputs")
-    return paths
+        raise UserError(f"shepherd: expected two files, {names}, or the folder of both, got {len(inputs)} inputs")
+    return inputs
 
 
-def _convert(source: str, paths: Sequence[Path], pairs: bool) -> "Conversion":
+def _convert(source: str, paths: Sequence[str | Path], columns: Mapping[str, str] | None, pairs: bool) -> "Conversion":
     from cutlm.data.convert import alpaca, critiques, shepherd, ultrafeedback
 
     files, problems = [], []
     for path in paths:
-        rows, invalid = read_rows(path)
+        rows, invalid = read_rows(path, columns)
         files.append(rows)
         problems.extend(invalid)
     # Before converting: if a line is missing, Shepherd's two files do not match from there on.

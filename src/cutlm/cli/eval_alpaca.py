@@ -104,7 +104,7 @@ def _select_answering(args: argparse.Namespace) -> argparse.Namespace:
 def _replay(args: argparse.Namespace) -> _Compared:
     """Read verdicts from a file, and the responses too if they are not given."""
     from cutlm.evaluation.alpaca_eval import find_verdicts, read_annotations
-    from cutlm.evaluation.shared import hash_file, open_folder
+    from cutlm.evaluation.shared import hash_data, open_folder
     from cutlm.judges import Response
     from cutlm.judges.responses import read_responses
 
@@ -120,7 +120,7 @@ def _replay(args: argparse.Namespace) -> _Compared:
     responses, references = read(args.outputs, 2), read(args.reference, 1)
     settings = {"measure": "alpaca", "annotator": args.annotator}
     files = {name: getattr(args, name) for name in ("annotations", "outputs", "reference")}
-    settings |= {name: None if file is None else hash_file(file) for name, file in files.items()}
+    settings |= {name: None if file is None else hash_data(file) for name, file in files.items()}
     pairs, counts = _pair(args, responses, references)
     folder = open_folder(args.out, settings, overwrite=args.overwrite)
     return folder, responses, references, find_verdicts(rows, pairs), {"annotator": args.annotator, **counts}
@@ -130,7 +130,7 @@ def _annotate(args: argparse.Namespace) -> _Compared | None:
     """Generate responses and ask the annotator to compare them; None if some pairs have no answer."""
     from cutlm.cli.reuse import PARTS, answer_once, describe_source
     from cutlm.evaluation.annotator import ask_verdicts, load_annotator, make_body
-    from cutlm.evaluation.shared import VERDICTS_FILE, hash_file, open_folder
+    from cutlm.evaluation.shared import VERDICTS_FILE, hash_data, open_folder
     from cutlm.judges.responses import read_responses
 
     annotator = load_annotator(args.annotator)
@@ -139,7 +139,7 @@ def _annotate(args: argparse.Namespace) -> _Compared | None:
     answering = _select_answering(args)
     settings: dict[str, Any] = {"measure": "alpaca", "annotator": args.annotator, "url": server.url}
     # Either a name on the hub, or the contents of a file.
-    prompts = hash_file(args.prompts) if Path(args.prompts).exists() else args.prompts
+    prompts = args.prompts if args.prompts == _PROMPTS else hash_data(args.prompts)
     texts = json.dumps([[response.full_instruction, response.output] for response in references])
     settings |= {"prompts": prompts, "reference": hashlib.sha256(texts.encode()).hexdigest()[:16]}
     settings |= {"request": make_body(server, annotator, [])} | describe_source(answering)

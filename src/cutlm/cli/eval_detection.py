@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from cutlm.evaluation import detection
-    from cutlm.evaluation.shared import hash_file, open_folder, write_result
+    from cutlm.evaluation.shared import hash_data, open_folder, write_result
     from cutlm.flagging.token_scores import read_token_scores
     from cutlm.inspect.plots import draw_plot
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.scores}: expected unsatisfactory records with wrong_spans and log-probabilities, got {reasons}; add"
             " wrong_spans to the records before cutlm blame"
         )
-    settings = {"measure": "detection", "scores": hash_file(args.scores), "thresholds": thresholds, "by": args.by}
+    settings = {"measure": "detection", "scores": hash_data(args.scores), "thresholds": thresholds, "by": args.by}
     folder = open_folder(args.out, settings, overwrite=args.overwrite)
     result = detection.measure_detection(evidence, thresholds)
     whole = [row for row in result["thresholds"] if row["group"] is None]

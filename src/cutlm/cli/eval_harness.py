@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from cutlm.evaluation import harness
-    from cutlm.evaluation.shared import hash_file, open_folder, write_result
+    from cutlm.evaluation.shared import hash_data, open_folder, write_result
     from cutlm.model.loading import fingerprint_model
 
     _check_options(args)
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     settings["tasks"] = [[benchmark.task, benchmark.num_shots] for benchmark in benchmarks]
     if args.include_path is not None:
         files = sorted(path for path in Path(args.include_path).rglob("*") if path.suffix in _SUFFIXES)
-        settings["include_files"] = {str(path.relative_to(args.include_path)): hash_file(path) for path in files}
+        settings["include_files"] = {str(path.relative_to(args.include_path)): hash_data(path) for path in files}
     parts = [benchmark.file for benchmark in benchmarks]
     folder = open_folder(args.out, settings, parts, overwrite=args.overwrite)
     options = {"uses_chat_template": args.apply_chat_template, "limit": args.limit}

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.cli.reuse import PARTS, answer_once, check_source, describe_source
     from cutlm.data.records import check_records, raise_problems
     from cutlm.evaluation.rouge import PACKAGES, draw_rouge, list_references, measure_rouge, tabulate_rouge
-    from cutlm.evaluation.shared import PROMPTS_FILE, hash_file, need_extra, open_folder, pair_responses, write_result
+    from cutlm.evaluation.shared import PROMPTS_FILE, hash_data, need_extra, open_folder, pair_responses, write_result
     from cutlm.generation.local import describe_bad_seed
     from cutlm.judges.responses import read_responses
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.references}: expected records that are satisfactory or have an i_ans, got {num_left_out} other"
             " records; add references"
         )
-    settings = {"measure": "rouge", "references": hash_file(args.references), "use_stemmer": args.use_stemmer}
+    settings = {"measure": "rouge", "references": hash_data(args.references), "use_stemmer": args.use_stemmer}
     settings |= {"seed": args.seed} | describe_source(args)
     folder = open_folder(args.out, settings, PARTS, overwrite=args.overwrite)
     outputs = args.outputs

@@ -21,6 +21,7 @@ from typing import Any
 
 from cutlm.cli.model_options import (
     SERVER_OPTIONS,
+    SOURCES,
     ModelOptions,
     add_options,
     add_sampling_options,
@@ -38,8 +39,9 @@ ANSWERING_OPTIONS = ModelOptions(LOCAL_OPTIONS.local, ("tokenizer", *SERVER_OPTI
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "model", "out", "overwrite")
-    prompts = "JSON array or JSON Lines with 'instruction'; or alpaca_eval"
-    parser.add_argument("--prompts", required=True, metavar="FILE", help=prompts)
+    prompts = f"rows with 'instruction', or alpaca_eval: {SOURCES}"
+    parser.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=prompts)
+    add_options(parser, "columns")
     samples = "responses to each instruction, in successive rows (default: 1)"
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help=samples)
     add_answering_arguments(parser)
@@ -84,17 +86,17 @@ def check_options(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_options(args)
-    check_output(args, [args.prompts])
+    check_output(args, args.prompts)
 
     from cutlm.generation.files import load_prompts
 
-    prompts = [row for row in load_prompts(args.prompts) for _ in range(args.num_samples)]
+    prompts = [row for row in load_prompts(args.prompts, args.columns) for _ in range(args.num_samples)]
     return _answer_locally(args, prompts) if args.base_url is None else _answer_by_server(args, prompts)
 
 
 def _name_output(args: argparse.Namespace) -> dict[str, str]:
     name = args.generator or Path(args.model).resolve().name
-    return {"generator": name, "dataset": Path(args.prompts).name.partition(".")[0]}
+    return {"generator": name, "dataset": ",".join(Path(name).name.partition(".")[0] for name in args.prompts)}
 
 
 def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cutlm.cli.blame import add_scoring_arguments, score_file
-from cutlm.cli.model_options import check_output
+from cutlm.cli.model_options import SOURCES, add_options, check_output
 from cutlm.cli.reuse import list_given
 from cutlm.errors import ConfigError, DataError
 
@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="MODEL", help="instead of --scores: a model or adapter folder, GGUF file, or hub name"
     )
-    parser.add_argument("--data", metavar="FILE", help="the records to score with --model: JSON array or JSON Lines")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help=f"the records to score with --model: {SOURCES}")
+    add_options(parser, "columns")
     parser.add_argument("--out", required=True, metavar="FILE", help="the HTML page to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the page and, with --model, its scores")
     add_scoring_arguments(parser)
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if Path(args.out).is_dir():
         raise ConfigError(f"--out {args.out or repr('')}: expected a file to write, got a folder; name a file in it")
     files = args.scores or [str(Path(args.out).with_suffix(".scores.jsonl"))]
-    check_output(args, [*files, *([args.data] if args.data else [])])
+    check_output(args, [*files, *(args.data or [])])
     if args.model:
         score_file(argparse.Namespace(**vars(args) | {"out": files[0]}))
         print(f"{files[0]} holds the token scores")
@@ -63,7 +64,8 @@ def _check_options(args: argparse.Namespace) -> None:
     if bool(args.scores) == bool(args.model or args.data) or bool(args.model) != bool(args.data):
         got = " and ".join(name for name in ("--scores", "--model", "--data") if getattr(args, name[2:]))
         raise ConfigError(f"expected either --scores or both --model and --data, got {got or 'none of them'}")
-    if args.scores and (given := list_given(args, add_scoring_arguments)):
+    given = list_given(args, add_scoring_arguments) + (["--columns"] if args.columns else [])
+    if args.scores and given:
         raise ConfigError(f"{', '.join(given)}: used only with --model, because --scores are already computed; remove")
 
 

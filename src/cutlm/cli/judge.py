@@ -27,11 +27,12 @@ Exit codes: 0 if every response has a judgment, 2 if something must be fixed fir
 the input is correct, so that another try may succeed."""
 
 import argparse
+import shlex
 import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from cutlm.cli.model_options import DEFAULTS, SERVER_OPTIONS, add_options, check_output, make_server
+from cutlm.cli.model_options import DEFAULTS, SERVER_OPTIONS, SOURCES, add_options, check_output, make_server
 from cutlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ _REQUIRED = {"http": ("base_url", "judge_model"), "local": ("judge_model",), "ru
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--responses", required=True, metavar="FILE", help="JSON array or JSON Lines, not judged yet")
+    parser.add_argument("--responses", required=True, nargs="+", metavar="FILE", help=f"not judged yet: {SOURCES}")
+    add_options(parser, "columns")
     parser.add_argument("--judge", required=True, choices=JUDGES, help="the kind of judge")
     add_options(parser, "out", "overwrite")
     parser.add_argument("--judge_model", metavar="MODEL", help="http: its name on the server; local: a folder")
@@ -88,12 +90,12 @@ def add_local_arguments(parser: "argparse._ActionsContainer") -> None:
 
 def run(args: argparse.Namespace) -> int:
     fill_options(args)
-    check_output(args, [args.responses, *filter(None, (args.labels, args.prompt_file))])
+    check_output(args, [*args.responses, *filter(None, (args.labels, args.prompt_file))])
 
     from cutlm.judges.responses import describe_outcome, read_responses, write_outcome
 
     server = _make_server(args) if args.judge == "http" else None
-    responses = read_responses(args.responses)
+    responses = read_responses(args.responses, args.columns)
     if args.judge == "human" and args.labels is None:
         return _write_todo(args, responses)
     journal = None
@@ -186,7 +188,7 @@ def _write_todo(args: argparse.Namespace, responses: "list[Response]") -> int:
     print(
         f"{num_rows} responses to judge in {lines} and {table}: fill in the column 'judgment' of one of them, with"
         " \"Perfect.\" if nothing is wrong, and if you like, copy the wrong passages into the column 'quotes', one a"
-        f" line; then run:\n  cutlm judge --responses {args.responses} --judge human"
+        f" line; then run:\n  cutlm judge --responses {shlex.join(args.responses)} --judge human"
         f" --labels {table} --out {args.out}"
     )
     return 0

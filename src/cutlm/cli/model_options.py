@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cutlm.data.files import refuse_overwriting
+from cutlm.data.sources import check_columns
 from cutlm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 DEFAULTS: dict[str, Any] = {"base": None, "dtype": "auto", "device": None, "bf16": False, "batch_size": 16}
 DEFAULTS |= {"max_tokens_per_batch": None, "tokenizer": None, "concurrency": 8, "timeout": 600.0, "max_retries": 5}
 DEFAULTS |= {"extra_body": "{}", "requests_per_minute": None, "tokens_per_minute": None}
+SOURCES = "JSON, CSV, Parquet or Arrow files, globs, folders or hub data sets (docs/data.md)"
 # Of every server, besides `base_url`.
 SERVER_OPTIONS = ("concurrency", "timeout", "max_retries", "extra_body", "requests_per_minute", "tokens_per_minute")
 
@@ -36,10 +38,24 @@ def _parse_json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _parse_columns(text: str) -> dict[str, str]:
+    columns = _parse_json_object(text)
+    try:
+        check_columns(columns)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return columns
+
+
 # Every default is None here, to tell given options from missing ones.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": {"required": True, "metavar": "MODEL", "help": "model or adapter folder, GGUF file, or hub name"},
-    "data": {"required": True, "metavar": "FILE", "help": "file of records: JSON array or JSON Lines"},
+    "data": {"required": True, "nargs": "+", "metavar": "FILE", "help": f"records: {SOURCES}"},
+    "columns": {
+        "type": _parse_columns,
+        "metavar": "JSON",
+        "help": """fields of columns with other names: '{"prompt": "instruction", "response": "output"}'""",
+    },
     "out": {"required": True, "metavar": "FILE", "help": "file to write"},
     "overwrite": {"action": "store_true", "help": "replace the output file"},
     "template": {"choices": ("alpaca", "chat"), "help": "default: the tokenizer's chat template, which training saves"},

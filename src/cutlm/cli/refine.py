@@ -16,11 +16,12 @@ from cutlm.cli.model_options import (
     make_encoder,
     make_sampling,
 )
+from cutlm.data.sources import describe_sources
 from cutlm.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, "model", "data", "out", "overwrite")
+    add_options(parser, "model", "data", "columns", "out", "overwrite")
     template = "as in training (default: alpaca)"
     parser.add_argument("--template", choices=("alpaca", "chat"), default="alpaca", help=template)
     add_options(parser, "chat_template_kwargs", "template_date")
@@ -30,15 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     LOCAL_OPTIONS.fill(args)
-    check_output(args, [args.data])
+    check_output(args, args.data)
 
     from cutlm.data.records import load_records
     from cutlm.generation.files import name_failures_file, refine_file
     from cutlm.model.loading import fingerprint_model
 
-    records = load_records(args.data)
+    records = load_records(args.data, args.columns)
     if all(record.is_satisfactory or record.i_ans for record in records):
-        raise DataError(f"{args.data}: nothing to refine: every record is satisfactory or has an i_ans")
+        raise DataError(
+            f"{describe_sources(args.data)}: nothing to refine: every record is satisfactory or has an i_ans"
+        )
     model, tokenizer, template = load_model(args)
     sampling = make_sampling(args, model)
     encoder, fingerprint = make_encoder(args, tokenizer, template), fingerprint_model(args.model)

@@ -53,11 +53,11 @@ def list_given(
 
 def describe_source(args: argparse.Namespace) -> dict[str, Any]:
     """Return what responses depend on, for the settings of an evaluation's folder."""
-    from cutlm.evaluation.shared import hash_file
+    from cutlm.evaluation.shared import hash_data
     from cutlm.model.loading import fingerprint_model
 
     if args.outputs is not None:
-        return {"outputs": hash_file(args.outputs)}
+        return {"outputs": hash_data(args.outputs)}
     return {"model": fingerprint_model(args.model)} | {name: getattr(args, name) for name in _SETTINGS}
 
 
@@ -70,5 +70,12 @@ def answer_once(args: argparse.Namespace, folder: Path, prompts: str) -> Path | 
     if out.exists():
         print(f"{out} exists already")
         return out
-    own = {"prompts": prompts, "out": str(out), "num_samples": 1, "max_failure_rate": 0.0, "overwrite": False}
+    own = {
+        "prompts": [prompts],
+        "columns": None,
+        "out": str(out),
+        "num_samples": 1,
+        "max_failure_rate": 0.0,
+        "overwrite": False,
+    }
     return None if generate.run(argparse.Namespace(**vars(args) | own)) else out

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from cutlm.cli.generate import LOCAL_OPTIONS
 from cutlm.cli.judge import add_local_arguments
+from cutlm.cli.model_options import add_options
 from cutlm.errors import ConfigError, UserError
 
 
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser(prog="cutlm train-judge --evaluate MODEL", allow_abbrev=False)
-    parser.add_argument("--data", required=True, metavar="FILE", help="held-out records")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="held-out records")
+    add_options(parser, "columns")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
     parser.add_argument("--overwrite", action="store_true", help="replace its contents")
     add_local_arguments(parser)
@@ -69,5 +71,5 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     LOCAL_OPTIONS.fill(options)
     settings = {name: getattr(options, name) for name in ("max_new_tokens", *LOCAL_OPTIONS.local)}
-    print(evaluate_judge(args.evaluate, options.data, folder, **settings), end="")
+    print(evaluate_judge(args.evaluate, options.data, folder, columns=options.columns, **settings), end="")
     return 0

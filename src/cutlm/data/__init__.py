@@ -2,7 +2,8 @@
 
 Read in this order:
 
-1. `files`: rows of JSON and JSON Lines files with their locations; atomic writes.
+1. `sources`: the files of a glob, a folder or a data set of the hub. `files`: their rows with their locations; atomic
+   writes. `tables`: CSV, Parquet and Arrow. `formats`: what is not in cutlm's format, and how to convert it.
 2. `records`: `JudgedRecord`, the validation of rows, and their problems as messages.
    `praise`: judgments that praise in other words than "Perfect."
 3. `journal`: the partial file from which a stopped run resumes.

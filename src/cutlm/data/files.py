@@ -1,11 +1,12 @@
-"""Read and write JSON and JSON Lines files: rows with their locations, atomic writes.
+"""Read and write files of rows: rows with their locations, atomic writes.
 
-Files compressed with gzip or xz are recognized by their first bytes when read, and by their suffix (`.gz`, `.xz`) when
-written.
+JSON, JSON Lines, CSV, Parquet and Arrow are read; JSON and JSON Lines are written. Files compressed with gzip, xz or
+Zstandard are recognized by their first bytes when read, and by their suffix (`.gz`, `.xz`, `.zst`) when written.
 """
 
 import errno
 import gzip
+import hashlib
 import json
 import lzma
 import math
@@ -13,18 +14,23 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from cutlm.data.formats import CSV, describe_file_format
+from cutlm.data.formats import describe_file_format
+from cutlm.data.sources import as_sources, find_files, find_local_files, strip_compression
+from cutlm.data.tables import ARROW_MAGIC, ARROW_STREAM_MAGIC, PARQUET_MAGIC, Table, parse_arrow, parse_csv
 from cutlm.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _XZ_MAGIC = b"\xfd7zXZ\x00"
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_UTF32_MARKS = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 # The first line of a table whose columns are those of a record, or of similar data.
 _TABLE_HEADER = re.compile(
     r"[^\n{]*\b(?:instruction|prompt|question|output|response|completion|answer|judgment)\"?[,;\t|][^\n]*\n"
@@ -43,6 +49,15 @@ class SourceRow:
     value: Any
 
 
+@dataclass(frozen=True)
+class Data:
+    """The rows of one or several files, a sentence for each row that cannot be used, and a hash of the content."""
+
+    rows: list[SourceRow]
+    problems: list[str]
+    sha256: str
+
+
 def read_bytes(path: str | Path) -> bytes:
     """Read and decompress a file; raise a DataError if it cannot be read."""
     path = Path(path)
@@ -52,12 +67,9 @@ def read_bytes(path: str | Path) -> bytes:
             return gzip.decompress(raw)
         if raw.startswith(_XZ_MAGIC):
             return lzma.decompress(raw)
-        return raw
+        return _decompress_zstd(path, raw) if raw.startswith(_ZSTD_MAGIC) else raw
     except FileNotFoundError:
-        hint = ""
-        if str(path).count("/") == 1 and not path.suffix:
-            hint = f"; for a data set of the hub, write a file first: datasets.load_dataset('{path}') and to_json"
-        raise DataError(f"{path}: no such file; check the path{hint}") from None
+        raise DataError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
         raise DataError(f"{path}: expected a file, got a directory; name the file inside it") from None
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -66,40 +78,140 @@ def read_bytes(path: str | Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def read_rows(path: str | Path) -> tuple[list[SourceRow], list[str]]:
-    """Read the rows of a JSON array or a JSON Lines file, whichever it is, compressed or not.
+def _decompress_zstd(path: Path, raw: bytes) -> bytes:
+    import pyarrow
+
+    try:
+        return bytes(pyarrow.CompressedInputStream(pyarrow.BufferReader(raw), "zstd").read())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: the compressed file is damaged ({error}); download or compress it again") from None
+
+
+def read_rows(
+    sources: str | Path | Sequence[str | Path], columns: Mapping[str, str] | None = None
+) -> tuple[list[SourceRow], list[str]]:
+    """Read the rows of files; see `read_data`."""
+    data = read_data(sources, columns)
+    return data.rows, data.problems
+
+
+def read_data(sources: str | Path | Sequence[str | Path], columns: Mapping[str, str] | None = None) -> Data:
+    """Read the rows of one or several sources, one after the other.
+
+    Args:
+        sources: Files of JSON, JSON Lines, CSV, Parquet or Arrow, compressed or not; globs; folders; data sets of the
+            hub, see `cutlm.data.sources`.
+        columns: The field of a record for each column that has another name in the files.
 
     Returns:
-        The rows, and a sentence for each line that is not valid JSON and each row with an infinite number or too
-        deeply nested values.
+        The rows, and a sentence for each row that cannot be read or has an infinite number or too deeply nested values.
 
     Raises:
-        DataError: The file as a whole cannot be read: missing, a directory, not UTF-8, no JSON at all.
+        DataError: A file as a whole cannot be read: missing, not UTF-8, of another format; all of them are named.
+
+    Example:
+
+        >>> read_data(["a.jsonl", "more/*.parquet"], columns={"prompt": "instruction"}).rows
+        [SourceRow(location='a.jsonl:1', value={'instruction': 'Hi.', ...}), ...]
     """
-    return parse_rows(path, read_bytes(path))
+    columns = columns or {}
+    rows: list[SourceRow] = []
+    problems: list[str] = []
+    unreadable: list[str] = []
+    hashes: list[str] = []
+    names: set[str] = set()
+    for source in as_sources(sources):
+        try:
+            for file in find_files(source):
+                content = read_bytes(file.path)
+                table = _parse_file(file.name, content, columns)
+                hashes.append(hashlib.sha256(content).hexdigest())
+                names.update(table.names)
+                unusable = {place: problem for place, value in table.rows if (problem := _find_problem(value))}
+                rows += [SourceRow(f"{file.name}{place}", v) for place, v in table.rows if place not in unusable]
+                problems += table.problems
+                problems += [f"{file.name}{place}: {problem}" for place, problem in unusable.items()]
+        except DataError as error:
+            unreadable += error.problems
+    missing = [name for name in columns if name not in names]
+    if missing and rows and not unreadable:
+        unreadable = [
+            f"columns: no row of {' '.join(as_sources(sources))} has {', '.join(map(repr, missing))}; the name in the"
+            """ file comes first, then cutlm's: {"prompt": "instruction"}"""
+        ]
+    if unreadable:
+        raise DataError(unreadable)
+    return Data(rows, problems, _join_hashes(hashes, columns))
 
 
-def parse_rows(path: str | Path, content: bytes) -> tuple[list[SourceRow], list[str]]:
-    """Parse the decompressed content of a file of rows; see `read_rows`."""
+def hash_sources(sources: str | Path | Sequence[str | Path]) -> str:
+    """Hash the content of the files that `read_data` would read; raise a DataError if one cannot be read."""
+    files = [file for source in as_sources(sources) for file in find_files(source)]
+    return _join_hashes([hashlib.sha256(read_bytes(file.path)).hexdigest() for file in files], {})
+
+
+def _join_hashes(hashes: Sequence[str], columns: Mapping[str, str]) -> str:
+    if len(hashes) == 1 and not columns:
+        return hashes[0]
+    return hashlib.sha256(json.dumps([hashes, columns], sort_keys=True).encode()).hexdigest()
+
+
+def _parse_file(path: str, content: bytes, columns: Mapping[str, str]) -> Table:
+    """Parse the decompressed content of a file of rows and rename its columns."""
+    if content.startswith((PARQUET_MAGIC, ARROW_MAGIC, ARROW_STREAM_MAGIC)):
+        return parse_arrow(path, content, columns)
+    text = decode(path, content)
+    suffix = Path(strip_compression(path.lower())).suffix
+    if suffix in (".csv", ".tsv") and text.strip() and not _is_json(text):
+        return parse_csv(path, text, columns)
+    is_array = text.lstrip().startswith("[")
+    rows, problems = (_parse_array(path, text), []) if is_array else _parse_lines(path, text)
+    names = {name for _, value in rows if isinstance(value, dict) for name in value}
+    return Table(_rename(path, rows, columns, problems) if columns else rows, list(names), problems)
+
+
+def decode(path: str | Path, content: bytes) -> str:
+    """Decode UTF-8, or UTF-16 with a byte order mark, as spreadsheets write it; raise a DataError for other bytes."""
+    if content.startswith(_UTF16_MARKS) and not content.startswith(_UTF32_MARKS):
+        try:
+            return content.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-16, as its first bytes say ({error.reason}); save it in UTF-8") from None
     if found := describe_file_format(content):
-        raise DataError(f"{path}: expected JSON or JSON Lines, got {found}")
+        raise DataError(f"{path}: expected JSON, JSON Lines, CSV, Parquet or Arrow, got {found}")
     data = content.removeprefix(b"\xef\xbb\xbf")
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
         raise DataError(
             f"{path}:{number}: expected UTF-8 text, got the byte 0x{data[error.start]:02x}; convert the file, such as"
             " by iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
         ) from None
-    is_array = text.lstrip().startswith("[")
-    rows, problems = (_parse_array(path, text), []) if is_array else _parse_lines(path, text)
-    unusable = {row.location: problem for row in rows if (problem := _find_problem(row.value))}
-    problems += [f"{location}: {problem}" for location, problem in unusable.items()]
-    return [row for row in rows if row.location not in unusable], problems
 
 
-def _parse_array(path: str | Path, text: str) -> list[SourceRow]:
+def _is_json(text: str) -> bool:
+    """Whether the text is JSON or JSON Lines, whatever the file is called."""
+    return re.match(r"\s*(?:\[\s*)?\{\s*(?:\"(?:[^\"\\]|\\.)*\"\s*:|\})", text) is not None
+
+
+def _rename(
+    path: str, rows: list[tuple[str, Any]], columns: Mapping[str, str], problems: list[str]
+) -> list[tuple[str, Any]]:
+    renamed = []
+    for place, value in rows:
+        if isinstance(value, dict):
+            names = [columns.get(name, name) for name in value]
+            if len({*names}) < len(names):
+                name = next(name for name in names if names.count(name) > 1)
+                problems.append(f"{path}{place}: columns: the row has a field {name!r} already; rename that one too")
+                continue
+            value = dict(zip(names, value.values(), strict=True))
+        renamed.append((place, value))
+    return renamed
+
+
+def _parse_array(path: str, text: str) -> list[tuple[str, Any]]:
     try:
         values = _parse(text)
     except json.JSONDecodeError as error:
@@ -108,16 +220,16 @@ def _parse_array(path: str | Path, text: str) -> list[SourceRow]:
         raise DataError(f"{location}: not JSON ({error.msg}, column {error.colno}); {expected}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error})") from None
-    return [SourceRow(f"{path}[{index}]", value) for index, value in enumerate(values)]
+    return [(f"[{index}]", value) for index, value in enumerate(values)]
 
 
-def _parse_lines(path: str | Path, text: str) -> tuple[list[SourceRow], list[str]]:
+def _parse_lines(path: str, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
     rows, problems = [], []
     # Only "\n" ends a line: strings may contain other Unicode line breaks.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                rows.append(SourceRow(f"{path}:{number}", _parse(line)))
+                rows.append((f":{number}", _parse(line)))
             except (ValueError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else error
                 problems.append(f"{path}:{number}: not JSON ({reason}); each line must be one JSON object")
@@ -126,7 +238,7 @@ def _parse_lines(path: str | Path, text: str) -> tuple[list[SourceRow], list[str
     return rows, problems
 
 
-def _refuse_format(path: str | Path, text: str, problems: list[str]) -> NoReturn:
+def _refuse_format(path: str, text: str, problems: list[str]) -> NoReturn:
     """Raises for a file without a single line of valid JSON."""
     try:
         value = _parse(text)
@@ -134,8 +246,8 @@ def _refuse_format(path: str | Path, text: str, problems: list[str]) -> NoReturn
         if all(line.lstrip().startswith("{") for line in text.split("\n") if line.strip()):
             raise DataError(problems) from None
         expected = "expected a JSON array or JSON Lines"
-        if Path(path).suffix in (".csv", ".tsv") or _TABLE_HEADER.match(text):
-            raise DataError(f"{path}: not JSON; {expected}, got {CSV}") from None
+        if _TABLE_HEADER.match(text):
+            raise DataError(f"{path}: not JSON; {expected}, got a table; rename it to .csv or .tsv") from None
         raise DataError(f"{path}: not JSON; {expected}, got a file that begins with {text.strip()[:60]!r}") from None
     got = f"one JSON object with the keys {', '.join(map(repr, value))}" if isinstance(value, dict) else "one value"
     raise DataError(f"{path}: expected an array of records, or one record per line, got {got}")
@@ -175,8 +287,8 @@ def _find_unwritable(value: Any, depth: int = 0) -> str | None:
 
 
 def refuse_overwriting(inputs: Iterable[str | Path], out: str | Path) -> None:
-    """Raises a DataError if an output file is one of the inputs."""
-    if Path(out).exists() and any(Path(path).exists() and Path(path).samefile(out) for path in inputs):
+    """Raises a DataError if an output file is one of the inputs, or one of their files."""
+    if Path(out).exists() and any(path.samefile(out) for source in inputs for path in find_local_files(str(source))):
         raise DataError(f"--out {out}: expected a new file, got one of the inputs; choose another name")
 
 
@@ -202,6 +314,7 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
             compressors: dict[str, Any] = {
                 ".gz": partial(gzip.GzipFile, filename="", mode="wb", fileobj=raw, mtime=0),
                 ".xz": partial(lzma.LZMAFile, raw, "wb"),
+                ".zst": partial(_compress_zstd, raw),
             }
             with compressors.get(path.suffix, partial(nullcontext, raw))() as file:
                 yield file
@@ -212,6 +325,13 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def _compress_zstd(raw: BinaryIO) -> Any:
+    import pyarrow
+
+    # The stream closes its file, so it gets one of its own.
+    return pyarrow.CompressedOutputStream(open(os.dup(raw.fileno()), "wb"), "zstd")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -256,7 +376,7 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
 
     The file is one JSON array if the name ends in `.json` (or `.json.gz`), otherwise JSON Lines.
     """
-    is_array = Path(path).name.removesuffix(".gz").removesuffix(".xz").endswith(".json")
+    is_array = strip_compression(Path(path).name).endswith(".json")
     first, separator, last = (b"[\n  ", b",\n  ", b"\n]\n") if is_array else (b"", b"\n", b"\n")
     num_rows = 0
     with open_atomic(path) as out:

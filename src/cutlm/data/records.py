@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from cutlm.data.conversations import Conversation, ConversationError, normalize_row
 from cutlm.data.files import SourceRow, read_rows
 from cutlm.data.formats import describe_row_format
+from cutlm.data.sources import describe_sources
 from cutlm.errors import DataError
 
 SATISFACTORY_SCORE = 7.0
@@ -191,8 +192,12 @@ class RecordCheck:
         return len(self.records) - self.num_satisfactory
 
 
-def load_records(path: str | Path) -> list[JudgedRecord]:
-    """Read all records of a file: a JSON array or JSON Lines, plain or compressed with gzip or xz.
+def load_records(
+    sources: str | Path | Sequence[str | Path], columns: Mapping[str, str] | None = None
+) -> list[JudgedRecord]:
+    """Read all records of one or several files, globs, folders or data sets of the hub; see `read_data`.
+
+    `columns` gives the field of a record for each column that has another name, such as `{"prompt": "instruction"}`.
 
     Raises:
         DataError: The file cannot be read or has no records, or rows are not valid; all of them are named.
@@ -201,14 +206,14 @@ def load_records(path: str | Path) -> list[JudgedRecord]:
 
         >>> records = load_records("records.jsonl")
     """
-    check = check_records(path)
-    raise_problems(check, str(path))
+    check = check_records(sources, columns)
+    raise_problems(check, describe_sources(sources))
     return check.records
 
 
-def check_records(path: str | Path) -> RecordCheck:
-    """Read a file of records and collect its problems; raise a DataError if it cannot be read as a whole."""
-    rows, problems = read_rows(path)
+def check_records(sources: str | Path | Sequence[str | Path], columns: Mapping[str, str] | None = None) -> RecordCheck:
+    """Read files of records and collect their problems; raise a DataError if one cannot be read as a whole."""
+    rows, problems = read_rows(sources, columns)
     check = check_rows(rows)
     check.problems[:0] = problems
     check.num_rows += len(problems)
@@ -230,7 +235,7 @@ def raise_problems(check: RecordCheck, source: str) -> None:
     if check.problems:
         raise DataError(check.problems, hint=f"{len(check.problems)} problems in {source}; fix them and try again")
     if not check.records:
-        raise DataError(f"{source}: no records; expected a JSON array or JSON Lines with at least one record")
+        raise DataError(f"{source}: no records; expected at least one")
 
 
 def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:

@@ -3,7 +3,6 @@
 A stopped evaluation resumes in its folder, so a folder belongs to one set of settings.
 """
 
-import hashlib
 import importlib
 import json
 import logging
@@ -16,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cutlm.data.files import open_atomic, read_bytes, write_text
+from cutlm.data.files import hash_sources, open_atomic, read_bytes, write_text
 from cutlm.errors import DataError, UserError
 from cutlm.judges import Response
 
@@ -65,9 +64,9 @@ def open_folder(
     return folder
 
 
-def hash_file(path: str | Path) -> str:
-    """Hash the content of a file; raise DataError if it cannot be read."""
-    return hashlib.sha256(read_bytes(path)).hexdigest()[:16]
+def hash_data(sources: str | Path | Sequence[str | Path]) -> str:
+    """Hash the content of files of rows; raise DataError if one cannot be read."""
+    return hash_sources(sources)[:16]
 
 
 def write_result(

@@ -5,7 +5,7 @@ Finished responses go to `OUT.partial` at once, from which a stopped run resumes
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from cutlm.data.conversations import Conversation
 from cutlm.data.files import SourceRow, read_rows, write_rows
 from cutlm.data.journal import Journal
 from cutlm.data.records import InstructionRow, JudgedRecord, validate_row
+from cutlm.data.sources import as_sources, describe_sources
 from cutlm.errors import DataError, UserError
 from cutlm.generation.local import Generated, Sampling, generate_with_journal
 from cutlm.prompting.encoding import Encoder, encode_each
@@ -24,14 +25,18 @@ from cutlm.prompting.encoding import Encoder, encode_each
 ALPACA_EVAL = "alpaca_eval"
 
 
-def load_prompts(source: str) -> list[dict[str, Any]]:
-    """Read instructions: a JSON array or JSON Lines with `instruction`, optional `input` and `dataset`.
+def load_prompts(
+    sources: str | Path | Sequence[str | Path], columns: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Read instructions, rows with `instruction`, optional `input` and `dataset`; see `read_data`.
 
     The source "alpaca_eval" is the 805 instructions on the hub. Raise a `DataError` that names all bad rows.
     """
-    if source == ALPACA_EVAL and not Path(source).exists():
-        source = _download_alpaca_eval()
-    return check_prompts(*read_rows(source), source)
+    names = [
+        _download_alpaca_eval() if name == ALPACA_EVAL and not Path(name).exists() else name
+        for name in as_sources(sources)
+    ]
+    return check_prompts(*read_rows(names, columns), describe_sources(names))
 
 
 def check_prompts(rows: Sequence[SourceRow], problems: Sequence[str], source: str) -> list[dict[str, Any]]:
@@ -41,7 +46,7 @@ def check_prompts(rows: Sequence[SourceRow], problems: Sequence[str], source: st
     if problems:
         raise DataError(problems)
     if not rows:
-        raise DataError(f"{source}: expected a JSON array or JSON Lines with at least one instruction, got none")
+        raise DataError(f"{source}: expected at least one instruction, got none")
     return [row.model_dump(exclude_unset=True) for row in checked if row is not None]
 
 

@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from cutlm.data.files import open_atomic, write_rows
 from cutlm.data.records import JudgedRecord, check_records, raise_problems
+from cutlm.data.sources import describe_sources
 from cutlm.errors import UserError
 from cutlm.judges.local import judge_locally
 from cutlm.judges.responses import Outcome, Response
@@ -16,7 +17,9 @@ from cutlm.judges.responses import Outcome, Response
 _CLASSES = ("satisfactory", "unsatisfactory")
 
 
-def evaluate_judge(model: str, data: str, folder: Path, **settings: Any) -> str:
+def evaluate_judge(
+    model: str, data: Sequence[str], folder: Path, columns: Mapping[str, str] | None = None, **settings: Any
+) -> str:
     """Judge the responses of a file of records with a model and compare its judgments with theirs.
 
     Writes `evaluation.json`, `evaluation.md` and `judged.jsonl` to a folder and returns the text of `evaluation.md`.
@@ -26,14 +29,14 @@ def evaluate_judge(model: str, data: str, folder: Path, **settings: Any) -> str:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise UserError("rouge-score is not installed; run: pip install 'cutlm[eval]'") from None
-    check = check_records(data)
-    raise_problems(check, data)
+    check = check_records(data, columns)
+    raise_problems(check, describe_sources(data))
     pairs = zip(check.records, check.locations, strict=True)
     responses = [Response(location, record.instruction, record.input, record.output) for record, location in pairs]
     judged = folder / "judged.jsonl"
     outcome, journal = judge_locally(responses, model, str(judged), **settings)
     rows = compare_judgments(check.records, outcome, RougeScorer(["rougeL"]))
-    metrics = {"model": model, "data": data, **compute_metrics(rows)}
+    metrics = {"model": model, "data": describe_sources(data), **compute_metrics(rows)}
     text = format_metrics(metrics)
     write_rows(judged, rows)
     with open_atomic(folder / "evaluation.md") as file:

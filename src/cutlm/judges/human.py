@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cutlm.data.files import SourceRow, open_atomic, read_bytes, read_rows, write_rows
+from cutlm.data.files import SourceRow, decode, open_atomic, read_bytes, read_rows, write_rows
 from cutlm.data.records import PRAISE, JudgedRecord, is_praise, validate_row
+from cutlm.data.tables import split_csv
 from cutlm.errors import DataError, UserError
 from cutlm.judges.answers import locate_quotes
 from cutlm.judges.responses import Outcome, Response, set_aside_empty
@@ -21,8 +22,6 @@ COLUMNS = ("number", "instruction", "input", "output", "judgment")
 # The wrong passages, a line each (or, in JSON, a list); lists of earlier versions lack it.
 QUOTES = "quotes"
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-# The largest value that the csv module accepts on every platform; its default is smaller than some responses.
-_MAX_CELL = 2**31 - 1
 
 
 def name_todo_files(out: str | Path) -> tuple[Path, Path]:
@@ -131,30 +130,11 @@ def _is_same(cell: str, text: str) -> bool:
 
 def _read_csv(path: str | Path) -> list[SourceRow]:
     """Read a row per response: its cells by column."""
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: expected UTF-8 text, got other bytes; save it as CSV in UTF-8") from None
-    # Spreadsheets use another delimiter in countries with a decimal comma.
-    header = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
-    limit = csv.field_size_limit(_MAX_CELL)  # there is only a global one
-    try:
-        names = [name.strip() for name in next(reader, [])]
-        rows = []
-        start = reader.line_num + 1
-        for row in reader:
-            if any(row):
-                rows.append(SourceRow(f"{path}:{start}", dict(zip(names, row, strict=False))))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not CSV ({error}); save it as CSV again") from None
-    finally:
-        csv.field_size_limit(limit)
+    names, records = split_csv(path, decode(path, read_bytes(path)))
     if missing := [name for name in COLUMNS if name not in names]:
         expected = f"expected the columns {', '.join(COLUMNS)}"
         raise DataError(f"{path}:1: {expected}, got none named {', '.join(missing)}; restore them")
-    return rows
+    return [SourceRow(f"{path}:{line}", dict(zip(names, cells, strict=False))) for line, cells in records]
 
 
 def _read_json(path: str | Path, problems: list[str]) -> Iterator[SourceRow]:

@@ -5,7 +5,7 @@ the records; it is listed with the reason in `OUT.failures.jsonl`.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from cutlm.data.conversations import Conversation, normalize_row
 from cutlm.data.files import SourceRow, read_rows, sync_directory, write_rows
 from cutlm.data.records import check_rows
+from cutlm.data.sources import describe_sources
 from cutlm.errors import DataError
 from cutlm.prompting.spans import Span
 from cutlm.servers.client import describe_commonest
@@ -66,15 +67,17 @@ class Outcome:
 EMPTY_RESPONSE = Failure("empty response", "there is no response to judge")
 
 
-def read_responses(path: str | Path) -> list[Response]:
-    """Read responses: a JSON array or JSON Lines with `instruction`, optional `input`, and `output`.
+def read_responses(
+    sources: str | Path | Sequence[str | Path], columns: Mapping[str, str] | None = None
+) -> list[Response]:
+    """Read responses, rows with `instruction`, optional `input`, and `output`; see `read_data`.
 
     An empty `output` is accepted, because models do produce it; see `set_aside_empty`.
 
     Raises:
         DataError: The file cannot be read, or rows are not valid; all of them are named.
     """
-    return parse_responses(*read_rows(path), str(path))
+    return parse_responses(*read_rows(sources, columns), describe_sources(sources))
 
 
 def parse_responses(rows: Sequence[SourceRow], problems: Sequence[str], source: str) -> list[Response]:
@@ -88,7 +91,7 @@ def parse_responses(rows: Sequence[SourceRow], problems: Sequence[str], source: 
     if problems:
         raise DataError(problems, hint=f"{len(problems)} problems in {source}; fix them and try again")
     if not rows:
-        raise DataError(f"{source}: no responses; expected a JSON array or JSON Lines with at least one")
+        raise DataError(f"{source}: no responses; expected at least one")
     responses = []
     for row in rows:
         value = normalize_row(row.value, is_answered=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from cutlm.data.files import sync_directory, write_text
+from cutlm.data.files import hash_sources, sync_directory, write_text
 from cutlm.errors import ConfigError, DataError, UserError
 from cutlm.loop.processes import lock_folder, run_command
 from cutlm.loop.report import format_seconds, write_report
@@ -236,7 +236,7 @@ def _check_settings(plan: Plan) -> None:
     path = plan.folder / SETTINGS_FILE
     files = {name: getattr(plan.arguments, name) for name in ("instructions", "eval_instructions")}
     files |= {f"prompt_file of {name}": path for name, path in plan.prompt_files.items()}
-    hashes = {f"sha256_of_{name}": _hash_file(path) for name, path in files.items() if path}
+    hashes = {f"sha256_of_{name}": hash_sources(path) for name, path in files.items() if path}
     if path.exists():
         before = _read_settings(path)
         hashes_before = {name: before.pop(name) for name in list(before) if name.startswith("sha256_of_")}

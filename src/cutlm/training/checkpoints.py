@@ -28,6 +28,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from cutlm.data.files import open_atomic, sync_directory, sync_tree
+from cutlm.data.sources import describe_sources
 from cutlm.errors import ConfigError, NonFiniteError, UserError
 from cutlm.model.forward import run_inside
 from cutlm.model.generation_config import stopping_at
@@ -458,7 +459,10 @@ def compare_settings(settings: Settings, run_facts: Mapping[str, Any], folder: P
         if name in fixed
     ]
     if run.get("data_sha256", run_facts["data_sha256"]) != run_facts["data_sha256"]:
-        problems.append(f"data: {settings.parts[0].data} has changed since the run began; restore it, or start over")
+        problems.append(
+            f"data: {describe_sources(settings.parts[0].data)} has changed since the run began; restore it, or start"
+            " over"
+        )
     if run.get("num_processes", run_facts["num_processes"]) != run_facts["num_processes"]:
         problems.append(
             f"the run to resume has {run['num_processes']} processes, got {run_facts['num_processes']}; use as many, or"

@@ -26,6 +26,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_optimizer import is_optimizer_factory
 from trl import ModelConfig, TrlParser
 
+from cutlm.data.sources import check_columns
 from cutlm.errors import ConfigError
 from cutlm.losses import Parts
 from cutlm.model.loading import has_fast_math, warn_of_slow_autocast
@@ -59,19 +60,28 @@ class DataArguments:
     """What to train on.
 
     Attributes:
-        data: A file of judged records or token scores.
-        eval_data: A file to evaluate on.
+        data: Judged records or token scores: files, globs, folders or data sets of the hub; see docs/data.md.
+        eval_data: The same, to evaluate on.
+        columns: The field of a record for each column that has another name, such as `{"prompt": "instruction"}`.
         eval_split: Share of `data`, drawn by `seed`, to evaluate on instead.
         overwrite_output_dir: Start over in a folder that is not empty; checkpoints in it are removed.
     """
 
-    data: str | None = None
-    eval_data: str | None = None
+    data: list[str] | None = None
+    eval_data: list[str] | None = None
+    columns: dict[str, str] | None = None
     eval_split: float = 0.0
     overwrite_output_dir: bool = False
 
     def __post_init__(self) -> None:
         problems = []
+        for name in ("data", "eval_data"):
+            if isinstance(value := getattr(self, name), str):  # one in a settings file
+                setattr(self, name, [value])
+        try:
+            check_columns(self.columns)
+        except ConfigError as error:
+            problems += error.problems
         if not self.data:
             problems.append("data: expected a file of judged records, got none; set data: FILE")
         if not 0 <= self.eval_split < 1:
@@ -512,6 +522,9 @@ def read_settings(types: Sequence[Any], config: str | None, options: Sequence[st
         raise ConfigError(problems)
     theirs = {item.name for item in dataclasses.fields(TrainingArguments)} - set(CUTConfig.__annotations__)
     resolved = {name: value for name, value in values.items() if name not in theirs or value != defaults[name]}
+    for name in ("data", "eval_data"):  # one is written as such, not as a list
+        if isinstance(value := resolved.get(name), list) and len(value) == 1:
+            resolved[name] = value[0]
     return Settings(tuple(parts), {name: _to_plain(value) for name, value in resolved.items()})
 
 

@@ -1,13 +1,12 @@
 """One run of `cutlm train`: load the data and the model, build the trainer, train, save, and print the next command."""
 
-import hashlib
 import logging
 import os
 import random
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 from trl import get_peft_config, get_quantization_config
 
 from cutlm.data.doubts import describe_doubts
-from cutlm.data.files import parse_rows, read_bytes
+from cutlm.data.files import read_data
 from cutlm.data.records import check_rows, raise_problems
+from cutlm.data.sources import describe_sources
 from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.token_scores import TokenScores, is_token_scores_row, parse_token_scores
 from cutlm.model.loading import check_bitsandbytes, count_parameters, load_model, load_tokenizer
@@ -43,7 +43,7 @@ Prepare = Callable[[list[Any]], list[Any]]
 
 @dataclass(frozen=True)
 class LoadedData:
-    """A data file: its records or token scores, their locations (`data.jsonl:17`), and a hash of its content."""
+    """Files of data: their records or token scores, the locations (`data.jsonl:17`), and a hash of the content."""
 
     rows: list[Any]
     locations: list[str]
@@ -75,7 +75,7 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
     if is_main and not is_own:
         check_output_dir(config.output_dir, data_args.overwrite_output_dir)
     check_libraries(config)
-    data = load_data(data_args.data)
+    data = load_data(data_args.data, data_args.columns)
     if is_main:
         _warn_of_doubts(data)
     run_facts = {"data_sha256": data.sha256, "num_processes": int(os.environ.get("WORLD_SIZE", "1"))}
@@ -127,17 +127,17 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
     return 0
 
 
-def load_data(path: str) -> LoadedData:
-    """Read a file of records or of token scores, once.
+def load_data(sources: Sequence[str], columns: Mapping[str, str] | None = None) -> LoadedData:
+    """Read files of records or of token scores, once; see `read_data`.
 
     Raises:
-        DataError: It cannot be read, or mixes the two.
+        DataError: They cannot be read, or mix the two.
     """
-    content = read_bytes(path)
-    digest = hashlib.sha256(content).hexdigest()
-    rows, problems = parse_rows(path, content)
+    found, name = read_data(sources, columns), describe_sources(sources)
+    rows, problems = found.rows, found.problems
     if rows and is_token_scores_row(rows[0].value):
-        return LoadedData(list(parse_token_scores(path, rows, problems)), [row.location for row in rows], digest)
+        scores = parse_token_scores(name, rows, problems)
+        return LoadedData(list(scores), [row.location for row in rows], found.sha256)
     mixed = next((row for row in rows if is_token_scores_row(row.value)), None)
     if mixed is not None:
         raise DataError(
@@ -146,8 +146,8 @@ def load_data(path: str) -> LoadedData:
         )
     check = check_rows(rows)
     check.problems.extend(problems)
-    raise_problems(check, path)
-    return LoadedData(check.records, check.locations, digest)
+    raise_problems(check, name)
+    return LoadedData(check.records, check.locations, found.sha256)
 
 
 def _warn_of_doubts(data: LoadedData) -> None:
@@ -164,7 +164,7 @@ def build_trainer(settings: Settings, data: LoadedData, prepare: Prepare = list)
     train_indices, eval_indices = _split(len(rows), data_args.eval_split, config.seed)
     eval_rows = [rows[index] for index in eval_indices]
     if data_args.eval_data:
-        eval_data = load_data(data_args.eval_data)
+        eval_data = load_data(data_args.eval_data, data_args.columns)
         if config.process_index == 0:
             _warn_of_doubts(eval_data)
         eval_rows = prepare(eval_data.rows)
