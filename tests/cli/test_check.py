@@ -119,13 +119,35 @@ def test_one_invalid_row_among_many_is_found(tmp_path, capsys):
     assert out.startswith(f"{file}: 5000 rows, 1 invalid, 0 duplicates\n")
 
 
+def test_problems_and_duplicates_are_listed_up_to_a_number_and_all_counted(tmp_path, capsys):
+    rows = [*[GOOD] * 4, *[{"instruction": f"{number}"} for number in range(5)]]
+    file = write(tmp_path / "a.jsonl", rows)
+    assert main(["check", file, "--max_problems", "2"]) == 2
+    out, err = capsys.readouterr()
+    assert (err.count(f"{file}:"), out.count("the same instruction")) == (2, 2)
+    assert "and 3 more problems" in err
+    assert "and 1 more duplicates" in out
+    assert f"{file}: 9 rows, 5 invalid, 3 duplicates" in out
+    assert main(["check", file, "--max_problems", "0"]) == 2
+
+
+def test_several_files_are_checked_together_with_columns(tmp_path, capsys):
+    files = [write(tmp_path / name, [{"prompt": name, "output": "x"}]) for name in ("a.jsonl", "b.jsonl")]
+    assert main(["check", *files, "--columns", '{"prompt": "instruction"}']) == 0
+    assert f"{' '.join(files)}: 2 rows, 0 invalid" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["check", *files, "--columns", '{"prompt": 1}'])
+    assert "expected a name in the file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["check", "--help"], ["convert", "--help"], ["--version"]])
 def test_help_imports_none_of_the_heavy_libraries(argv):
     code = (
         "import sys\nfrom cutlm.cli import main\n"
         f"try:\n    main({argv!r})\n"
         "except SystemExit as stop:\n    assert not stop.code\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'trl', 'peft', 'numpy', 'pyarrow', 'pandas'} & set(sys.modules)\n"
+        "names = {'torch', 'transformers', 'datasets', 'trl', 'peft', 'numpy', 'pyarrow', 'pandas'}\n"
+        "heavy = names & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -183,7 +183,7 @@ def test_an_existing_list_is_not_overwritten(
     [
         (b"number,output\n1,x\n", ":1: expected the columns"),
         (b"", ":1: expected the columns"),
-        ("number,ü".encode("latin-1"), ": expected UTF-8 text"),
+        ("number,ü".encode("latin-1"), ":1: expected UTF-8 text"),
     ],
 )
 def test_a_file_that_is_not_such_a_table_is_refused(

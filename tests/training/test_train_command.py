@@ -207,7 +207,8 @@ def test_help_imports_nothing_heavy_and_names_fields_that_exist() -> None:
 def test_a_data_file_that_cannot_be_read_is_named(
     tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for data in ("nowhere.json", str(tmp_path)):
+    (tmp_path / "empty").mkdir()
+    for data in ("nowhere.json", str(tmp_path / "empty")):
         assert fail(settings | {"data": data}, capsys).startswith(f"{data}: ")
 
 

@@ -3,7 +3,15 @@
   shepherd       human_data_for_model.jsonl and human_data_raw.jsonl, or the folder that contains both
   critiques      OpenAI's critiques of summaries, one or more files
   ultrafeedback  UltraFeedback with instruction and completions, one or more files; with --pairs, preference pairs
-  alpaca         rows that already have instruction, input, output and judgment, one or more files
+  prometheus     Feedback Collection and Preference Collection
+  helpsteer      HelpSteer, HelpSteer2, HelpSteer3: all subsets with responses; ratings alone are for --unjudged
+  pairs          preference pairs, as for DPO (also UltraFeedback binarized), or responses with a label, as for KTO: the
+                 preferred responses become satisfactory records, --unjudged gets the others
+  conversations  chat logs (messages, ShareGPT, WildChat, ChatGPT's export): what the user said next is the judgment
+  alpaca         rows that already have instruction, input, output and judgment
+
+Each reads one or more files, globs, folders or data sets of the hub (docs/data.md). Responses about which nothing is
+said in words are unjudged: --unjudged writes them for cutlm judge.
 
 Prints how many rows were read, kept and left out, and why. If a row is invalid, nothing is written and the exit code
 is 2.
@@ -21,7 +29,7 @@ from cutlm.errors import DataError, UserError
 if TYPE_CHECKING:
     from cutlm.data.convert import Conversion
 
-CONVERTERS = ("alpaca", "critiques", "shepherd", "ultrafeedback")
+CONVERTERS = ("alpaca", "conversations", "critiques", "helpsteer", "pairs", "prometheus", "shepherd", "ultrafeedback")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "columns")
     out = "one array if it ends in .json, else JSON Lines; also .gz, .xz, .zst"
     parser.add_argument("--out", metavar="FILE", required=True, help=out)
+    unjudged = "file for responses that have no judgment, to be judged by cutlm judge --responses FILE"
+    parser.add_argument("--unjudged", metavar="FILE", help=unjudged)
     pairs = "ultrafeedback: write prompt, chosen and rejected, as TRL's trainers read"
     parser.add_argument("--pairs", action="store_true", help=pairs)
 
@@ -40,27 +50,40 @@ def run(args: argparse.Namespace) -> int:
     if args.pairs and args.source != "ultrafeedback":
         raise UserError(f"--pairs: expected the source 'ultrafeedback', got {args.source!r}; remove --pairs")
     paths = _find_files(args.source, args.inputs)
-    refuse_overwriting(paths, args.out)
+    for out in filter(None, (args.out, args.unjudged)):
+        refuse_overwriting(paths, out)
+    if args.unjudged == args.out:
+        raise UserError(f"--unjudged {args.unjudged}: expected another file than --out; choose another name")
     conversion = _convert(args.source, paths, args.columns, args.pairs)
 
     reasons = [f"{count} left out: {reason}" for reason, count in conversion.left_out.most_common()]
     num_read, num_kept = conversion.num_read, len(conversion.rows)
-    if not num_kept:
+    num_unjudged = len(conversion.unjudged)
+    if num_unjudged and not args.unjudged:
+        reasons.append(f"{num_unjudged} responses have no judgment; --unjudged FILE writes them for cutlm judge")
+    if not num_kept and not (num_unjudged and args.unjudged):
         problem = f"{' '.join(args.inputs)}: nothing to write; {num_read} {conversion.unit} were read, none was kept"
         raise DataError([problem, *reasons])
     rows = [row.value for row in conversion.rows]
     summary = ""
-    if not args.pairs:
+    if rows and not args.pairs:
         check = check_rows(conversion.rows)
         raise_problems(check, " ".join(args.inputs))
         rows = [row | {"judgment": row.get("judgment")} for row in rows]
         summary = f", {check.num_satisfactory} satisfactory, {check.num_unsatisfactory} unsatisfactory"
         if num_without := sum("judgment" not in record.model_fields_set for record in check.records):
             reasons.append(f"{num_without} records have no field 'judgment' and count as satisfactory")
-    write_rows(args.out, rows)
-    print(f"{num_read} {conversion.unit} read, {num_kept} kept, {conversion.left_out.total()} left out")
+    if args.unjudged:
+        write_rows(args.unjudged, [row.value for row in conversion.unjudged])
+        reasons.append(f"{args.unjudged}: {num_unjudged} responses to judge")
+    without = f", {num_unjudged} unjudged" if num_unjudged else ""
+    print(f"{num_read} {conversion.unit} read, {num_kept} kept{without}, {conversion.left_out.total()} left out")
     for reason in reasons:
         print(reason)
+    if not rows:
+        print(f"{args.out}: not written, because there are no judgments")
+        return 0
+    write_rows(args.out, rows)
     print(f"{args.out}: {num_kept} {'pairs' if args.pairs else 'records'}{summary}")
     return 0
 
@@ -79,9 +102,29 @@ def _find_files(source: str, inputs: Sequence[str]) -> Sequence[str | Path]:
     return inputs
 
 
-def _convert(source: str, paths: Sequence[str | Path], columns: Mapping[str, str] | None, pairs: bool) -> "Conversion":
-    from cutlm.data.convert import alpaca, critiques, shepherd, ultrafeedback
+def _convert(
+    source: str, paths: Sequence[str | Path], columns: Mapping[str, str] | None, has_pairs: bool
+) -> "Conversion":
+    from cutlm.data.convert import (
+        alpaca,
+        conversations,
+        critiques,
+        helpsteer,
+        pairs,
+        prometheus,
+        shepherd,
+        ultrafeedback,
+    )
 
+    converters = {
+        "alpaca": alpaca.convert,
+        "conversations": conversations.convert,
+        "critiques": critiques.convert,
+        "helpsteer": helpsteer.convert,
+        "pairs": pairs.convert,
+        "prometheus": prometheus.convert,
+        "ultrafeedback": ultrafeedback.convert_to_pairs if has_pairs else ultrafeedback.convert,
+    }
     files, problems = [], []
     for path in paths:
         rows, invalid = read_rows(path, columns)
@@ -92,7 +135,4 @@ def _convert(source: str, paths: Sequence[str | Path], columns: Mapping[str, str
         raise DataError(problems)
     if source == "shepherd":
         return shepherd.convert(*files)
-    rows = [row for rows in files for row in rows]
-    if source == "ultrafeedback":
-        return ultrafeedback.convert_to_pairs(rows) if pairs else ultrafeedback.convert(rows)
-    return critiques.convert(rows) if source == "critiques" else alpaca.convert(rows)
+    return converters[source]([row for rows in files for row in rows])

@@ -1,6 +1,7 @@
 """Name what is in a file or a row that is not in cutlm's format, and how to convert it."""
 
 import io
+import json
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -126,26 +127,25 @@ def describe_row_format(row: Any) -> str | None:
     Returns:
         Words that follow "got", or None for a row that has `instruction` and `output` or is of no known kind.
     """
+    if found := _find_converter(row):
+        return found
     if not isinstance(row, Mapping) or {"instruction", "output"} <= row.keys() or is_conversation_row(row):
         return None
     fields = set(row)
     if "completions" in fields and "instruction" in fields:
         return "a row of UltraFeedback; run: cutlm convert ultrafeedback"
     if {"question", "answer", "feedback"} <= fields:
-        return "a row of Shepherd; run: cutlm convert shepherd"
-    if {"chosen", "rejected"} <= fields:
         return (
-            "a preference pair ('chosen' and 'rejected'); write a record for each of the two responses, the prompt as"
-            " instruction, the response as output, and as judgment null for the chosen one and what is wrong with the"
-            " rejected one"
+            "a row of Shepherd; run: cutlm convert shepherd; for data of your own, pass"
+            """ --columns '{"question": "instruction", "answer": "output", "feedback": "judgment"}'"""
         )
     names = ("messages", "conversations", "conversation", "turns")
     as_messages = (name for name in ("prompt", "completion") if isinstance(row.get(name), list))
     if messages := next((name for name in names if name in fields), next(as_messages, None)):
         name = "a ShareGPT conversation" if messages.startswith("conversation") else "a conversation"
         return (
-            f"{name} ({messages!r}); write the user's message as instruction, the assistant's answer to it as output,"
-            f" and a judgment of this answer; {_NO_JUDGMENTS}"
+            f"{name} ({messages!r}); to take what the user said next as judgments, run: cutlm convert conversations;"
+            f" {_NO_JUDGMENTS}"
         )
     renamed = {
         ours: theirs
@@ -153,13 +153,37 @@ def describe_row_format(row: Any) -> str | None:
         if ours not in fields and (theirs := next((name for name in names if name in fields), None))
     }
     if {"instruction", "output"} <= fields | renamed.keys():
-        pairs = ", ".join(f"{theirs!r} to {ours!r}" for ours, theirs in renamed.items())
+        columns = json.dumps({theirs: ours for ours, theirs in renamed.items()}, ensure_ascii=False)
         has_judgment = "judgment" in fields | renamed.keys()
-        return f"the fields {', '.join(map(repr, row))}; rename {pairs}" + (
+        return f"the fields {', '.join(map(repr, row))}; pass --columns '{columns}'" + (
             "" if has_judgment else f"; {_NO_JUDGMENTS}"
         )
     if set(row) == {"error"} or ("error" in fields and len(fields) <= 2):
         return (
             f"an error of the server from which the file was downloaded ({str(row['error'])[:100]}); download it again"
         )
+    return None
+
+
+def _find_converter(row: Any) -> str | None:
+    """Name a row that `cutlm convert` reads, also if it could be taken for a record."""
+    fields = set(row) if isinstance(row, Mapping) else set()
+    if "orig_instruction" in fields and fields & {"orig_response", "orig_response_A"}:
+        return "a row of Prometheus's Feedback or Preference Collection; run: cutlm convert prometheus"
+    if {"instruction", "output"} <= fields:
+        return None
+    if {"chosen", "rejected"} <= fields:
+        return (
+            "a preference pair ('chosen' and 'rejected'), which does not say what is wrong; run: cutlm convert pairs,"
+            " and cutlm judge for the rejected responses"
+        )
+    if {"prompt", "completion", "label"} <= fields and isinstance(row["label"], bool):
+        return "a response that is liked or not ('label'); run: cutlm convert pairs"
+    helpsteer = ({"prompt", "response", "helpfulness"}, {"prompt", "response_1", "preference_strength"})
+    if any(names <= fields for names in helpsteer) or (
+        "context" in fields and fields & {"overall_preference", "feedback1", "original_response"}
+    ):
+        return "a row of HelpSteer; run: cutlm convert helpsteer"
+    if "mapping" in fields and "current_node" in fields:
+        return "a conversation of ChatGPT's export; run: cutlm convert conversations"
     return None

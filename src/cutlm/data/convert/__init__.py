@@ -1,15 +1,21 @@
 """Published judgment data turned into records: one module per source, each with functions from rows to rows."""
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic_core import PydanticCustomError
 
 from cutlm.data.files import SourceRow
 from cutlm.data.records import ModelT, validate_row
 from cutlm.errors import DataError
+
+MIN_SCORE, MAX_SCORE = 1.0, 10.0
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "bing": "assistant"}
+_ROLES |= {name: name for name in ("system", "developer", "user", "assistant", "tool")}
 
 
 class Source(BaseModel):
@@ -24,11 +30,12 @@ class Conversion:
 
     unit: str = "rows"  # the name of the items that are counted
     rows: list[SourceRow] = field(default_factory=list)  # each with its location in the source
+    unjudged: list[SourceRow] = field(default_factory=list)  # responses about which nothing is said in words
     left_out: Counter[str] = field(default_factory=Counter)  # number of items by reason
 
     @property
     def num_read(self) -> int:
-        return len(self.rows) + self.left_out.total()
+        return len(self.rows) + len(self.unjudged) + self.left_out.total()
 
     def add(self, location: str, result: dict[str, Any] | str) -> None:
         """Add a converted row, or the reason for which it is left out."""
@@ -45,3 +52,46 @@ def validate_rows(rows: Iterable[SourceRow], model: type[ModelT]) -> list[tuple[
     if problems:
         raise DataError(problems)
     return [(location, value) for location, value in validated if value is not None]
+
+
+def _read_number(value: Any) -> float | None:
+    """Read a score as the source writes it: a number, a number in a string, null or "N/A"."""
+    if value is None or value == "N/A":
+        return None
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise PydanticCustomError("no_number", 'a finite number, null or "N/A"')
+
+
+Number = Annotated[float | None, BeforeValidator(_read_number)]
+
+
+def scale_rating(rating: float, lowest: float, highest: float) -> float:
+    """Scale a rating to a score from 1 to 10."""
+    return MIN_SCORE + (rating - lowest) / (highest - lowest) * (MAX_SCORE - MIN_SCORE)
+
+
+def read_messages(values: Sequence[Any]) -> list[dict[str, Any]] | None:
+    """Read messages with `role` and `content`, or `from` and `value`; None if they are of another kind."""
+    messages = []
+    for value in values:
+        if not isinstance(value, Mapping):
+            return None
+        role = _ROLES.get(str(value.get("role", value.get("from"))))
+        content = value.get("content", value.get("value"))
+        if role is None or not isinstance(content, str):
+            return None
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def make_response(messages: Sequence[Mapping[str, Any]], response: str) -> dict[str, Any]:
+    """Return a response to a conversation as a row: with `messages` if there is more than one message by the user."""
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return {"instruction": messages[0]["content"], "output": response}
+    return {"messages": [*map(dict, messages), {"role": "assistant", "content": response}]}

@@ -3,37 +3,15 @@
 The rows are those that its authors published (`instruction` and `completions`), not the pairs derived from them.
 """
 
-import math
 from collections.abc import Iterable
 from itertools import combinations
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator
-from pydantic_core import PydanticCustomError
-
-from cutlm.data.convert import Conversion, Source, validate_rows
+from cutlm.data.convert import MAX_SCORE, MIN_SCORE, Conversion, Number, Source, scale_rating, validate_rows
 from cutlm.data.files import SourceRow
 from cutlm.data.records import SATISFACTORY_SCORE
 
-MIN_SCORE, MAX_SCORE = 1.0, 10.0
 MIN_RATING, MAX_RATING = 1.0, 5.0
-
-
-def _read_number(value: Any) -> float | None:
-    """Read a score as the source writes it: a number, a number in a string, null or "N/A"."""
-    if value is None or value == "N/A":
-        return None
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    raise PydanticCustomError("no_number", 'a finite number, null or "N/A"')
-
-
-Number = Annotated[float | None, BeforeValidator(_read_number)]
 
 
 class Annotation(Source):
@@ -41,7 +19,7 @@ class Annotation(Source):
 
 
 class Completion(Source):
-    response: str | None
+    response: str | None = None  # left out by columns that have nulls
     critique: str | None = None
     overall_score: Number = None
     annotations: dict[str, Annotation | None] | None = None
@@ -56,8 +34,7 @@ class Completion(Source):
         ratings = [note.Rating for note in annotations if note is not None and note.Rating is not None]
         if not ratings:
             return None
-        share = (sum(ratings) / len(ratings) - MIN_RATING) / (MAX_RATING - MIN_RATING)
-        return MIN_SCORE + share * (MAX_SCORE - MIN_SCORE)
+        return scale_rating(sum(ratings) / len(ratings), MIN_RATING, MAX_RATING)
 
 
 class Row(Source):

@@ -1,0 +1,82 @@
+"""Logs of chats: what the user said next is the judgment of the response before it (arXiv 2603.12273).
+
+Reads `messages` and WildChat's `conversation` (`role` and `content`), ShareGPT's `conversations` (`from` and `value`),
+and the export of ChatGPT (`mapping`, a tree of messages, of which the branch that was shown last is read).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cutlm.data.convert import Conversion, make_response, read_messages
+from cutlm.data.files import SourceRow
+from cutlm.errors import DataError
+
+_FIELDS = ("messages", "conversation", "conversations")
+
+
+def convert(rows: Iterable[SourceRow]) -> Conversion:
+    """Turn each response that the user replied to into a record with the reply as judgment.
+
+    Whether a reply says anything about the response is not examined. Responses without a reply are unjudged.
+    """
+    conversion = Conversion("responses")
+    problems = []
+    for row in rows:
+        found = _find_messages(row.value)
+        if found is None:
+            got = ", ".join(map(repr, row.value)) if isinstance(row.value, Mapping) else type(row.value).__name__
+            problems.append(f"{row.location}: expected a conversation in {', '.join(_FIELDS)} or mapping, got {got}")
+            continue
+        messages = read_messages(found)
+        if messages is None:
+            conversion.left_out["conversations with messages of another kind than text"] += 1
+            continue
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                _add(conversion, row.location, messages, index)
+    if problems:
+        raise DataError(problems)
+    return conversion
+
+
+def _add(conversion: Conversion, location: str, messages: list[dict[str, Any]], index: int) -> None:
+    before, text = messages[:index], messages[index]["content"]
+    following = messages[index + 1] if index + 1 < len(messages) else None
+    if not text.strip():
+        conversion.left_out["empty response"] += 1
+    elif not any(message["role"] == "user" and message["content"].strip() for message in before):
+        conversion.left_out["no message by the user before the response"] += 1
+    elif following is None or following["role"] != "user" or not following["content"].strip():
+        conversion.unjudged.append(SourceRow(location, make_response(before, text)))
+    else:
+        record = make_response(before, text) | {"judgment": following["content"].strip()}
+        conversion.rows.append(SourceRow(location, record))
+
+
+def _find_messages(row: Any) -> list[Any] | None:
+    if not isinstance(row, Mapping):
+        return None
+    if isinstance(row.get("mapping"), Mapping):
+        return _follow_branch(row["mapping"], row.get("current_node"))
+    return next((row[name] for name in _FIELDS if isinstance(row.get(name), list)), None)
+
+
+def _follow_branch(nodes: Mapping[str, Any], last: Any) -> list[Any] | None:
+    """Return the messages from the root of a tree to its current node, without empty system messages."""
+    if last not in nodes:
+        parents = {node.get("parent") for node in nodes.values() if isinstance(node, Mapping)}
+        last = next((name for name in reversed(list(nodes)) if name not in parents), None)
+    messages: list[Any] = []
+    visited = set()
+    while isinstance(node := nodes.get(str(last)), Mapping) and last not in visited:
+        visited.add(last)
+        if isinstance(message := node.get("message"), Mapping):
+            role = (message.get("author") or {}).get("role")
+            content = message.get("content") or {}
+            parts = content.get("parts") if isinstance(content, Mapping) else None
+            is_text = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+            text = "".join(parts or []) if is_text else None
+            if text != "" and (role, text) != ("system", None):
+                messages.insert(0, {"role": role, "content": text})
+        last = node.get("parent")
+    return messages
