@@ -11,7 +11,8 @@ from loop_plans import make_plan, make_workplace
 from cutlm.cli import main
 from cutlm.cli.align import parse_stage_options
 from cutlm.errors import ConfigError, UserError
-from cutlm.loop.report import draw, format_seconds, make_status, make_table, summarize
+from cutlm.flagging.sensitivity import describe_noise
+from cutlm.loop.report import draw, format_seconds, make_status, make_summary, make_table, summarize
 from cutlm.loop.settings import find_differences
 from cutlm.loop.stages import order_instructions
 
@@ -119,6 +120,23 @@ def test_table_shows_each_metric_that_is_known() -> None:
     pending = {"merge": {"state": "-", "seconds": None, "metrics": {}}}
     status = make_status([{"iteration": 1, "stages": known | pending}])
     assert status.splitlines()[1].split() == ["1", *["done", "30", "min"] * 4, "-"]
+
+
+@pytest.mark.parametrize("stage", ["blame", "train"])
+def test_the_sensitivity_is_shown_and_noise_is_named_once(stage: str) -> None:
+    signals = [0.8, 0.25, None]
+    rows = []
+    for number, signal in enumerate(signals, 1):
+        metrics = {"flag_signal": signal, "pairwise": 0.5}
+        known = {stage: {"state": "done", "seconds": 1.0, "metrics": metrics}}
+        rows.append(summarize({"iteration": number, "stages": known}))
+        lines = make_summary(rows).splitlines()
+        header, last = ([cell.strip() for cell in lines[index].strip("|").split("|")] for index in (0, number + 1))
+        shown = dict(zip(header, last, strict=True))
+        assert shown["flag signal"] == ("" if signal is None else f"{signal:.2f}")
+        assert shown["pairwise"] == "0.50"
+        noise = describe_noise(signal)
+        assert [line for line in lines if line.startswith("warning: ")] == ([f"warning: {noise}"] if noise else [])
 
 
 def test_plot_has_a_panel_for_each_metric_of_the_eval_command() -> None:

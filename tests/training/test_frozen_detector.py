@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cutlm.chat.local import LocalEngine
 from cutlm.cli import main
 from cutlm.data.records import JudgedRecord, as_records
 from cutlm.errors import ConfigError, DataError, UserError
-from cutlm.flagging.detector import FlagSettings
+from cutlm.flagging.detector import FlagSettings, read_sensitivity
 from cutlm.flagging.token_scores import TokenScores, read_token_scores, write_token_scores
 from cutlm.generation.local import Sampling
 from cutlm.model.loading import load_model, load_tokenizer
@@ -56,12 +56,13 @@ def scores(files: Path) -> list[TokenScores]:
 
 @pytest.fixture
 def num_scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For each call of `score_rows` by training, the number of rows that it scores."""
+    """For each call of `score_rows` by training, but not with foreign judgments, the number of rows that it scores."""
     calls: list[int] = []
     original = dataset.score_rows
 
     def count(model: Any, rows: Any, **options: Any) -> Any:
-        calls.append(len(rows) - len(options.get("done", ())))
+        if " with the judgment of " not in rows[0]["location"]:
+            calls.append(len(rows) - len(options.get("done", ())))
         return original(model, rows, **options)
 
     monkeypatch.setattr(dataset, "score_rows", count)
@@ -387,6 +388,39 @@ def test_scores_made_otherwise_are_refused_and_replaced_on_request(
     assert again.rows.to_list() == first.rows.to_list()
 
 
+def test_the_sensitivity_of_the_frozen_detector_is_stored_and_logged(prepare: Prepare, tmp_path: Path) -> None:
+    data = prepare()
+    report = json.loads((tmp_path / "token_scores.jsonl.report.json").read_text())
+    assert data.sensitivity is not None
+    assert report["sensitivity"] == asdict(data.sensitivity)
+    assert data.sensitivity.num_records == len(RECORDS) - len(SATISFACTORY)
+    assert data.sensitivity.flagged_share_own == pytest.approx(report["flagged_share"])
+    assert prepare().sensitivity == data.sensitivity, "read from the file"
+    noise = data.sensitivity.describe_noise()
+    assert noise is not None, "a random model"
+    assert sum(noise in notice for notice in data.notices) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"sensitivity_records": 0}])
+def test_the_sensitivity_is_logged_before_training(tmp_path: Path, settings: dict[str, Any]) -> None:
+    trainer = make_trainer(tmp_path, RECORDS, detector="frozen", **settings)
+    trainer.train()
+    logged = [line for line in trainer.state.log_history if "flag_signal" in line]
+    assert [line["step"] for line in logged] == ([] if settings else [0])
+    assert all("pairwise" in line for line in logged)
+
+
+def test_training_on_token_scores_of_a_model_that_does_not_read_judgments_says_so_once(
+    tmp_path: Path, base: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sensitivity = read_sensitivity(files / "scores.jsonl")
+    assert sensitivity is not None
+    noise = sensitivity.describe_noise()
+    assert noise is not None
+    assert main(list_train_options(base, files / "scores.jsonl", tmp_path / "out")) == 0
+    assert capsys.readouterr().out.count(noise) == 1
+
+
 def test_scores_are_reused_if_a_record_was_left_out(prepare: Prepare, num_scored: list[int]) -> None:
     rows = [*RECORDS, RECORDS[0] | {"output": "Sydney. " * 99}]
     for _ in range(2):
@@ -434,10 +468,11 @@ def test_a_run_that_died_before_it_wrote_the_header_is_resumed(
         patch.setattr(dataset, "open_atomic", die)
         with pytest.raises(KeyboardInterrupt):
             prepare()
-    assert {path.name for path in tmp_path.iterdir()} == {"token_scores.jsonl", "token_scores.jsonl.partial"}
+    names = {"token_scores.jsonl", "token_scores.jsonl.report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"token_scores.jsonl.partial"}
     prepare(threshold=1.5)  # flags are made of the stored log-probabilities
     assert num_scored == [8, 0]
-    assert {path.name for path in tmp_path.iterdir()} == {"token_scores.jsonl", "token_scores.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"token_scores.json"}
     assert read_token_scores(tmp_path / "token_scores.jsonl")[0].threshold == 1.5
 
 

@@ -53,6 +53,7 @@ class Workplace:
             "output_dir": self.folder / name,
             "per_device_train_batch_size": micro_batch,
             "gradient_accumulation_steps": num_micro_batches,
+            "per_device_eval_batch_size": 5,
         }
         return ["train", *list_options(**values | settings)]
 
@@ -62,8 +63,10 @@ class Workplace:
         after = load_file(self.folder / name / "model.safetensors")
         return torch.cat([(before[key] - after[key]).flatten() for key in sorted(before)])
 
-    def read_log(self, name: str) -> list[dict[str, float]]:
-        return json.loads((self.folder / name / "trainer_state.json").read_text())["log_history"]
+    def read_log(self, name: str, metric: str = "loss") -> list[dict[str, float]]:
+        """The lines of a run's log that have a metric."""
+        lines = json.loads((self.folder / name / "trainer_state.json").read_text())["log_history"]
+        return [line for line in lines if metric in line]
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,11 @@ def test_two_ranks_give_the_gradient_and_the_log_of_one(
     assert len(keys) == 8, keys
     for key in keys:
         assert two[key] == pytest.approx(one[key], abs=1e-5), key
+    # 5 records, of which the first rank measures 3 and the second 2.
+    starts = [workplace.read_log(run, "flag_signal") for run in (f"{normalization}-8x1", name)]
+    assert [len(lines) for lines in starts] == [1, 1]
+    for key in ("flag_signal", "pairwise"):
+        assert starts[1][0][key] == pytest.approx(starts[0][0][key], abs=1e-6)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
 
 

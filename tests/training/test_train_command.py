@@ -155,7 +155,7 @@ def test_doubtful_records_are_named_before_training(
     tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_lines(tmp_path / "data.jsonl", [*ROWS, ROWS[0] | {"judgment": "The response is perfect."}])
-    assert train(settings | {"data": str(data)}) == 0
+    assert train(settings | {"data": str(data), "sensitivity_records": 0}) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert line.endswith(f"{data}:{len(ROWS) + 1}")
 

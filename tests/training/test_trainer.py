@@ -22,7 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Progre
 
 from cutlm import CUTConfig, CUTTrainer, JudgedRecord
 from cutlm.errors import ConfigError, DataError, NonFiniteError
+from cutlm.flagging.sensitivity import pair_foreign
 from cutlm.model.collator import CutCollator
+from cutlm.prompting.encoding import Encoder
 from cutlm.training import checkpoints
 
 JUDGED: dict[str, Any] = {
@@ -299,6 +301,45 @@ def test_evaluation_is_the_loss_of_all_records_as_one_step(tmp_path: Path, setti
         assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-6)
         assert {"eval_loss_contrast", "eval_flagged_share"} <= metrics.keys()
         assert ("eval_loss_likelihood" in metrics) == ("use_judged_loss" not in settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"objective": "dual_cut"}])
+def test_evaluation_and_start_measure_the_sensitivity(tmp_path: Path, settings: dict[str, Any]) -> None:
+    records = [record | {"judgment": f"Fault {i}."} for i, record in enumerate(make_records(5, 0))] + make_records(0, 2)
+    args = make_config(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, learning_rate=1e-1, **settings)
+    trainer = CUTTrainer(make_model(len(TOKENIZER)), args, records, records, processing_class=TOKENIZER)
+    before = copy.deepcopy(trainer.model)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "eval_flag_signal" in line]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert not any("flag_signal" in line for line in trainer.state.log_history)
+    encoder = Encoder(TOKENIZER, "alpaca")
+    judged = records[:5]
+    foreign = pair_foreign([record["judgment"] for record in judged])
+    for model, line in ((before, lines[0]), (trainer.model, lines[2])):
+        num_flagged, num_larger = [0, 0], 0
+        for record, source in zip(judged, foreign, strict=True):
+            response_ids = encoder.encode_response(record["output"])
+            judgments = (None, record["judgment"], judged[source]["judgment"])
+            prompts = [encoder.encode_prompt(record["instruction"], judgment) for judgment in judgments]
+            logps = [torch.tensor(score_response(model, prompt, response_ids)) for prompt in prompts]
+            rises = [logps[1] - logps[0], logps[2] - logps[0]]
+            num_flagged = [n + int((rise > math.log(1.1)).sum()) for n, rise in zip(num_flagged, rises, strict=True)]
+            num_larger += bool(rises[0].max() > rises[1].max())
+        assert line["eval_flag_signal"] == pytest.approx(1 - num_flagged[1] / num_flagged[0])
+        assert line["eval_pairwise"] == num_larger / 5
+    assert lines[0]["eval_flag_signal"] != lines[2]["eval_flag_signal"]
+
+
+def test_without_evaluation_records_the_start_measures_the_training_records(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [record | {"judgment": f"Fault {index}."} for index, record in enumerate(make_records(5, 0))]
+    for settings, expected in (({"threshold": 1.0}, [0]), ({"sensitivity_records": 0}, []), ({"detector": "off"}, [])):
+        trainer = make_record_trainer(tmp_path, records, max_steps=1, **settings)
+        trainer.train()
+        assert [line["step"] for line in trainer.state.log_history if "flag_signal" in line] == expected
+    assert caplog.text.count("hardly reads these judgments") == 1
 
 
 def test_normalizations_agree_on_responses_of_equal_length(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from cutlm.loop.loop import collect_metrics, list_iterations, read_stage_ref, run_loop
     from cutlm.loop.processes import Interrupted
-    from cutlm.loop.report import make_status, make_table, summarize
+    from cutlm.loop.report import make_status, make_summary, summarize
     from cutlm.loop.settings import read_plan
     from cutlm.loop.stages import StageFailed, WaitingForPerson
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.status:
         iterations = collect_metrics(plan)
-        table = make_table([summarize(iteration) for iteration in iterations])
+        table = make_summary([summarize(iteration) for iteration in iterations])
         print(f"{make_status(iterations)}\n\n{table}" if iterations else f"no iteration has started in {plan.folder}")
         return 0
     until = read_stage_ref(plan, "--until", args.until) if args.until else None
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if not is_complete:
         print(f"Stopped after {args.until}; resume with:\n  {again}")
         return 0
-    print(make_table([summarize(iteration) for iteration in collect_metrics(plan)]))
+    print(make_summary([summarize(iteration) for iteration in collect_metrics(plan)]))
     model = shlex.quote(list_iterations(plan)[-1].new_model)
     print(
         f"{plan.arguments.num_iterations} iterations are complete, see {plan.folder}/report.md and report.png. Next:\n"

@@ -33,6 +33,8 @@ from cutlm.flagging.token_scores import (
 from cutlm.losses import flag_tokens
 from cutlm.prompting.encoding import EncodedRecord, EncodedRecords, Encoder, encode_records, view_both_contexts
 
+Logps = tuple[list[float], list[float]]  # of a response [T], without and with the judgment
+
 
 @dataclass(frozen=True)
 class FlagSettings:
@@ -195,7 +197,14 @@ def blame_file(
     num_resumed = count_resumed(journal)
     scores = score_with_journal(encoded.rows, kept, journal, encoder, score, settings, detector)
     sensitivity = measure_sensitivity(
-        encoded.rows, scores, encoder, score, settings, num_records=sensitivity_records, journal=journal
+        encoded.rows,
+        kept,
+        collect_logps(scores),
+        encoder,
+        score,
+        settings,
+        num_records=sensitivity_records,
+        journal=journal,
     )
     report = BlameReport(scores, num_resumed, encoded.num_truncated, encoded.left_out, sensitivity)
     write_report(out, report)  # first, so that a file of scores has its report
@@ -238,9 +247,19 @@ def score_with_journal(
     ]
 
 
+def collect_logps(scores: Sequence[TokenScores]) -> dict[int, Logps]:
+    """Collect the log-probabilities of responses that were scored in both contexts, by their indices."""
+    return {
+        index: (one.logps_without, one.logps_with)
+        for index, one in enumerate(scores)
+        if one.logps_without is not None and one.logps_with is not None
+    }
+
+
 def measure_sensitivity(
     rows: Sequence[Mapping[str, Any]],
-    scores: Sequence[TokenScores],
+    records: Sequence[JudgedRecord],
+    logps: Mapping[int, Logps],
     encoder: Encoder,
     score: Scorer,
     settings: FlagSettings,
@@ -252,7 +271,8 @@ def measure_sensitivity(
 
     Args:
         rows: Encoded rows.
-        scores: The token scores of each, by the same model.
+        records: The record of each.
+        logps: For each unsatisfactory row, by its index, the log-probabilities without and with its own judgment.
         encoder: Tokenizer and template.
         score: Computes the log-probabilities.
         settings: Threshold and lengths.
@@ -262,19 +282,19 @@ def measure_sensitivity(
     Returns:
         The sensitivity; None if fewer than two judgments differ.
     """
-    contexts = sample_foreign(rows, [one.record for one in scores], encoder, settings.max_length, num_records)
+    contexts = sample_foreign(rows, records, encoder, settings.max_length, num_records)
     if not contexts:
         return None
     foreign_rows = [
         {
             "prompt_ids": context.prompt_ids,
             "judged_prompt_ids": None,
-            "response_ids": rows[context.index]["response_ids"],
-            "location": f"{rows[context.index]['location']} with the judgment of {rows[context.source]['location']}",
+            "response_ids": rows[context.target]["response_ids"],
+            "location": f"{rows[context.target]['location']} with the judgment of {rows[context.source]['location']}",
         }
         for context in contexts
     ]
-    places = {(context.index, context.source): place for place, context in enumerate(contexts)}
+    places = {(context.target, context.source): place for place, context in enumerate(contexts)}
     finished: dict[int, list[float]] = {}
     for line in journal.lines if journal else ():
         if "logps_foreign" in line and (place := places.get((line["index"], line["source"]))) is not None:
@@ -282,20 +302,17 @@ def measure_sensitivity(
     if len(finished) < len(contexts):
         with journal or nullcontext(), closing(score(foreign_rows, frozenset(finished))) as batches:
             for batch in batches:
-                logps = {place: round_logps(foreign) for place, foreign, _ in batch}
+                scored = {place: round_logps(foreign) for place, foreign, _ in batch}
                 if journal is not None:
                     journal.append(
-                        {"index": contexts[place].index, "source": contexts[place].source, "logps_foreign": values}
-                        for place, values in logps.items()
+                        {"index": contexts[place].target, "source": contexts[place].source, "logps_foreign": values}
+                        for place, values in scored.items()
                     )
-                finished |= logps
-    contrasts = []
-    for place, context in enumerate(contexts):
-        own = scores[context.index]
-        assert own.logps_without is not None
-        assert own.logps_with is not None
-        num_template_tokens = encoder.count_template_tokens(own.token_ids)
-        contrasts.append(Contrast(own.logps_without, own.logps_with, finished[place], num_template_tokens))
+                finished |= scored
+    contrasts = [
+        Contrast(*logps[context.target], finished[place], rows[context.target].get("num_template_tokens") or 0)
+        for place, context in enumerate(contexts)
+    ]
     return compute_sensitivity(contrasts, settings.threshold)
 
 

@@ -6,7 +6,7 @@ fewer tokens then. One that does not flags as many, whatever the judgment says, 
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,16 +52,21 @@ class Sensitivity:
 
     def describe_noise(self) -> str | None:
         """Return a sentence that says what to do if the flags are mostly noise; None if they are not."""
-        if self.flag_signal is not None and self.flag_signal >= LEAST_FLAG_SIGNAL:
-            return None
-        finding = "nothing is flagged"
-        if self.flag_signal is not None:
-            finding = f"flag_signal is {self.flag_signal:.2f}, below {LEAST_FLAG_SIGNAL}"
-        return (
-            f"{finding}: this model hardly reads these judgments, so its flags are mostly noise; flag with a larger"
-            " model or a server (cutlm blame, then cutlm train --map_spans true), with a detector that was taught on"
-            " judged records (objective: hindsight), or by spans that the judge marks (detector: spans)"
-        )
+        return describe_noise(self.flag_signal)
+
+
+def describe_noise(flag_signal: float | None) -> str | None:
+    """Return a sentence that says what to do if the flags are mostly noise; None if they are not."""
+    if flag_signal is not None and flag_signal >= LEAST_FLAG_SIGNAL:
+        return None
+    finding = "nothing is flagged"
+    if flag_signal is not None:
+        finding = f"flag_signal is {flag_signal:.2f}, below {LEAST_FLAG_SIGNAL}"
+    return (
+        f"{finding}: this model hardly reads these judgments, so its flags are mostly noise; flag with a larger model"
+        " or a server (cutlm blame, then cutlm train --map_spans true), with a detector that was taught on judged"
+        " records (objective: hindsight), or by spans that the judge marks (detector: spans)"
+    )
 
 
 class Contrast(NamedTuple):
@@ -76,7 +81,7 @@ class Contrast(NamedTuple):
 class ForeignContext(NamedTuple):
     """The prompt of a row with the judgment of another row."""
 
-    index: int  # the row whose response is scored
+    target: int  # the row whose response is scored
     source: int  # the row whose judgment it gets
     prompt_ids: list[int]
 
@@ -119,7 +124,7 @@ def pair_foreign(judgments: Sequence[str], seed: int = 0) -> list[int]:
 
 
 def sample_foreign(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Any,
     records: Sequence[JudgedRecord],
     encoder: Encoder,
     max_length: int,
@@ -129,7 +134,7 @@ def sample_foreign(
     """Draw unsatisfactory rows, and encode the prompt of each with the judgment of another one.
 
     Args:
-        rows: Encoded rows.
+        rows: Encoded rows, a list or a `datasets.Dataset`.
         records: The record of each.
         encoder: Tokenizer and template.
         max_length: Maximum number of tokens in a prompt and the response; prompts are truncated on the left.
@@ -139,11 +144,7 @@ def sample_foreign(
     Returns:
         The contexts in the order of the rows; none if fewer than two judgments differ.
     """
-    judged = [
-        index
-        for index, row in enumerate(rows)
-        if row["judged_prompt_ids"] is not None and not records[index].is_satisfactory
-    ]
+    judged = [index for index, record in enumerate(records) if not record.is_satisfactory]
     judgments = [str(records[index].judgment) for index in judged]
     foreign = pair_foreign(judgments, seed)
     places = range(len(foreign))
@@ -184,4 +185,4 @@ def compute_sensitivity(contrasts: Sequence[Contrast], threshold: float) -> Sens
         num_larger += bool((own - without).max() > (foreign - without).max())
     shares = [num / num_tokens for num in num_flagged]
     signal = 1 - num_flagged[1] / num_flagged[0] if num_flagged[0] else None
-    return Sensitivity(len(contrasts), *shares, signal, num_larger / len(contrasts))
+    return Sensitivity(len(contrasts), shares[0], shares[1], signal, num_larger / len(contrasts))

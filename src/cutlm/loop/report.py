@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from cutlm.data.files import open_atomic, write_text
+from cutlm.flagging.sensitivity import describe_noise
 from cutlm.inspect.tables import format_table
 
 _COLORS = ("#0072b2", "#d55e00")
 _PANELS_PER_ROW = 3
 _NOTE = """
 Satisfactory responses and flagged tokens are counted in the responses of the iteration's model before it was trained;
-flagged tokens as a share of the tokens of unsatisfactory responses. The loss is the mean of the first and of the last
-logged steps. Held-out metrics are of the model that the iteration ends with. Responses without a judgment are not
-trained on.
+flagged tokens as a share of the tokens of unsatisfactory responses. The flag signal is 1 if other records' judgments
+flag nothing, and 0 if they flag as much as a record's own; pairwise is the share of records in which the largest log
+ratio is larger under their own judgment. The loss is the mean of the first and of the last logged steps. Held-out
+metrics are of the model that the iteration ends with. Responses without a judgment are not trained on.
 """
 
 
@@ -42,6 +44,7 @@ def summarize(iteration: dict[str, Any]) -> dict[str, Any]:
         **{name: judge.get(name) for name in ("num_missing", "num_empty")},
         "share_satisfactory": divide(judge.get("num_satisfactory"), judge.get("num_judged")),
         "flagged_share": train.get("flagged_share") if frozen_share is None else frozen_share,
+        **{name: (blame or train).get(name) for name in ("flag_signal", "pairwise")},
         **{name: train.get(name) for name in ("num_steps", "loss_start", "loss_end")},
         "evaluation": metrics.get("evaluate", {}),
         "seconds": sum(seconds) if seconds else None,
@@ -56,19 +59,30 @@ def make_table(rows: list[dict[str, Any]]) -> str:
 
     names = _list_evaluated(rows)
     held_out = [f"held-out {_name_metric(name)}" for name in names]
-    header = ["iteration", "responses", "no judgment", "satisfactory", "flagged tokens", "loss", *held_out, "time"]
+    signals = [name for name in ("flag_signal", "pairwise") if any(row.get(name) is not None for row in rows)]
+    start = ["iteration", "responses", "no judgment", "satisfactory", "flagged tokens", *map(_name_metric, signals)]
+    header = [*start, "loss", *held_out, "time"]
     cells = []
     for row in rows:
         missing = [count for count in (row["num_missing"], row["num_empty"]) if count is not None]
         losses = [row["loss_start"], row["loss_end"]]
         counts = [show(row["num_responses"], ","), show(sum(missing) if missing else None, ",")]
         shares = [show(row[name], ".1%") for name in ("share_satisfactory", "flagged_share")]
+        shares += [show(row.get(name), ".2f") for name in signals]
         loss = " → ".join(f"{loss:.3f}" for loss in losses) if None not in losses else ""
         forms = [".1%" if name.startswith("share_") else ".4g" for name in names]
         metrics = [show(row["evaluation"].get(name), form) for name, form in zip(names, forms, strict=True)]
         seconds = "" if row["seconds"] is None else format_seconds(row["seconds"])
         cells.append([str(row["iteration"] or "before"), *counts, *shares, loss, *metrics, seconds])
     return format_table(header, cells)
+
+
+def make_summary(rows: list[dict[str, Any]]) -> str:
+    """Make a Markdown table of rows of `summarize`, with a warning below if the last flags are mostly noise."""
+    table = make_table(rows)
+    measured = [row["flag_signal"] for row in rows if row["pairwise"] is not None]
+    noise = describe_noise(measured[-1]) if measured else None
+    return f"{table}\n\nwarning: {noise}" if noise else table
 
 
 def _list_evaluated(rows: list[dict[str, Any]]) -> list[str]:
@@ -102,7 +116,7 @@ def write_report(folder: Path, iterations: list[dict[str, Any]], *, draws_plots:
     rows = [summarize(iteration) for iteration in iterations]
     plots = draw(rows) if draws_plots else None
     image = "\n![Curves over iterations](report.png)\n" if plots is not None else ""
-    text = f"# Online alignment\n\n{make_table(rows)}\n{_NOTE}{image}"
+    text = f"# Online alignment\n\n{make_summary(rows)}\n{_NOTE}{image}"
     write_text(folder / "report.json", json.dumps(rows, indent=2) + "\n")
     write_text(folder / "report.md", text)
     if plots is not None:

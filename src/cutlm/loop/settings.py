@@ -23,6 +23,7 @@ _FREE_SETTINGS = {
     *("instructions", "eval_instructions"),
     *("output_dir", "launcher", "server_command", "server_timeout", "max_failure_rate"),
     *("logging_steps", "report_to", "save_steps", "save_total_limit", "disable_tqdm", "dataloader_num_workers"),
+    "sensitivity_records",
 }
 SETTINGS_FILE = "align.yaml"
 _FREE_OPTIONS = {"concurrency", "timeout", "max_retries", "max_requests", "max_tokens_total", "cache", "device"}
@@ -164,7 +165,7 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
         prompt_options.append(f"--template_date={training['template_date']}")
     if train_args.chat_template_kwargs:
         prompt_options.append(f"--chat_template_kwargs={json.dumps(train_args.chat_template_kwargs)}")
-    shared = ("threshold", "unlikelihood_weight", "gamma", "max_length")
+    shared = ("threshold", "unlikelihood_weight", "gamma", "max_length", "sensitivity_records")
     blame_options = [*prompt_options] + [f"--{name}={getattr(train_args, name)}" for name in shared]
     blame_options += ["--bf16"] * bool(train_args.bf16) + ["--device=cpu"] * bool(train_args.use_cpu)
     blame_options += [f"--dtype={model_args.dtype}"] if model_args.dtype else []

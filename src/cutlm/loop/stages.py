@@ -30,6 +30,7 @@ import yaml
 from cutlm.data.files import SourceRow, read_rows, write_rows, write_text
 from cutlm.data.records import InstructionRow, check_records, validate_row
 from cutlm.errors import DataError, UserError
+from cutlm.flagging.detector import read_sensitivity
 from cutlm.judges.human import name_todo_files
 from cutlm.judges.responses import EMPTY_RESPONSE, name_failures_file
 from cutlm.loop.processes import run_shell, serve
@@ -124,7 +125,7 @@ def list_outputs(plan: Plan, iteration: Iteration, stage: str) -> list[Path]:
         "generate": ["responses.jsonl", "responses.jsonl.failures.jsonl"],
         "judge": judged,
         "refine": ["refined.jsonl"],
-        "blame": ["scores.jsonl"],
+        "blame": ["scores.jsonl", "scores.jsonl.report.json"],
         "train": ["train.yaml", "adapter" if plan.has_merge else "model"],
         "merge": ["model"],
         "evaluate": [f"evaluation/{name}" for name in ("responses.jsonl", *judged, "metrics.json")],
@@ -318,7 +319,10 @@ def _blame(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
 
 def _count_flagged(scores: Path) -> dict[str, Any]:
     flags = [row.value["is_flagged"] for row in read_rows(scores)[0] if not row.value["is_satisfactory"]]
-    return {"num_tokens": sum(map(len, flags)), "num_flagged": sum(map(sum, flags))}
+    counts = {"num_tokens": sum(map(len, flags)), "num_flagged": sum(map(sum, flags))}
+    sensitivity = read_sensitivity(scores)
+    known = {} if sensitivity is None else {"flag_signal": sensitivity.flag_signal, "pairwise": sensitivity.pairwise}
+    return counts | known
 
 
 # ---- Train and merge ----
@@ -355,11 +359,13 @@ def _train(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
     logged = [line for line in state["log_history"] if "loss" in line]
     losses = [line["loss"] for line in logged]
     shares = [line["flagged_share"] for line in logged if "flagged_share" in line]
+    start: dict[str, Any] = next((line for line in state["log_history"] if "pairwise" in line), {})
     return {
         "num_steps": state["global_step"],
         "loss_start": mean(losses[:_NUM_AVERAGED]) if losses else None,
         "loss_end": mean(losses[-_NUM_AVERAGED:]) if losses else None,
         "flagged_share": mean(shares) if shares else None,
+        **{name: start[name] for name in ("flag_signal", "pairwise") if name in start},
     }
 
 

@@ -30,6 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from cutlm.data.files import open_atomic, sync_directory, sync_tree
 from cutlm.data.sources import describe_sources
 from cutlm.errors import ConfigError, NonFiniteError, UserError
+from cutlm.flagging.detector import name_report_file
 from cutlm.model.forward import run_inside
 from cutlm.model.generation_config import stopping_at
 from cutlm.model.loading import check_saved_tokenizer, unwrap_peft
@@ -406,7 +407,7 @@ def check_output_dir(output_dir: str, overwrite: bool) -> None:
     folder = Path(output_dir)
     if folder.is_file():
         raise UserError(f"output_dir: {output_dir} is a file; name a folder")
-    reusable = (SCORES_FILE, SCORES_HEADER_FILE, f"{SCORES_FILE}.partial")
+    reusable = (SCORES_FILE, SCORES_HEADER_FILE, f"{SCORES_FILE}.partial", name_report_file(SCORES_FILE).name)
     if overwrite or not folder.is_dir() or all(path.name in reusable for path in folder.iterdir()):
         return
     last = get_last_checkpoint(output_dir)

@@ -172,6 +172,9 @@ class CUTConfig(TrainingArguments):
         max_tokens_per_batch: Maximum number of tokens in one forward and backward pass. A larger micro-batch is split
             into parts whose gradients add up to its own, so memory is bounded and the result is the same. None: what
             keeps the device busy, 16384 on a GPU and 1024 on a CPU. Not available under FSDP and DeepSpeed.
+        sensitivity_records: Number of records to measure on whether the flags depend on what the judgments say
+            (`flag_signal`, `pairwise`): once with detector "frozen", otherwise before training and at every
+            evaluation; 0 does not measure it.
         learning_rate: Peak learning rate; the paper's, for LoRA.
         lr_scheduler_type: Learning rate schedule.
         logging_steps: Optimizer steps between log lines.
@@ -199,6 +202,7 @@ class CUTConfig(TrainingArguments):
     downsample: float | None = None
     head_chunk_size: int | None = None
     max_tokens_per_batch: int | None = None
+    sensitivity_records: int = 64
 
     learning_rate: float = 4e-4
     lr_scheduler_type: str = "cosine"
@@ -283,10 +287,9 @@ class CUTConfig(TrainingArguments):
                 problems.append(f"{name}: expected a whole number of at least 1, got {value}")
         if not 0 <= self.seed < 2**32:
             problems.append(f"seed: expected a whole number from 0 to 2**32 - 1, got {self.seed}")
-        if self.dataloader_num_workers < 0:
-            problems.append(
-                f"dataloader_num_workers: expected a whole number of at least 0, got {self.dataloader_num_workers}"
-            )
+        for name in ("dataloader_num_workers", "sensitivity_records"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name}: expected a whole number of at least 0, got {getattr(self, name)}")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             problems.append(
                 "num_train_epochs, max_steps: expected at least one step, got none; set one of them above 0"
@@ -364,6 +367,12 @@ class CUTConfig(TrainingArguments):
     def has_known_flags(self) -> bool:
         """Whether flags are known before training begins."""
         return self.detector in ("frozen", "spans")
+
+    @property
+    def has_current_flags(self) -> bool:
+        """Whether the model that is being trained makes flags."""
+        is_cut = self.objective == "cut" and self.detector in (None, "current") and self.use_contrast_loss
+        return is_cut or self.objective == "dual_cut"
 
     @property
     def parts(self) -> Parts:

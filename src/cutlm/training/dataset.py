@@ -22,14 +22,22 @@ from cutlm.data.journal import Journal
 from cutlm.data.records import JudgedRecord, as_records
 from cutlm.errors import ConfigError, DataError, UserError
 from cutlm.flagging.detector import (
+    BlameReport,
     FlagSettings,
+    Logps,
+    collect_logps,
+    count_resumed,
     describe_run,
     flag_response,
+    measure_sensitivity,
+    read_sensitivity,
     refuse_clashes,
     round_logps,
     score_with_journal,
+    write_report,
 )
-from cutlm.flagging.scoring import score_rows
+from cutlm.flagging.scoring import Scorer, score_rows
+from cutlm.flagging.sensitivity import Sensitivity, sample_foreign
 from cutlm.flagging.token_scores import (
     TokenScores,
     fingerprint_tokenizer,
@@ -65,6 +73,10 @@ class PreparedData:
     chat_template: str | None = None  # with which other tools make the same prompts
     end_of_turn_id: int | None = None  # the token that ends every response; None if unknown
     template_date: str | None = None  # the date in the prompts, if they have one
+    sensitivity: Sensitivity | None = None  # of the frozen detector; None if unknown
+    # Of a sample of unsatisfactory records, three rows each: the prompt without a judgment, with its own, and with a
+    # foreign one. With them the sensitivity of the model that is being trained is measured.
+    contrasts: list[list[dict[str, Any]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,8 @@ def prepare_data(
         if "is_flagged" not in data.rows.column_names:
             _flag_rows(data, name, args, model, records, encoder, scores_file)
         _finish_flags(data, name, args)
+    elif args.has_current_flags and encoder is not None:
+        data.contrasts = _sample_contrasts(data.rows, records, encoder, args)
     return data
 
 
@@ -344,6 +358,17 @@ def _downsample(data: PreparedData, name: str, share: float, seed: int) -> list[
     return kept
 
 
+def _sample_contrasts(
+    rows: Dataset, records: Sequence[JudgedRecord], encoder: Encoder, args: CUTConfig
+) -> list[list[dict[str, Any]]]:
+    contrasts = []
+    for context in sample_foreign(rows, records, encoder, args.max_length, args.sensitivity_records):
+        row = rows[context.target]
+        prompts = row["prompt_ids"], row["judged_prompt_ids"], context.prompt_ids
+        contrasts.append([row | {"prompt_ids": ids, "judged_prompt_ids": None} for ids in prompts])
+    return contrasts
+
+
 # ---- The frozen detector ----
 
 
@@ -375,19 +400,31 @@ def _flag_rows(
     rows = data.rows.to_list()
     is_flagged: list[list[bool] | None] = [None] * len(rows)
     weights: list[list[float] | None] = [None] * len(rows)
-    options: Any = {"is_bf16": bool(args.bf16), "show_progress": not args.disable_tqdm}
+
+    def score(rows: Any, done: Any) -> Any:
+        options: Any = {"is_bf16": bool(args.bf16), "show_progress": not args.disable_tqdm}
+        return score_rows(model, rows, done=done, **options)
+
+    logps: dict[int, Logps]
     if scores_file is not None and encoder is not None:
-        for index, scores in enumerate(_score_once(data, rows, args, model, records, encoder, settings, scores_file)):
-            if rows[index]["judged_prompt_ids"] is not None:
-                is_flagged[index], weights[index] = scores.is_flagged, scores.weights
+        # Only the training data have a file.
+        scored = _score_once(data, rows, args, model, records, encoder, score, settings, scores_file)
+        logps = collect_logps(scored)
     else:
         judged = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is not None]
-        for batch in score_rows(model, [rows[index] for index in judged], **options):
-            for number, without, with_judgment in batch:
-                assert with_judgment is not None
-                num_template = rows[judged[number]].get("num_template_tokens") or 0
-                flags = flag_response(round_logps(without), round_logps(with_judgment), settings, num_template)
-                is_flagged[judged[number]], weights[judged[number]] = flags
+        batches = score([rows[index] for index in judged], ())
+        logps = {
+            judged[number]: (round_logps(without), round_logps(with_judgment))
+            for batch in batches
+            for number, without, with_judgment in batch
+        }
+        if name == "train_dataset" and encoder is not None:
+            data.sensitivity = measure_sensitivity(
+                rows, records, logps, encoder, score, settings, num_records=args.sensitivity_records
+            )
+    for index, pair in logps.items():
+        num_template = rows[index].get("num_template_tokens") or 0
+        is_flagged[index], weights[index] = flag_response(*pair, settings, num_template)
     columns = {key: data.rows[key] for key in data.rows.column_names}
     # Types are given because a column may hold nothing but None.
     known = {"is_flagged": List(Value("bool")), "weights": List(Value("float64"))}
@@ -402,10 +439,14 @@ def _score_once(
     model: nn.Module,
     records: Sequence[JudgedRecord],
     encoder: Encoder,
+    score: Scorer,
     settings: FlagSettings,
     scores_file: ScoresFile,
 ) -> list[TokenScores]:
-    """Token scores of the rows: those stored by an earlier start of the same run, or made now and stored."""
+    """Token scores of the rows: those stored by an earlier start of the same run, or made now and stored.
+
+    Their sensitivity is stored likewise, and set in `data`.
+    """
     refuse_clashes(records, [row["location"] for row in rows])
     language_model: Any = unwrap_peft(model)
     detector = fingerprint_model(language_model.name_or_path)
@@ -428,6 +469,7 @@ def _score_once(
         difference = _compare_scores(path, header_path, header)
         if difference is None:
             data.notices.append(f"{path}: reusing the token scores of these records by this model")
+            data.sensitivity = read_sensitivity(path)
             return read_token_scores(path)
         if args.process_index:
             raise UserError(
@@ -441,13 +483,14 @@ def _score_once(
                 " --overwrite_output_dir, or name another output_dir"
             )
 
-        def score(rows: Any, done: Any) -> Any:
-            options: Any = {"is_bf16": bool(args.bf16), "show_progress": not args.disable_tqdm}
-            return score_rows(model, rows, done=done, **options)
-
         journal = Journal(path, run, overwrite=scores_file.overwrite)  # flags are made at the end
-        num_resumed = len(journal.lines)
+        num_resumed = count_resumed(journal)
         scores = score_with_journal(rows, records, journal, encoder, score, settings, detector)
+        logps, num_records = collect_logps(scores), args.sensitivity_records
+        data.sensitivity = measure_sensitivity(
+            rows, records, logps, encoder, score, settings, num_records=num_records, journal=journal
+        )
+        write_report(path, BlameReport(scores, sensitivity=data.sensitivity))
         header_path.unlink(missing_ok=True)
         write_token_scores(path, scores)
         with open_atomic(header_path) as file:
@@ -486,6 +529,9 @@ def _finish_flags(data: PreparedData, name: str, args: CUTConfig) -> None:
     data.notices.append(
         f"{name}: {num_flagged} of {num_tokens} tokens of unsatisfactory responses are flagged ({share:.1%})"
     )
+    if data.sensitivity is not None:
+        data.notices.append(f"{name}: {data.sensitivity.describe()}")
+        data.notices += [f"warning: {noise}" for noise in [data.sensitivity.describe_noise()] if noise]
     if args.parts.unsatisfactory:
         return
     kept = [

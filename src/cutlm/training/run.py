@@ -19,6 +19,7 @@ from cutlm.data.files import read_data
 from cutlm.data.records import check_rows, raise_problems
 from cutlm.data.sources import describe_sources
 from cutlm.errors import ConfigError, DataError
+from cutlm.flagging.detector import read_sensitivity
 from cutlm.flagging.token_scores import TokenScores, is_token_scores_row, parse_token_scores
 from cutlm.model.loading import check_bitsandbytes, count_parameters, load_model, load_tokenizer
 from cutlm.training.checkpoints import (
@@ -78,6 +79,7 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
     data = load_data(data_args.data, data_args.columns)
     if is_main:
         _warn_of_doubts(data)
+        _warn_of_noise(data_args.data, data)
     run_facts = {"data_sha256": data.sha256, "num_processes": int(os.environ.get("WORLD_SIZE", "1"))}
     if checkpoint is not None:
         if is_main:
@@ -155,6 +157,13 @@ def _warn_of_doubts(data: LoadedData) -> None:
     records = [row.record if isinstance(row, TokenScores) else row for row in data.rows]
     for doubt in describe_doubts(records, data.locations, _MAX_LOCATIONS_NAMED):
         print(f"warning: {doubt}")
+
+
+def _warn_of_noise(path: str, data: LoadedData) -> None:
+    """Print that the flags of token scores are mostly noise, if the report next to their file says so."""
+    sensitivity = read_sensitivity(path) if isinstance(data.rows[0], TokenScores) else None
+    if sensitivity is not None and (noise := sensitivity.describe_noise()):
+        print(f"warning: {noise}")
 
 
 def build_trainer(settings: Settings, data: LoadedData, prepare: Prepare = list) -> CheckpointingTrainer:

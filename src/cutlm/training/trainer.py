@@ -17,20 +17,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from cutlm.errors import ConfigError, NonFiniteError
 from cutlm.flagging.scoring import count_tokens
+from cutlm.flagging.sensitivity import Contrast, Sensitivity, compute_sensitivity
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.losses import CutLoss, Parts, TokenFlags, combine_parts, cut_loss, dual_cut_loss
 from cutlm.model.collator import CutCollator, find_non_finite, split_batch, split_lengths
-from cutlm.model.forward import check_head, choose_layout, choose_tokens_per_pass, run_inside, score_batch
+from cutlm.model.forward import (
+    check_head,
+    choose_layout,
+    choose_tokens_per_pass,
+    evaluation_mode,
+    run_inside,
+    score_batch,
+)
 from cutlm.model.loading import check_lora_targets, compile_layers, load_model, unwrap_peft
 from cutlm.model.logprobs import get_head
 from cutlm.model.saving import changes_base, check_base_change, collect_initial_weights
@@ -186,6 +194,13 @@ class CUTTrainer(CheckpointingTrainer):
         self._step_logps: list[tuple[Tensor, Mapping[str, Any]]] = []
         self._last_log_time = time.perf_counter()
         self._num_evaluated = 0
+        # On the evaluation records, if there are any, so that the start compares with later evaluations.
+        self._sensitivity_prefix = "eval_" if "eval_dataset" in prepared else ""
+        sampled = prepared.get("eval_dataset") or prepared.get("train_dataset")
+        self._contrasts = sampled.contrasts if sampled else []
+        self._frozen_sensitivity = prepared["train_dataset"].sensitivity if "train_dataset" in prepared else None
+        self._is_noise_reported = False
+        self.add_callback(_LogSensitivity(self))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """The order of the records; on several processes, each gets similar numbers of tokens."""
@@ -355,8 +370,65 @@ class CUTTrainer(CheckpointingTrainer):
             self._eval_metrics = None
             self._last_log_time += time.perf_counter() - start  # the speed in the log is that of training
         metrics.pop("num_tokens")
+        if self._sensitivity_prefix:
+            metrics |= _list_metrics(self._measure_sensitivity())
         merged = dict(output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics=merged)
+
+    def log_sensitivity(self) -> None:
+        """Log the sensitivity of the model before training, or of the frozen detector."""
+        if self._frozen_sensitivity is not None:
+            self.log(_list_metrics(self._frozen_sensitivity))
+        elif self._contrasts and not (self.args.eval_on_start and self._sensitivity_prefix):
+            metrics = _list_metrics(self._measure_sensitivity())
+            self.log({f"{self._sensitivity_prefix}{name}": value for name, value in metrics.items()})
+
+    def _measure_sensitivity(self) -> Sensitivity | None:
+        """Measure the sensitivity of the model as it is now; every process scores a part of the sample."""
+        # No more sequences in a pass than in one of the evaluation.
+        size = max(1, 2 * self.args.eval_batch_size // 3)
+        inner = self.accelerator.unwrap_model(self.model)
+        contrasts: list[Contrast] = []
+        for first in range(0, len(self._contrasts), size * self.args.world_size):
+            start = first + size * self.args.process_index
+            own = self._contrasts[start : start + size]
+            # Where weights are gathered for every pass, all ranks must make equally many passes.
+            rows = [row for triple in own or self._contrasts[:1] for row in triple]
+            batch = self._prepare_inputs(CutCollator()(rows))
+            with evaluation_mode(self.model), torch.no_grad(), self.accelerator.autocast():
+                logps = run_inside(self.model, inner, self._score, batch)
+            parts = [part.tolist() for part in logps.float().cpu().split(batch["response_lengths"])]
+            for index, triple in enumerate(own):
+                num_template_tokens = triple[0].get("num_template_tokens") or 0
+                contrasts.append(Contrast(*parts[3 * index : 3 * index + 3], num_template_tokens))
+        if self.args.world_size > 1:
+            contrasts = gather_object(contrasts)
+        sensitivity = compute_sensitivity(contrasts, self.args.threshold)
+        if sensitivity is not None and not self._is_noise_reported:
+            self._is_noise_reported = True
+            noise = sensitivity.describe_noise()
+            if noise and self.is_world_process_zero():
+                logger.warning(f"warning: {noise}")
+        return sensitivity
+
+
+class _LogSensitivity(TrainerCallback):
+    """Logs the sensitivity before the first step, when the model is on its devices."""
+
+    def __init__(self, trainer: CUTTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.global_step:  # a resumed run has logged it
+            self.trainer.log_sensitivity()
+
+
+def _list_metrics(sensitivity: Sensitivity | None) -> dict[str, float]:
+    """The metrics to log; one without a value is absent."""
+    if sensitivity is None:
+        return {}
+    metrics = {"flag_signal": sensitivity.flag_signal, "pairwise": sensitivity.pairwise}
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def compute_batch_loss(logps: Tensor, batch: Mapping[str, Any], args: CUTConfig) -> CutLoss:
