@@ -17,8 +17,9 @@ COMPRESSIONS = (".gz", ".xz", ".zst")
 _HUB_SCHEME = "hf://datasets/"
 _SELECTORS = re.compile(r"(?P<name>.+?)(?P<selectors>(?::[\w.-]+)?(?:@[\w./-]+)?(?:\[[^\[\]]*\])?)")
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-# What `datasets` writes next to the rows.
+# What `datasets` and cutlm's own commands write next to the rows.
 _METADATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+_REPORTS = (".report.json", ".failures.jsonl", ".todo.jsonl", ".todo.csv")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,11 @@ def _match(pattern: str) -> list[Path]:
 
 
 def _is_data_file(path: Path) -> bool:
-    return strip_compression(path.name.lower()).endswith(SUFFIXES) and path.name not in _METADATA
+    return strip_compression(path.name.lower()).endswith(SUFFIXES) and not _is_report(path)
+
+
+def _is_report(path: Path) -> bool:
+    return path.name in _METADATA or path.name.endswith(_REPORTS)
 
 
 def _list_folder(folder: Path) -> list[Path]:
@@ -131,7 +136,7 @@ def _find_in_data_set(source: str, name: str, selectors: str, *, is_local: bool)
         raise DataError(f"{source}: expected the name of a split, because there are several; use one of {names}")
     if split is not None and split not in splits:
         raise DataError(f"{source}: no split named {split!r}; there are {', '.join(splits)}")
-    files = splits[split or next(iter(splits))]
+    files = [file for file in splits[split or next(iter(splits))] if not _is_report(Path(file))]
     if foreign := [file for file in files if not _is_data_file(Path(file))]:
         raise DataError(f"{source}: expected files of rows ({', '.join(SUFFIXES)}), got {Path(foreign[0]).name}")
     if not is_local:

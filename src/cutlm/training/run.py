@@ -17,7 +17,7 @@ from trl import get_peft_config, get_quantization_config
 from cutlm.data.doubts import describe_doubts
 from cutlm.data.files import read_data
 from cutlm.data.records import check_rows, raise_problems
-from cutlm.data.sources import describe_sources
+from cutlm.data.sources import describe_sources, find_local_files
 from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.detector import read_sensitivity
 from cutlm.flagging.token_scores import TokenScores, is_token_scores_row, parse_token_scores
@@ -159,11 +159,13 @@ def _warn_of_doubts(data: LoadedData) -> None:
         print(f"warning: {doubt}")
 
 
-def _warn_of_noise(path: str, data: LoadedData) -> None:
-    """Print that the flags of token scores are mostly noise, if the report next to their file says so."""
-    sensitivity = read_sensitivity(path) if isinstance(data.rows[0], TokenScores) else None
-    if sensitivity is not None and (noise := sensitivity.describe_noise()):
-        print(f"warning: {noise}")
+def _warn_of_noise(sources: Sequence[str], data: LoadedData) -> None:
+    """Print that the flags of token scores are mostly noise, if the report next to a file of them says so."""
+    paths = [path for source in sources for path in find_local_files(source)]
+    for path in paths if isinstance(data.rows[0], TokenScores) else ():
+        sensitivity = read_sensitivity(path)
+        if sensitivity is not None and (noise := sensitivity.describe_noise()):
+            print(f"warning: {path}: {noise}" if len(paths) > 1 else f"warning: {noise}")
 
 
 def build_trainer(settings: Settings, data: LoadedData, prepare: Prepare = list) -> CheckpointingTrainer:
