@@ -76,8 +76,8 @@ class Size:
         num_steps: Steps of the taught detector.
     """
 
-    num_tasks: int = 420
-    max_per_rule: int = 36
+    num_tasks: int = 336
+    max_per_rule: int = 30
     num_planted: int = 240
     num_steps: int = 64
 

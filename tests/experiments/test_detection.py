@@ -8,7 +8,7 @@ import detection
 import numpy as np
 import pytest
 from contexts import NUM_FOREIGN, draw_foreign, score_contexts
-from detection import Size, measure, measure_detectors
+from detection import Data, Size, measure, measure_detectors, score_taught
 from format_rules import NAMES, Rule, draw_rule, find_broken_spans, judge_response, recognize_rule, word_rule
 from ifeval import Prompt, check_response
 from metrics import (
@@ -23,6 +23,7 @@ from metrics import (
 )
 from planted_errors import CHANGES, STYLES, Change, draw_change, judge_change, plant_errors
 from real_data import draw_tasks, judge_tasks, load_right_answers
+from teaching import teach_detector
 from tiny_scale import judge_world_responses
 
 from cutlm.data.records import JudgedRecord
@@ -362,6 +363,28 @@ def test_results_of_other_parts_are_kept(tmp_path: Path, monkeypatch: pytest.Mon
     table = (out / "detection.md").read_text("utf-8")
     assert all(f"`{name}`" in table for name in names)
     assert content["command"] in table
+
+
+def test_each_half_is_scored_by_a_detector_that_learned_from_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = judge_world_responses()[:7]
+    data = Data({"planted": records}, {"planted": draw_foreign(records, None, 0)}, [])
+    taught = []
+
+    def teach(model: Path, template: str, others: list[JudgedRecord], cache: Path, num_steps: int) -> Path:
+        taught.append(others)
+        return teach_detector(model, template, others, cache, num_steps)
+
+    monkeypatch.setattr(detection, "teach_detector", teach)
+    responses = score_taught(base_path(), "alpaca", data, "planted", tmp_path, Size(num_steps=1))
+    assert taught == [records[1::2], records[::2]]
+    assert [response.record for response in responses] == records
+    adapters = sorted(path.parent for path in tmp_path.glob("*/adapter_config.json"))
+    assert len(adapters) == 2
+    written = [adapter.stat().st_mtime_ns for adapter in adapters]
+    score_taught(base_path(), "alpaca", data, "planted", tmp_path, Size(num_steps=1))
+    assert [adapter.stat().st_mtime_ns for adapter in adapters] == written
 
 
 def test_rows_of_a_part_have_a_baseline_only_once() -> None:
