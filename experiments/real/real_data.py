@@ -16,6 +16,7 @@ from cutlm.model.loading import load_trained
 from cutlm.prompting.encoding import Encoder
 
 MAX_NEW_TOKENS = 96
+_BATCH_SIZE = 64
 # In characters.
 _MAX_INSTRUCTION, _MAX_QUESTION, _MIN_ANSWER, _MAX_ANSWER = 220, 700, 60, 480
 
@@ -88,7 +89,7 @@ def answer_tasks(model_path: Path, instructions: Sequence[str], cache: Path) -> 
         model, tokenizer = load_trained(model_path, dtype="float32", device="cpu")
         encoder = Encoder(tokenizer, "chat")
         prompts = [encoder.encode_prompt(instruction) for instruction in instructions]
-        sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
+        sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, batch_size=_BATCH_SIZE)
         responses = generate_with_journal(model, tokenizer, encoder, prompts, sampling, journal).responses
     else:
         responses = {line["index"]: line["output"] for line in journal.lines}
