@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import json
 import random
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,7 @@ class Size:
     num_held_out: int = 64
     max_new_tokens: int = 128
     num_tested: int | None = None
-    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     num_steps: int = 25
     batch_size: int = 16
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -445,7 +446,8 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
         print("The time is up; the same command continues.")
         status = 1
     command = "python experiments/real/alignment.py --data shared/data"
-    command += "".join(f" --add {name} '{text}'" for name, text in args.add)
+    command += "".join(f" --add {shlex.quote(name)} {shlex.quote(text)}" for name, text in args.add)
+    command += f" --skip {shlex.join(args.skip)}" if args.skip else ""
     experiment.write_table(command)
     print((args.out / "alignment.md").read_text("utf-8"))
     return status

@@ -58,7 +58,7 @@ class Size:
 
     num_held_out: int = 64
     max_words: int = 200
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     num_steps: int = 25
     batch_size: int = 8
     seed: int = 1

@@ -202,6 +202,7 @@ def test_runs_continue_where_they_stopped(data, tmp_path, monkeypatch, capsys):
     content = json.loads((out / "alignment.json").read_text())
     assert [row["method"] for row in content["results"]] == ["base"]
     assert content["num_test_runs"] == {"finished": 1, "planned": 4}
+    assert content["command"].endswith(f"--skip {' '.join(skip)}")
     assert main(command, SIZE) == 0
     content = json.loads((out / "alignment.json").read_text())
     rows = {row["method"]: row for row in content["results"]}
