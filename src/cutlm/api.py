@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -161,9 +161,11 @@ def blame(
     *,
     template: TemplateName = "alpaca",
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    threshold: float = 1.1,
+    threshold: float | Literal["auto"] = 1.1,
     unlikelihood_weight: float = 1.0,
     gamma: float = 1.0,
+    contrast: str = "judgment",
+    num_foreign: int = 4,
     max_length: int = 2048,
     dtype: str = "auto",
     device: str | None = None,
@@ -177,9 +179,11 @@ def blame(
         records: Judged records.
         template: "alpaca" or "chat", as in training.
         chat_template_kwargs: Arguments of the chat template, as in training.
-        threshold: lambda of eq. 5.
+        threshold: lambda of eq. 5, or "auto"; see `FlagSettings`.
         unlikelihood_weight: alpha of eq. 6.
         gamma: Exponent of the dynamic weight of eq. 6; 0 turns it off.
+        contrast: What the judgment is compared with: "judgment" for none (eq. 5), "foreign" or "perfect".
+        num_foreign: Number of foreign judgments for contrast "foreign".
         max_length: Maximum tokens in a prompt and its response; prompts are truncated on the left.
         dtype: dtype of the weights; "auto" for the checkpoint's, or float32 on a CPU that is faster in it.
         device: Such as "cuda:1"; None for a GPU if there is one.
@@ -199,7 +203,9 @@ def blame(
         >>> scores[0].is_flagged
         [True, False]
     """
-    settings = FlagSettings(threshold, unlikelihood_weight, gamma, max_length)
+    settings = FlagSettings(
+        threshold, unlikelihood_weight, gamma, max_length, contrast=contrast, num_foreign=num_foreign
+    )
     check = as_records(list(records), "records")
     tokenizer, score, detector, backend = load_scorer(model, dtype=dtype, device=device, max_length=max_length)
     encoder = _make_encoder(tokenizer, template, chat_template_kwargs, out)

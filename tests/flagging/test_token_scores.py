@@ -130,6 +130,25 @@ def test_written_scores_are_read_back(tmp_path: Path) -> None:
     assert read_token_scores(tmp_path / "scores.jsonl")[0].record.model_extra == {"source": "mine"}
 
 
+def test_log_ratios_are_against_the_reference_of_a_contrast(tmp_path: Path) -> None:
+    num_tokens = len(make_scores().token_ids)
+    reference = [-0.75] * num_tokens
+    scores = [
+        make_scores(),
+        make_scores(contrast="foreign", logps_reference=reference),
+        make_scores(contrast="perfect", logps_reference=None),
+    ]
+    write_token_scores(tmp_path / "scores.jsonl", scores)
+    assert read_token_scores(tmp_path / "scores.jsonl") == scores
+    assert [one.log_ratios for one in scores] == [[1.0] * num_tokens, [0.25] * num_tokens, None]
+
+
+def test_files_without_a_contrast_are_read(tmp_path: Path) -> None:
+    row = make_scores().to_row()
+    older = {name: value for name, value in row.items() if name not in ("contrast", "logps_reference")}
+    assert read_token_scores(write_lines(tmp_path / "scores.jsonl", [older])) == [make_scores()]
+
+
 def test_lines_are_independent_of_each_other(tmp_path: Path) -> None:
     write_token_scores(tmp_path / "a.jsonl", [make_scores(), make_scores("Yes.")])
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
@@ -184,6 +203,9 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "huge threshold": ({"threshold": 10**400}, "threshold"),
     "other judgment": ({"judgment": "Perfect."}, "is_satisfactory"),
     "huge token": ({"token_ids": [2**70] * 100}, "token_ids[0]"),
+    "unknown contrast": ({"contrast": "none"}, "contrast"),
+    "too few references": ({"contrast": "foreign", "logps_reference": [-1.0]}, "logps_reference"),
+    "positive reference": ({"contrast": "perfect", "logps_reference": [0.1] * 100}, "logps_reference[0]"),
     "no version": ({"schema_version": None}, "schema_version"),
     "record": ({"output": 3}, "output"),
 }

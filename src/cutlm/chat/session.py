@@ -15,7 +15,6 @@ from cutlm.data.records import JudgedRecord, is_praise
 from cutlm.errors import DataError, UserError
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.terminal import Terminal, make_printable
-from cutlm.inspect.tokens import compute_log_ratios
 from cutlm.prompting.reasoning import SplitAnswer, split_reasoning
 from cutlm.prompting.templates import TEMPLATES, TemplateName
 
@@ -227,7 +226,7 @@ class Session:
     def _print_flags(self, scores: TokenScores) -> None:
         self._terminal.print_marked(scores)
         print()
-        ratios, without, judged = compute_log_ratios(scores), scores.logps_without, scores.logps_with
+        ratios, without, judged = scores.log_ratios, scores.logps_without, scores.logps_with
         assert ratios is not None
         assert without is not None
         assert judged is not None

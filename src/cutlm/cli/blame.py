@@ -43,7 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of scoring, each with a default."""
-    parser.add_argument("--threshold", type=float, default=1.1, help="lambda of eq. 5 (default: 1.1)")
+    parser.add_argument(
+        "--threshold",
+        type=_read_threshold,
+        default=1.1,
+        metavar="LAMBDA",
+        help="lambda of eq. 5; auto: the smallest one at which judgments of other records flag at most 1%% of the"
+        " tokens (default: 1.1)",
+    )
+    parser.add_argument(
+        "--contrast",
+        choices=("judgment", "foreign", "perfect"),
+        default="judgment",
+        help="compare the log-probability with the judgment with that without it (judgment), with the mean under"
+        ' judgments of other records (foreign), or with that under "Perfect." (perfect) (default: judgment)',
+    )
+    parser.add_argument(
+        "--num_foreign", type=int, default=4, metavar="N", help="judgments for --contrast foreign (default: 4)"
+    )
     parser.add_argument("--unlikelihood_weight", type=float, default=1.0, help="alpha of eq. 6 (default: 1)")
     parser.add_argument("--gamma", type=float, default=1.0, help="dynamic weight of eq. 6; 0: off (default: 1)")
     parser.add_argument(
@@ -66,6 +83,10 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     _OPTIONS.add(parser)
 
 
+def _read_threshold(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
 def run(args: argparse.Namespace) -> int:
     score_file(args)
     print(f"{args.out} has the token scores; cutlm inspect shows them. Next: {_suggest_training(args)}")
@@ -80,7 +101,15 @@ def score_file(args: argparse.Namespace) -> None:
     from cutlm.data.records import check_records, raise_problems
     from cutlm.flagging.detector import FlagSettings, blame_file
 
-    settings = FlagSettings(args.threshold, args.unlikelihood_weight, args.gamma, args.max_length, args.with_praise)
+    settings = FlagSettings(
+        args.threshold,
+        args.unlikelihood_weight,
+        args.gamma,
+        args.max_length,
+        args.with_praise,
+        args.contrast,
+        args.num_foreign,
+    )
     check = check_records(args.data, args.columns)
     raise_problems(check, describe_sources(args.data))
     tokenizer, score, detector, backend = _prepare_server(args) if args.base_url else _prepare_model(args)
@@ -149,11 +178,14 @@ def _prepare_server(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase,
 def _suggest_training(args: argparse.Namespace) -> str:
     import shlex
 
-    from cutlm.model.loading import is_adapter_folder
+    from cutlm.model.loading import find_base_model, is_adapter_folder
+    from cutlm.training.checkpoints import is_taught
 
     # The model's name on a server may mean nothing elsewhere.
     model, merging = args.tokenizer or args.model, ""
-    if not args.base_url and is_adapter_folder(args.model):
+    if not args.base_url and is_taught(args.model):
+        model = find_base_model(args.model, args.base)  # the adapter is for blame only
+    elif not args.base_url and is_adapter_folder(args.model):
         # Training starts from a whole model.
         model = f"{args.model.rstrip('/')}-merged"
         command = ["cutlm", "merge", "--adapter", args.model, "--out", model]

@@ -65,11 +65,10 @@ def gather_evidence(scores: Iterable[TokenScores], name_group: Callable[[TokenSc
             evidence.left_out["satisfactory"] += 1
         elif not record.wrong_spans:
             evidence.left_out["without wrong_spans"] += 1
-        elif score.logps_with is None or score.logps_without is None:
+        elif (ratios := score.log_ratios) is None:
             evidence.left_out["without log-probs"] += 1
         else:
             evidence.num_records += 1
-            ratios = [judged - plain for judged, plain in zip(score.logps_with, score.logps_without, strict=True)]
             pairs = zip(ratios, flag_spans(score.spans, record.wrong_spans), strict=True)
             evidence.tokens.setdefault(name_group(score) if name_group else None, []).extend(pairs)
     return evidence

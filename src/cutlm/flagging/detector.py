@@ -10,9 +10,9 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from cutlm.data.files import read_bytes, write_text
 from cutlm.data.journal import Journal, refuse_foreign
 from cutlm.data.records import PRAISE, JudgedRecord
 from cutlm.errors import ConfigError, DataError
-from cutlm.flagging.scoring import Scorer
-from cutlm.flagging.sensitivity import NUM_RECORDS, Contrast, Sensitivity, compute_sensitivity, sample_foreign
+from cutlm.flagging.contrast import CONTRASTS, Plan, average_logps, find_threshold, plan_contexts
+from cutlm.flagging.scoring import Scored, Scorer
+from cutlm.flagging.sensitivity import NUM_RECORDS, Contrast, ForeignContext, Sensitivity, compute_sensitivity
 from cutlm.flagging.token_scores import (
     SCORE_FIELDS,
     TokenScores,
@@ -33,7 +34,7 @@ from cutlm.flagging.token_scores import (
 from cutlm.losses import flag_tokens
 from cutlm.prompting.encoding import EncodedRecord, EncodedRecords, Encoder, encode_records, view_both_contexts
 
-Logps = tuple[list[float], list[float]]  # of a response [T], without and with the judgment
+Logps = tuple[list[float], list[float] | None]  # of a response [T], without and with the judgment if it has one
 
 
 @dataclass(frozen=True)
@@ -41,24 +42,35 @@ class FlagSettings:
     """How flags and weights are made.
 
     Attributes:
-        threshold: lambda of eq. 5.
+        threshold: lambda of eq. 5; "auto" for the smallest one that flags at most 1 % of the tokens under foreign
+            judgments, and of satisfactory records, if they are scored with their praise.
         unlikelihood_weight: alpha of eq. 6.
         gamma: Exponent of the dynamic weight of eq. 6; 0 turns it off.
         max_length: Maximum number of tokens in a prompt and the response; prompts are truncated on the left.
+        contrast: What the log-probability with the judgment is compared with: "judgment" for the one without (eq. 5),
+            "foreign" for the logarithm of the mean probability under judgments of other records, "perfect" for the one
+            with praise.
+        num_foreign: Number of these judgments of other records.
         with_praise: Score satisfactory records with their judgment too ("Perfect." if they have none), to calibrate
             thresholds. They are never flagged.
     """
 
-    threshold: float = 1.1
+    threshold: float | Literal["auto"] = 1.1
     unlikelihood_weight: float = 1.0
     gamma: float = 1.0
     max_length: int = 2048
     with_praise: bool = False
+    contrast: str = "judgment"
+    num_foreign: int = 4
 
     def __post_init__(self) -> None:
         problems = []
-        if not 1 <= self.threshold < math.inf:
-            problems.append(f"threshold: expected a number of at least 1, got {self.threshold}")
+        if self.threshold != "auto" and (isinstance(self.threshold, str) or not 1 <= self.threshold < math.inf):
+            problems.append(f"threshold: expected a number of at least 1, or auto, got {self.threshold}")
+        if self.contrast not in CONTRASTS:
+            problems.append(f"contrast: expected one of {', '.join(CONTRASTS)}, got {self.contrast!r}")
+        if self.num_foreign < 1:
+            problems.append(f"num_foreign: expected a whole number of at least 1, got {self.num_foreign}")
         if not 0 < self.unlikelihood_weight < math.inf:
             problems.append(f"unlikelihood_weight: expected a number above 0, got {self.unlikelihood_weight}")
         if not 0 <= self.gamma < math.inf:
@@ -70,14 +82,15 @@ class FlagSettings:
 
 
 def flag_response(
-    logps_without: Sequence[float], logps_with: Sequence[float], settings: FlagSettings, num_template_tokens: int = 0
+    logps_reference: Sequence[float], logps_with: Sequence[float], settings: FlagSettings, num_template_tokens: int = 0
 ) -> tuple[list[bool], list[float]]:
     """Flag the tokens of one response (eq. 5) and weigh them (eq. 6), in float64.
 
     Args:
-        logps_without: [T] log p(y_t | x, y_<t), rounded as in a file of token scores.
+        logps_reference: [T] log p(y_t | x, y_<t), or what else `settings.contrast` compares with, rounded as in a file
+            of token scores.
         logps_with: [T] log p(y_t | x, j, y_<t).
-        settings: Threshold, unlikelihood weight and gamma.
+        settings: Threshold (a number), unlikelihood weight and gamma.
         num_template_tokens: Tokens at the start that the chat template writes; they are never flagged.
 
     Returns:
@@ -87,8 +100,9 @@ def flag_response(
         >>> flag_response([-2.0, -0.1], [-1.0, -0.1], FlagSettings(gamma=0.0))
         ([True, False], [1.0, 0.0])
     """
+    assert settings.threshold != "auto", "it has been found before"
     flags = flag_tokens(
-        torch.tensor(logps_without, dtype=torch.float64),
+        torch.tensor(logps_reference, dtype=torch.float64),
         torch.tensor(logps_with, dtype=torch.float64),
         threshold=settings.threshold,
         unlikelihood_weight=settings.unlikelihood_weight,
@@ -115,6 +129,8 @@ class BlameReport:
     num_truncated: int = 0  # records with a truncated prompt
     left_out: list[str] = field(default_factory=list)  # a sentence for each record that is too long
     sensitivity: Sensitivity | None = None  # None if it was not asked for, or fewer than two judgments differ
+    settings: FlagSettings = field(default_factory=FlagSettings)  # with the threshold that was found
+    is_threshold_found: bool = False
 
     @property
     def judged(self) -> list[TokenScores]:
@@ -144,6 +160,10 @@ class BlameReport:
             f"{num_flagged} of {num_tokens} tokens of unsatisfactory responses flagged"
             f" ({num_flagged / max(1, num_tokens):.1%}); {self.num_without_flag} of these records without any flag",
         ]
+        if self.settings.contrast != "judgment":
+            lines.append(f"the flags are against contrast: {self.settings.contrast}")
+        if self.is_threshold_found:
+            lines.append(f"threshold: auto found {self.settings.threshold:g}")
         if self.sensitivity is not None:
             lines.append(self.sensitivity.describe())
             lines += [f"warning: {noise}" for noise in [self.sensitivity.describe_noise()] if noise]
@@ -192,21 +212,22 @@ def blame_file(
     if not encoded.rows:
         raise DataError(encoded.left_out, hint="no record remains to score; set a larger max_length")
     kept = [records[index] for index in encoded.indices]
+    plan = plan_comparison(encoded.rows, kept, encoder, settings, sensitivity_records)
     header = describe_run(records, encoder, settings, detector, backend)
     journal = Journal(out, header, overwrite=overwrite)
     num_resumed = count_resumed(journal)
-    scores = score_with_journal(encoded.rows, kept, journal, encoder, score, settings, detector)
-    sensitivity = measure_sensitivity(
-        encoded.rows,
-        kept,
-        collect_logps(scores),
-        encoder,
-        score,
-        settings,
-        num_records=sensitivity_records,
-        journal=journal,
+    logps = score_with_journal(encoded.rows, journal, score)
+    comparison = compare_contexts(encoded.rows, kept, logps, plan, score, settings, journal)
+    scores = make_all_scores(encoded.rows, kept, logps, comparison, encoder, detector)
+    report = BlameReport(
+        scores,
+        num_resumed,
+        encoded.num_truncated,
+        encoded.left_out,
+        comparison.sensitivity if sensitivity_records else None,
+        comparison.settings,
+        settings.threshold == "auto",
     )
-    report = BlameReport(scores, num_resumed, encoded.num_truncated, encoded.left_out, sensitivity)
     write_report(out, report)  # first, so that a file of scores has its report
     write_token_scores(out, scores)
     journal.remove()
@@ -218,102 +239,179 @@ def count_resumed(journal: Journal) -> int:
     return sum("logps_foreign" not in line for line in journal.lines)
 
 
-def score_with_journal(
-    rows: Sequence[Mapping[str, Any]],
-    records: Sequence[JudgedRecord],
-    journal: Journal,
-    encoder: Encoder,
-    score: Scorer,
-    settings: FlagSettings,
-    detector: str,
-) -> list[TokenScores]:
-    """Score the rows that a journal does not hold yet, appending each batch to it."""
+def score_with_journal(rows: Sequence[Mapping[str, Any]], journal: Journal, score: Scorer) -> dict[int, Logps]:
+    """Score the rows that a journal does not hold yet, appending each batch to it; return all by their indices."""
     if not all(_matches_row(line, rows) for line in journal.lines):
         refuse_foreign(journal.path)
     lines = [line for line in journal.lines if "logps_foreign" not in line]
-    finished = {line["index"]: (line["logps_without"], line["logps_with"]) for line in lines}
+    finished: dict[int, Logps] = {line["index"]: (line["logps_without"], line["logps_with"]) for line in lines}
     with journal, closing(score(rows, frozenset(finished))) as batches:
         for batch in batches:
-            logps = {
-                index: (round_logps(without), None if judged is None else round_logps(judged))
-                for index, without, judged in batch
-            }
+            logps = round_batch(batch)
             journal.append({"index": key, "logps_without": a, "logps_with": b} for key, (a, b) in logps.items())
             finished |= logps
-    marks = _fingerprint(encoder, settings, detector)
-    return [
-        make_scores(record, row["response_ids"], *finished[index], encoder, settings, marks)
-        for index, (row, record) in enumerate(zip(rows, records, strict=True))
-    ]
+    return finished
 
 
-def collect_logps(scores: Sequence[TokenScores]) -> dict[int, Logps]:
-    """Collect the log-probabilities of responses that were scored in both contexts, by their indices."""
+def round_batch(batch: Sequence[Scored]) -> dict[int, Logps]:
+    """The log-probabilities of a batch as they are stored, by the indices of the rows."""
     return {
-        index: (one.logps_without, one.logps_with)
-        for index, one in enumerate(scores)
-        if one.logps_without is not None and one.logps_with is not None
+        index: (round_logps(without), None if judged is None else round_logps(judged))
+        for index, without, judged in batch
     }
 
 
-def measure_sensitivity(
+@dataclass(frozen=True)
+class Comparison:
+    """What flags are made of, besides the log-probabilities in both contexts.
+
+    Attributes:
+        settings: The settings, with the threshold that was found for "auto".
+        references: By row, the log-probabilities [T] that those with the judgment are compared with, unless these are
+            those without.
+        sensitivity: How far the flags depend on what the judgments say; None if fewer than two judgments differ, or it
+            was not asked for.
+    """
+
+    settings: FlagSettings
+    references: dict[int, list[float]]
+    sensitivity: Sensitivity | None
+
+
+def plan_comparison(
+    rows: Sequence[Mapping[str, Any]],
+    records: Sequence[JudgedRecord],
+    encoder: Encoder,
+    settings: FlagSettings,
+    num_records: int,
+) -> Plan:
+    """Choose the contexts to score for the contrast, the threshold and the sensitivity of `num_records` rows.
+
+    Raises:
+        ConfigError: The settings need more judgments that differ.
+    """
+    plan = plan_contexts(
+        rows,
+        records,
+        encoder,
+        settings.max_length,
+        contrast=settings.contrast,
+        num_foreign=settings.num_foreign,
+        num_records=len(rows) if settings.threshold == "auto" else num_records,
+    )
+    if settings.threshold == "auto" and not plan.foreign:
+        raise ConfigError(
+            "threshold: auto needs unsatisfactory records with at least two different judgments; set a number"
+        )
+    return plan
+
+
+def compare_contexts(
     rows: Sequence[Mapping[str, Any]],
     records: Sequence[JudgedRecord],
     logps: Mapping[int, Logps],
-    encoder: Encoder,
+    plan: Plan,
     score: Scorer,
     settings: FlagSettings,
-    *,
-    num_records: int,
     journal: Journal | None = None,
-) -> Sensitivity | None:
-    """Measure the sensitivity of a model: score a sample of the rows with foreign judgments, too.
+) -> Comparison:
+    """Score the contexts of a plan and derive from them what flags are made of.
 
     Args:
         rows: Encoded rows.
         records: The record of each.
-        logps: For each unsatisfactory row, by its index, the log-probabilities without and with its own judgment.
-        encoder: Tokenizer and template.
+        logps: For each judged row, by its index, the log-probabilities without and with its own judgment.
+        plan: The contexts.
         score: Computes the log-probabilities.
-        settings: Threshold and lengths.
-        num_records: Size of the sample; 0 measures nothing.
-        journal: Holds what a stopped run has finished, whatever the size of its sample, and gets what is new.
-
-    Returns:
-        The sensitivity; None if fewer than two judgments differ.
+        settings: Settings of the flags.
+        journal: Holds what a stopped run has finished and gets what is new.
     """
-    contexts = sample_foreign(rows, records, encoder, settings.max_length, num_records)
-    if not contexts:
-        return None
-    foreign_rows = [
-        {
-            "prompt_ids": context.prompt_ids,
-            "judged_prompt_ids": None,
-            "response_ids": rows[context.target]["response_ids"],
-            "location": f"{rows[context.target]['location']} with the judgment of {rows[context.source]['location']}",
-        }
-        for context in contexts
-    ]
-    places = {(context.target, context.source): place for place, context in enumerate(contexts)}
+    contexts = [*plan.foreign, *(context for own in plan.references.values() for context in own)]
+    scored = _score_contexts(rows, contexts, score, journal)
+    references = {
+        index: round_logps(average_logps([scored[context.target, context.source] for context in own]))
+        for index, own in plan.references.items()
+    }
+    starts = [row.get("num_template_tokens") or 0 for row in rows]
+    contrasts = []
+    for context in plan.foreign:
+        without, own = logps[context.target]
+        assert own is not None
+        reference = references.get(context.target, without)
+        contrasts.append(Contrast(reference, own, scored[context.target, context.source], starts[context.target]))
+    if settings.threshold == "auto":
+        ratios: dict[str, list[float]] = {"foreign": [], "praise": []}
+        for one in contrasts:
+            ratios["foreign"] += _subtract(one.foreign, one.without)[one.num_template_tokens :]
+        for index, (without, judged) in logps.items():
+            if judged is not None and records[index].is_satisfactory:
+                ratios["praise"] += _subtract(judged, references.get(index, without))[starts[index] :]
+        settings = replace(settings, threshold=find_threshold(ratios))
+    assert settings.threshold != "auto"
+    return Comparison(settings, references, compute_sensitivity(contrasts, settings.threshold))
+
+
+def _subtract(ones: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [one - other for one, other in zip(ones, others, strict=True)]
+
+
+def _score_contexts(
+    rows: Sequence[Mapping[str, Any]], contexts: Sequence[ForeignContext], score: Scorer, journal: Journal | None
+) -> dict[tuple[int, int | None], list[float]]:
+    """Score contexts that a journal does not hold yet; return all by the rows of the response and of the judgment."""
+    keys = {(context.target, context.source): place for place, context in enumerate(contexts)}
     finished: dict[int, list[float]] = {}
     for line in journal.lines if journal else ():
-        if "logps_foreign" in line and (place := places.get((line["index"], line["source"]))) is not None:
+        if "logps_foreign" in line and (place := keys.get((line["index"], line["source"]))) is not None:
             finished[place] = line["logps_foreign"]
     if len(finished) < len(contexts):
+        judgments = [
+            "praise" if context.source is None else f"the judgment of {rows[context.source]['location']}"
+            for context in contexts
+        ]
+        foreign_rows = [
+            {
+                "prompt_ids": context.prompt_ids,
+                "judged_prompt_ids": None,
+                "response_ids": rows[context.target]["response_ids"],
+                "location": f"{rows[context.target]['location']} with {judgment}",
+            }
+            for context, judgment in zip(contexts, judgments, strict=True)
+        ]
         with journal or nullcontext(), closing(score(foreign_rows, frozenset(finished))) as batches:
             for batch in batches:
-                scored = {place: round_logps(foreign) for place, foreign, _ in batch}
+                scored = {place: round_logps(logps) for place, logps, _ in batch}
                 if journal is not None:
                     journal.append(
                         {"index": contexts[place].target, "source": contexts[place].source, "logps_foreign": values}
                         for place, values in scored.items()
                     )
                 finished |= scored
-    contrasts = [
-        Contrast(*logps[context.target], finished[place], rows[context.target].get("num_template_tokens") or 0)
-        for place, context in enumerate(contexts)
+    return {key: finished[place] for key, place in keys.items()}
+
+
+def make_all_scores(
+    rows: Sequence[Mapping[str, Any]],
+    records: Sequence[JudgedRecord],
+    logps: Mapping[int, Logps],
+    comparison: Comparison,
+    encoder: Encoder,
+    detector: str,
+) -> list[TokenScores]:
+    """Token scores of all rows, in their order."""
+    marks = _fingerprint(encoder, comparison.settings, detector)
+    return [
+        make_scores(
+            record,
+            row["response_ids"],
+            *logps[index],
+            comparison.references.get(index),
+            encoder,
+            comparison.settings,
+            marks,
+        )
+        for index, (row, record) in enumerate(zip(rows, records, strict=True))
     ]
-    return compute_sensitivity(contrasts, settings.threshold)
 
 
 def name_report_file(scores: str | Path) -> Path:
@@ -325,6 +423,9 @@ def write_report(scores: str | Path, report: BlameReport) -> None:
     """Write the report of a file of token scores next to it."""
     content = {
         "num_records": len(report.scores),
+        "threshold": report.settings.threshold,
+        "contrast": report.settings.contrast,
+        "num_foreign": report.settings.num_foreign if report.settings.contrast == "foreign" else None,
         "flagged_share": report.num_flagged / report.num_tokens if report.num_tokens else None,
         "sensitivity": report.sensitivity and asdict(report.sensitivity),
     }
@@ -346,12 +447,13 @@ def blame_record(
     encoded = encode_for_scoring([record], ["the response"], encoder, settings)
     if not encoded.rows:
         raise DataError(encoded.left_out, hint="no record remains to score; set a larger max_length")
-    (row,) = encoded.rows
-    with closing(score([row], ())) as batches:
-        ((_, without, judged),) = (scored for batch in batches for scored in batch)
-    logps = round_logps(without), None if judged is None else round_logps(judged)
-    marks = _fingerprint(encoder, settings, detector)
-    return make_scores(record, row["response_ids"], *logps, encoder, settings, marks), encoded.num_truncated > 0
+    rows, records = encoded.rows, [record]
+    plan = plan_comparison(rows, records, encoder, settings, 0)
+    with closing(score(rows, ())) as batches:
+        (logps,) = map(round_batch, batches)
+    comparison = compare_contexts(rows, records, logps, plan, score, settings)
+    (scores,) = make_all_scores(rows, records, logps, comparison, encoder, detector)
+    return scores, encoded.num_truncated > 0
 
 
 def describe_run(
@@ -398,6 +500,7 @@ def make_scores(
     response_ids: list[int],
     logps_without: list[float],
     logps_with: list[float] | None,
+    logps_reference: list[float] | None,
     encoder: Encoder,
     settings: FlagSettings,
     marks: Mapping[str, Any],
@@ -406,7 +509,8 @@ def make_scores(
     is_flagged, weights = [False] * len(response_ids), [0.0] * len(response_ids)
     if logps_with is not None and not record.is_satisfactory:
         num_template_tokens = encoder.count_template_tokens(response_ids)
-        is_flagged, weights = flag_response(logps_without, logps_with, settings, num_template_tokens)
+        reference = logps_without if logps_reference is None else logps_reference
+        is_flagged, weights = flag_response(reference, logps_with, settings, num_template_tokens)
     return TokenScores(
         record=record,
         token_ids=response_ids,
@@ -414,6 +518,7 @@ def make_scores(
         spans=encoder.locate_tokens(record.output, response_ids),
         logps_without=logps_without,
         logps_with=logps_with,
+        logps_reference=logps_reference,
         is_flagged=is_flagged,
         weights=weights,
         **marks,
@@ -426,6 +531,7 @@ def _fingerprint(encoder: Encoder, settings: FlagSettings, detector: str) -> dic
         "threshold": settings.threshold,
         "unlikelihood_weight": settings.unlikelihood_weight,
         "gamma": settings.gamma,
+        "contrast": settings.contrast,
         "detector": detector,
         "tokenizer": fingerprint_tokenizer(encoder.tokenizer),
         "template": encoder.fingerprint,
@@ -440,7 +546,9 @@ def _matches_row(line: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> boo
         return False
     row = rows[index]
     if "logps_foreign" in line:
-        return type(line.get("source")) is int and _are_logps(line["logps_foreign"], len(row["response_ids"]))
+        return isinstance(line.get("source", ""), int | None) and _are_logps(
+            line["logps_foreign"], len(row["response_ids"])
+        )
     if not {"logps_without", "logps_with"} <= set(line):
         return False
     is_judged = row["judged_prompt_ids"] is not None

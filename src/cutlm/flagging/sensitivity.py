@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cutlm.data.records import JudgedRecord
+from cutlm.data.records import PRAISE, JudgedRecord
 from cutlm.losses import flag_tokens
 from cutlm.prompting.encoding import Encoder
 
@@ -82,7 +82,7 @@ class ForeignContext(NamedTuple):
     """The prompt of a row with the judgment of another row."""
 
     target: int  # the row whose response is scored
-    source: int  # the row whose judgment it gets
+    source: int | None  # the row whose judgment it gets; None for praise
     prompt_ids: list[int]
 
 
@@ -106,7 +106,7 @@ def pair_foreign(judgments: Sequence[str], seed: int = 0) -> list[int]:
     generator = random.Random(f"foreign {seed}")
     groups: dict[str, list[int]] = defaultdict(list)
     for index in generator.sample(range(len(judgments)), len(judgments)):
-        groups[" ".join(judgments[index].split()).casefold()].append(index)
+        groups[normalize_judgment(judgments[index])].append(index)
     if len(groups) < 2:
         return []
     # In this order the records of one text follow each other, so a step as long as the largest group leaves any group.
@@ -121,6 +121,26 @@ def pair_foreign(judgments: Sequence[str], seed: int = 0) -> list[int]:
             source = (place + num_largest) % num
         foreign[index] = order[source]
     return foreign
+
+
+def normalize_judgment(judgment: str) -> str:
+    """Return the text by which judgments are the same: white space and case do not distinguish them."""
+    return " ".join(judgment.split()).casefold()
+
+
+def encode_context(
+    index: int,
+    source: int | None,
+    rows: Any,
+    records: Sequence[JudgedRecord],
+    encoder: Encoder,
+    max_length: int,
+) -> ForeignContext:
+    """Encode the prompt of a row with the judgment of another row, or with praise."""
+    judgment = PRAISE if source is None else records[source].judgment
+    prompt_ids = encoder.encode_prompt(records[index].conversation, judgment)
+    num_tokens = max_length - len(rows[index]["response_ids"])
+    return ForeignContext(index, source, encoder.truncate(prompt_ids, num_tokens))
 
 
 def sample_foreign(
@@ -149,13 +169,9 @@ def sample_foreign(
     foreign = pair_foreign(judgments, seed)
     places = range(len(foreign))
     drawn = sorted(random.Random(f"sample {seed}").sample(places, min(num_records, len(foreign))))
-    contexts = []
-    for place in drawn:
-        index, source = judged[place], judged[foreign[place]]
-        prompt_ids = encoder.encode_prompt(records[index].full_instruction, records[source].judgment)
-        num_tokens = max_length - len(rows[index]["response_ids"])
-        contexts.append(ForeignContext(index, source, encoder.truncate(prompt_ids, num_tokens)))
-    return contexts
+    return [
+        encode_context(judged[place], judged[foreign[place]], rows, records, encoder, max_length) for place in drawn
+    ]
 
 
 def compute_sensitivity(contrasts: Sequence[Contrast], threshold: float) -> Sensitivity | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -51,6 +51,10 @@ class TokenScores:
         tokenizer: Fingerprint of the tokenizer; see `fingerprint_tokenizer`.
         template: Name and fingerprint of the prompts; see `Encoder.fingerprint`.
         template_date: The date in the prompts, such as "2026-11-26"; None if they have none.
+        contrast: What `logps_with` is compared with to make flags: "judgment" for `logps_without` (eq. 5), "foreign" or
+            "perfect" for `logps_reference`.
+        logps_reference: [T] the log-probabilities under foreign judgments, averaged, or under "Perfect."; None if not
+            scored.
     """
 
     record: JudgedRecord
@@ -68,6 +72,16 @@ class TokenScores:
     tokenizer: str
     template: str
     template_date: str | None = None
+    contrast: str = "judgment"
+    logps_reference: list[float] | None = None
+
+    @property
+    def log_ratios(self) -> list[float] | None:
+        """[T] `logps_with` minus what it is compared with, which flags are made by; None if either is missing."""
+        reference = self.logps_without if self.contrast == "judgment" else self.logps_reference
+        if self.logps_with is None or reference is None:
+            return None
+        return [judged - other for judged, other in zip(self.logps_with, reference, strict=True)]
 
     def to_row(self) -> dict[str, Any]:
         """The record as a row of a file."""
@@ -105,11 +119,13 @@ class _Columns(BaseModel):
     tokenizer: str
     template: str
     template_date: str | None = None
+    contrast: Literal["judgment", "foreign", "perfect"] = "judgment"
+    logps_reference: list[_Logp] | None = None
 
 
 SCORE_FIELDS = tuple(_Columns.model_fields)
 _COLUMNS = SCORE_FIELDS[2:]
-_PER_TOKEN = _COLUMNS[:7]
+_PER_TOKEN = (*_COLUMNS[:7], "logps_reference")
 
 
 def is_token_scores_row(value: Any) -> bool:
@@ -274,6 +290,7 @@ def map_to_tokenizer(scores: TokenScores, encoder: "Encoder") -> TokenScores:
         spans=spans,
         logps_without=None,
         logps_with=None,
+        logps_reference=None,
         is_flagged=[weight > 0 for weight in weights],
         weights=weights,
         tokenizer=fingerprint,

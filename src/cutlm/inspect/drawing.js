@@ -326,6 +326,10 @@ function describeToken(record, sideIndices, index) {
     rows.push([name, ...values, ...(hasChange ? [change] : [])]);
   };
   addValues("log p without", (side) => side.without && showLogp(side.without[index]), "without");
+  if (sides.some((side) => side.reference)) {
+    const isPraise = sides.some((side) => side.settings.contrast === "perfect");
+    addValues(isPraise ? 'log p with "Perfect."' : "log p with other judgments", (side) => side.reference && showLogp(side.reference[index]));
+  }
   addValues("log p with", (side) => side.with && showLogp(side.with[index]), "with");
   addValues("difference", (side) => side.ratios && showChange(side.ratios[index]), "ratios");
   addValues("times as likely", (side) => side.ratios && showFactor(side.ratios[index]));

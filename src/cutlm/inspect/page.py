@@ -22,7 +22,7 @@ from cutlm.inspect.tokens import has_same_tokens, split_pieces
 from cutlm.prompting.spans import flag_spans
 
 _SCRIPTS = ("scores.js", "drawing.js", "controls.js")
-_SETTINGS = ("threshold", "unlikelihood_weight", "gamma", "detector", "tokenizer", "template")
+_SETTINGS = ("threshold", "unlikelihood_weight", "gamma", "contrast", "detector", "tokenizer", "template")
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,8 @@ def _describe_side(scores: TokenScores, settings: dict[tuple[Any, ...], int]) ->
         "wrong": None,  # the tokens inside `wrong_spans`
         "settings": settings.setdefault(tuple(getattr(scores, name) for name in _SETTINGS), len(settings)),
     }
+    if scores.contrast != "judgment":
+        side["reference"] = scores.logps_reference
     if scores.record.wrong_spans and not scores.record.is_satisfactory:
         marks = flag_spans(scores.spans, scores.record.wrong_spans)
         side["wrong"] = [index for index, is_wrong in enumerate(marks) if is_wrong]

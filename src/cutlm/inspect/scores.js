@@ -25,7 +25,8 @@ function prepareSide(record, side, first) {
   let reached = 0;
   side.starts = side.sizes?.map((size) => (reached += size) - size);
   side.settings = data.settings[side.settings];
-  side.ratios = side.with && side.without ? subtract(side.with, side.without) : null; // logarithms
+  const reference = side.settings.contrast === "judgment" ? side.without : side.reference;
+  side.ratios = side.with && reference ? subtract(side.with, reference) : null; // logarithms
   side.stored = new Uint8Array(side.numTokens);
   for (const index of side.flagged) side.stored[index] = 1;
   side.wrong = side.wrong && new Set(side.wrong);

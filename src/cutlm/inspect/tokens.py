@@ -49,13 +49,6 @@ def split_pieces(scores: TokenScores) -> list[Piece]:
     return pieces
 
 
-def compute_log_ratios(scores: TokenScores) -> list[float] | None:
-    """Compute log p(y_t | x, j, y_<t) - log p(y_t | x, y_<t) of each token; None if either is missing."""
-    if scores.logps_with is None or scores.logps_without is None:
-        return None
-    return [judged - plain for judged, plain in zip(scores.logps_with, scores.logps_without, strict=True)]
-
-
 class Pairing(NamedTuple):
     """The records that two files of scores share."""
 

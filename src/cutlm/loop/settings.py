@@ -166,7 +166,8 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
     if train_args.chat_template_kwargs:
         prompt_options.append(f"--chat_template_kwargs={json.dumps(train_args.chat_template_kwargs)}")
     shared = ("threshold", "unlikelihood_weight", "gamma", "max_length", "sensitivity_records")
-    blame_options = [*prompt_options] + [f"--{name}={getattr(train_args, name)}" for name in shared]
+    contrast = ("contrast", "num_foreign") if train_args.contrast != "judgment" else ()
+    blame_options = [*prompt_options] + [f"--{name}={getattr(train_args, name)}" for name in (*shared, *contrast)]
     blame_options += ["--bf16"] * bool(train_args.bf16) + ["--device=cpu"] * bool(train_args.use_cpu)
     blame_options += [f"--dtype={model_args.dtype}"] if model_args.dtype else []
     generate = parse_options("generate", arguments.generate)

@@ -482,6 +482,11 @@ def read_run_facts(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
 
 
+def is_taught(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter that was trained to read judgments, by the objective hindsight."""
+    return read_run_facts(Path(folder)).get("objective") == "hindsight"
+
+
 def save_settings(settings: Settings, run_facts: Mapping[str, Any], folder: Path) -> None:
     """Write the resolved settings to the output folder, and the facts that a resumed run must match."""
     with open_atomic(folder / SETTINGS_FILE) as file:

@@ -28,6 +28,7 @@ from trl import ModelConfig, TrlParser
 
 from cutlm.data.sources import check_columns
 from cutlm.errors import ConfigError
+from cutlm.flagging.contrast import CONTRASTS
 from cutlm.losses import Parts
 from cutlm.model.loading import has_fast_math, warn_of_slow_autocast
 from cutlm.prompting.templates import TEMPLATES, parse_date
@@ -153,7 +154,12 @@ class CUTConfig(TrainingArguments):
         dpo_beta: beta of DPO.
         map_spans: Map token scores of another tokenizer by their character spans.
         threshold: lambda of eq. 5: a token is flagged if the judgment makes it more than this many times as likely.
-            The paper uses 1.1 or 1.2.
+            The paper uses 1.1 or 1.2. "auto", with detector "frozen": the smallest one at which judgments of other
+            records flag at most 1 % of the tokens.
+        contrast: What detector "frozen" compares the log-probability with the judgment with: "judgment" for that
+            without it (eq. 5); "foreign" for the mean under judgments of other records; "perfect" for that with
+            "Perfect.".
+        num_foreign: Number of these judgments of other records.
         unlikelihood_weight: alpha of eq. 6: 0.25, 0.5 or 1 in the paper.
         gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6: 0.25, 0.5, 1 or 2 in the paper; 0 turns
             it off, as in the released code.
@@ -191,7 +197,9 @@ class CUTConfig(TrainingArguments):
     praise_weight: float = 1.0
     dpo_beta: float = 0.1
     map_spans: bool = False
-    threshold: float = 1.1
+    threshold: float | str = 1.1
+    contrast: str = field(default="judgment", metadata={"choices": list(CONTRASTS)})
+    num_foreign: int = 4
     unlikelihood_weight: float = 1.0
     gamma: float = 1.0
     normalization: str = field(default="token", metadata={"choices": list(NORMALIZATIONS)})
@@ -230,7 +238,8 @@ class CUTConfig(TrainingArguments):
         problems = []
         if self.detector is not None and self.detector not in DETECTORS:
             problems.append(f"detector: expected one of {', '.join(DETECTORS)}, got {self.detector!r}")
-        for name, choices in (("normalization", NORMALIZATIONS), ("template", TEMPLATES)):
+        choices_of = (("normalization", NORMALIZATIONS), ("template", TEMPLATES), ("contrast", CONTRASTS))
+        for name, choices in choices_of:
             if getattr(self, name) not in choices:
                 problems.append(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
         if self.template != "chat" and (self.chat_template_kwargs or self.template_date):
@@ -256,6 +265,11 @@ class CUTConfig(TrainingArguments):
                 ("downsample", "normalization", "head_chunk_size", "max_tokens_per_batch"), not self.is_of_pairs
             ),
         }
+        frozen_only = [name for name in ("contrast", "num_foreign") if getattr(self, name) != _default(name)]
+        frozen_only += ["threshold: auto"] if self.threshold == "auto" else []
+        if frozen_only and not (is_cut and self.detector == "frozen"):
+            got = f"objective {self.objective}, detector {self.detector or 'current'}"
+            problems.append(f"{', '.join(frozen_only)}: expected objective cut and detector frozen, got {got}")
         unused = [name for name, used in is_used.items() if not used and getattr(self, name) != _default(name)]
         if unused:
             which = f"objective {self.objective}" + (f", detector {self.detector}" if self.detector else "")
@@ -268,9 +282,9 @@ class CUTConfig(TrainingArguments):
 
     def _check_numbers(self) -> list[str]:
         problems = []
-        if not 1 <= self.threshold < float("inf"):
+        if self.threshold != "auto" and (isinstance(self.threshold, str) or not 1 <= self.threshold < float("inf")):
             problems.append(
-                f"threshold: expected a number of at least 1 (the paper uses 1.1 or 1.2), got {self.threshold}"
+                f"threshold: expected a number of at least 1 (the paper uses 1.1 or 1.2) or auto, got {self.threshold}"
             )
         for name in ("unlikelihood_weight", "gamma", "praise_weight", "learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -281,7 +295,7 @@ class CUTConfig(TrainingArguments):
             problems.append(f"downsample: expected a number of at least 0, or none to keep all, got {self.downsample}")
         optional = ("head_chunk_size", "max_tokens_per_batch")
         batching = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in ("max_length", *optional, *batching):
+        for name in ("max_length", "num_foreign", *optional, *batching):
             value = getattr(self, name)
             if not (value is None and name in optional) and (not isinstance(value, int) or value < 1):
                 problems.append(f"{name}: expected a whole number of at least 1, got {value}")
@@ -369,6 +383,11 @@ class CUTConfig(TrainingArguments):
         return self.detector in ("frozen", "spans")
 
     @property
+    def current_threshold(self) -> float:
+        """The threshold of flags that the model makes while it is trained; 0 flags every token."""
+        return 0.0 if self.detector == "off" or isinstance(self.threshold, str) else self.threshold
+
+    @property
     def has_current_flags(self) -> bool:
         """Whether the model that is being trained makes flags."""
         is_cut = self.objective == "cut" and self.detector in (None, "current") and self.use_contrast_loss
@@ -403,8 +422,17 @@ class JudgeConfig(CUTConfig):
     dpo_beta: float = field(default=0.1, init=False)
     map_spans: bool = field(default=False, init=False)
     threshold: float = field(default=1.1, init=False)
+    contrast: str = field(default="judgment", init=False)
+    num_foreign: int = field(default=4, init=False)
     unlikelihood_weight: float = field(default=1.0, init=False)
     gamma: float = field(default=1.0, init=False)
+
+
+@dataclass
+class DetectorConfig(JudgeConfig):
+    """Settings of teaching a detector by the likelihood of responses given their judgments."""
+
+    objective: str = field(default="hindsight", init=False)
 
 
 def check_libraries(config: CUTConfig) -> None:
@@ -487,6 +515,8 @@ def read_settings(types: Sequence[Any], config: str | None, options: Sequence[st
         actions.setdefault(action.dest, action)  # a field that is true by default has a second one, `--no_field`
         if getattr(action.type, "__name__", "") == "dict":
             action.type = _read_json_object
+        elif action.dest == "threshold":
+            action.type = _read_threshold
     fixed = {item.name for kind in types for item in dataclasses.fields(kind) if not item.init}
 
     def describe_unknown(what: str, name: str, names: Iterable[str]) -> str:
@@ -550,6 +580,13 @@ def _read_json_object(text: str) -> dict[str, Any] | None:
     if value is None or isinstance(value, dict):
         return value
     raise ArgumentTypeError(f"""expected a JSON object such as '{{"name": true}}', got {text!r}""")
+
+
+def _read_threshold(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
 
 
 def _explain(error: Exception) -> str:
@@ -619,7 +656,7 @@ def _describe_misread(node: yaml.Node, action: Any) -> str | None:
     ):
         return None
     value, kind = yaml.safe_load(node.value), getattr(action.type, "__name__", "")
-    if kind in ("int", "float"):
+    if kind in ("int", "float", "_read_threshold"):
         if isinstance(value, bool) or not re.match(r"[-+]?(?:0[0-7_]*[1-7]|\d+:)", node.value):
             return None
         return f"expected a number, got {node.value}, which YAML reads as {value}; write it in decimal digits"
@@ -640,6 +677,7 @@ def _check_value(value: Any, action: Any) -> str | None:
     kinds = {
         "int": "a whole number",
         "float": "a number",
+        "_read_threshold": "a number or auto",
         "str": "text",
         "string_to_bool": "true or false",
         "_read_json_object": "a mapping",

@@ -23,16 +23,17 @@ from cutlm.data.records import JudgedRecord, as_records
 from cutlm.errors import ConfigError, DataError, UserError
 from cutlm.flagging.detector import (
     BlameReport,
+    Comparison,
     FlagSettings,
-    Logps,
-    collect_logps,
+    compare_contexts,
     count_resumed,
     describe_run,
     flag_response,
-    measure_sensitivity,
+    make_all_scores,
+    plan_comparison,
     read_sensitivity,
     refuse_clashes,
-    round_logps,
+    round_batch,
     score_with_journal,
     write_report,
 )
@@ -74,6 +75,7 @@ class PreparedData:
     end_of_turn_id: int | None = None  # the token that ends every response; None if unknown
     template_date: str | None = None  # the date in the prompts, if they have one
     sensitivity: Sensitivity | None = None  # of the frozen detector; None if unknown
+    threshold: Any = None  # at which the frozen detector flags, also if it was "auto"
     # Of a sample of unsatisfactory records, three rows each: the prompt without a judgment, with its own, and with a
     # foreign one. With them the sensitivity of the model that is being trained is measured.
     contrasts: list[list[dict[str, Any]]] = field(default_factory=list)
@@ -95,6 +97,7 @@ def prepare_data(
     tokenizer: PreTrainedTokenizerBase | None,
     locations: Sequence[str] | None = None,
     scores_file: ScoresFile | None = None,
+    threshold: float | None = None,
 ) -> PreparedData:
     """Turn records, token scores or encoded rows into rows of token ids that the model can read.
 
@@ -106,6 +109,7 @@ def prepare_data(
         tokenizer: The tokenizer.
         locations: The location of each record, such as `data.jsonl:17`; None numbers them.
         scores_file: Where the frozen detector stores its token scores; None keeps the flags in memory.
+        threshold: Threshold of the frozen detector; None for that of the settings.
 
     Raises:
         DataError: Bad records or rows, all named; or nothing is left.
@@ -122,17 +126,21 @@ def prepare_data(
         rows = _check_encoded(dataset, name, args)
         ends = {ids[-1] for ids in rows["response_ids"]}
         data = PreparedData(rows, end_of_turn_id=ends.pop() if len(ends) == 1 else None)
-        if name == "train_dataset" and args.downsample is not None:
-            _downsample(data, name, args.downsample, args.seed)
     else:
         if tokenizer is None:
             raise ConfigError(f"{name}: records need a tokenizer; pass processing_class")
         encoder = make_encoder(tokenizer, args, dataset)
-        data, records = encode_dataset(dataset, name, args, encoder, locations)
+        data, records = _encode(dataset, name, args, encoder, locations)
+    if name == "train_dataset" and args.downsample is not None:
+        kept = _downsample(data, name, args.downsample, args.seed)
+        records = [records[index] for index in kept] if records else records
+    if not len(data.rows):
+        use = "train" if name == "train_dataset" else "evaluate"
+        raise DataError(f"{name}: nothing remains to {use} on", hint="\n".join(data.notices))
     check_rows_fit_model(model, data.rows, args.max_length)
     if args.has_known_flags:
         if "is_flagged" not in data.rows.column_names:
-            _flag_rows(data, name, args, model, records, encoder, scores_file)
+            _flag_rows(data, name, args, model, records, encoder, scores_file, threshold)
         _finish_flags(data, name, args)
     elif args.has_current_flags and encoder is not None:
         data.contrasts = _sample_contrasts(data.rows, records, encoder, args)
@@ -157,14 +165,10 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, args: CUTConfig, dataset: S
     return encoder
 
 
-def encode_dataset(
+def _encode(
     dataset: Sequence[Any], name: str, args: CUTConfig, encoder: Encoder, locations: Sequence[str] | None
 ) -> tuple[PreparedData, list[JudgedRecord]]:
-    """Encode records or token scores and downsample them; also return the record of each row.
-
-    Raises:
-        DataError: Bad records, all named; or nothing is left.
-    """
+    """Encode records or token scores; also return the record of each row."""
     if len(dataset) and isinstance(dataset[0], TokenScores):
         records = [scores.record for scores in dataset]
         locations = locations or [f"{name}[{index}]" for index in range(len(dataset))]
@@ -186,13 +190,7 @@ def encode_dataset(
         encoder.end_of_turn_id,
         encoder.template_date,
     )
-    records = [records[index] for index in encoded.indices]
-    if name == "train_dataset" and args.downsample is not None:
-        records = [records[index] for index in _downsample(data, name, args.downsample, args.seed)]
-    if not len(data.rows):
-        use = "train" if name == "train_dataset" else "evaluate"
-        raise DataError(f"{name}: nothing remains to {use} on", hint="\n".join(data.notices))
-    return data, records
+    return data, [records[index] for index in encoded.indices]
 
 
 def choose_view(args: CUTConfig) -> View:
@@ -297,11 +295,11 @@ def _view_scores(dataset: Sequence[TokenScores], locations: Sequence[str], encod
             f" {args.objective}, detector {args.detector}"
         )
     problems = []
-    for key in ("threshold", "unlikelihood_weight", "gamma"):
+    for key in ("threshold", "unlikelihood_weight", "gamma", "contrast"):
         wanted = getattr(args, key)
         others = sorted({getattr(scores, key) for scores in dataset} - {wanted})
-        # A default is not taken for a request.
-        if others and wanted != CUTConfig.__dataclass_fields__[key].default:
+        # A default is not taken for a request, and any threshold may have been found.
+        if others and wanted != "auto" and wanted != CUTConfig.__dataclass_fields__[key].default:
             problems.append(
                 f"{key}: the token scores were made with {others[0]}, got {wanted}; remove the setting, or run cutlm"
                 " blame again"
@@ -397,12 +395,21 @@ def _flag_rows(
     records: Sequence[JudgedRecord],
     encoder: Encoder | None,
     scores_file: ScoresFile | None,
+    threshold: float | None,
 ) -> None:
     """Add the columns `is_flagged` and `weights`, made by the model as it is now."""
     refuse_sharded_detector(args)
     if not getattr(model, "is_quantized", False):
         nn.Module.to(model, args.device)  # the Trainer does so only later
-    settings = FlagSettings(args.threshold, args.unlikelihood_weight, args.gamma, args.max_length)
+    chosen: Any = args.threshold if threshold is None else threshold  # a number or "auto"
+    settings = FlagSettings(
+        chosen,
+        args.unlikelihood_weight,
+        args.gamma,
+        args.max_length,
+        contrast=args.contrast,
+        num_foreign=args.num_foreign,
+    )
     rows = data.rows.to_list()
     is_flagged: list[list[bool] | None] = [None] * len(rows)
     weights: list[list[float] | None] = [None] * len(rows)
@@ -411,26 +418,38 @@ def _flag_rows(
         options: Any = {"is_bf16": bool(args.bf16), "show_progress": not args.disable_tqdm}
         return score_rows(model, rows, done=done, **options)
 
-    logps: dict[int, Logps]
+    judged = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is not None]
     if scores_file is not None and encoder is not None:
         # Only the training data have a file.
         scored = _score_once(data, rows, args, model, records, encoder, score, settings, scores_file)
-        logps = collect_logps(scored)
+        for index in judged:
+            is_flagged[index], weights[index] = scored[index].is_flagged, scored[index].weights
+        data.threshold = scored[0].threshold
     else:
-        judged = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is not None]
-        batches = score([rows[index] for index in judged], ())
+        comparison = Comparison(settings, {}, None)
+        plan = None
+        if encoder is not None:
+            num_records = args.sensitivity_records if name == "train_dataset" else 0
+            plan = plan_comparison(rows, records, encoder, settings, num_records)
+        elif settings.threshold == "auto" or settings.contrast != "judgment":
+            raise ConfigError(f"{name}: contrast, threshold: auto: expected records, got encoded rows; pass records")
         logps = {
-            judged[number]: (round_logps(without), round_logps(with_judgment))
-            for batch in batches
-            for number, without, with_judgment in batch
+            judged[number]: pair
+            for batch in score([rows[index] for index in judged], ())
+            for number, pair in round_batch(batch).items()
         }
-        if name == "train_dataset" and encoder is not None:
-            data.sensitivity = measure_sensitivity(
-                rows, records, logps, encoder, score, settings, num_records=args.sensitivity_records
-            )
-    for index, pair in logps.items():
-        num_template = rows[index].get("num_template_tokens") or 0
-        is_flagged[index], weights[index] = flag_response(*pair, settings, num_template)
+        if plan is not None:
+            comparison = compare_contexts(rows, records, logps, plan, score, settings)
+            data.sensitivity = comparison.sensitivity
+        for index, (without, with_judgment) in logps.items():
+            assert with_judgment is not None
+            num_template = rows[index].get("num_template_tokens") or 0
+            reference = comparison.references.get(index, without)
+            flags = flag_response(reference, with_judgment, comparison.settings, num_template)
+            is_flagged[index], weights[index] = flags
+        data.threshold = comparison.settings.threshold
+    if settings.threshold == "auto":
+        data.notices.append(f"{name}: threshold: auto found {data.threshold:g}")
     columns = {key: data.rows[key] for key in data.rows.column_names}
     # Types are given because a column may hold nothing but None.
     known = {"is_flagged": List(Value("bool")), "weights": List(Value("float64"))}
@@ -466,7 +485,8 @@ def _score_once(
         "device": args.device.type,
     }
     run = describe_run(records, encoder, settings, detector, backend)
-    header = {key: getattr(settings, key) for key in ("threshold", "unlikelihood_weight", "gamma")} | run
+    keys = ("threshold", "unlikelihood_weight", "gamma", "contrast", "num_foreign")
+    header = {key: getattr(settings, key) for key in keys} | run
     path = scores_file.path
     header_path = path.with_suffix(".json")
     partial = path.with_name(f"{path.name}.partial")
@@ -491,12 +511,12 @@ def _score_once(
 
         journal = Journal(path, run, overwrite=scores_file.overwrite)  # flags are made at the end
         num_resumed = count_resumed(journal)
-        scores = score_with_journal(rows, records, journal, encoder, score, settings, detector)
-        logps, num_records = collect_logps(scores), args.sensitivity_records
-        data.sensitivity = measure_sensitivity(
-            rows, records, logps, encoder, score, settings, num_records=num_records, journal=journal
-        )
-        write_report(path, BlameReport(scores, sensitivity=data.sensitivity))
+        plan = plan_comparison(rows, records, encoder, settings, args.sensitivity_records)
+        logps = score_with_journal(rows, journal, score)
+        comparison = compare_contexts(rows, records, logps, plan, score, settings, journal)
+        scores = make_all_scores(rows, records, logps, comparison, encoder, detector)
+        data.sensitivity = comparison.sensitivity if args.sensitivity_records else None
+        write_report(path, BlameReport(scores, sensitivity=data.sensitivity, settings=comparison.settings))
         header_path.unlink(missing_ok=True)
         write_token_scores(path, scores)
         with open_atomic(header_path) as file:
@@ -516,6 +536,7 @@ def _compare_scores(path: Path, header_path: Path, header: Mapping[str, Any]) ->
         found = None
     if not isinstance(found, dict):
         return f"without a readable {header_path.name} next to it, it is not known how it was made"
+    found = {"contrast": "judgment", "num_foreign": FlagSettings.num_foreign} | found  # as before there was a choice
     differing = [key for key in header if found.get(key) != header[key]]
     if differing:
         return f"made with other settings ({', '.join(differing)} differ)"

@@ -141,7 +141,9 @@ class CUTTrainer(CheckpointingTrainer):
             if dataset is None:
                 continue
             own = (locations, scores_file) if name == "train_dataset" else (None, None)
-            data = prepare_data(dataset, name, args, model, processing_class, *own)
+            # The threshold "auto" is found on the training records.
+            threshold = prepared["train_dataset"].threshold if prepared else None
+            data = prepare_data(dataset, name, args, model, processing_class, *own, threshold)
             self.notices += data.notices
             prepared[name] = data
             if data.chat_template is not None and processing_class is not None:
@@ -403,7 +405,7 @@ class CUTTrainer(CheckpointingTrainer):
                 contrasts.append(Contrast(*parts[3 * index : 3 * index + 3], num_template_tokens))
         if self.args.world_size > 1:
             contrasts = gather_object(contrasts)
-        sensitivity = compute_sensitivity(contrasts, self.args.threshold)
+        sensitivity = compute_sensitivity(contrasts, self.args.current_threshold)
         if sensitivity is not None and not self._is_noise_reported:
             self._is_noise_reported = True
             noise = sensitivity.describe_noise()
@@ -453,7 +455,7 @@ def compute_batch_loss(logps: Tensor, batch: Mapping[str, Any], args: CUTConfig)
             with_judgment,
             satisfactory,
             _repeat(batch.get("is_praised", []), lengths, logps.device).bool(),
-            threshold=args.threshold,
+            threshold=args.current_threshold,
             unlikelihood_weight=args.unlikelihood_weight,
             gamma=args.gamma,
             praise_weight=args.praise_weight,
@@ -470,7 +472,7 @@ def compute_batch_loss(logps: Tensor, batch: Mapping[str, Any], args: CUTConfig)
         without,
         with_judgment,
         satisfactory,
-        threshold=0 if args.detector == "off" else args.threshold,
+        threshold=args.current_threshold,
         unlikelihood_weight=args.unlikelihood_weight,
         gamma=args.gamma,
         weights=weights,

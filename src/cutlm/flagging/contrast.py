@@ -1,0 +1,140 @@
+"""What the judged context is compared with (opt-in), and a threshold that foreign judgments calibrate.
+
+Eq. 5 compares log p(y_t | x, j, y_<t) with the log-probability without any judgment. What any judgment does to a model,
+such as another prompt, is then part of the difference. Compared with judgments of other records (contrast "foreign"),
+only what this judgment says remains; compared with praise (contrast "perfect"), what an objection does.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from cutlm.data.records import JudgedRecord
+from cutlm.errors import ConfigError
+from cutlm.flagging.sensitivity import ForeignContext, encode_context, normalize_judgment, sample_foreign
+from cutlm.prompting.encoding import Encoder
+
+CONTRASTS = ("judgment", "foreign", "perfect")
+# Of the tokens that are flagged under foreign judgments at the threshold "auto".
+MAX_FOREIGN_SHARE = 0.01
+
+
+class Plan(NamedTuple):
+    """The contexts to score besides those of eq. 5."""
+
+    references: dict[int, list[ForeignContext]]  # by row, the contexts that its judged one is compared with
+    foreign: list[ForeignContext]  # one context a row with a judgment that is none of its references
+
+
+def plan_contexts(
+    rows: Any,
+    records: Sequence[JudgedRecord],
+    encoder: Encoder,
+    max_length: int,
+    *,
+    contrast: str,
+    num_foreign: int,
+    num_records: int,
+    seed: int = 0,
+) -> Plan:
+    """Choose the contexts to score besides those of eq. 5.
+
+    Args:
+        rows: Encoded rows.
+        records: The record of each.
+        encoder: Tokenizer and template.
+        max_length: Maximum number of tokens in a prompt and the response.
+        contrast: What the judged context is compared with; see `CONTRASTS`.
+        num_foreign: Foreign judgments of contrast "foreign", all with different texts.
+        num_records: Number of unsatisfactory rows to score with a further foreign judgment.
+        seed: Other seeds give other judgments.
+
+    Raises:
+        ConfigError: Too few judgments differ.
+    """
+    foreign = sample_foreign(rows, records, encoder, max_length, num_records, seed)
+    judged = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is not None]
+    if contrast == "judgment":
+        return Plan({}, foreign)
+    if contrast == "perfect":
+        sources: dict[int, Sequence[int | None]] = {index: [None] for index in judged}
+    else:
+        sources = _draw_sources(judged, records, foreign, num_foreign, seed)
+    return Plan(
+        {
+            index: [encode_context(index, source, rows, records, encoder, max_length) for source in own]
+            for index, own in sources.items()
+        },
+        foreign,
+    )
+
+
+def _draw_sources(
+    judged: Sequence[int], records: Sequence[JudgedRecord], foreign: Sequence[ForeignContext], num: int, seed: int
+) -> dict[int, Sequence[int | None]]:
+    """Draw for each row the rows whose judgments it is compared with."""
+    by_text: dict[str, int] = {}
+    for index, record in enumerate(records):
+        if not record.is_satisfactory:
+            by_text.setdefault(normalize_judgment(str(record.judgment)), index)
+    if len(by_text) < num + 2:
+        raise ConfigError(
+            f"contrast: foreign with num_foreign {num} needs {num + 2} unsatisfactory records with different judgments,"
+            f" got {len(by_text)}; set a smaller num_foreign or contrast: perfect"
+        )
+    held_out = {context.target: context.source for context in foreign}
+    texts = list(by_text)
+    sources: dict[int, Sequence[int | None]] = {}
+    for index in judged:
+        known = {
+            normalize_judgment(str(records[row].judgment)) for row in (index, held_out.get(index)) if row is not None
+        }
+        # A few more than are needed, of which the known ones are left out.
+        drawn = random.Random(f"references {seed} {index}").sample(texts, min(len(texts), num + len(known)))
+        sources[index] = [by_text[text] for text in drawn if text not in known][:num]
+    return sources
+
+
+def average_logps(logps: Sequence[Sequence[float]]) -> torch.Tensor:
+    """The logarithm [T] of the mean probability of each token over several contexts, each [T].
+
+    Where the judgment is drawn at random, this is the probability of the token, so the log ratio to it is the pointwise
+    mutual information of token and judgment. A single context in which the token is unlikely does not lower it much, as
+    it would the mean of the logarithms.
+
+    Example:
+
+        >>> average_logps([[math.log(0.2)], [math.log(0.4)]]).exp()
+        tensor([0.3000], dtype=torch.float64)
+    """
+    return torch.tensor(logps, dtype=torch.float64).logsumexp(0) - math.log(len(logps))
+
+
+def find_threshold(ratios: Mapping[str, Sequence[float]], max_share: float = MAX_FOREIGN_SHARE) -> float:
+    """Find the smallest threshold, at least 1, that flags at most a share of the tokens of each group.
+
+    Args:
+        ratios: The log ratios of the tokens of each group, none of which should be flagged.
+        max_share: The share.
+
+    Returns:
+        The threshold, rounded up to 6 decimals.
+
+    Example:
+
+        >>> find_threshold({"foreign": [0.0] * 98 + [math.log(2), math.log(3)]})
+        2.0
+    """
+    threshold = 1.0
+    for values in ratios.values():
+        largest = sorted(values, reverse=True)
+        num_allowed = math.floor(max_share * len(largest))
+        if num_allowed < len(largest) and largest[num_allowed] > 0:
+            bound = min(largest[num_allowed], 600.0)  # beyond, the threshold would be infinite
+            found = math.ceil(math.exp(bound) * 1e6 - 1e-6) / 1e6
+            # Flags compare with the logarithm of the threshold, which may be below the bound by rounding.
+            threshold = max(threshold, found if math.log(found) >= bound else found * (1 + 1e-9))
+    return threshold
