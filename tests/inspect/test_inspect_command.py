@@ -14,9 +14,10 @@ from report_scores import NASTY, make_scores, read_page_data
 from tiny import save_tiny_model
 
 from cutlm.cli import main
+from cutlm.data.records import load_records
 from cutlm.flagging.token_scores import read_token_scores, write_token_scores
 from cutlm.inspect.page import PageRecord, Picture, Table, render_page, write_page
-from cutlm.inspect.tokens import pair_scores, split_pieces
+from cutlm.inspect.tokens import mark_spans, pair_scores, split_pieces
 
 
 def run(*options: str) -> int:
@@ -145,3 +146,22 @@ def test_a_page_of_scores_needs_no_torch(tmp_path):
     write_token_scores(tmp_path / "s.jsonl", make_rows())
     code = "import sys; from cutlm.cli import main; main(['inspect', '--scores', 's.jsonl', '--out', 'r.html'])"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], cwd=tmp_path, check=True)
+
+
+def test_spans_of_the_judge_are_shown_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"instruction": "Say it.", "output": "Sydney, it is  ", "judgment": "It is not."}
+    rows = [row | {"wrong_spans": [[0, 6], [13, 13]]}, row | {"judgment": None}, row]
+    data = tmp_path / "records.jsonl"
+    data.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    out = tmp_path / "page.html"
+    assert main(["inspect", "--data", str(data), "--out", str(out)]) == 0
+    assert "Sydney" in out.read_text("utf-8")
+    (first, second, third) = [mark_spans(record) for record in load_records(data)]
+    assert [token for token, flag in zip(first.tokens, first.is_flagged, strict=True) if flag] == ["Sydney", ""]
+    assert "".join(piece.text for piece in split_pieces(first)) == row["output"]
+    assert not any(second.is_flagged + third.is_flagged)
+    options = ["inspect", "--data", str(data), "--out", str(out), "--overwrite"]
+    assert main([*options, "--threshold", "2"]) == 2, "only with a model"
+    data.write_text(json.dumps(row) + "\n")
+    assert main(options) == 2, "nothing is marked"
+    assert "wrong_spans" in capsys.readouterr().err

@@ -3,9 +3,11 @@
   cutlm inspect --scores scores.jsonl --out report.html
   cutlm inspect --scores before.jsonl --scores after.jsonl --out report.html
   cutlm inspect --model MODEL --data records.jsonl --out report.html
+  cutlm inspect --data records.jsonl --out report.html
 
 The scores come from cutlm blame. Two files compare two models on the same records, such as before and after training;
-records are paired by instruction, input, response and judgment. With --model, the records are first scored as cutlm
+records are paired by instruction, input, response and judgment. With --data alone, the page shows what the judge marked
+(wrong_spans). With --model, the records are first scored as cutlm
 blame does with the options below, into a file next to the page (report.scores.jsonl). The page can be searched and
 sorted, and loads nothing from the network."""
 
@@ -29,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="MODEL", help="instead of --scores: a model or adapter folder, GGUF file, or hub name"
     )
-    parser.add_argument("--data", nargs="+", metavar="FILE", help=f"the records to score with --model: {SOURCES}")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help=f"the records to score with --model, or marked by the judge: {SOURCES}",
+    )
     add_options(parser, "columns")
     parser.add_argument("--out", required=True, metavar="FILE", help="the HTML page to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the page and, with --model, its scores")
@@ -40,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     _check_options(args)
     if Path(args.out).is_dir():
         raise ConfigError(f"--out {args.out or repr('')}: expected a file to write, got a folder; name a file in it")
-    files = args.scores or [str(Path(args.out).with_suffix(".scores.jsonl"))]
+    files = args.scores or ([str(Path(args.out).with_suffix(".scores.jsonl"))] if args.model else args.data)
     check_output(args, [*files, *(args.data or [])])
     if args.model:
         score_file(argparse.Namespace(**vars(args) | {"out": files[0]}))
@@ -49,7 +56,11 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.flagging.token_scores import read_token_scores
     from cutlm.inspect.page import PageRecord, write_page
 
-    rows, num_unpaired = _pair(files, [read_token_scores(file) for file in files])
+    rows: list[tuple[TokenScores, ...]]
+    if args.model or args.scores:
+        rows, num_unpaired = _pair(files, [read_token_scores(file) for file in files])
+    else:
+        rows, num_unpaired = _mark_spans(args), ()
     names = [Path(file).name for file in files]
     names = names if len(set(names)) == len(names) else files
     num_bytes = write_page(args.out, [PageRecord(row) for row in rows], names=names, num_unpaired=num_unpaired)
@@ -61,12 +72,32 @@ def run(args: argparse.Namespace) -> int:
 def _check_options(args: argparse.Namespace) -> None:
     if args.scores and len(args.scores) > 2:
         raise ConfigError(f"--scores: expected one file or two, got {len(args.scores)}")
-    if bool(args.scores) == bool(args.model or args.data) or bool(args.model) != bool(args.data):
+    if bool(args.scores) == bool(args.model or args.data) or (args.model and not args.data):
         got = " and ".join(name for name in ("--scores", "--model", "--data") if getattr(args, name[2:]))
-        raise ConfigError(f"expected either --scores or both --model and --data, got {got or 'none of them'}")
+        raise ConfigError(
+            f"expected either --scores or both --model and --data, got {got or 'none of them'}; or --data alone, for"
+            " records with wrong_spans"
+        )
     given = list_given(args, add_scoring_arguments) + (["--columns"] if args.columns else [])
     if args.scores and given:
         raise ConfigError(f"{', '.join(given)}: used only with --model, because --scores are already computed; remove")
+    if not args.model and (given := list_given(args, add_scoring_arguments)):
+        raise ConfigError(f"{', '.join(given)}: used only with --model; set it, or remove")
+
+
+def _mark_spans(args: argparse.Namespace) -> "list[tuple[TokenScores, ...]]":
+    """Flag what the judge marked in the records."""
+    from cutlm.data.records import check_records, raise_problems
+    from cutlm.data.sources import describe_sources
+    from cutlm.inspect.tokens import mark_spans
+
+    check = check_records(args.data, args.columns)
+    raise_problems(check, describe_sources(args.data))
+    if not any(record.wrong_spans for record in check.records):
+        raise DataError(
+            f"{describe_sources(args.data)}: expected records with wrong_spans, got none; set --model to score them"
+        )
+    return [(mark_spans(record),) for record in check.records]
 
 
 def _pair(

@@ -1,11 +1,15 @@
 """Token scores prepared for display: split a response into pieces, pair two files of scores by record."""
 
+import re
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from cutlm.data.records import JudgedRecord
 from cutlm.flagging.token_scores import TokenScores
+from cutlm.prompting.spans import flag_spans
+
+_PIECE = re.compile(r"\w+|[^\w\s]")
 
 
 class Piece(NamedTuple):
@@ -47,6 +51,34 @@ def split_pieces(scores: TokenScores) -> list[Piece]:
     if has_end:
         pieces.append(Piece("", (last,), scores.is_flagged[last], is_end=True))
     return pieces
+
+
+def mark_spans(record: JudgedRecord) -> TokenScores:
+    """Flag the words of a record's `wrong_spans`, without a model or a tokenizer.
+
+    The pieces are words and single other characters, and the end of the response. There are no log-probabilities.
+    """
+    output = record.output
+    spans = [match.span() for match in _PIECE.finditer(output)] + [(len(output), len(output))]
+    is_flagged = [False] * len(spans)
+    if record.wrong_spans and not record.is_satisfactory:
+        is_flagged = flag_spans(spans, record.wrong_spans)
+    return TokenScores(
+        record=record,
+        token_ids=list(range(len(spans))),
+        tokens=[output[start:end] for start, end in spans],
+        spans=spans,
+        logps_without=None,
+        logps_with=None,
+        is_flagged=is_flagged,
+        weights=[float(flag) for flag in is_flagged],
+        threshold=1.0,
+        unlikelihood_weight=1.0,
+        gamma=0.0,
+        detector="spans",
+        tokenizer="words",
+        template="none",
+    )
 
 
 class Pairing(NamedTuple):
