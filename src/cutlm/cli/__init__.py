@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "see a tiny model answer, be judged and learn from it, on a CPU",
     "convert": "convert published judgment data to records",
     "check": "report every bad row of a file of records, and counts",
+    "preview": "show what training would train on: counts, lengths, examples",
     "train": "align a model with judged records",
     "estimate": "estimate the memory of a training step, and which GPUs fit it",
     "train-judge": "train a model to judge responses, and measure how well it does",
@@ -37,7 +38,7 @@ COMMANDS = {
     "chat": "chat with a model, see which tokens a judgment flags, collect records",
 }
 # These read every field of their settings as an option; the others reject what they do not define.
-_COMMANDS_WITH_SETTINGS = ("train", "train-judge", "train-detector", "align")
+_COMMANDS_WITH_SETTINGS = ("preview", "train", "train-judge", "train-detector", "align")
 # Errors of a path or a disk, not of our code.
 _USER_ERRNOS = {
     *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),

@@ -36,13 +36,35 @@ docs/settings.md explains each.
 """
 
 import argparse
+from typing import TYPE_CHECKING
 
 from cutlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cutlm.training.config import Settings
+    from cutlm.training.run import Prepare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    parser.add_argument("--dry_run", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the resolved settings, and the data as cutlm preview"
+    )
+
+
+def print_dry_run(settings: "Settings", prepare: "Prepare" = list) -> int:
+    """Print the settings and, as comments, what is trained; data that are not there are named and not looked at."""
+    from cutlm.data.sources import find_missing
+    from cutlm.training.preview import preview_run
+
+    print(settings.to_yaml(), end="")
+    data_args = settings.parts[0]
+    missing = find_missing([*data_args.data, *(data_args.eval_data or [])])
+    for line in [f"{source}: no such file, so the data were not looked at" for source in missing] or preview_run(
+        settings, prepare
+    ):
+        print(f"# {line}".rstrip())
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = read_settings((DataArguments, ModelArguments, CUTConfig), args.config, args.rest)
     if args.dry_run:
-        print(settings.to_yaml(), end="")
-        return 0
+        return print_dry_run(settings)
     data_args, _, config = settings.parts
     if (data_args.eval_data or data_args.eval_split) and config.eval_strategy == "no" and not config.eval_on_start:
         raise ConfigError(

@@ -28,12 +28,15 @@ from pathlib import Path
 from cutlm.cli.generate import LOCAL_OPTIONS
 from cutlm.cli.judge import add_local_arguments
 from cutlm.cli.model_options import add_options
+from cutlm.cli.train import print_dry_run
 from cutlm.errors import ConfigError, UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
-    parser.add_argument("--dry_run", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the resolved settings, and the data as cutlm preview"
+    )
     parser.add_argument("--evaluate", metavar="MODEL", help="evaluate this judge instead: a folder or adapter")
 
 
@@ -47,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = read_settings((DataArguments, ModelArguments, JudgeConfig), args.config, args.rest, args.command)
     if args.dry_run:
-        print(settings.to_yaml(), end="")
-        return 0
+        return print_dry_run(settings, make_training_records)
     options = ["--config", args.config, *args.rest] if args.config else args.rest
     return train(settings, options, args.command, make_training_records)
 

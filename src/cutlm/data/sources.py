@@ -69,6 +69,11 @@ def find_local_files(source: str) -> list[Path]:
     return _match(source)
 
 
+def find_missing(sources: Sequence[str]) -> list[str]:
+    """Return the sources that name neither existing files nor a data set of the hub."""
+    return [source for source in sources if not find_local_files(source) and not _is_hub_name(_split(source)[0])]
+
+
 def find_files(source: str) -> list[DataFile]:
     """Find the files of a source; raise a DataError if there are none.
 

@@ -126,17 +126,13 @@ def prepare_data(
         rows = _check_encoded(dataset, name, args)
         ends = {ids[-1] for ids in rows["response_ids"]}
         data = PreparedData(rows, end_of_turn_id=ends.pop() if len(ends) == 1 else None)
+        if name == "train_dataset" and args.downsample is not None:
+            _downsample(data, name, args.downsample, args.seed)
     else:
         if tokenizer is None:
             raise ConfigError(f"{name}: records need a tokenizer; pass processing_class")
         encoder = make_encoder(tokenizer, args, dataset)
-        data, records = _encode(dataset, name, args, encoder, locations)
-    if name == "train_dataset" and args.downsample is not None:
-        kept = _downsample(data, name, args.downsample, args.seed)
-        records = [records[index] for index in kept] if records else records
-    if not len(data.rows):
-        use = "train" if name == "train_dataset" else "evaluate"
-        raise DataError(f"{name}: nothing remains to {use} on", hint="\n".join(data.notices))
+        data, records = encode_dataset(dataset, name, args, encoder, locations)
     check_rows_fit_model(model, data.rows, args.max_length)
     if args.has_known_flags:
         if "is_flagged" not in data.rows.column_names:
@@ -165,10 +161,14 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, args: CUTConfig, dataset: S
     return encoder
 
 
-def _encode(
+def encode_dataset(
     dataset: Sequence[Any], name: str, args: CUTConfig, encoder: Encoder, locations: Sequence[str] | None
 ) -> tuple[PreparedData, list[JudgedRecord]]:
-    """Encode records or token scores; also return the record of each row."""
+    """Encode records or token scores and downsample them; also return the record of each row.
+
+    Raises:
+        DataError: Bad records, all named; or nothing is left.
+    """
     if len(dataset) and isinstance(dataset[0], TokenScores):
         records = [scores.record for scores in dataset]
         locations = locations or [f"{name}[{index}]" for index in range(len(dataset))]
@@ -190,7 +190,13 @@ def _encode(
         encoder.end_of_turn_id,
         encoder.template_date,
     )
-    return data, [records[index] for index in encoded.indices]
+    records = [records[index] for index in encoded.indices]
+    if name == "train_dataset" and args.downsample is not None:
+        records = [records[index] for index in _downsample(data, name, args.downsample, args.seed)]
+    if not len(data.rows):
+        use = "train" if name == "train_dataset" else "evaluate"
+        raise DataError(f"{name}: nothing remains to {use} on", hint="\n".join(data.notices))
+    return data, records
 
 
 def choose_view(args: CUTConfig) -> View:

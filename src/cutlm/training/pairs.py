@@ -118,6 +118,27 @@ def encode_pairs(pairs: Sequence[Pair], encoder: Encoder, max_length: int) -> tu
     return rows, left_out
 
 
+def encode_records_as_pairs(
+    records: Sequence[JudgedRecord], args: CUTConfig, encoder: Encoder, locations: Sequence[str] | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Pair records as the objective wants and encode the pairs; see `encode_pairs`.
+
+    Returns:
+        The rows, and sentences with the counts of pairs and of what was left out; DataError without a pair.
+    """
+    locations = locations or [f"record {number}" for number in range(len(records))]
+    make_pairs = pair_responses if args.objective == "dpo" else pair_refinements
+    pairs, left_out = make_pairs(records, locations)
+    rows, too_long = encode_pairs(pairs, encoder, args.max_length)
+    if not rows:
+        expected = "satisfactory and unsatisfactory responses to one instruction"
+        expected = expected if args.objective == "dpo" else "improved responses in i_ans"
+        raise DataError(f"{args.objective}: expected {expected}, got none", hint="\n".join(left_out + too_long))
+    num_used = len({(pair.conversation.to_text(), text) for pair in pairs for text in (pair.chosen, pair.rejected)})
+    counts = f"{len(rows)} pairs of {len(records)} records, with {num_used} different responses"
+    return rows, [counts, *left_out, *too_long]
+
+
 class PairTrainer(CheckpointingTrainer, DPOTrainer):
     """TRL's `DPOTrainer` on encoded pairs, with cutlm's stopping and saving.
 
@@ -143,22 +164,12 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
     ) -> None:
         if train_dataset and isinstance(train_dataset[0], TokenScores):
             raise ConfigError(f"objective {args.objective} learns from records; got token scores, which are for cut")
-        locations = locations or [f"record {number}" for number in range(len(train_dataset))]
-        make_pairs = pair_responses if args.objective == "dpo" else pair_refinements
-        pairs, left_out = make_pairs(train_dataset, locations)
         encoder = make_encoder(processing_class, args)
-        rows, too_long = encode_pairs(pairs, encoder, args.max_length)
-        if not rows:
-            expected = "satisfactory and unsatisfactory responses to one instruction"
-            expected = expected if args.objective == "dpo" else "improved responses in i_ans"
-            raise DataError(f"{args.objective}: expected {expected}, got none", hint="\n".join(left_out + too_long))
-        num_used = len({(pair.conversation.to_text(), text) for pair in pairs for text in (pair.chosen, pair.rejected)})
+        rows, notices = encode_records_as_pairs(train_dataset, args, encoder, locations)
         template = encoder.build_chat_template()
         self.template_date = encoder.template_date
         self.notices = [
-            f"{len(rows)} pairs of {len(train_dataset)} records, with {num_used} different responses",
-            *left_out,
-            *too_long,
+            *notices,
             *describe_replaced_template(processing_class, template, args.template),
         ]
         check_rows_fit_model(model, rows, args.max_length, ("prompt_ids",), ("chosen_ids", "rejected_ids"))

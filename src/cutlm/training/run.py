@@ -78,7 +78,7 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
     check_libraries(config)
     data = load_data(data_args.data, data_args.columns)
     if is_main:
-        _warn_of_doubts(data)
+        warn_of_doubts(data)
         _warn_of_noise(data_args.data, data)
     run_facts = {"data_sha256": data.sha256, "num_processes": int(os.environ.get("WORLD_SIZE", "1"))}
     if checkpoint is not None:
@@ -158,7 +158,7 @@ def load_data(sources: Sequence[str], columns: Mapping[str, str] | None = None) 
     return LoadedData(check.records, check.locations, found.sha256)
 
 
-def _warn_of_doubts(data: LoadedData) -> None:
+def warn_of_doubts(data: LoadedData) -> None:
     """Print which records are valid, but probably wrong."""
     records = [row.record if isinstance(row, TokenScores) else row for row in data.rows]
     for doubt in describe_doubts(records, data.locations, _MAX_LOCATIONS_NAMED):
@@ -178,12 +178,12 @@ def build_trainer(settings: Settings, data: LoadedData, prepare: Prepare = list)
     """Load the tokenizer and the model and build the trainer of the objective."""
     data_args, model_args, config = settings.parts
     rows = prepare(data.rows)
-    train_indices, eval_indices = _split(len(rows), data_args.eval_split, config.seed)
+    train_indices, eval_indices = split_rows(len(rows), data_args.eval_split, config.seed)
     eval_rows = [rows[index] for index in eval_indices]
     if data_args.eval_data:
         eval_data = load_data(data_args.eval_data, data_args.columns)
         if config.process_index == 0:
-            _warn_of_doubts(eval_data)
+            warn_of_doubts(eval_data)
         eval_rows = prepare(eval_data.rows)
     if config.is_of_pairs and eval_rows:
         raise ConfigError(f"eval_data, eval_split: not used by objective {config.objective}; remove them")
@@ -219,7 +219,7 @@ def build_trainer(settings: Settings, data: LoadedData, prepare: Prepare = list)
     return CUTTrainer(**common, eval_dataset=eval_rows or None, scores_file=scores_file)
 
 
-def _split(num_rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+def split_rows(num_rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Draw a share of the rows to evaluate on; both parts keep the order of the file."""
     num_eval = round(share * num_rows)
     if share and not 0 < num_eval < num_rows:

@@ -1,0 +1,186 @@
+"""What a run would train on, without its model: counts, lengths in tokens, what is truncated, and examples.
+
+In an example, [[ ]] enclose the trained tokens and {{ }} those to unlearn, if these are known before training.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from statistics import quantiles
+from typing import Any
+
+from cutlm.data.doubts import describe_doubts
+from cutlm.errors import MAX_PROBLEMS_SHOWN, ConfigError
+from cutlm.flagging.token_scores import TokenScores
+from cutlm.inspect.tables import format_table
+from cutlm.inspect.terminal import make_printable
+from cutlm.model.loading import load_tokenizer
+from cutlm.prompting.encoding import Encoder
+from cutlm.training.config import CUTConfig, Settings
+from cutlm.training.dataset import encode_dataset, make_encoder
+from cutlm.training.pairs import encode_records_as_pairs
+from cutlm.training.run import LoadedData, Prepare, load_data, split_rows
+
+NUM_EXAMPLES = 3
+_MAX_LOCATIONS_NAMED = 5
+# Characters of a prompt that are shown at its start and at its end.
+_NUM_SHOWN = 400
+_PERCENTILES = (50, 90, 99)
+_PARTS = {
+    "prompt_ids": "prompt",
+    "judged_prompt_ids": "prompt with the judgment",
+    "response_ids": "response",
+    "chosen_ids": "chosen response",
+    "rejected_ids": "rejected response",
+}
+
+
+def preview_run(settings: Settings, prepare: Prepare = list) -> Iterator[str]:
+    """Yield the lines of a preview of a run's data.
+
+    Raises:
+        UserError: The data or the tokenizer cannot be read, or do not fit the settings.
+    """
+    data_args, model_args, config = settings.parts
+    data = load_data(data_args.data, data_args.columns)
+    rows = prepare(data.rows)
+    train_indices, eval_indices = split_rows(len(rows), data_args.eval_split, config.seed)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
+    train_rows = [rows[index] for index in train_indices]
+    if config.objective == "cut" and config.detector is None and isinstance(rows[0], TokenScores):
+        config = copy.copy(config)
+        config.detector = "frozen"
+    encoder = make_encoder(tokenizer, config, train_rows)
+    encoded, notices = _encode(train_rows, config, encoder, [data.locations[index] for index in train_indices])
+    yield from _list_warnings(data)
+    yield from notices[:MAX_PROBLEMS_SHOWN]
+    if len(notices) > MAX_PROBLEMS_SHOWN:
+        yield f"... and {len(notices) - MAX_PROBLEMS_SHOWN} more sentences"
+    if eval_indices:
+        yield f"{len(eval_indices)} records are to evaluate on (eval_split)"
+    elif data_args.eval_data:
+        yield f"{len(load_data(data_args.eval_data, data_args.columns).rows)} records are to evaluate on (eval_data)"
+    yield _count_steps(len(encoded), config)
+    yield ""
+    yield from tabulate_lengths(encoded, config.max_length).split("\n")
+    examples = choose_examples(encoded)
+    for number, row in enumerate(examples, start=1):
+        yield ""
+        kind = {True: ", satisfactory", False: ", unsatisfactory", None: ""}[row.get("is_satisfactory")]
+        location = row.get("location") or f"pair {encoded.index(row) + 1}"
+        yield f"Example {number} of {len(examples)}: {location}{kind}"
+        yield from render_row(row, config, encoder)
+
+
+def _encode(
+    rows: Sequence[Any], config: CUTConfig, encoder: Encoder, locations: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Encode rows as the trainer of the objective does; also return what it would report."""
+    if config.is_of_pairs:
+        if isinstance(rows[0], TokenScores):
+            raise ConfigError(f"objective {config.objective} learns from records; got token scores, which are for cut")
+        return encode_records_as_pairs(rows, config, encoder, locations)
+    data, _ = encode_dataset(rows, "train_dataset", config, encoder, locations)
+    return data.rows.to_list(), data.notices
+
+
+def _list_warnings(data: LoadedData) -> Iterator[str]:
+    records = [row.record if isinstance(row, TokenScores) else row for row in data.rows]
+    for doubt in describe_doubts(records, data.locations, _MAX_LOCATIONS_NAMED):
+        yield f"warning: {doubt}"
+
+
+def _count_steps(num_rows: int, config: CUTConfig) -> str:
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    num_steps = math.ceil(num_rows / size)
+    total = config.max_steps if config.max_steps > 0 else math.ceil(num_steps * config.num_train_epochs)
+    return f"{num_rows} rows, {size} per optimizer step: {num_steps} steps per epoch, {total} in all"
+
+
+def tabulate_lengths(rows: Sequence[Mapping[str, Any]], max_length: int) -> str:
+    """Tabulate the lengths of each part of the rows, in tokens."""
+    columns = {
+        name: [len(row[key]) for row in rows if row.get(key) is not None]
+        for key, name in _PARTS.items()
+        if any(row.get(key) is not None for row in rows)
+    }
+    columns[f"longest sequence (max_length {max_length})"] = [_measure(row) for row in rows]
+    cells = []
+    for name, lengths in columns.items():
+        values = [len(lengths), min(lengths), *_find_percentiles(lengths), max(lengths), sum(lengths)]
+        cells.append([name, *(f"{value:,}" for value in values)])
+    return format_table(["tokens", "rows", "min", *(f"{p} %" for p in _PERCENTILES), "max", "sum"], cells)
+
+
+def _find_percentiles(lengths: Sequence[int]) -> list[int]:
+    if len(lengths) == 1:
+        return [lengths[0]] * len(_PERCENTILES)
+    cuts = quantiles(lengths, n=100, method="inclusive")
+    return [round(cuts[percent - 1]) for percent in _PERCENTILES]
+
+
+def _measure(row: Mapping[str, Any]) -> int:
+    """Return the length of the longest sequence of a row."""
+    prompts = (len(row.get(key) or ()) for key in ("prompt_ids", "judged_prompt_ids"))
+    responses = (len(row.get(key) or ()) for key in ("response_ids", "chosen_ids", "rejected_ids"))
+    return max(prompts) + max(responses)
+
+
+def choose_examples(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Choose the first unsatisfactory and the first satisfactory row, and the longest; if these are fewer, others."""
+    wanted = [
+        next((row for row in rows if row.get("is_satisfactory") is False), None),
+        next((row for row in rows if row.get("is_satisfactory")), None),
+        max(rows, key=_measure),
+        *rows[:NUM_EXAMPLES],
+    ]
+    chosen: list[dict[str, Any]] = []
+    for row in wanted:
+        if row is not None and not any(row is other for other in chosen):
+            chosen.append(row)
+    return chosen[:NUM_EXAMPLES]
+
+
+def render_row(row: Mapping[str, Any], config: CUTConfig, encoder: Encoder) -> Iterator[str]:
+    """Yield the lines of a row: each of its sequences, with the trained tokens marked."""
+    for name, prompt_ids, response_ids, is_trained in _list_sequences(row, config):
+        yield f"  {name}, {len(prompt_ids)} + {len(response_ids)} tokens{'' if is_trained else ', not trained'}:"
+        flags = row.get("is_flagged") if prompt_ids is row["prompt_ids"] else None
+        response = _mark(response_ids, flags or [False] * len(response_ids), encoder)
+        text = str(encoder.tokenizer.decode(prompt_ids))
+        text = _shorten(text) + (f"[[{response}]]" if is_trained else response)
+        for line in make_printable(text, keep="\n\t").split("\n"):
+            yield f"    {line}".rstrip()
+
+
+def _list_sequences(
+    row: Mapping[str, Any], config: CUTConfig
+) -> Iterator[tuple[str, Sequence[int], Sequence[int], bool]]:
+    """Yield each sequence of a row: its name, the prompt, the response, and whether the response is trained."""
+    if "chosen_ids" in row:
+        yield "chosen", row["prompt_ids"], row["chosen_ids"], True
+        yield "rejected", row["prompt_ids"], row["rejected_ids"], True
+        return
+    is_cut = config.objective == "cut"
+    is_included = config.parts.satisfactory if row["is_satisfactory"] else config.parts.contrast
+    yield "prompt and response", row["prompt_ids"], row["response_ids"], is_included or not is_cut
+    if row.get("judged_prompt_ids") is not None:
+        is_included = config.parts.unsatisfactory or not is_cut
+        yield "with the judgment", row["judged_prompt_ids"], row["response_ids"], is_included
+
+
+def _mark(ids: Sequence[int], flags: Sequence[bool], encoder: Encoder) -> str:
+    """Decode a response with its flagged tokens in {{ }}."""
+    text = ""
+    for is_flagged, run in groupby(zip(ids, flags, strict=True), key=lambda pair: pair[1]):
+        part = str(encoder.tokenizer.decode([token for token, _ in run]))
+        text += f"{{{{{part}}}}}" if is_flagged else part
+    return text
+
+
+def _shorten(text: Any) -> str:
+    text = str(text)
+    if len(text) <= 2 * _NUM_SHOWN:
+        return text
+    return f"{text[:_NUM_SHOWN]}[... {len(text) - 2 * _NUM_SHOWN:,} characters ...]{text[-_NUM_SHOWN:]}"
