@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
 
-from cutlm.data.files import hash_sources, read_data, read_rows, refuse_overwriting, write_rows
+from cutlm.data.files import check_out_file, hash_sources, read_data, read_rows, write_rows
 from cutlm.data.sources import check_columns, find_files
 from cutlm.errors import ConfigError, DataError
 
@@ -133,8 +133,14 @@ def test_the_hash_is_of_the_content_and_of_the_columns(folder):
 def test_no_file_of_an_input_is_overwritten(folder):
     for source in (folder, f"{folder}/*.jsonl", folder / "a.jsonl"):
         with pytest.raises(DataError, match="one of the inputs"):
-            refuse_overwriting([source], folder / "a.jsonl")
-    refuse_overwriting([folder], folder / "notes.txt")
+            check_out_file([source], folder / "a.jsonl")
+    check_out_file([folder], folder / "notes.txt")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz", "a.parquet", "a.arrow"])
+def test_formats_that_are_only_read_are_refused_before_writing(name, tmp_path):
+    with pytest.raises(DataError, match=r"name it \.jsonl or \.json"):
+        check_out_file([], tmp_path / name)
 
 
 # ---- Data sets ----
@@ -174,6 +180,13 @@ def test_a_split_and_a_configuration_select_files(data_set):
 def test_what_a_data_set_does_not_have_is_named(selectors, message, data_set):
     with pytest.raises(DataError, match=message):
         read_rows(f"{data_set}{selectors}")
+
+
+def test_files_of_a_folder_may_be_links_as_in_the_cache_of_the_hub(tmp_path):
+    write_rows(tmp_path / "blobs" / "abc", [{"n": 1}])
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "train.jsonl").symlink_to(tmp_path / "blobs" / "abc")
+    assert number(tmp_path / "snapshot") == number(f"{tmp_path}/snapshot[train]") == [1]
 
 
 def test_splits_are_found_by_the_names_of_files(tmp_path):
@@ -223,13 +236,13 @@ def test_files_of_the_hub_are_downloaded_at_the_revision(tmp_path, monkeypatch):
             return [str(tmp_path / "cached")]
 
     monkeypatch.setattr(
-        "datasets.load_dataset_builder", lambda *names, **options: asked.append((names, options)) or Builder
+        "datasets.load_dataset_builder", lambda *names, revision, **_: asked.append((*names, revision)) or Builder
     )
     monkeypatch.setattr("datasets.DownloadManager", Manager)
     rows, _ = read_rows("org/name:config@refs/pr/1[train]")
     assert [(row.location, row.value) for row in rows] == [("org/name@abc/train.jsonl:1", {"n": 1})]
     assert asked == [
-        (("org/name", "config"), {"revision": "refs/pr/1"}),
+        ("org/name", "config", "refs/pr/1"),
         ["hf://datasets/org/name@abc/train.jsonl"],
     ]
 

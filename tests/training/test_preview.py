@@ -116,6 +116,22 @@ def test_bad_rows_fail_and_data_that_are_not_there_are_named(tmp_path, capsys):
     assert f"# {missing}: no such file" in capsys.readouterr().out
 
 
+def test_settings_files_name_several_files_and_columns(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "output": "x", "judgment": None}) + "\n")
+    values = {"data": [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"], "columns": {"prompt": "instruction"}}
+    values |= {"model_name_or_path": str(BASE_MODEL), "use_cpu": True}
+    for _ in range(2):
+        (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
+        assert main(["train", "--config", str(tmp_path / "settings.yaml"), "--dry_run"]) == 0
+        out = capsys.readouterr().out
+        assert "2 records encoded" in out
+        values = yaml.safe_load(out)
+    assert values["columns"] == {"prompt": "instruction"}
+    assert main(["preview", "--config", str(tmp_path / "settings.yaml"), "--columns", '{"a": 1}']) == 2
+    assert "columns: expected" in capsys.readouterr().err
+
+
 def test_examples_are_of_both_kinds_and_the_longest():
     rows = [{"prompt_ids": [0] * n, "response_ids": [0], "is_satisfactory": n != 3} for n in (1, 2, 3, 9, 4)]
     assert [len(row["prompt_ids"]) for row in choose_examples(rows)] == [3, 1, 9]

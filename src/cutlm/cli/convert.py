@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cutlm.cli.model_options import SOURCES, add_options
-from cutlm.data.files import read_rows, refuse_overwriting, write_rows
+from cutlm.data.files import check_out_file, read_rows, write_rows
 from cutlm.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--pairs: expected the source 'ultrafeedback', got {args.source!r}; remove --pairs")
     paths = _find_files(args.source, args.inputs)
     for out in filter(None, (args.out, args.unjudged)):
-        refuse_overwriting(paths, out)
+        check_out_file(paths, out)
     if args.unjudged == args.out:
         raise UserError(f"--unjudged {args.unjudged}: expected another file than --out; choose another name")
     conversion = _convert(args.source, paths, args.columns, args.pairs)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutlm.data.files import refuse_overwriting
+from cutlm.data.files import check_out_file
 from cutlm.data.sources import check_columns
 from cutlm.errors import ConfigError, UserError
 
@@ -106,7 +106,7 @@ def add_options(parser: "argparse._ActionsContainer", *names: str) -> None:
 
 def check_output(args: argparse.Namespace, inputs: Sequence[str]) -> None:
     """Refuse to write to an input, or to a file that exists without --overwrite."""
-    refuse_overwriting(inputs, args.out)
+    check_out_file(inputs, args.out)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; pass another file, or replace it with --overwrite")
 

@@ -52,11 +52,11 @@ def _tasks(args: argparse.Namespace) -> int:
 
 
 def _mark(args: argparse.Namespace) -> int:
-    from cutlm.data.files import refuse_overwriting, write_rows
+    from cutlm.data.files import check_out_file, write_rows
     from cutlm.data.records import load_records
     from cutlm.world.judge import find_task, judge_task
 
-    refuse_overwriting([args.records], args.out)
+    check_out_file([args.records], args.out)
     rows = []
     for record in load_records(args.records):
         task = find_task(record.instruction)

@@ -37,6 +37,8 @@ _TABLE_HEADER = re.compile(
 )
 # How file systems say that they cannot sync a file or a directory.
 _NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+# Formats that are read and not written.
+_READ_ONLY = (".csv", ".tsv", ".parquet", ".arrow")
 # Libraries that write the values again traverse them by recursion.
 MAX_DEPTH = 100
 
@@ -286,8 +288,10 @@ def _find_unwritable(value: Any, depth: int = 0) -> str | None:
     return next(filter(None, (_find_unwritable(item, depth + 1) for item in items)), None)
 
 
-def refuse_overwriting(inputs: Iterable[str | Path], out: str | Path) -> None:
-    """Raises a DataError if an output file is one of the inputs, or one of their files."""
+def check_out_file(inputs: Iterable[str | Path], out: str | Path) -> None:
+    """Raises a DataError if an output file is one of the inputs' files, or of a format that is only read."""
+    if (suffix := Path(strip_compression(Path(out).name)).suffix) in _READ_ONLY:
+        raise DataError(f"--out {out}: expected a file of JSON Lines or JSON, got {suffix}; name it .jsonl or .json")
     if Path(out).exists() and any(path.samefile(out) for source in inputs for path in find_local_files(str(source))):
         raise DataError(f"--out {out}: expected a new file, got one of the inputs; choose another name")
 

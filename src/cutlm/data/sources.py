@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cutlm.errors import ConfigError, DataError
 
@@ -146,15 +147,16 @@ def _find_in_data_set(source: str, name: str, selectors: str, *, is_local: bool)
         raise DataError(f"{source}: expected files of rows ({', '.join(SUFFIXES)}), got {Path(foreign[0]).name}")
     if not is_local:
         return _download(source, files)
+    # Its files may be links to elsewhere, as in the cache of the hub.
+    folder = Path(name).expanduser().resolve()
     if split is None and config is None and not _has_card(Path(name)):
-        others = {path.resolve() for path in _list_folder(Path(name))} - {Path(file).resolve() for file in files}
+        others = set(_list_folder(folder)) - {Path(file) for file in files}
         if others:
             raise DataError(
                 f"{source}: it is not clear which files belong together ({min(others).name} is not in the split"
                 f" {next(iter(splits))!r}); name them, such as '{name.rstrip('/')}/*.jsonl'"
             )
-    folder = Path(name).resolve()
-    paths = [Path(name) / Path(file).resolve().relative_to(folder) for file in files]
+    paths = [Path(name) / Path(file).relative_to(folder) for file in files]
     return [DataFile(str(path), path) for path in paths]
 
 
@@ -171,7 +173,9 @@ def _list_splits(source: str, name: str, config: str | None, revision: str | Non
     from datasets.exceptions import DatasetsError
 
     try:
-        builder = load_dataset_builder(name, config, revision=revision)
+        # The builder locks its cache, which may be read-only; downloads have a cache of their own.
+        with TemporaryDirectory() as cache:
+            builder = load_dataset_builder(name, config, revision=revision, cache_dir=cache)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # OSError: no such data set, or no network
         reason = " ".join(str(error).split()).rstrip(".")[:300]
         hint = "check the name, or download its files and name those" if not Path(name).is_dir() else "check its files"

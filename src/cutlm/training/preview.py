@@ -148,7 +148,7 @@ def render_row(row: Mapping[str, Any], config: CUTConfig, encoder: Encoder) -> I
         yield f"  {name}, {len(prompt_ids)} + {len(response_ids)} tokens{'' if is_trained else ', not trained'}:"
         flags = row.get("is_flagged") if prompt_ids is row["prompt_ids"] else None
         response = _mark(response_ids, flags or [False] * len(response_ids), encoder)
-        text = str(encoder.tokenizer.decode(prompt_ids))
+        text = str(encoder.tokenizer.decode(list(prompt_ids)))
         text = _shorten(text) + (f"[[{response}]]" if is_trained else response)
         for line in make_printable(text, keep="\n\t").split("\n"):
             yield f"    {line}".rstrip()
