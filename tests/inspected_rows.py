@@ -74,11 +74,11 @@ def describe(rows: list[TokenScores]) -> list[str]:
     ]
 
 
-def write(folder: Path, *files: list[TokenScores], unpaired: tuple[int, ...] = ()) -> Path:
+def write(folder: Path, *files: list[TokenScores], unpaired: tuple[int, ...] = (), **options: Any) -> Path:
     names = ("before.jsonl", "after.jsonl")[: len(files)]
     path = folder / "report.html"
     records = [PageRecord(scores) for scores in zip(*files, strict=True)]
-    write_page(path, records, names=names, num_unpaired=unpaired)
+    write_page(path, records, names=names, num_unpaired=unpaired, **options)
     return path
 
 

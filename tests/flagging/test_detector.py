@@ -24,7 +24,8 @@ from cutlm.cli import main
 from cutlm.data.journal import Journal
 from cutlm.data.records import JudgedRecord, load_records
 from cutlm.errors import ConfigError, UserError
-from cutlm.flagging.detector import FlagSettings, blame_file, describe_run, read_sensitivity
+from cutlm.flagging.detector import FlagSettings, blame_file, describe_run
+from cutlm.flagging.report import read_sensitivity
 from cutlm.flagging.scoring import score_rows
 from cutlm.flagging.sensitivity import pair_foreign
 from cutlm.flagging.token_scores import read_token_scores

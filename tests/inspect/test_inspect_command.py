@@ -84,7 +84,7 @@ def test_model_option_scores_records_and_keeps_the_scores(tmp_path, capsys):
     assert "5 records" in capsys.readouterr().out
     scores = read_token_scores(tmp_path / "report.scores.jsonl")
     assert {row.threshold for row in scores} == {1.3}
-    expected = render_page([PageRecord((row,)) for row in scores], names=["report.scores.jsonl"])
+    expected = render_page([PageRecord((row,)) for row in scores], names=["report.scores.jsonl"], sensitivities=[None])
     assert page.read_text("utf-8") == expected
 
 

@@ -11,6 +11,7 @@ from inspected_rows import OUTPUTS, describe, flag, list_flagged, list_pieces, m
 from report_scores import NASTY, make_scores
 
 from cutlm.data.records import JudgedRecord
+from cutlm.flagging.report import Sensitivity
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.page import PageRecord, Picture, Table, write_page
 
@@ -48,6 +49,26 @@ def test_flags_and_counts_follow_the_threshold(browser, tmp_path):
         page.keyboard.press("0")
         assert page.input_value("#threshold") == "1.1"
         assert page.evaluate("THRESHOLDS[document.getElementById('slider').value]") == 1.1
+
+
+def test_the_sensitivity_of_each_file_is_shown_and_noise_is_named_once(browser, tmp_path):
+    good = Sensitivity(64, 0.1, 0.02, 0.8, 0.95)
+    bad = Sensitivity(64, 0.15, 0.156, -0.04, 0.37)
+    unflagged = Sensitivity(5, 0.0, 0.1, None, 0.2)
+    rows = make_rows()
+    for sensitivities in ([good], [bad], [unflagged], [None], [], [bad, unflagged], [None, good]):
+        files = [rows] * max(1, len(sensitivities))
+        with visit(browser, write(tmp_path, *files, sensitivities=sensitivities)) as page:
+            known = [one for one in sensitivities if one]
+            noisy = [one for one in known if one.describe_noise()]
+            assert page.locator("#sensitivity").is_visible() == bool(known)
+            lines = page.locator("#sensitivity p").all_inner_texts()
+            assert len(lines) == len(known) + bool(noisy)
+            for line, one in zip(lines, known, strict=False):
+                signal = "undefined" if one.flag_signal is None else f"{one.flag_signal:.2f}".replace("-", "\u2212")
+                assert all(text in line for text in (signal, f"{one.flagged_share_own:.1%}", f"{one.pairwise:.2f}"))
+            if noisy:
+                assert noisy[-1].describe_noise() in lines[-1]
 
 
 def test_curves_agree_with_the_counts_and_can_be_clicked(browser, tmp_path):

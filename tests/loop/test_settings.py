@@ -11,7 +11,7 @@ from loop_plans import make_plan, make_workplace
 from cutlm.cli import main
 from cutlm.cli.align import parse_stage_options
 from cutlm.errors import ConfigError, UserError
-from cutlm.flagging.sensitivity import describe_noise
+from cutlm.flagging.report import describe_noise
 from cutlm.loop.report import draw, format_seconds, make_status, make_summary, make_table, summarize
 from cutlm.loop.settings import find_differences
 from cutlm.loop.stages import order_instructions

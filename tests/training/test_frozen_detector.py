@@ -21,7 +21,8 @@ from cutlm.chat.local import LocalEngine
 from cutlm.cli import main
 from cutlm.data.records import JudgedRecord, as_records
 from cutlm.errors import ConfigError, DataError, UserError
-from cutlm.flagging.detector import FlagSettings, read_sensitivity
+from cutlm.flagging.detector import FlagSettings
+from cutlm.flagging.report import read_sensitivity
 from cutlm.flagging.token_scores import TokenScores, read_token_scores, write_token_scores
 from cutlm.generation.local import Sampling
 from cutlm.model.loading import load_model, load_tokenizer

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         score_file(argparse.Namespace(**vars(args) | {"out": files[0]}))
         print(f"{files[0]} holds the token scores")
 
+    from cutlm.flagging.report import read_sensitivity
     from cutlm.flagging.token_scores import read_token_scores
     from cutlm.inspect.page import PageRecord, write_page
 
@@ -63,7 +64,13 @@ def run(args: argparse.Namespace) -> int:
         rows, num_unpaired = _mark_spans(args), ()
     names = [Path(file).name for file in files]
     names = names if len(set(names)) == len(names) else files
-    num_bytes = write_page(args.out, [PageRecord(row) for row in rows], names=names, num_unpaired=num_unpaired)
+    num_bytes = write_page(
+        args.out,
+        [PageRecord(row) for row in rows],
+        names=names,
+        num_unpaired=num_unpaired,
+        sensitivities=[read_sensitivity(file) for file in files],
+    )
     pairs = "pairs of " if num_unpaired else ""
     print(f"{args.out}: {len(rows)} {pairs}records, {num_bytes / 1e6:.1f} MB; open it in a browser")
     return 0

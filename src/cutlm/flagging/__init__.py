@@ -6,6 +6,7 @@ Read in this order:
 - `server`: the same from a server that returns prompt log-probabilities.
 - `sensitivity`: whether the flags depend on what the judgments say.
 - `contrast`: what else the judged context can be compared with, and a threshold that foreign judgments calibrate.
+- `report`: what is written about a file of token scores.
 - `detector`: flags and weights from these log-probabilities; scoring whole files with resume.
 - `token_scores`: the JSON Lines format of the result.
 """

@@ -17,13 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cutlm.data.files import read_bytes, write_text
+from cutlm.data.files import write_text
 from cutlm.data.journal import Journal, refuse_foreign
 from cutlm.data.records import PRAISE, JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.contrast import CONTRASTS, Plan, average_logps, find_threshold, plan_contexts
+from cutlm.flagging.report import Sensitivity, name_report_file
 from cutlm.flagging.scoring import Scored, Scorer
-from cutlm.flagging.sensitivity import NUM_RECORDS, Contrast, ForeignContext, Sensitivity, compute_sensitivity
+from cutlm.flagging.sensitivity import NUM_RECORDS, Contrast, ForeignContext, compute_sensitivity
 from cutlm.flagging.token_scores import (
     SCORE_FIELDS,
     TokenScores,
@@ -414,11 +415,6 @@ def make_all_scores(
     ]
 
 
-def name_report_file(scores: str | Path) -> Path:
-    """Name the report next to a file of token scores."""
-    return Path(f"{scores}.report.json")
-
-
 def write_report(scores: str | Path, report: BlameReport) -> None:
     """Write the report of a file of token scores next to it."""
     content = {
@@ -430,14 +426,6 @@ def write_report(scores: str | Path, report: BlameReport) -> None:
         "sensitivity": report.sensitivity and asdict(report.sensitivity),
     }
     write_text(name_report_file(scores), json.dumps(content, indent=2) + "\n")
-
-
-def read_sensitivity(scores: str | Path) -> Sensitivity | None:
-    """Read the sensitivity from the report next to a file of token scores; None if there is none that can be used."""
-    try:
-        return Sensitivity(**json.loads(read_bytes(name_report_file(scores)))["sensitivity"])
-    except (ValueError, RecursionError, KeyError, TypeError):  # including DataError, if the file is missing
-        return None
 
 
 def blame_record(

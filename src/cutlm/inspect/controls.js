@@ -305,6 +305,9 @@ function start() {
   appendText(document.querySelector("h1"), data.title);
   byId("lead").append(...data.lead.map((text) => makeText("p", "", text)));
   byId("sections").append(...data.sections.map(drawSection));
+  data.sensitivities.forEach((known, index) => known && byId("sensitivity").append(drawSensitivity(known, sideNames[index])));
+  const noise = data.sensitivities.findLast((known) => known?.noise)?.noise;
+  if (noise) byId("sensitivity").append(makeText("p", "bad", `\u26a0 ${noise}.`));
   listen();
   setTheme(isDark);
   byId("tokens").hidden = records.length === 0;

@@ -178,6 +178,30 @@ function drawSection({ caption, header, rows, light, dark, alt }) {
   return make("div", "wide", table);
 }
 
+const LEAST_SIGNAL = 0.3; // below it flags are called noise
+
+/** How far the flags of one file can be trusted: the numbers and what they mean. */
+function drawSensitivity(known, name) {
+  const { flag_signal: signal, pairwise, noise } = known;
+  const share = (value) => `${(100 * value).toFixed(1)}%`;
+  const level = make("strong", noise ? "bad" : "good", signal === null ? "undefined" : signal.toFixed(2).replace("-", "\u2212"));
+  const gauge = makeSvg("svg", { class: "gauge", viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" });
+  const width = 100 * Math.max(0, Math.min(1, signal ?? 0));
+  const x = 100 * LEAST_SIGNAL;
+  gauge.append(
+    makeSvg("rect", { class: "back", width: 100, height: 10, rx: 2 }),
+    makeSvg("rect", { class: noise ? "bad" : "good", width, height: 10, rx: 2 }),
+    makeSvg("line", { x1: x, x2: x, y1: 0, y2: 10 }),
+  );
+  const meaning =
+    ` ${share(known.flagged_share_own)} of the tokens are flagged under the records\u2019 own judgments, ` +
+    `${share(known.flagged_share_foreign)} under those of other records. 1: only its own judgment flags a response, ` +
+    `0: any judgment does. Pairwise ${pairwise.toFixed(2)} (${count(known.num_records, "record")}).`;
+  const line = make("p", "", make("b", "", name ? `Flag signal, ${name}` : "Flag signal"), gauge, level);
+  line.append(make("span", "soft", meaning));
+  return line;
+}
+
 function drawScale() {
   const step = (text, level) => make("span", `t ${level}`, text);
   const down = LEVELS.map((bound, index) => step(`\u2212${bound}`, `n${index + 1}`)).reverse();

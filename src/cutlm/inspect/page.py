@@ -17,6 +17,7 @@ from string import Template
 from typing import Any
 
 from cutlm.data.files import open_atomic
+from cutlm.flagging.report import Sensitivity
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.tokens import has_same_tokens, split_pieces
 from cutlm.prompting.spans import flag_spans
@@ -69,6 +70,7 @@ def render_page(
     sections: Sequence[Table | Picture] = (),  # shown before the records
     names: Sequence[str] = (),  # of the files of scores; two if records have two scores each
     num_unpaired: Sequence[int] = (),  # for each of two files, the number of records that only it has
+    sensitivities: Sequence[Sensitivity | None] = (),  # for each file that of its detector, None if unknown
 ) -> str:
     """Render a token page."""
     settings: dict[tuple[Any, ...], int] = {}
@@ -81,6 +83,7 @@ def render_page(
         ],
         "names": list(names),
         "unpaired": list(num_unpaired),
+        "sensitivities": [known and vars(known) | {"noise": known.describe_noise()} for known in sensitivities],
         "records": [_describe_record(record, settings) for record in records],
         "settings": [dict(zip(_SETTINGS, values, strict=True)) for values in settings],
     }

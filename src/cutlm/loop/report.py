@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cutlm.data.files import open_atomic, write_text
-from cutlm.flagging.sensitivity import describe_noise
+from cutlm.flagging.report import describe_noise
 from cutlm.inspect.tables import format_table
 
 _COLORS = ("#0072b2", "#d55e00")

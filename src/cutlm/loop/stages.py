@@ -30,7 +30,7 @@ import yaml
 from cutlm.data.files import SourceRow, read_rows, write_rows, write_text
 from cutlm.data.records import InstructionRow, check_records, validate_row
 from cutlm.errors import DataError, UserError
-from cutlm.flagging.detector import read_sensitivity
+from cutlm.flagging.report import read_sensitivity
 from cutlm.judges.human import name_todo_files
 from cutlm.judges.responses import EMPTY_RESPONSE, name_failures_file
 from cutlm.loop.processes import run_shell, serve

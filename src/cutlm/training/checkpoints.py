@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from cutlm.data.files import open_atomic, sync_directory, sync_tree
 from cutlm.data.sources import describe_sources
 from cutlm.errors import ConfigError, NonFiniteError, UserError
-from cutlm.flagging.detector import name_report_file
+from cutlm.flagging.report import name_report_file
 from cutlm.model.forward import run_inside
 from cutlm.model.generation_config import stopping_at
 from cutlm.model.loading import check_saved_tokenizer, unwrap_peft

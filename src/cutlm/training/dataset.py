@@ -31,14 +31,14 @@ from cutlm.flagging.detector import (
     flag_response,
     make_all_scores,
     plan_comparison,
-    read_sensitivity,
     refuse_clashes,
     round_batch,
     score_with_journal,
     write_report,
 )
+from cutlm.flagging.report import Sensitivity, read_sensitivity
 from cutlm.flagging.scoring import Scorer, score_rows
-from cutlm.flagging.sensitivity import Sensitivity, sample_foreign
+from cutlm.flagging.sensitivity import sample_foreign
 from cutlm.flagging.token_scores import (
     TokenScores,
     fingerprint_tokenizer,

@@ -19,7 +19,7 @@ from cutlm.data.files import read_data
 from cutlm.data.records import check_rows, raise_problems
 from cutlm.data.sources import describe_sources, find_local_files
 from cutlm.errors import ConfigError, DataError
-from cutlm.flagging.detector import read_sensitivity
+from cutlm.flagging.report import read_sensitivity
 from cutlm.flagging.token_scores import TokenScores, is_token_scores_row, parse_token_scores
 from cutlm.model.loading import check_bitsandbytes, count_parameters, load_model, load_tokenizer
 from cutlm.training.checkpoints import (

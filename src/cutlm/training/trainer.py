@@ -26,8 +26,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from cutlm.errors import ConfigError, NonFiniteError
+from cutlm.flagging.report import Sensitivity
 from cutlm.flagging.scoring import count_tokens
-from cutlm.flagging.sensitivity import Contrast, Sensitivity, compute_sensitivity
+from cutlm.flagging.sensitivity import Contrast, compute_sensitivity
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.losses import CutLoss, Parts, TokenFlags, combine_parts, cut_loss, dual_cut_loss
 from cutlm.model.collator import CutCollator, find_non_finite, split_batch, split_lengths
@@ -389,7 +390,8 @@ class CUTTrainer(CheckpointingTrainer):
         """Measure the sensitivity of the model as it is now; every process scores a part of the sample."""
         # No more sequences in a pass than in one of the evaluation.
         size = max(1, 2 * self.args.eval_batch_size // 3)
-        inner = self.accelerator.unwrap_model(self.model)
+        model: Any = self.model
+        inner = self.accelerator.unwrap_model(model)
         contrasts: list[Contrast] = []
         for first in range(0, len(self._contrasts), size * self.args.world_size):
             start = first + size * self.args.process_index
@@ -397,12 +399,13 @@ class CUTTrainer(CheckpointingTrainer):
             # Where weights are gathered for every pass, all ranks must make equally many passes.
             rows = [row for triple in own or self._contrasts[:1] for row in triple]
             batch = self._prepare_inputs(CutCollator()(rows))
-            with evaluation_mode(self.model), torch.no_grad(), self.accelerator.autocast():
-                logps = run_inside(self.model, inner, self._score, batch)
+            with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast():
+                logps = run_inside(model, inner, self._score, batch)
             parts = [part.tolist() for part in logps.float().cpu().split(batch["response_lengths"])]
             for index, triple in enumerate(own):
                 num_template_tokens = triple[0].get("num_template_tokens") or 0
-                contrasts.append(Contrast(*parts[3 * index : 3 * index + 3], num_template_tokens))
+                without, own_logps, foreign = parts[3 * index : 3 * index + 3]
+                contrasts.append(Contrast(without, own_logps, foreign, num_template_tokens))
         if self.args.world_size > 1:
             contrasts = gather_object(contrasts)
         sensitivity = compute_sensitivity(contrasts, self.args.current_threshold)

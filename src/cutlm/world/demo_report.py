@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cutlm.data.files import open_atomic
+from cutlm.flagging.report import read_sensitivity
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.page import PageRecord, Picture, Table, write_page
 from cutlm.inspect.plots import Curves, draw_curves
@@ -195,4 +196,5 @@ def write_report(
             Table("Accuracy by family and iteration", *_tabulate(accuracy)),
             Picture(light, draw_curves(curves, is_dark=True), f"Accuracy by iteration: {ends}."),
         ],
+        sensitivities=[read_sensitivity(out / HELD_OUT_FOLDER / "scores.jsonl")],
     )
