@@ -23,7 +23,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import mean
@@ -372,11 +372,12 @@ def describe_rows(rows: Sequence[dict[str, Any]], content: dict[str, Any]) -> st
         for row in sorted(rows, key=lambda row: -mean(row["instruction_strict"]))
     ]
     num_prompts = rows[0]["num_prompts"] if rows else 0
+    drawn = "" if size["num_tested"] is None else ", drawn by a fixed seed"
     notes = [
-        f"Strict accuracy on {num_prompts} IFEval prompts, {size['max_new_tokens']} new tokens, greedy, means over the"
-        " seeds; in brackets 95 % intervals from drawing the prompts again. Retention: mean log-likelihood per token"
-        f" of {size['num_held_out']} satisfactory responses of the published judgments, in nats. Every method makes"
-        f" {size['num_steps']} steps of {size['batch_size']} responses. Seconds of training, with the detector's.",
+        f"Strict accuracy on {num_prompts} IFEval prompts{drawn}, {size['max_new_tokens']} new tokens, greedy, means"
+        " over the seeds; in brackets 95 % intervals from drawing the prompts again. Retention: mean log-likelihood per"
+        f" token of {size['num_held_out']} satisfactory responses of the published judgments, in nats. Every method"
+        f" makes {size['num_steps']} steps of {size['batch_size']} responses. Seconds of training with the detector.",
         f"Measured on {content['date']} with `{content['command']}`.",
     ]
     if num_runs["finished"] < num_runs["planned"]:
@@ -416,6 +417,7 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
     parser.add_argument("--out", type=Path, default=FOLDER, metavar="DIR", help="folder of the results")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     parser.add_argument("--minutes", type=float, metavar="N", help="start no new run after N minutes")
+    parser.add_argument("--prompts", type=int, metavar="N", help="test on N of IFEval's prompts, drawn by a fixed seed")
     parser.add_argument(
         "--add",
         nargs=2,
@@ -430,7 +432,10 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
     methods += [Method(name, json.loads(text), about=f"`{text}`") for name, text in args.add]
     if not args.model.is_dir():
         parser.error(f"--model: no folder {args.model}; make it with: make real-model")
-    experiment = Experiment(args.model, args.data, args.out, size or Size(), methods, args.minutes)
+    size = size or Size()
+    if args.prompts is not None:
+        size = replace(size, num_tested=args.prompts)
+    experiment = Experiment(args.model, args.data, args.out, size, methods, args.minutes)
     stages = dict(
         zip(
             STAGES,
@@ -447,6 +452,7 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
         status = 1
     command = "python experiments/real/alignment.py --data shared/data"
     command += "".join(f" --add {shlex.quote(name)} {shlex.quote(text)}" for name, text in args.add)
+    command += f" --prompts {args.prompts}" if args.prompts is not None else ""
     command += f" --skip {shlex.join(args.skip)}" if args.skip else ""
     experiment.write_table(command)
     print((args.out / "alignment.md").read_text("utf-8"))

@@ -255,7 +255,7 @@ def test_a_row_has_the_gain_over_base():
     base_row = make_row(BASE, [base], base)
     assert "gain" not in base_row
     content = {
-        "size": {"max_new_tokens": 1, "num_held_out": 1, "num_steps": 1, "batch_size": 1},
+        "size": {"max_new_tokens": 1, "num_tested": 2, "num_held_out": 1, "num_steps": 1, "batch_size": 1},
         "num_test_runs": {"finished": 3, "planned": 4},
         "date": "today",
         "command": "the command",
@@ -264,6 +264,7 @@ def test_a_row_has_the_gain_over_base():
     assert table.index("`cut_spans`") < table.index("`base`")
     assert "Not complete: 3 of 4" in table
     assert "`the command`" in table
+    assert "drawn by a fixed seed" in table
 
 
 # ---- Shepherd ----
