@@ -14,6 +14,7 @@ from datasets import Dataset
 
 import cutlm
 from cutlm.cli import main
+from cutlm.model.loading import load_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 BASE_MODEL = Path(cutlm.__file__).parent / "world" / "base_model"
@@ -76,6 +77,18 @@ def make_input(source: str, example: str) -> None:
         make_file(f"{source}/two.parquet".replace("parquet", "jsonl"), example)
 
 
+def make_chat_model(folder: Path) -> Path:
+    """The tokenizer of the base model with a chat template of several turns."""
+    tokenizer = load_tokenizer(BASE_MODEL)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+        "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(("kind", "example", "command"), EXAMPLES)
 def test_the_command_of_each_format_runs_and_training_takes_it(kind, example, command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -92,9 +105,11 @@ def test_the_command_of_each_format_runs_and_training_takes_it(kind, example, co
     assert main(["check", *sources, *options]) == 0
     assert " 0 invalid" in capsys.readouterr().out
     settings = {"model_name_or_path": str(BASE_MODEL), "output_dir": "out", "use_cpu": "true", "report_to": "none"}
+    if '"system"' in example:
+        settings |= {"model_name_or_path": str(make_chat_model(tmp_path / "model")), "template": "chat"}
     given = [text for key, value in settings.items() for text in (f"--{key}", value)]
     assert main(["train", "--dry_run", *given, "--data", *sources, *options]) == 0
 
 
 def test_the_page_has_all_formats():
-    assert len(EXAMPLES) == 28
+    assert len(EXAMPLES) == 31

@@ -1,4 +1,4 @@
-"""Look at what cutlm train would train on, before paying for a GPU. Reads the data and the tokenizer, not the model.
+"""Show what cutlm train would read, without loading the model: counts, lengths and examples.
 
   cutlm preview --config my.yaml
   cutlm preview --data records.jsonl --model_name_or_path MODEL --template chat --max_length 4096

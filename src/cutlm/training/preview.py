@@ -1,4 +1,4 @@
-"""What a run would train on, without its model: counts, lengths in tokens, what is truncated, and examples.
+"""Show the data of a training run without its model: counts, lengths in tokens, and examples.
 
 In an example, [[ ]] enclose the trained tokens and {{ }} those to unlearn, if these are known before training.
 """
