@@ -19,6 +19,7 @@ from transformers import BitsAndBytesConfig
 
 from cutlm import CUTTrainer
 from cutlm.cli import main
+from cutlm.data.conversations import Conversation
 from cutlm.data.records import FIELDS
 from cutlm.model.loading import load_model
 from cutlm.prompting.encoding import Encoder
@@ -101,9 +102,9 @@ def test_a_run_reads_its_data_once_and_tokenizes_each_text_once(
     num_encoded: Counter[tuple[str | None, ...]] = Counter()
     encode_prompt, encode_response = Encoder.encode_prompt, Encoder.encode_response
 
-    def count_prompt(self: Encoder, instruction: str, judgment: str | None = None) -> list[int]:
-        num_encoded[instruction, judgment] += 1
-        return encode_prompt(self, instruction, judgment)
+    def count_prompt(self: Encoder, conversation: Conversation | str, judgment: str | None = None) -> list[int]:
+        num_encoded[getattr(conversation, "instruction", conversation), judgment] += 1
+        return encode_prompt(self, conversation, judgment)
 
     def count_response(self: Encoder, response: str) -> list[int]:
         num_encoded[(response,)] += 1
