@@ -16,13 +16,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from contexts import draw_foreign, score_contexts
+from contexts import Logps, draw_foreign, score_contexts
 from detection_table import write_table
 from ifeval import find_cache
 from metrics import (
@@ -59,7 +59,10 @@ from cutlm.prompting.templates import TemplateName
 FOLDER = Path(__file__).parent
 PARTS = ("chat", "taught", "alpaca", "scale")
 COMMAND = "python experiments/real/detection.py"
+# Planted errors first, because the model generates no responses for them.
+KINDS = ("planted", "format")
 _SEED = 0
+_NUM_PRAISED = 150
 _PACKAGES = ("cutlm", "torch", "transformers", "peft")
 # Fields of records by whose values average precision is reported.
 _GROUPS = {"format": ["rule"], "planted": ["change", "style"]}
@@ -84,17 +87,55 @@ class Size:
 
 @dataclass(frozen=True)
 class Data:
-    """What is measured, by kind, and what teaches a detector."""
+    """The records, made when they are needed: the model generates responses for the format rules only.
 
-    kinds: dict[str, list[JudgedRecord]]
-    foreign: dict[str, list[list[str]]]
-    teaching: list[JudgedRecord]
+    Attributes:
+        model: The model's folder.
+        folder: The folder of published data.
+        cache: Where the model's responses are kept.
+        size: How many to make.
+    """
 
-    @property
-    def digest(self) -> str:
-        """Identifies the measured records."""
-        rows = [[record.model_dump(mode="json") for record in records] for records in self.kinds.values()]
-        return hashlib.sha256(json.dumps([rows, list(self.foreign.values())]).encode()).hexdigest()
+    model: Path
+    folder: Path
+    cache: Path
+    size: Size
+
+    @cached_property
+    def _answers(self) -> list[JudgedRecord]:
+        return load_right_answers(self.folder)
+
+    @cached_property
+    def _sources(self) -> tuple[list[JudgedRecord], list[JudgedRecord]]:
+        return split_sources(self._answers, _SEED)
+
+    @cached_property
+    def _judged(self) -> tuple[list[JudgedRecord], list[JudgedRecord]]:
+        """Responses that break their format rule, and others."""
+        tasks = draw_tasks(self._answers, self.size.num_tasks, _SEED)
+        responses = answer_tasks(self.model, [instruction for instruction, _ in tasks], self.cache)
+        return judge_tasks(tasks, responses, self.size.max_per_rule, _SEED)
+
+    @cached_property
+    def planted(self) -> list[JudgedRecord]:
+        """Right answers with one planted error."""
+        return plant_errors(self._sources[0], self.size.num_planted, _SEED)
+
+    @cached_property
+    def format(self) -> list[JudgedRecord]:
+        """The model's own responses that break a format rule."""
+        return self._judged[0] + read_judged_responses(self.folder / "smollm2-ifeval-records.jsonl")
+
+    @cached_property
+    def teaching(self) -> list[JudgedRecord]:
+        """Further records that teach a detector: planted errors in other answers, and satisfactory responses."""
+        sources = self._sources[1]
+        praised = [source.model_copy(update={"judgment": None}) for source in sources[:_NUM_PRAISED]]
+        return plant_varied_errors(sources, _SEED) + praised + self._judged[1]
+
+    def get(self, kind: str) -> list[JudgedRecord]:
+        """The measured records of a kind."""
+        return self.planted if kind == "planted" else self.format
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,55 +166,53 @@ def measure(parts: Sequence[str], model: Path, data_folder: Path, cache: Path, o
     """
     if not model.is_dir():
         raise UserError(f"{model}: expected a model's folder; make it with `make real-model`, or name one with --model")
-    data = gather_data(model, data_folder, cache, size)
-    results = _read_results(out, data.digest)
+    data = Data(model, data_folder, cache, size)
+    results = _read_results(out)
     for part in parts:
         if part == "scale":
             results["scale"] = measure_scale(cache / "scale")
-        else:
-            template: TemplateName = "alpaca" if part == "alpaca" else "chat"
-            for kind, records in data.kinds.items():
-                if part == "taught":
-                    responses = score_taught(model, template, data, kind, cache, size)
-                else:
-                    scores = score_contexts(model, template, records, data.foreign[kind], cache)
-                    responses = _locate(model, template, records, scores)
-                name = f"taught_{template}" if part == "taught" else template
-                rows, sensitivity = measure_detectors(name, kind, responses, has_baselines=part == "chat")
-                _replace(results["results"], rows, ("detector", "kind"))
-                _replace(results["sensitivity"], [sensitivity], ("model", "kind"))
-                _write_results(out, results, data.digest)
-        _write_results(out, results, data.digest)
+            _write_results(out, results)
+            continue
+        template: TemplateName = "alpaca" if part == "alpaca" else "chat"
+        name = f"taught_{template}" if part == "taught" else part
+        for kind in KINDS:
+            records = data.get(kind)
+            foreign = draw_foreign(records, "rule" if kind == "format" else None, _SEED)
+            if part == "taught":
+                halves = [[record for other in KINDS for record in data.get(other)[half::2]] for half in (0, 1)]
+                halves = [half + data.teaching for half in halves]
+                scores = score_taught(model, template, records, foreign, halves, cache, size.num_steps)
+            else:
+                scores = score_contexts(model, template, records, foreign, cache)
+            responses = _locate(model, template, records, scores)
+            rows, sensitivity = measure_detectors(name, kind, responses, has_baselines=part == "chat")
+            digest = _hash_records(records, foreign)
+            if results["data"].get(kind) != digest:
+                for table in ("results", "sensitivity"):
+                    results[table] = [row for row in results[table] if row["kind"] != kind]
+                results["data"][kind] = digest
+            _replace(results["results"], rows, ("detector", "kind"))
+            _replace(results["sensitivity"], [sensitivity], ("model", "kind"))
+            _write_results(out, results)
 
 
-def gather_data(model: Path, folder: Path, cache: Path, size: Size) -> Data:
-    """Make the records; the model answers the instructions with format rules, once."""
-    answers = load_right_answers(folder)
-    tasks = draw_tasks(answers, size.num_tasks, _SEED)
-    responses = answer_tasks(model, [instruction for instruction, _ in tasks], cache)
-    broken, followed = judge_tasks(tasks, responses, size.max_per_rule, _SEED)
-    shared = read_judged_responses(folder / "smollm2-ifeval-records.jsonl")
-    measured, others = split_sources(answers, _SEED)
-    kinds = {"format": broken + shared, "planted": plant_errors(measured, size.num_planted, _SEED)}
-    foreign = {
-        "format": draw_foreign(kinds["format"], "rule", _SEED),
-        "planted": draw_foreign(kinds["planted"], None, _SEED),
-    }
-    praised = [source.model_copy(update={"judgment": None}) for source in others[:150]]
-    return Data(kinds, foreign, plant_varied_errors(others, _SEED) + praised + followed)
-
-
-def score_taught(model: Path, template: TemplateName, data: Data, kind: str, cache: Path, size: Size) -> list[Response]:
-    """Score each half of the records with a detector that learned from the other half."""
-    records = data.kinds[kind]
-    scored: dict[int, dict[str, np.ndarray]] = {}
+def score_taught(
+    model: Path,
+    template: TemplateName,
+    records: Sequence[JudgedRecord],
+    foreign: Sequence[Sequence[str]],
+    halves: Sequence[Sequence[JudgedRecord]],
+    cache: Path,
+    num_steps: int,
+) -> list[Logps]:
+    """Score the records at even places with a detector that learned from the second half, and the others vice versa."""
+    scored: dict[int, Logps] = {}
     for half in (0, 1):
-        others = [record for group in data.kinds.values() for record in group[1 - half :: 2]]
-        adapter = teach_detector(model, template, others + data.teaching, cache, size.num_steps)
+        adapter = teach_detector(model, template, halves[1 - half], cache, num_steps)
         indices = list(range(half, len(records), 2))
-        scores = score_contexts(adapter, template, records, data.foreign[kind], cache, keep=indices)
+        scores = score_contexts(adapter, template, records, foreign, cache, keep=indices)
         scored |= dict(zip(indices, scores, strict=True))
-    return _locate(model, template, records, [scored[index] for index in range(len(records))])
+    return [scored[index] for index in range(len(records))]
 
 
 def measure_detectors(
@@ -198,7 +237,7 @@ def measure_detectors(
 
 
 def _locate(
-    model: Path, template: TemplateName, records: Sequence[JudgedRecord], scores: Sequence[dict[str, np.ndarray]]
+    model: Path, template: TemplateName, records: Sequence[JudgedRecord], scores: Sequence[Logps]
 ) -> list[Response]:
     encoder = Encoder(load_tokenizer(str(model)), template)
     return [
@@ -210,12 +249,16 @@ def _locate(
 # ---- Results ----
 
 
-def _read_results(out: Path, digest: str) -> dict[str, Any]:
+def _hash_records(records: Sequence[JudgedRecord], foreign: Sequence[Sequence[str]]) -> str:
+    rows = [record.model_dump(mode="json") for record in records]
+    return hashlib.sha256(json.dumps([rows, foreign]).encode()).hexdigest()
+
+
+def _read_results(out: Path) -> dict[str, Any]:
     path = out / "detection.json"
     stored = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    if stored.get("data") != digest:
-        return {"results": [], "sensitivity": [], "scale": stored.get("scale", [])}
-    return {name: stored[name] for name in ("results", "sensitivity", "scale")}
+    empty: dict[str, Any] = {"results": [], "sensitivity": [], "scale": [], "data": {}}
+    return {name: stored.get(name, value) for name, value in empty.items()}
 
 
 def _replace(rows: list[dict[str, Any]], new: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
@@ -228,11 +271,10 @@ def _replace(rows: list[dict[str, Any]], new: Sequence[dict[str, Any]], keys: Se
             rows.append(row)
 
 
-def _write_results(out: Path, results: dict[str, Any], digest: str) -> None:
+def _write_results(out: Path, results: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     about = {
         "command": COMMAND,
-        "data": digest,
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {platform.system()}, CPU",
         "versions": {package: version(package) for package in _PACKAGES},

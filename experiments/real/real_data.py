@@ -1,5 +1,6 @@
 """What detectors are measured on: a small model's own responses that break format rules, and planted errors."""
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -84,7 +85,8 @@ def draw_tasks(answers: Sequence[JudgedRecord], num_tasks: int, seed: int) -> li
 def answer_tasks(model_path: Path, instructions: Sequence[str], cache: Path) -> list[str]:
     """Have a model answer instructions, greedily, or read what an earlier run generated."""
     header = {"model": str(model_path), "instructions": list(instructions), "max_new_tokens": MAX_NEW_TOKENS}
-    journal = Journal(cache / "responses", header)
+    digest = hashlib.sha256(json.dumps(header).encode()).hexdigest()
+    journal = Journal(cache / f"responses-{digest[:16]}", header)
     if len(journal.lines) < len(instructions):
         model, tokenizer = load_trained(model_path, dtype="float32", device="cpu")
         encoder = Encoder(tokenizer, "chat")

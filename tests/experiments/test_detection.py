@@ -8,7 +8,7 @@ import detection
 import numpy as np
 import pytest
 from contexts import NUM_FOREIGN, draw_foreign, score_contexts
-from detection import Data, Size, measure, measure_detectors, score_taught
+from detection import Size, measure, measure_detectors, score_taught
 from format_rules import NAMES, Rule, draw_rule, find_broken_spans, judge_response, recognize_rule, word_rule
 from ifeval import Prompt, check_response
 from metrics import (
@@ -28,6 +28,8 @@ from tiny_scale import judge_world_responses
 
 from cutlm.data.records import JudgedRecord
 from cutlm.evaluation.detection import compute_average_precision
+from cutlm.model.loading import load_tokenizer
+from cutlm.prompting.encoding import Encoder
 from cutlm.world.base import base_path
 
 ARGUMENTS = {
@@ -357,7 +359,7 @@ def test_results_of_other_parts_are_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(keys) == sorted((name, kind) for name in names for kind in ("format", "planted"))
     assert {"average_precision", "chance", "f1", "num_records"} <= set(content["results"][0])
     assert [(row["model"], row["kind"]) for row in content["sensitivity"]] == [
-        (name, kind) for name in ("chat", "alpaca") for kind in ("format", "planted")
+        (name, kind) for name in ("chat", "alpaca") for kind in ("planted", "format")
     ]
     assert content["command"]
     table = (out / "detection.md").read_text("utf-8")
@@ -369,7 +371,8 @@ def test_each_half_is_scored_by_a_detector_that_learned_from_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = judge_world_responses()[:7]
-    data = Data({"planted": records}, {"planted": draw_foreign(records, None, 0)}, [])
+    halves = [records[::2], records[1::2]]
+    arguments = (base_path(), "alpaca", records, draw_foreign(records, None, 0), halves, tmp_path, 1)
     taught = []
 
     def teach(model: Path, template: str, others: list[JudgedRecord], cache: Path, num_steps: int) -> Path:
@@ -377,13 +380,15 @@ def test_each_half_is_scored_by_a_detector_that_learned_from_the_other(
         return teach_detector(model, template, others, cache, num_steps)
 
     monkeypatch.setattr(detection, "teach_detector", teach)
-    responses = score_taught(base_path(), "alpaca", data, "planted", tmp_path, Size(num_steps=1))
+    scores = score_taught(*arguments)
     assert taught == [records[1::2], records[::2]]
-    assert [response.record for response in responses] == records
+    tokenizer = load_tokenizer(base_path())
+    lengths = [len(Encoder(tokenizer, "alpaca").encode_response(record.output)) for record in records]
+    assert [len(logps["own"]) for logps in scores] == lengths
     adapters = sorted(path.parent for path in tmp_path.glob("*/adapter_config.json"))
     assert len(adapters) == 2
     written = [adapter.stat().st_mtime_ns for adapter in adapters]
-    score_taught(base_path(), "alpaca", data, "planted", tmp_path, Size(num_steps=1))
+    score_taught(*arguments)
     assert [adapter.stat().st_mtime_ns for adapter in adapters] == written
 
 
