@@ -6,7 +6,9 @@ batches are in a journal at once, so that a stopped run resumes.
 
 import hashlib
 import json
+import math
 import random
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -64,7 +66,8 @@ def score_contexts(
     cache: Path,
     *,
     keep: Sequence[int] | None = None,
-) -> list[Logps]:
+    deadline: float = math.inf,
+) -> dict[int, Logps]:
     """Score records in all contexts with a model, or read what an earlier run scored.
 
     Args:
@@ -74,9 +77,10 @@ def score_contexts(
         foreign: Judgments of other responses, for each record.
         cache: The folder of finished scores.
         keep: Indices of the records to score; None for all.
+        deadline: Score no further records after this time (`time.monotonic`).
 
     Returns:
-        The log-probabilities of the kept records, in order.
+        The log-probabilities of the kept records by their index, in order; up to the deadline, those that are scored.
     """
     indices = list(range(len(records))) if keep is None else list(keep)
     texts = [[record.full_instruction, record.output, record.judgment] for record in records]
@@ -85,16 +89,22 @@ def score_contexts(
     journal = Journal(cache / f"scores-{digest[:16]}", {"content": digest})
     finished = {line["index"]: line["logps"] for line in journal.lines}
     missing = [index for index in indices if index not in finished]
-    if missing:
+    if missing and time.monotonic() <= deadline:
         model, tokenizer = load_trained(model_path, dtype="float32", device="cpu")
         with journal:
             for start in range(0, len(missing), _RECORDS_PER_BLOCK):
+                if time.monotonic() > deadline:
+                    break
                 block = missing[start : start + _RECORDS_PER_BLOCK]
                 lines = _score_block(model, tokenizer, template, records, foreign, block)
                 journal.append(lines)
                 finished |= {line["index"]: line["logps"] for line in lines}
                 print(f"scored {len(finished)} of {len(indices)} records ({template}, {model_path.name})", flush=True)
-    return [{name: np.array(values) for name, values in finished[index].items()} for index in indices]
+    return {
+        index: {name: np.array(values) for name, values in finished[index].items()}
+        for index in indices
+        if index in finished
+    }
 
 
 def _score_block(

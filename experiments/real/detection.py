@@ -2,6 +2,7 @@
 
   python experiments/real/detection.py                      everything that is missing, about three hours on 2 cores
   python experiments/real/detection.py --parts chat alpaca  some parts
+  python experiments/real/detection.py --minutes 30         as far as it gets; run it again to continue
 
 It needs the model of `make real-model`, and a folder with the published judgments and Shepherd. Responses, scores and
 adapters are kept in a cache outside of the checkout, so that a stopped run resumes; the results of every finished part
@@ -11,8 +12,10 @@ are written at once.
 import argparse
 import hashlib
 import json
+import math
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -148,52 +151,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=FOLDER.parents[2] / "shared" / "data", metavar="DIR")
     parser.add_argument("--cache", type=Path, default=cache / "detection", metavar="DIR", help="unfinished work")
     parser.add_argument("--out", type=Path, default=FOLDER, metavar="DIR", help="output folder")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="N", help="stop scoring after this, and report what is done"
+    )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads (default: 2)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    deadline = time.monotonic() + 60 * args.minutes
     try:
-        measure(args.parts, args.model, args.data, args.cache, args.out, Size())
+        measure(args.parts, args.model, args.data, args.cache, args.out, Size(), deadline)
     except UserError as error:
         parser.error(str(error))
     print(f"The table and its JSON are in {args.out}")
     return 0
 
 
-def measure(parts: Sequence[str], model: Path, data_folder: Path, cache: Path, out: Path, size: Size) -> None:
+def measure(
+    parts: Sequence[str],
+    model: Path,
+    data_folder: Path,
+    cache: Path,
+    out: Path,
+    size: Size,
+    deadline: float = math.inf,
+) -> None:
     """Measure parts and write results after each.
 
-    Results of other parts are kept if they were measured on the same records.
+    Results of other parts are kept if they were measured on the same records. After the deadline (`time.monotonic`),
+    what is begun is reported on the records that are scored.
     """
     if not model.is_dir():
         raise UserError(f"{model}: expected a model's folder; make it with `make real-model`, or name one with --model")
     data = Data(model, data_folder, cache, size)
     results = _read_results(out)
-    for part in parts:
+    for part, kind in [(name, kind) for name in parts for kind in (["scale"] if name == "scale" else KINDS)]:
+        if time.monotonic() > deadline:
+            break
         if part == "scale":
             results["scale"] = measure_scale(cache / "scale")
             _write_results(out, results)
             continue
         template: TemplateName = "alpaca" if part == "alpaca" else "chat"
         name = f"taught_{template}" if part == "taught" else part
-        for kind in KINDS:
-            records = data.get(kind)
-            foreign = draw_foreign(records, "rule" if kind == "format" else None, _SEED)
-            if part == "taught":
-                halves = [[record for other in KINDS for record in data.get(other)[half::2]] for half in (0, 1)]
-                halves = [half + data.teaching for half in halves]
-                scores = score_taught(model, template, records, foreign, halves, cache, size.num_steps)
-            else:
-                scores = score_contexts(model, template, records, foreign, cache)
-            responses = _locate(model, template, records, scores)
-            rows, sensitivity = measure_detectors(name, kind, responses, has_baselines=part == "chat")
-            digest = _hash_records(records, foreign)
-            if results["data"].get(kind) != digest:
-                for table in ("results", "sensitivity"):
-                    results[table] = [row for row in results[table] if row["kind"] != kind]
-                results["data"][kind] = digest
-            _replace(results["results"], rows, ("detector", "kind"))
-            _replace(results["sensitivity"], [sensitivity], ("model", "kind"))
-            _write_results(out, results)
+        records = data.get(kind)
+        foreign = draw_foreign(records, "rule" if kind == "format" else None, _SEED)
+        if part == "taught":
+            halves = [[record for other in KINDS for record in data.get(other)[half::2]] for half in (0, 1)]
+            halves = [half + data.teaching for half in halves]
+            scores = score_taught(model, template, records, foreign, halves, cache, size.num_steps, deadline)
+        else:
+            scores = score_contexts(model, template, records, foreign, cache, deadline=deadline)
+        if not scores:
+            break
+        responses = _locate(model, template, [records[index] for index in scores], list(scores.values()))
+        rows, sensitivity = measure_detectors(name, kind, responses, has_baselines=part == "chat")
+        digest = _hash_records(records, foreign)
+        if results["data"].get(kind) != digest:
+            for table in ("results", "sensitivity"):
+                results[table] = [row for row in results[table] if row["kind"] != kind]
+            results["data"][kind] = digest
+        _replace(results["results"], rows, ("detector", "kind"))
+        _replace(results["sensitivity"], [sensitivity], ("model", "kind"))
+        _write_results(out, results)
 
 
 def score_taught(
@@ -204,15 +223,17 @@ def score_taught(
     halves: Sequence[Sequence[JudgedRecord]],
     cache: Path,
     num_steps: int,
-) -> list[Logps]:
+    deadline: float = math.inf,
+) -> dict[int, Logps]:
     """Score the records at even places with a detector that learned from the second half, and the others vice versa."""
     scored: dict[int, Logps] = {}
     for half in (0, 1):
+        if time.monotonic() > deadline:
+            break
         adapter = teach_detector(model, template, halves[1 - half], cache, num_steps)
         indices = list(range(half, len(records), 2))
-        scores = score_contexts(adapter, template, records, foreign, cache, keep=indices)
-        scored |= dict(zip(indices, scores, strict=True))
-    return [scored[index] for index in range(len(records))]
+        scored |= score_contexts(adapter, template, records, foreign, cache, keep=indices, deadline=deadline)
+    return dict(sorted(scored.items()))
 
 
 def measure_detectors(

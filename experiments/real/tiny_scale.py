@@ -55,7 +55,7 @@ def measure_scale(cache: Path) -> list[dict[str, Any]]:
         scores = score_contexts(folder, "alpaca", records, foreign, cache)
         responses = [
             Response(record, token_spans, logps)
-            for record, token_spans, logps in zip(records, spans, scores, strict=True)
+            for record, token_spans, logps in zip(records, spans, scores.values(), strict=True)
         ]
         contrast = CONTRASTS["none"]
         ratios = [contrast(response.logps) for response in responses]

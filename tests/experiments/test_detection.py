@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 
 import detection
@@ -306,9 +307,18 @@ def test_scores_resume_where_a_run_stopped(tmp_path: Path) -> None:
     path.write_text("".join(lines[:17]) + lines[17][:30], "utf-8")  # killed inside of the second block
     again = score_contexts(*arguments)
     assert path.read_text("utf-8").splitlines(keepends=True)[:17] == lines[:17]
-    for one, other in zip(whole, again, strict=True):
+    assert list(whole) == list(again) == list(range(20))
+    for one, other in zip(whole.values(), again.values(), strict=True):
         assert set(one) == {"plain", "own", "perfect", "foreign_0", "foreign_1"}
         assert all(one[name] == pytest.approx(other[name], abs=1e-4) for name in one)
+
+
+def test_after_the_deadline_what_is_scored_is_returned(tmp_path: Path) -> None:
+    records = judge_world_responses()[:20]
+    foreign = draw_foreign(records, None, 0)
+    arguments = (base_path(), "alpaca", records, foreign, tmp_path)
+    assert score_contexts(*arguments, deadline=time.monotonic() - 1) == {}
+    assert list(score_contexts(*arguments, keep=[3, 5])) == [3, 5]
 
 
 def write_data(folder: Path) -> None:
@@ -384,7 +394,7 @@ def test_each_half_is_scored_by_a_detector_that_learned_from_the_other(
     assert taught == [records[1::2], records[::2]]
     tokenizer = load_tokenizer(base_path())
     lengths = [len(Encoder(tokenizer, "alpaca").encode_response(record.output)) for record in records]
-    assert [len(logps["own"]) for logps in scores] == lengths
+    assert {index: len(logps["own"]) for index, logps in scores.items()} == dict(enumerate(lengths))
     adapters = sorted(path.parent for path in tmp_path.glob("*/adapter_config.json"))
     assert len(adapters) == 2
     written = [adapter.stat().st_mtime_ns for adapter in adapters]
