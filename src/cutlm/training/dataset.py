@@ -128,6 +128,7 @@ def prepare_data(
         data = PreparedData(rows, end_of_turn_id=ends.pop() if len(ends) == 1 else None)
         if name == "train_dataset" and args.downsample is not None:
             _downsample(data, name, args.downsample, args.seed)
+        _refuse_empty(data, name)
     else:
         if tokenizer is None:
             raise ConfigError(f"{name}: records need a tokenizer; pass processing_class")
@@ -193,9 +194,7 @@ def encode_dataset(
     records = [records[index] for index in encoded.indices]
     if name == "train_dataset" and args.downsample is not None:
         records = [records[index] for index in _downsample(data, name, args.downsample, args.seed)]
-    if not len(data.rows):
-        use = "train" if name == "train_dataset" else "evaluate"
-        raise DataError(f"{name}: nothing remains to {use} on", hint="\n".join(data.notices))
+    _refuse_empty(data, name)
     return data, records
 
 
@@ -349,6 +348,15 @@ def _view_scores(dataset: Sequence[TokenScores], locations: Sequence[str], encod
         )
 
     return view
+
+
+def _refuse_empty(data: PreparedData, name: str) -> None:
+    """Raises:
+    DataError: No row is left.
+    """
+    if not len(data.rows):
+        use = "train" if name == "train_dataset" else "evaluate"
+        raise DataError(f"{name}: nothing remains to {use} on", hint="\n".join(data.notices))
 
 
 def _downsample(data: PreparedData, name: str, share: float, seed: int) -> list[int]:
