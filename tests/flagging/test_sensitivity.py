@@ -5,8 +5,11 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import make_tokenizer
 
-from cutlm.flagging.sensitivity import Contrast, compute_sensitivity, pair_foreign
+from cutlm.data.records import JudgedRecord
+from cutlm.flagging.sensitivity import Contrast, compute_sensitivity, encode_context, pair_foreign
+from cutlm.prompting.encoding import Encoder, encode_records
 
 # ---- Pairs ----
 
@@ -96,3 +99,33 @@ def test_flags_are_called_noise_below_a_signal_of_three_tenths(num_foreign: int,
     assert found is not None
     assert found.flag_signal == pytest.approx(1 - num_foreign / num)
     assert (found.describe_noise() is not None) == is_noise
+
+
+def test_a_foreign_context_of_a_long_conversation_loses_whole_turns() -> None:
+    tokenizer = make_tokenizer("bpe", chat=True)
+    encoder = Encoder(tokenizer, "chat")
+    turns = [{"role": role, "content": f"Turn {n}."} for n in range(9) for role in ("user", "assistant")]
+    system = {"role": "system", "content": "Be brief."}
+    rows = [
+        {
+            "messages": [
+                system,
+                *turns,
+                {"role": "user", "content": "Name it."},
+                {"role": "assistant", "content": "It."},
+            ]
+        },
+        {"instruction": "Name it.", "output": "It."},
+    ]
+    records = [
+        JudgedRecord.model_validate(row | {"judgment": text})
+        for row, text in zip(rows, ("Wrong.", "Far too short."), strict=True)
+    ]
+    max_length = len(encoder.encode_prompt(records[0].conversation)) // 2
+    encoded = encode_records(records, ["a:1", "a:2"], encoder, max_length)
+    context = encode_context(0, 1, encoded.rows, records, encoder, max_length)
+    assert len(context.prompt_ids) + len(encoded.rows[0]["response_ids"]) <= max_length
+    text = tokenizer.decode(context.prompt_ids)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nTurn ")
+    assert "Far too short." in text
+    assert "Turn 0." not in text

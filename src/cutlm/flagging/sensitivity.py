@@ -86,10 +86,14 @@ def encode_context(
     encoder: Encoder,
     max_length: int,
 ) -> ForeignContext:
-    """Encode the prompt of a row with the judgment of another row, or with praise."""
+    """Encode the prompt of a row with the judgment of another row, or with praise; truncated as its own prompts are."""
     judgment = PRAISE if source is None else records[source].judgment
-    prompt_ids = encoder.encode_prompt(records[index].conversation, judgment)
     num_tokens = max_length - len(rows[index]["response_ids"])
+    conversation = records[index].conversation
+    prompt_ids = encoder.encode_prompt(conversation, judgment)
+    while len(prompt_ids) > num_tokens and (shorter := conversation.drop_oldest_turn()) is not None:
+        conversation = shorter
+        prompt_ids = encoder.encode_prompt(conversation, judgment)
     return ForeignContext(index, source, encoder.truncate(prompt_ids, num_tokens))
 
 
