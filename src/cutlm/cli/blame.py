@@ -84,7 +84,10 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _read_threshold(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
 
 
 def run(args: argparse.Namespace) -> int:
