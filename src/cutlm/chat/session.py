@@ -294,13 +294,13 @@ class _Answer:
         return bool(self._shown)
 
     def add(self, piece: str) -> None:
-        """Add a piece of the text and show what is new of the final answer."""
+        """Add a piece of the text and show the new part of the final answer."""
         self._text += piece
         if len(self._text.strip()) >= _MIN_LENGTH_SHOWN:
             self.finish()
 
     def finish(self) -> SplitAnswer:
-        """Show what is new of the final answer, and return it."""
+        """Show the new part of the final answer, and return the whole."""
         split = split_reasoning(self._text)
         if split.problem is None:
             if not split.output.startswith(self._shown):

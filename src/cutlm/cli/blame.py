@@ -77,7 +77,7 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         "--sensitivity_records",
         type=int,
         default=64,
-        help="measure whether the flags depend on what the judgments say, on this number of records; 0: do not"
+        help="records on which to measure whether the flags depend on the judgments' content; 0 turns it off"
         " (default: 64)",
     )
     _OPTIONS.add(parser)

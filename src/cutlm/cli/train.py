@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def print_dry_run(settings: "Settings", prepare: "Prepare" = list) -> int:
-    """Print the settings and, as comments, what is trained; data that are not there are named and not looked at."""
+    """Print the settings and, as comments, a preview of the data; files that do not exist are only named."""
     from cutlm.data.sources import find_missing
     from cutlm.training.preview import preview_run
 
