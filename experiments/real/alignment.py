@@ -29,9 +29,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from alignment_data import Task, draw_held_out, draw_tasks, judge_responses
 from alignment_runs import (
     BASE,
+    DTYPE,
     GENERATION_BATCH_SIZE,
     METHODS,
     Method,
@@ -236,7 +238,7 @@ class Experiment:
 
     def _make_key(self, method: Method, rate: float | None, seed: int, split: str) -> str:
         facts = {name: value for name, value in asdict(self.size).items() if name not in _PLAN}
-        parts = [self._model.name, method.name, method.settings, method.data, rate, seed, split, facts]
+        parts = [self._model.name, method.name, method.settings, method.data, rate, seed, split, facts, str(DTYPE)]
         return _hash(parts)
 
     def _choose_rate(self, method: Method) -> tuple[float, float]:
@@ -262,7 +264,9 @@ class Experiment:
         encoder = Encoder(tokenizer, "chat")
         journal = Journal(file, header)
         ids = [encoder.encode_prompt(prompt) for prompt in prompts]
-        generated = generate_with_journal(load_aligned(self._model, None), tokenizer, encoder, ids, sampling, journal)
+        # In float32, so that all machines learn from the same responses.
+        model = load_aligned(self._model, None, torch.float32)
+        generated = generate_with_journal(model, tokenizer, encoder, ids, sampling, journal)
         rows = [
             {
                 "prompt": prompt,
@@ -288,6 +292,7 @@ class Experiment:
             "command": command,
             "date": date.today().isoformat(),
             "num_test_runs": {"finished": num_tested, "planned": num_planned},
+            "dtype": str(DTYPE).removeprefix("torch."),
             "size": asdict(self.size),
         }
         write_text(self._out / "alignment.json", json.dumps(content, indent=1) + "\n")
@@ -378,7 +383,7 @@ def describe_rows(rows: Sequence[dict[str, Any]], content: dict[str, Any]) -> st
         " over the seeds; in brackets 95 % intervals from drawing the prompts again. Retention: mean log-likelihood per"
         f" token of {size['num_held_out']} satisfactory responses of the published judgments, in nats. Every method"
         f" makes {size['num_steps']} steps of {size['batch_size']} responses. Seconds of training with the detector.",
-        f"Measured on {content['date']} with `{content['command']}`.",
+        f"Measured on {content['date']} in {content['dtype']} with `{content['command']}`.",
     ]
     if num_runs["finished"] < num_runs["planned"]:
         notes.append(

@@ -1,7 +1,8 @@
 """One run of the comparison of alignment methods: a method, trained on judged responses, and measured.
 
-Training is the library's own, with LoRA and the chat template. Two steps with a cache between them: `train_adapter`
-and `measure`, so that an adapter is trained once for the development split and the test.
+Training is the library's own, with LoRA and the chat template. What is costly is kept in a cache: adapters, so that
+each is trained once for the development split and the test, and the scores of a frozen detector, which are the same
+for all learning rates and seeds.
 """
 
 import hashlib
@@ -15,16 +16,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from ifeval import Prompt, check_response, find_cache
 from peft import PeftModel
 from transformers import PrinterCallback
 from trl import get_peft_config
 
-from cutlm.data.files import write_text
+from cutlm.cli import main as run_cutlm
+from cutlm.data.files import write_rows, write_text
 from cutlm.data.records import PRAISE, JudgedRecord
+from cutlm.errors import UserError
 from cutlm.flagging.scoring import score_rows
+from cutlm.flagging.token_scores import TokenScores, read_token_scores
 from cutlm.generation.local import Sampling, generate_responses
-from cutlm.model.loading import fingerprint_model, load_model, load_tokenizer
+from cutlm.model.loading import fingerprint_model, has_fast_math, load_model, load_tokenizer
 from cutlm.prompting.encoding import Encoder
 from cutlm.training.config import CUTConfig, ModelArguments
 from cutlm.training.pairs import PairTrainer
@@ -32,6 +37,9 @@ from cutlm.training.trainer import CUTTrainer
 
 # Larger batches are slower on a CPU: 32 rows generate 160 tokens per core and second, 96 rows 80.
 GENERATION_BATCH_SIZE = 32
+# bfloat16 on CPUs that are faster in it. Frozen detectors always score in float32: bfloat16 rounds logits by more than
+# the threshold of a flag.
+DTYPE = torch.bfloat16 if has_fast_math(torch.bfloat16) else torch.float32
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Training:
         """Identify the adapter by all that it depends on except the model and the code."""
         settings = asdict(self)
         settings["method"] = {"settings": self.method.settings}
-        texts = [settings, [record.model_dump() for record in records]]
+        texts = [settings, str(DTYPE), [record.model_dump() for record in records]]
         return f"{self.method.name}-{hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
@@ -114,6 +122,10 @@ def train_adapter(model_folder: Path, records: Sequence[JudgedRecord], training:
         assert settings is not None, f"{training.method.name} is not trained"
         if settings.get("detector") != "spans":
             records = [record.model_copy(update={"wrong_spans": None}) for record in records]
+        dataset: list[JudgedRecord] | list[TokenScores] = list(records)
+        seconds_scoring = 0.0
+        if settings.get("detector") == "frozen":
+            dataset, seconds_scoring = score_records(model_folder, records, settings, folder.parent.parent)
         is_pairs = settings.get("objective") == "dpo"
         folder.parent.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
@@ -136,26 +148,48 @@ def train_adapter(model_folder: Path, records: Sequence[JudgedRecord], training:
             )
             trainer_class: Any = PairTrainer if is_pairs else CUTTrainer
             trainer = trainer_class(
-                model=load_model(model_folder, dtype="float32"),
+                model=load_model(model_folder, dtype=DTYPE),
                 args=args,
-                train_dataset=list(records),
+                train_dataset=dataset,
                 processing_class=load_tokenizer(model_folder),
-                peft_config=get_peft_config(ModelArguments(model_name_or_path=str(model_folder))),
+                # Random numbers for dropout take a tenth of a step on a CPU.
+                peft_config=get_peft_config(ModelArguments(model_name_or_path=str(model_folder), lora_dropout=0.0)),
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             saved = Path(partial) / "adapter"
             trainer.model.save_pretrained(saved)
-            seconds = time.perf_counter() - started
+            seconds = seconds_scoring + time.perf_counter() - started
             write_text(saved / "seconds.json", json.dumps(seconds))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(saved, folder)
     return float(json.loads((folder / "seconds.json").read_text("utf-8")))
 
 
-def load_aligned(model_folder: Path, adapter: Path | None) -> Any:
+def score_records(
+    model_folder: Path, records: Sequence[JudgedRecord], settings: dict[str, Any], cache: Path
+) -> tuple[list[TokenScores], float]:
+    """Flag tokens by the model before alignment, or read what was flagged before; also return the seconds it took."""
+    options = {name: str(settings[name]) for name in ("contrast", "threshold", "num_foreign") if name in settings}
+    rows = [record.model_dump(exclude_none=True) for record in records]
+    name = hashlib.sha256(json.dumps([rows, options], sort_keys=True).encode()).hexdigest()[:12]
+    scores, timing = cache / f"scores-{name}.jsonl", cache / f"scores-{name}.seconds.json"
+    if not timing.is_file():
+        data = cache / f"scores-{name}.data.jsonl"
+        write_rows(data, rows)
+        settings = options | {"model": model_folder, "data": data, "out": scores, "template": "chat"}
+        settings |= {"dtype": "float32", "device": "cpu", "sensitivity_records": 0}
+        started = time.perf_counter()
+        arguments = [text for option, value in settings.items() for text in (f"--{option}", str(value))]
+        if run_cutlm(["blame", *arguments]) != 0:
+            raise UserError(f"{scores}: cutlm blame did not finish; run the experiment again to resume")
+        write_text(timing, json.dumps(time.perf_counter() - started))
+    return read_token_scores(scores), float(json.loads(timing.read_text("utf-8")))
+
+
+def load_aligned(model_folder: Path, adapter: Path | None, dtype: torch.dtype = DTYPE) -> Any:
     """Load the model, with the adapter merged into it if there is one."""
-    model: Any = load_model(model_folder, dtype="float32")
+    model: Any = load_model(model_folder, dtype=dtype)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model.eval()
