@@ -320,7 +320,7 @@ function start() {
   byId("filter").append(...groups.map((group) => new Option(group, `group ${group}`)));
   if (innerWidth < 700) for (const part of document.querySelectorAll(".legend")) part.open = false;
   describeFiles();
-  drawScale();
+  byId("scale").append(...drawScale());
   drawSettings();
   placeRecords();
   byId("slider").max = THRESHOLDS.length - 1;

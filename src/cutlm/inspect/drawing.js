@@ -1,100 +1,11 @@
-// Part 2: elements for texts, sections, records, curves and the tooltip. Texts become text nodes, never markup.
-
-// ---- Elements and text ----
-
-function make(name, className, ...children) {
-  const element = document.createElement(name);
-  if (className) element.className = className;
-  element.append(...children);
-  return element;
-}
-
-// Invisible characters and those that change the text direction. Joiners and tag letters belong to emoji.
-const ODD = /[ \n]|(?![\u200c\u200d\u{e0020}-\u{e007f}])[\p{Cc}\p{Cf}\p{Cn}\p{Co}\p{Cs}\p{Zl}\p{Zp}\p{Zs}]/gu;
-const ODD_NAMES = { "\t": "\u21e5", "\r": "CR" };
-
-/** Appends text[start:end]. CSS makes odd characters visible, so that the text content stays the same. */
-function appendText(parent, text, start = 0, end = text.length) {
-  let reached = start;
-  for (const match of text.slice(start, end).matchAll(ODD)) {
-    const [character] = match;
-    const index = start + match.index;
-    const isInner = index > 0 && index < text.length - 1 && text[index - 1] !== " " && text[index + 1] !== " ";
-    if (character === " " && isInner) continue;
-    if (index > reached) parent.append(text.slice(reached, index));
-    let shown;
-    if (character === " ") shown = make("i", "space", " ");
-    else if (character === "\n") shown = make("i", "line", "\n");
-    else {
-      shown = make("bdi", "odd", character);
-      const code = character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-      shown.dataset.name = ODD_NAMES[character] ?? `U+${code}`;
-    }
-    parent.append(shown);
-    reached = index + character.length;
-  }
-  if (reached < end) parent.append(text.slice(reached, end));
-  return parent;
-}
-
-const makeText = (name, className, text) => appendText(make(name, className), text);
-
-function makeTable(className, header, rows) {
-  const cells = (tag, texts) => texts.map((text, index) => makeText(index ? tag : "th", "", text));
-  const body = make("tbody", "", ...rows.map((row) => make("tr", "", ...cells("td", row))));
-  const table = make("table", className, body);
-  if (header) table.prepend(make("thead", "", make("tr", "", ...cells("th", header))));
-  return table;
-}
-
-const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
-const percent = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(1)}%` : "\u2013");
-const round = (number) => (Number(number.toFixed(6)) + 0).toFixed(6); // + 0 turns -0 into 0
-const showChange = (number) => `${number > 0 ? "+" : ""}${round(number)}`;
-
-/** A log-prob with 6 decimals, or all that the file has if it has more. */
-const showLogp = (logp) => (Number(round(logp)) === logp ? round(logp) : String(logp));
+// Part 2: elements for sections, records, curves and the tooltip.
 
 // ---- Records ----
-
-const LEVELS = [0.1, 0.5, 1, 2, 4]; // lower bounds of the five shades, in nats
-
-function shade(token, ratio) {
-  if (ratio === null) return;
-  const level = LEVELS.filter((bound) => Math.abs(ratio) >= bound).length;
-  if (level) token.classList.add(`${ratio > 0 ? "p" : "n"}${level}`);
-}
-
-/** The largest change among the tokens of a piece; null if unknown. */
-function findLargest(ratios, side, piece) {
-  const changes = ratios ? listIndices(side, piece).map((index) => ratios[index]) : [];
-  return changes.reduce((largest, change) => (Math.abs(change) > Math.abs(largest ?? 0) ? change : largest), null);
-}
 
 function drawResponse(record, sideIndex, ratios, name) {
   const side = record.sides[sideIndex];
   const output = record.outputs[sideIndex];
-  const box = make("div", "response");
-  box.dir = "auto";
-  box.tabIndex = 0;
-  box.setAttribute("role", "group");
-  box.setAttribute("aria-label", `${name}; arrow keys move between tokens`);
-  const elements = [];
-  let reached = 0;
-  side.pieces.forEach((text, piece) => {
-    // The space before a word is usually part of its token, but marking it would look wrong.
-    const lead = /[^ ]/.test(text) ? text.search(/[^ ]/) : 0;
-    appendText(box, output, reached, reached + lead);
-    const token = make("span", "t");
-    token.tabIndex = -1;
-    token.dataset.piece = piece;
-    appendText(token, output, reached + lead, reached + text.length);
-    reached += text.length;
-    if (side.has_end && piece === side.pieces.length - 1) token.classList.add("end");
-    shade(token, findLargest(ratios, side, piece));
-    box.append(token);
-    elements.push(token);
-  });
+  const { box, elements } = drawPieces(side, output, ratios, `${name}; arrow keys move between tokens`);
   record.tokens.push({ sideIndex, isTraining: ratios !== null && ratios === record.training, elements });
   return box;
 }
@@ -178,35 +89,17 @@ function drawSection({ caption, header, rows, light, dark, alt }) {
   return make("div", "wide", table);
 }
 
-const LEAST_SIGNAL = 0.3; // below it flags are called noise
-
 /** How far the flags of one file can be trusted: the numbers and what they mean. */
 function drawSensitivity(known, name) {
   const { flag_signal: signal, pairwise, noise } = known;
   const share = (value) => `${(100 * value).toFixed(1)}%`;
-  const level = make("strong", noise ? "bad" : "good", signal === null ? "undefined" : signal.toFixed(2).replace("-", "\u2212"));
-  const gauge = makeSvg("svg", { class: "gauge", viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" });
-  const width = 100 * Math.max(0, Math.min(1, signal ?? 0));
-  const x = 100 * LEAST_SIGNAL;
-  gauge.append(
-    makeSvg("rect", { class: "back", width: 100, height: 10, rx: 2 }),
-    makeSvg("rect", { class: noise ? "bad" : "good", width, height: 10, rx: 2 }),
-    makeSvg("line", { x1: x, x2: x, y1: 0, y2: 10 }),
-  );
   const meaning =
     ` ${share(known.flagged_share_own)} of the tokens are flagged under the records\u2019 own judgments, ` +
     `${share(known.flagged_share_foreign)} under those of other records. 1: only its own judgment flags a response, ` +
     `0: any judgment does. Pairwise ${pairwise.toFixed(2)} (${count(known.num_records, "record")}).`;
-  const line = make("p", "", make("b", "", name ? `Flag signal, ${name}` : "Flag signal"), gauge, level);
+  const line = make("p", "", make("b", "", name ? `Flag signal, ${name}` : "Flag signal"), ...drawGauge(signal, Boolean(noise)));
   line.append(make("span", "soft", meaning));
   return line;
-}
-
-function drawScale() {
-  const step = (text, level) => make("span", `t ${level}`, text);
-  const down = LEVELS.map((bound, index) => step(`\u2212${bound}`, `n${index + 1}`)).reverse();
-  const steps = [...down, make("span", "t", "0"), ...LEVELS.map((bound, index) => step(`+${bound}`, `p${index + 1}`))];
-  byId("scale").append(...steps.flatMap((shown) => [shown, " "]));
 }
 
 function drawSettings() {
@@ -220,13 +113,6 @@ function drawSettings() {
 
 const CURVES = { left: 46, right: 484, top: 32, bottom: 182 };
 const LINES = { precision: "precision", recall: "recall", share: "share flagged" };
-
-function makeSvg(name, attributes, text = "") {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  element.textContent = text;
-  return element;
-}
 
 const findX = (step) => CURVES.left + ((CURVES.right - CURVES.left) * step) / (THRESHOLDS.length - 1);
 const findY = (share) => CURVES.bottom - (CURVES.bottom - CURVES.top) * share;
@@ -321,14 +207,7 @@ function showTip(element) {
   });
   if (!tip.firstChild) tip.append(make("p", "", "no token covers this text"));
   tip.hidden = false;
-  placeTip(element.getClientRects()[0] ?? element.getBoundingClientRect());
-}
-
-function placeTip(box) {
-  const { offsetWidth: width, offsetHeight: height } = tip;
-  const isBelow = box.bottom + 8 + height < innerHeight || box.top < height + 8;
-  tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - width - 8))}px`;
-  tip.style.top = `${isBelow ? box.bottom + 8 : box.top - height - 8}px`;
+  placeTip(tip, element.getClientRects()[0] ?? element.getBoundingClientRect());
 }
 
 /** Keeps the tooltip at its token while scrolling. */
@@ -336,7 +215,7 @@ function followToken() {
   if (!pointed) return;
   const box = pointed.getBoundingClientRect();
   if (box.bottom < 0 || box.top > innerHeight) hideTip();
-  else placeTip(box);
+  else placeTip(tip, box);
 }
 
 function describeToken(record, sideIndices, index) {
@@ -365,11 +244,6 @@ function describeToken(record, sideIndices, index) {
   if (wrong) rows.push(["annotated as wrong", wrong.has(index) ? "yes" : "no", ...(hasChange ? ["", ""] : [])]);
   const names = ["", ...sideIndices.map((sideIndex) => sideNames[sideIndex]), ...(hasChange ? ["change"] : [])];
   return makeTable("", isPair ? names : null, rows);
-}
-
-function showFactor(ratio) {
-  const factor = Math.exp(ratio);
-  return factor >= 0.001 && factor < 10000 ? factor.toFixed(4) : factor.toExponential(3);
 }
 
 /** The weight of a flagged token (eq. 6): stored in the file or, at another threshold, computed. */

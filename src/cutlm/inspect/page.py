@@ -1,13 +1,15 @@
 """The token page: one self-contained HTML file of token scores to search, sort and flag at any threshold.
 
 The page loads nothing from the network. A strict Content-Security-Policy allows only its own style and script, by their
-hashes. Its content is JSON that is never executed: `scores.js` computes flags and counts from it, `drawing.js` makes
-elements whose texts are always text nodes, `controls.js` handles input. `page.html` and `page.css` are the frame.
+hashes. Its content is JSON that is never executed: `scores.js` computes flags and counts from it, `drawing.js` draws
+records and curves, `controls.js` handles input; `text.js` makes elements whose texts are always text nodes, `tokens.js`
+draws tokens. `page.html`, `tokens.css` and `page.css` are the frame.
 """
 
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,7 +24,10 @@ from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.tokens import has_same_tokens, split_pieces
 from cutlm.prompting.spans import flag_spans
 
-_SCRIPTS = ("scores.js", "drawing.js", "controls.js")
+# The first two are modules that `cutlm.studio` shares. A page without a network cannot import; all become one script.
+_SCRIPTS = ("text.js", "tokens.js", "scores.js", "drawing.js", "controls.js")
+_STYLES = ("tokens.css", "page.css")
+_MODULE_WORDS = re.compile(r"^import [^;]*;\n|^export ", re.MULTILINE)
 _SETTINGS = ("threshold", "unlikelihood_weight", "gamma", "contrast", "detector", "tokenizer", "template")
 
 
@@ -87,7 +92,8 @@ def render_page(
         "records": [_describe_record(record, settings) for record in records],
         "settings": [dict(zip(_SETTINGS, values, strict=True)) for values in settings],
     }
-    style, script = _read("page.css"), "".join(map(_read, _SCRIPTS))
+    style = "".join(map(_read, _STYLES))
+    script = '"use strict";\n' + _MODULE_WORDS.sub("", "".join(map(_read, _SCRIPTS)))
     pictures = " img-src data:;" if any(isinstance(section, Picture) for section in sections) else ""
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}';{pictures} base-uri 'none';"
@@ -104,7 +110,7 @@ def render_page(
 
 def _describe_record(record: PageRecord, settings: dict[tuple[Any, ...], int]) -> dict[str, Any]:
     judged = record.scores[0].record
-    sides = [_describe_side(side, settings) for side in record.scores]
+    sides = [describe_side(side, settings) for side in record.scores]
     if len(sides) == 2 and has_same_tokens(*record.scores):
         for name in ("pieces", "sizes", "has_end"):
             sides[1].pop(name, None)  # the page takes the first side's
@@ -117,8 +123,15 @@ def _describe_record(record: PageRecord, settings: dict[tuple[Any, ...], int]) -
     return row
 
 
-def _describe_side(scores: TokenScores, settings: dict[tuple[Any, ...], int]) -> dict[str, Any]:
-    """Numbers are kept exactly as in the file, so that the page finds the same flags by eq. 5."""
+def describe_side(scores: TokenScores, settings: dict[tuple[Any, ...], int]) -> dict[str, Any]:
+    """Describe the scores of a response by one model, for `tokens.js`.
+
+    Numbers are kept exactly as in the file, so that the page finds the same flags by eq. 5.
+
+    Args:
+        scores: The scores.
+        settings: Numbers the settings of the scores of a page; new ones are added.
+    """
     pieces = split_pieces(scores)
     flagged = [index for index, is_flagged in enumerate(scores.is_flagged) if is_flagged]
     side: dict[str, Any] = {

@@ -1,7 +1,5 @@
-"use strict";
-// The token page, part 1: its data (made by page.py), flags by eq. 5 at any threshold, and counts of them.
+// The token page, part 1 (after text.js and tokens.js, which the studio shares): its data (made by page.py), flags by eq. 5 at any threshold, and counts of them.
 
-const byId = (id) => document.getElementById(id);
 const data = JSON.parse(byId("data").textContent);
 byId("data").remove(); // its text is as large as everything else on the page
 const isPair = data.names.length === 2;
@@ -21,9 +19,7 @@ const records = data.records.map((record, index) => {
 
 function prepareSide(record, side, first) {
   if (!side.pieces) Object.assign(side, { pieces: first.pieces, sizes: first.sizes, has_end: first.has_end });
-  side.numTokens = side.sizes ? side.sizes.reduce((sum, size) => sum + size, 0) : side.pieces.length;
-  let reached = 0;
-  side.starts = side.sizes?.map((size) => (reached += size) - size);
+  countTokens(side);
   side.settings = data.settings[side.settings];
   const reference = side.settings.contrast === "judgment" ? side.without : side.reference;
   side.ratios = side.with && reference ? subtract(side.with, reference) : null; // logarithms
@@ -36,18 +32,6 @@ function prepareSide(record, side, first) {
 
 function hasOtherFlags(record, side, bound) {
   return side.stored.some((flag, index) => exceeds(record, side, index, bound) !== Boolean(flag));
-}
-
-/** The indices of the tokens that a piece shows: one, or several that share a character. */
-function listIndices(side, piece) {
-  if (!side.sizes) return [piece];
-  return Array.from({ length: side.sizes[piece] }, (_, index) => side.starts[piece] + index);
-}
-
-function subtract(ones, others) {
-  const differences = new Float64Array(ones.length);
-  for (let index = 0; index < ones.length; index++) differences[index] = ones[index] - others[index];
-  return differences;
 }
 
 /** For each token, log p without the judgment after training minus before. */
@@ -132,27 +116,7 @@ const ORDERS = {
 const findPeak = (ratios) => (ratios ?? []).reduce((peak, ratio) => Math.max(peak, Math.abs(ratio)), -1);
 const findMean = (logps) => (logps?.length ? logps.reduce((sum, logp) => sum + logp, 0) / logps.length : Infinity);
 
-// ---- Thresholds and curves ----
-
-// The steps of the slider: round numbers from 1 to 100, finer near 1.
-const GRAINS = [[1, 0.005], [1.2, 0.01], [1.5, 0.02], [3, 0.05], [5, 0.1], [10, 0.2], [20, 0.5], [50, 2]];
-const THRESHOLDS = listThresholds();
-
-function listThresholds() {
-  const steps = new Set();
-  for (let part = 0; part <= 1; part += 0.0025) {
-    const threshold = 100 ** (part * part);
-    const grain = GRAINS.findLast(([from]) => threshold >= from)[1];
-    steps.add(Number((Math.round(threshold / grain) * grain).toFixed(3)));
-  }
-  return [...steps];
-}
-
-/** The step nearest to a threshold. */
-function findStep(threshold) {
-  const distances = THRESHOLDS.map((step) => Math.abs(Math.log(step / Math.max(1, threshold))));
-  return distances.indexOf(Math.min(...distances));
-}
+// ---- Curves ----
 
 /** Share of flagged tokens, precision and recall (null where unknown) at each step. */
 function measureCurve(listed, sideIndex) {
