@@ -259,6 +259,7 @@ def test_a_row_has_the_gain_over_base():
         "num_test_runs": {"finished": 3, "planned": 4},
         "date": "today",
         "command": "the command",
+        "dtype": "float32",
     }
     table = describe_rows([base_row, row], content)
     assert table.index("`cut_spans`") < table.index("`base`")
