@@ -32,7 +32,7 @@ from cutlm.judges.server import judge_by_server
 from cutlm.model.loading import fingerprint_model, load_trained
 from cutlm.model.merge import merge_adapter
 from cutlm.prompting.encoding import Encoder, choose_template
-from cutlm.prompting.templates import TemplateName, parse_date, set_arguments
+from cutlm.prompting.templates import JudgmentRole, TemplateName, parse_date, set_arguments
 from cutlm.servers.client import Server
 
 logger = logging.getLogger(__name__)
@@ -161,6 +161,7 @@ def blame(
     *,
     template: TemplateName = "alpaca",
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    judgment_role: JudgmentRole = "user",
     threshold: float | Literal["auto"] = 1.1,
     unlikelihood_weight: float = 1.0,
     gamma: float = 1.0,
@@ -179,6 +180,7 @@ def blame(
         records: Judged records.
         template: "alpaca" or "chat", as in training.
         chat_template_kwargs: Arguments of the chat template, as in training.
+        judgment_role: "user" or "system", as in training.
         threshold: lambda of eq. 5, or "auto"; see `FlagSettings`.
         unlikelihood_weight: alpha of eq. 6.
         gamma: Exponent of the dynamic weight of eq. 6; 0 turns it off.
@@ -208,7 +210,7 @@ def blame(
     )
     check = as_records(list(records), "records")
     tokenizer, score, detector, backend = load_scorer(model, dtype=dtype, device=device, max_length=max_length)
-    encoder = _make_encoder(tokenizer, template, chat_template_kwargs, out)
+    encoder = _make_encoder(tokenizer, template, chat_template_kwargs, out, judgment_role)
     with _writing_to(out, "scores.jsonl") as path:
         report = blame_file(
             check.records,
@@ -254,10 +256,11 @@ def _make_encoder(
     template: TemplateName,
     chat_template_kwargs: Mapping[str, Any] | None,
     out: str | Path | None,
+    judgment_role: JudgmentRole = "user",
 ) -> Encoder:
     """The encoder of a call that writes `out`, with the date of the call that it resumes."""
     date = None if out is None else read_header(out).get("template_date")
-    return Encoder(set_arguments(tokenizer, chat_template_kwargs or {}), template, parse_date(date))
+    return Encoder(set_arguments(tokenizer, chat_template_kwargs or {}), template, parse_date(date), judgment_role)
 
 
 @contextmanager

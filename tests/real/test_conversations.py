@@ -10,9 +10,9 @@ from real.test_chat_formats import tokenize
 
 from cutlm.data.conversations import Conversation
 from cutlm.data.records import JudgedRecord
-from cutlm.errors import DataError
+from cutlm.errors import ConfigError, DataError
 from cutlm.prompting.encoding import Encoder, encode_records
-from cutlm.prompting.templates import add_judgment
+from cutlm.prompting.templates import JudgmentRole, add_judgment, add_system_judgment
 
 NAMES = ("Qwen3", "Qwen3, no thoughts", "Llama 3.1", "Llama 3.2", "gpt-oss", "Qwen2.5", "Gemma 3", "DeepSeek-V3")
 WITH_TOOLS = ("Qwen3", "Llama 3.1", "Llama 3.2", "gpt-oss", "Qwen2.5")
@@ -35,15 +35,17 @@ CALLS = [*TURNS, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"r
 ANSWER = {"role": "assistant", "content": "It is Canberra."}
 
 
-def make_encoder(name: str) -> Encoder:
+def make_encoder(name: str, role: JudgmentRole = "user") -> Encoder:
     family: Family = next(family for family in FAMILIES if family.name == name)
     try:
-        return Encoder(load_tokenizer(family), "chat")
+        return Encoder(load_tokenizer(family), "chat", judgment_role=role)
     except UnavailableError as error:
         pytest.skip(str(error))
 
 
-def check(encoder: Encoder, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> None:
+def check(
+    encoder: Encoder, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, place: Any = None
+) -> None:
     """Both contexts and the response are what the template renders for these messages."""
     record = JudgedRecord.model_validate({"messages": [*messages, ANSWER], "tools": tools, "judgment": "Too short."})
     ((row,), problems) = (lambda encoded: (encoded.rows, encoded.left_out))(
@@ -51,6 +53,8 @@ def check(encoder: Encoder, messages: list[dict[str, Any]], tools: list[dict[str
     )
     assert not problems
     judged = add_judgment(record.conversation, "Too short.").messages
+    if place is not None:
+        judged = add_system_judgment(record.conversation, "Too short.", place).messages
     for ids, prompt in ((row["prompt_ids"], messages), (row["judged_prompt_ids"], judged)):
         rendered = encoder.tokenizer.apply_chat_template(
             [*prompt, ANSWER], tools=tools, tokenize=False, chat_template=encoder._chat._dated_source
@@ -70,6 +74,30 @@ def test_several_turns(name: str) -> None:
 @pytest.mark.parametrize("name", WITH_TOOLS)
 def test_turns_with_tools(name: str) -> None:
     check(make_encoder(name), CALLS, [TOOL])
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        *(("Qwen3", "end"), ("Llama 3.1", "end"), ("Llama 3.2", "end"), ("Qwen2.5", "end")),
+        *(("gpt-oss", "start"), ("DeepSeek-V3", "start"), ("Qwen3.5", "start")),
+    ],
+)
+def test_the_judgment_as_a_system_message(name: str, place: str) -> None:
+    encoder = make_encoder(name, "system")
+    assert encoder._system_place == place
+    check(encoder, TURNS, None, place)
+    if name in WITH_TOOLS:
+        check(encoder, CALLS, [TOOL], place)
+    plain, judged = (encoder.render(Conversation(tuple(CALLS[:4])), judgment).text for judgment in (None, "Too short."))
+    num_shared = plain.index("Name the capital of Australia." if place == "end" else "Be brief.")
+    assert plain[:num_shared] == judged[:num_shared]
+
+
+def test_gemma_2_has_no_system_messages() -> None:
+    with pytest.raises(ConfigError) as error:
+        make_encoder("Gemma 2", "system")
+    assert len(error.value.problems) == 1
 
 
 @pytest.mark.parametrize("name", ["Qwen3", "Llama 3.2", "gpt-oss"])

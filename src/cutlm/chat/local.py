@@ -32,7 +32,7 @@ from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.forward import check_head
 from cutlm.model.loading import unwrap_peft
 from cutlm.prompting.encoding import Encoder
-from cutlm.prompting.templates import TemplateName, make_messages
+from cutlm.prompting.templates import JudgmentRole, TemplateName, make_messages
 
 _NO_LIMIT = 2**31  # for models without a context limit
 
@@ -51,7 +51,9 @@ class LocalEngine:
         template: TemplateName,
         sampling: Sampling,
         settings: FlagSettings,
+        judgment_role: JudgmentRole = "user",
     ) -> None:
+        self._judgment_role = judgment_role
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._max_length = find_context_limit(model) or _NO_LIMIT
         self._settings = replace(settings, max_length=self._max_length)
@@ -60,7 +62,7 @@ class LocalEngine:
         self.set_template(template)
 
     def set_template(self, name: TemplateName) -> None:
-        self._encoder = Encoder(self._tokenizer, name)
+        self._encoder = Encoder(self._tokenizer, name, judgment_role=self._judgment_role)
         self.template: TemplateName | None = name
 
     def prepare(self, texts: Sequence[str]) -> tuple[list[int], int]:

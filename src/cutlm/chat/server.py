@@ -18,7 +18,7 @@ from cutlm.flagging.token_scores import TokenScores
 from cutlm.generation.local import NUM_TAIL_TOKENS, Sampling
 from cutlm.prompting.encoding import Encoder, choose_template
 from cutlm.prompting.reasoning import find_open_thoughts
-from cutlm.prompting.templates import TemplateName, make_messages
+from cutlm.prompting.templates import JudgmentRole, TemplateName, make_messages
 from cutlm.servers.client import Client, Refused, RequestFailed, Server
 
 
@@ -32,7 +32,9 @@ class ServerEngine:
         template: TemplateName | None,  # encodes prompts here; None leaves that to the server
         sampling: Sampling,
         settings: FlagSettings,
+        judgment_role: JudgmentRole = "user",
     ) -> None:
+        self._judgment_role = judgment_role
         self._client, self._tokenizer, self._sampling, self._settings = Client(server), tokenizer, sampling, settings
         self.max_new_tokens = sampling.max_new_tokens
         self.template: TemplateName | None = None
@@ -40,7 +42,7 @@ class ServerEngine:
         if template is not None:
             self.set_template(template)
         elif tokenizer is not None:
-            self._encoder = Encoder(tokenizer, choose_template(tokenizer))
+            self._encoder = Encoder(tokenizer, choose_template(tokenizer), judgment_role=judgment_role)
 
     def set_template(self, name: TemplateName) -> None:
         if self._tokenizer is None:
@@ -48,7 +50,7 @@ class ServerEngine:
                 "/template: the server uses the model's own template; start with --tokenizer MODEL to encode prompts"
                 " here"
             )
-        self._encoder = Encoder(self._tokenizer, name)
+        self._encoder = Encoder(self._tokenizer, name, judgment_role=self._judgment_role)
         self.template = name
 
     def prepare(self, texts: Sequence[str]) -> tuple[list[dict[str, str]] | list[int], int]:

@@ -35,7 +35,7 @@ from cutlm.errors import ConfigError
 _LOOP_OPTIONS = {
     "generate": (
         *("model", "prompts", "out", "seed", "overwrite", "template", "tokenizer", "max_failure_rate"),
-        *("chat_template_kwargs", "template_date"),
+        *("chat_template_kwargs", "template_date", "judgment_role"),
     ),
     "judge": ("responses", "judge", "out", "overwrite", "labels"),
 }

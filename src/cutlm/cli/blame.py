@@ -66,7 +66,7 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", choices=("alpaca", "chat"), default="alpaca", help="as in training (default: alpaca)"
     )
-    add_options(parser, "chat_template_kwargs", "template_date")
+    add_options(parser, "chat_template_kwargs", "template_date", "judgment_role")
     parser.add_argument("--max_length", type=int, default=2048, help="of prompt and response (default: 2048)")
     parser.add_argument(
         "--with_praise",
@@ -200,6 +200,8 @@ def _suggest_training(args: argparse.Namespace) -> str:
         command += ["--template", args.template]
     if args.chat_template_kwargs:
         command += ["--chat_template_kwargs", json.dumps(args.chat_template_kwargs)]
+    if args.judgment_role == "system":
+        command += ["--judgment_role", "system"]
     if args.max_length != 2048:
         command += ["--max_length", str(args.max_length)]
     return merging + shlex.join(command)

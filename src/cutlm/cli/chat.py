@@ -31,7 +31,7 @@ _OPTIONS = ModelOptions(("dtype", "device"), ("tokenizer", "timeout", "extra_bod
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, "model", "template", "chat_template_kwargs")
+    add_options(parser, "model", "template", "chat_template_kwargs", "judgment_role")
     parser.add_argument("--threshold", type=float, default=1.1, help="lambda of eq. 5, for /judge (default: 1.1)")
     add_sampling_options(parser)
     _OPTIONS.add(parser)
@@ -63,7 +63,8 @@ def _make_local_engine(args: argparse.Namespace) -> "Engine":
 
     settings = FlagSettings(args.threshold)
     model, tokenizer, template = load_model(args)
-    return LocalEngine(model, tokenizer, template, make_sampling(args, model), settings)
+    role = args.judgment_role or "user"
+    return LocalEngine(model, tokenizer, template, make_sampling(args, model), settings, role)
 
 
 def _make_server_engine(args: argparse.Namespace) -> "Engine":
@@ -76,4 +77,5 @@ def _make_server_engine(args: argparse.Namespace) -> "Engine":
     server = make_server(args, args.model, concurrency=1, max_retries=0)
     name = args.tokenizer or (args.model if args.template else None)
     tokenizer = None if name is None else set_arguments(load_tokenizer(name), args.chat_template_kwargs or {})
-    return ServerEngine(server, tokenizer, args.template, make_sampling(args), FlagSettings(args.threshold))
+    settings, role = FlagSettings(args.threshold), args.judgment_role or "user"
+    return ServerEngine(server, tokenizer, args.template, make_sampling(args), settings, role)

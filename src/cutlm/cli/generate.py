@@ -54,6 +54,7 @@ def add_answering_arguments(parser: argparse.ArgumentParser, options: ModelOptio
     add_options(parser, "template", "chat_template_kwargs", "template_date")
     judgment = 'ask for a response that deserves this judgment, such as "Perfect.": for models trained by hindsight'
     parser.add_argument("--judgment", metavar="TEXT", help=judgment)
+    add_options(parser, "judgment_role")
     add_sampling_options(parser)
     options.add(parser)
     parser.add_argument("--generator", metavar="NAME", help="name of the model in the output (default: its folder)")
@@ -71,6 +72,8 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if args.judgment is not None and not args.judgment.strip():
         problems.append('--judgment: expected text such as "Perfect.", got none; set it, or leave the option out')
+    if args.judgment_role is not None and args.judgment is None:
+        problems.append("--judgment_role: expected only with --judgment; set that too, or leave this out")
     if not 0 <= args.max_failure_rate < 1:
         problems.append(f"--max_failure_rate: expected a share from 0 to below 1, got {args.max_failure_rate:g}")
     if args.base_url is not None and args.template is None:

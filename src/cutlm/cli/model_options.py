@@ -68,6 +68,10 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
         "metavar": "YYYY-MM-DD",
         "help": "date for chat templates that print one (default: today, or that of the run that is resumed)",
     },
+    "judgment_role": {
+        "choices": ("user", "system"),
+        "help": "with --template chat: the judgment is in the last message by the user (default), or a system message",
+    },
     "base": {"metavar": "MODEL", "help": "base model of an adapter (default: the one that the adapter names)"},
     "dtype": {
         "choices": ("auto", "float32", "bfloat16", "float16"),
@@ -213,4 +217,5 @@ def make_encoder(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase",
     from cutlm.prompting.templates import parse_date, set_arguments
 
     date = args.template_date or read_header(args.out).get("template_date")
-    return Encoder(set_arguments(tokenizer, args.chat_template_kwargs or {}), template, parse_date(date))
+    tokenizer = set_arguments(tokenizer, args.chat_template_kwargs or {})
+    return Encoder(tokenizer, template, parse_date(date), getattr(args, "judgment_role", None) or "user")

@@ -13,7 +13,7 @@ OUTPUTS_FILE = "outputs.json"
 PARTS = (OUTPUTS_FILE, f"{OUTPUTS_FILE}.failures.jsonl")
 # The options of `generate.add_answering_arguments` that responses depend on.
 _SETTINGS = (
-    *("template", "judgment", "max_new_tokens", "temperature", "top_p", "seed", "batch_size", "dtype"),
+    *("template", "judgment", "judgment_role", "max_new_tokens", "temperature", "top_p", "seed", "batch_size", "dtype"),
     *("base_url", "extra_body", "tokenizer", "generator", "chat_template_kwargs", "template_date"),
 )
 

@@ -168,6 +168,7 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
     shared = ("threshold", "unlikelihood_weight", "gamma", "max_length", "sensitivity_records")
     contrast = ("contrast", "num_foreign") if train_args.contrast != "judgment" else ()
     blame_options = [*prompt_options] + [f"--{name}={getattr(train_args, name)}" for name in (*shared, *contrast)]
+    blame_options += [f"--judgment_role={train_args.judgment_role}"] * (train_args.judgment_role != "user")
     blame_options += ["--bf16"] * bool(train_args.bf16) + ["--device=cpu"] * bool(train_args.use_cpu)
     blame_options += [f"--dtype={model_args.dtype}"] if model_args.dtype else []
     generate = parse_options("generate", arguments.generate)

@@ -234,6 +234,8 @@ def _answer(plan: Plan, runner: Runner, model: str, prompts: Path | str, out: Pa
         fixed = [option for option in plan.prompt_options if option.startswith("--chat_template_kwargs")]
     else:
         fixed = list(plan.prompt_options)
+    if has_judgment and (role := plan.train_settings.get("judgment_role")):
+        fixed += ["--judgment_role", role]
     fixed += ["--max_failure_rate", str(plan.arguments.max_failure_rate)]
     arguments = ["generate", "--model", model, "--prompts", str(prompts), *fixed, *options, *further]
     with runner.serve(model):

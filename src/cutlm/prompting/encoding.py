@@ -21,7 +21,9 @@ from cutlm.errors import ConfigError, DataError
 from cutlm.prompting.spans import CONTINUATION_ANCHORS, Span, locate_tokens
 from cutlm.prompting.templates import (
     ALPACA_TAIL,
+    JUDGMENT_ROLES,
     ChatTemplate,
+    JudgmentRole,
     Prompt,
     RenderError,
     TemplateName,
@@ -53,6 +55,8 @@ class Encoder:
         tokenizer: Any tokenizer of `transformers` with an end-of-sequence token.
         template: "alpaca", or "chat" for the tokenizer's own chat template.
         date: For chat templates that print today's date; None is today, once for all prompts.
+        judgment_role: Who states the judgment under "chat": the user, at the end of the last turn, or the system, in a
+            message after the conversation. Templates that render system messages only at the start have it there.
 
     Attributes:
         end_of_turn_id: The token that ends a response: that of the chat template, otherwise the end-of-sequence token.
@@ -65,10 +69,18 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", template: TemplateName, date: datetime.date | None = None
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: TemplateName,
+        date: datetime.date | None = None,
+        judgment_role: JudgmentRole = "user",
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        if judgment_role not in JUDGMENT_ROLES:
+            raise ConfigError(f"judgment_role: expected one of {', '.join(JUDGMENT_ROLES)}, got {judgment_role!r}")
+        if judgment_role == "system" and template != "chat":
+            raise ConfigError(f"judgment_role: system needs template: chat, got template: {template}")
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so a model could not learn to"
@@ -85,7 +97,8 @@ class Encoder:
         date = date or datetime.date.today()
         self._chat = ChatTemplate(tokenizer, date, self._control_tokens) if template == "chat" else None
         self.template_date = date.isoformat() if self._chat and self._chat.prints_date else None
-        self.fingerprint = fingerprint_template(template, self._chat.source if self._chat else None)
+        self._system_place = self._chat.find_system_place() if self._chat and judgment_role == "system" else None
+        self.fingerprint = fingerprint_template(template, self._chat.source if self._chat else None, judgment_role)
         tail = self._chat.answer_format.prompt if self._chat else ALPACA_TAIL
         tail_ids = self._tokenize(tail)
         # What precedes an answer: the end of the prompt, and what the template writes after the generation prompt.
@@ -108,6 +121,8 @@ class Encoder:
             RenderError: The template refuses it; the alpaca prompt has one turn.
         """
         conversation = Conversation.start(prompt) if isinstance(prompt, str) else prompt
+        if self._chat and judgment is not None and self._system_place is not None:
+            return self._chat.render_with_system_judgment(conversation, judgment, self._system_place)
         if self._chat:
             return self._chat.render(conversation if judgment is None else add_judgment(conversation, judgment))
         return render_alpaca_prompt(_get_single_turn(conversation), judgment)

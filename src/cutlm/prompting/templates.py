@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 TemplateName = Literal["alpaca", "chat"]
 TEMPLATES: tuple[TemplateName, ...] = ("alpaca", "chat")
+JudgmentRole = Literal["user", "system"]
+JUDGMENT_ROLES: tuple[JudgmentRole, ...] = ("user", "system")
 
 _ALPACA_TASK = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -42,7 +44,8 @@ _ALPACA_REFINEMENT_TASK = (
 _ALPACA_DRAFT = "\n\n### Draft:\n"
 
 # The judgment follows the instruction in the same turn, so that both contexts share the longest possible prefix.
-_CHAT_JUDGMENT = "\n\nWrite a response that this judgment fits:\n"
+_JUDGMENT_REQUEST = "Write a response that this judgment fits:\n"
+_CHAT_JUDGMENT = "\n\n" + _JUDGMENT_REQUEST
 _CHAT_DRAFT, _CHAT_OBJECTION = "\n\nA draft of the response:\n", "\n\nWhat was said about the draft:\n"
 _CHAT_REFINE = "\n\nWrite an improved response, and nothing else."
 _CHANGES_USER_TEXT = "template: chat: the tokenizer's chat template changes the user's text; use template: alpaca"
@@ -63,6 +66,23 @@ class Prompt(NamedTuple):
 def add_judgment(conversation: Conversation, judgment: str) -> Conversation:
     """Return a conversation whose last message by the user asks for a response that a judgment fits."""
     return conversation.replace_instruction(conversation.instruction + _CHAT_JUDGMENT + judgment)
+
+
+def add_system_judgment(conversation: Conversation, judgment: str, place: Literal["start", "end"]) -> Conversation:
+    """Return a conversation with a system message that asks for a response that a judgment fits.
+
+    At the end it is a message of its own, so that both contexts share the whole conversation. At the start it continues
+    the system prompt, if there is one.
+    """
+    text = _JUDGMENT_REQUEST + judgment
+    messages = list(conversation.messages)
+    if place == "end":
+        messages.append({"role": "system", "content": text})
+    elif messages[0]["role"] in ("system", "developer"):
+        messages[0] = {**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}
+    else:
+        messages.insert(0, {"role": "system", "content": text})
+    return Conversation(tuple(messages), conversation.tools)
 
 
 def ask_for_refinement(conversation: Conversation, response: str, judgment: str) -> Conversation:
@@ -152,6 +172,59 @@ class ChatTemplate:
                     raise RenderError(_CHANGES_USER_TEXT)
                 position += len(content)
         return Prompt(text, self._locate_texts(conversation, text))
+
+    def find_system_place(self) -> Literal["start", "end"]:
+        """Return where the template renders a system message besides the system prompt.
+
+        Many render one wherever it stands, others only at the start, and some drop, move or rename a later one.
+
+        Raises:
+            ConfigError: It renders no system messages.
+        """
+        user, system, judgment = (_PLACEHOLDER.format(index) for index in range(3))
+        turn = {"role": "user", "content": user}
+        if not self._renders_system([turn], 0, judgment):
+            raise ConfigError(
+                "judgment_role: system: the tokenizer's chat template renders no system messages; use judgment_role:"
+                " user"
+            )
+        prompted = [{"role": "system", "content": system}, turn]
+        is_last = all(self._renders_system(messages, len(messages), judgment) for messages in ([turn], prompted))
+        return "end" if is_last else "start"
+
+    def _renders_system(self, messages: Sequence[Message], index: int, text: str) -> bool:
+        """Whether a system message at an index of a conversation is rendered there, as none of another role."""
+
+        def render(role: str) -> str | None:
+            try:
+                return self._apply([*messages[:index], {"role": role, "content": text}, *messages[index:]])
+            except RenderError:
+                return None
+
+        rendered = render("system")
+        if rendered is None or rendered in (render("user"), render("assistant")):
+            return False
+        contents = [str(message["content"]) for message in messages]
+        contents.insert(index, text)
+        places = [rendered.find(content) for content in contents]
+        end = rendered.removesuffix(self.answer_format.prompt)
+        return -1 not in places and places == sorted(places) and end.endswith(contents[-1])
+
+    def render_with_system_judgment(
+        self, conversation: Conversation, judgment: str, place: Literal["start", "end"]
+    ) -> Prompt:
+        """Render a conversation with a judgment as a system message.
+
+        Raises:
+            RenderError: The template refuses the messages, or leaves out this one.
+        """
+        prompt = self.render(add_system_judgment(conversation, judgment, place))
+        if (_JUDGMENT_REQUEST + judgment).strip() not in prompt.text:
+            raise RenderError(
+                "judgment_role: system: the tokenizer's chat template leaves the judgment out of this conversation; use"
+                " judgment_role: user"
+            )
+        return prompt
 
     def render_answer(self, response: str) -> str:
         """Return a response as the template writes it: some templates strip white space at its ends.
@@ -383,8 +456,9 @@ def _check_arguments(
         raise ConfigError("chat_template_kwargs: the chat template does not allow defaults for them; edit it instead")
 
 
-def fingerprint_template(template: TemplateName, source: str | None) -> str:
+def fingerprint_template(template: TemplateName, source: str | None, judgment_role: JudgmentRole) -> str:
     """Identify the prompts of a template by its source and arguments, not by what it renders on a certain day."""
+    role = f" {judgment_role}" if judgment_role != "user" else ""
     if template == "alpaca" or source is None:
         content: list[Any] = [
             _ALPACA_TASK,
@@ -396,7 +470,7 @@ def fingerprint_template(template: TemplateName, source: str | None) -> str:
     else:
         content = [*read_arguments(source), _CHAT_JUDGMENT]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return f"{template} {digest[:16]}"
+    return f"{template} {digest[:16]}{role}"
 
 
 def build_alpaca_chat_template(start: str = "") -> str:

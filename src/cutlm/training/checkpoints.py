@@ -72,7 +72,7 @@ _SETTINGS_OF_A_RUN = (
     *("data_seed", "detector", "downsample", "eval_split", "gradient_accumulation_steps", "load_in_4bit"),
     *("load_in_8bit", "lora_alpha", "lora_modules_to_save", "lora_r", "lora_target_modules", "max_length"),
     *("objective", "optim", "per_device_train_batch_size", "satisfactory_only", "seed", "template"),
-    "chat_template_kwargs",
+    *("chat_template_kwargs", "judgment_role"),
     *("train_sampling_strategy", "use_contrast_loss", "use_dora", "use_peft", "use_rslora", "use_satisfactory_loss"),
 )
 _CARD = """# An adapter trained by cutlm

@@ -31,7 +31,7 @@ from cutlm.errors import ConfigError
 from cutlm.flagging.contrast import CONTRASTS
 from cutlm.losses import Parts
 from cutlm.model.loading import has_fast_math, warn_of_slow_autocast
-from cutlm.prompting.templates import TEMPLATES, parse_date
+from cutlm.prompting.templates import JUDGMENT_ROLES, TEMPLATES, parse_date
 
 NORMALIZATIONS = ("token", "record")
 PAIR_OBJECTIVES = ("dpo", "ilf_dpo")
@@ -168,6 +168,8 @@ class CUTConfig(TrainingArguments):
         template: Prompt template: "alpaca", or "chat" for the tokenizer's own chat template.
         chat_template_kwargs: Arguments of the chat template, such as `{"enable_thinking": false}`; they become
             defaults of the saved template, so that the trained model is prompted with them.
+        judgment_role: Who states the judgment under template "chat": "user", at the end of the last turn, or "system",
+            in a message after the conversation (before it, for templates that render it only there).
         template_date: Date for chat templates that print one, such as 2026-11-26. None: that of the token scores or of
             the run that is resumed, else today.
         max_length: Maximum number of tokens in a prompt and its response. Prompts are truncated on the left to fit;
@@ -206,6 +208,7 @@ class CUTConfig(TrainingArguments):
     template: str = field(default="alpaca", metadata={"choices": list(TEMPLATES)})
     chat_template_kwargs: dict[str, Any] | None = None
     template_date: str | None = None
+    judgment_role: str = field(default="user", metadata={"choices": list(JUDGMENT_ROLES)})
     max_length: int = 2048
     downsample: float | None = None
     head_chunk_size: int | None = None
@@ -238,12 +241,20 @@ class CUTConfig(TrainingArguments):
         problems = []
         if self.detector is not None and self.detector not in DETECTORS:
             problems.append(f"detector: expected one of {', '.join(DETECTORS)}, got {self.detector!r}")
-        choices_of = (("normalization", NORMALIZATIONS), ("template", TEMPLATES), ("contrast", CONTRASTS))
+        choices_of = (
+            *(("normalization", NORMALIZATIONS), ("template", TEMPLATES), ("contrast", CONTRASTS)),
+            ("judgment_role", JUDGMENT_ROLES),
+        )
         for name, choices in choices_of:
             if getattr(self, name) not in choices:
                 problems.append(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
         if self.template != "chat" and (self.chat_template_kwargs or self.template_date):
             problems.append("chat_template_kwargs, template_date: not used by template alpaca; remove them")
+        if self.template != "chat" and self.judgment_role != "user":
+            problems.append(
+                f"judgment_role: {self.judgment_role} needs template: chat, got template: {self.template}; set one of"
+                " them"
+            )
         try:
             parse_date(self.template_date)
         except ConfigError as error:
@@ -422,6 +433,7 @@ class JudgeConfig(CUTConfig):
     dpo_beta: float = field(default=0.1, init=False)
     map_spans: bool = field(default=False, init=False)
     threshold: float = field(default=1.1, init=False)
+    judgment_role: str = field(default="user", init=False)
     contrast: str = field(default="judgment", init=False)
     num_foreign: int = field(default=4, init=False)
     unlikelihood_weight: float = field(default=1.0, init=False)
@@ -433,6 +445,7 @@ class DetectorConfig(JudgeConfig):
     """Settings of teaching a detector by the likelihood of responses given their judgments."""
 
     objective: str = field(default="hindsight", init=False)
+    judgment_role: str = field(default="user", metadata={"choices": list(JUDGMENT_ROLES)})
 
 
 def check_libraries(config: CUTConfig) -> None:

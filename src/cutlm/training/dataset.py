@@ -153,7 +153,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, args: CUTConfig, dataset: S
     date = args.template_date
     if date is None and len(dataset) and isinstance(dataset[0], TokenScores):
         date = dataset[0].template_date
-    encoder = Encoder(tokenizer, args.template, parse_date(date))  # type: ignore[arg-type]
+    encoder = Encoder(tokenizer, args.template, parse_date(date), args.judgment_role)  # type: ignore[arg-type]
     if encoder.build_chat_template() is None:
         raise ConfigError(
             f"template: alpaca: no chat template gives the same prompt with {tokenizer.name_or_path!r}, so other"
@@ -317,7 +317,7 @@ def _view_scores(dataset: Sequence[TokenScores], locations: Sequence[str], encod
     for scores, location in zip(dataset, locations, strict=True):
         if not args.map_spans and scores.template != template:
             problems.append(f"{location}: field 'template': made with {scores.template}, training uses {template}")
-            templates.add(scores.template.partition(" ")[0])
+            templates.add(scores.template)
         if scores.token_ids != encoder.encode_response(scores.record.output):
             if scores.tokenizer == tokenizer:
                 problems.append(
@@ -331,8 +331,14 @@ def _view_scores(dataset: Sequence[TokenScores], locations: Sequence[str], encod
         by_record[id(scores.record)] = scores
     if problems:
         hint = "set map_spans: true to map flags and weights by their characters"
-        if len(templates) == 1 and (other := templates.pop()) != args.template and other in TEMPLATES:
-            hint = f"train with --template {other}, with which the scores were made, or {hint}"
+        if len(templates) == 1:
+            made_with = templates.pop()
+            name, _, rest = made_with.partition(" ")
+            role = "system" if rest.endswith(" system") else "user"
+            if name != args.template and name in TEMPLATES:
+                hint = f"train with --template {name}, with which the scores were made, or {hint}"
+            elif role != args.judgment_role and made_with.split()[:2] == template.split()[:2]:
+                hint = f"train with --judgment_role {role}, with which the scores were made, or {hint}"
         raise DataError(problems, hint=hint)
 
     def view(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:

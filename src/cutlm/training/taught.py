@@ -106,6 +106,8 @@ def _is_trained(settings: Settings, half: Path, out: Path) -> bool:
 def _suggest(folder: Path, config: object) -> str:
     """The commands that blame with a taught detector."""
     template = f" --template {template}" if (template := getattr(config, "template", "alpaca")) != "alpaca" else ""
+    if getattr(config, "judgment_role", "user") != "user":
+        template += " --judgment_role system"
     lines = [
         f"cutlm blame --model {shlex.quote(str(folder / f'detector-{number}'))}"
         f" --data {shlex.quote(str(folder / f'half-{3 - number}.jsonl'))}{template} --contrast perfect"
