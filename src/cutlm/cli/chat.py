@@ -26,6 +26,7 @@ from cutlm.cli.model_options import (
 
 if TYPE_CHECKING:
     from cutlm.chat.session import Engine
+    from cutlm.prompting.templates import JudgmentRole
 
 _OPTIONS = ModelOptions(("dtype", "device"), ("tokenizer", "timeout", "extra_body"))
 
@@ -63,7 +64,7 @@ def _make_local_engine(args: argparse.Namespace) -> "Engine":
 
     settings = FlagSettings(args.threshold)
     model, tokenizer, template = load_model(args)
-    role = args.judgment_role or "user"
+    role: JudgmentRole = args.judgment_role or "user"
     return LocalEngine(model, tokenizer, template, make_sampling(args, model), settings, role)
 
 
@@ -77,5 +78,5 @@ def _make_server_engine(args: argparse.Namespace) -> "Engine":
     server = make_server(args, args.model, concurrency=1, max_retries=0)
     name = args.tokenizer or (args.model if args.template else None)
     tokenizer = None if name is None else set_arguments(load_tokenizer(name), args.chat_template_kwargs or {})
-    settings, role = FlagSettings(args.threshold), args.judgment_role or "user"
-    return ServerEngine(server, tokenizer, args.template, make_sampling(args), settings, role)
+    role: JudgmentRole = args.judgment_role or "user"
+    return ServerEngine(server, tokenizer, args.template, make_sampling(args), FlagSettings(args.threshold), role)
