@@ -24,7 +24,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from method_runs import ABLATIONS, BASES, METHODS, Method, Run, execute, find_method
+from method_runs import ABLATIONS, BASES, METHODS, REMEDIES, Method, Run, execute, find_method
 from method_tables import write_results
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -36,6 +36,9 @@ from cutlm.world.base import base_path
 FOLDER = Path(__file__).parent
 ONLINE = ("cut", "cut_frozen", "hindsight", "dpo")
 REWARDS = ("cut", "cut_frozen", "dpo")
+# Methods that learn from judgments; DPO, which learns from verdicts, gets flipped ones.
+NOISY = ("cut", "cut_frozen", "likelihood_satisfactory")
+NOISES = ("foreign", "praise", "vague")
 _DEV_SEED = 0
 _SAMPLES_FOR_REWARDS = 4
 
@@ -55,6 +58,7 @@ class Size:
         num_iterations: Iterations of an online run.
         num_responses: Numbers of responses to learn from, in the table of judgments against rewards.
         share: Share of the training tasks to learn from in the others; None for the default of `Run`.
+        noise: Shares of wrong judgments.
     """
 
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
@@ -64,6 +68,7 @@ class Size:
     num_iterations: int = 5
     num_responses: tuple[int, ...] = (80, 240, 720)
     share: float | None = None
+    noise: tuple[float, ...] = (0.1, 0.2, 0.3)
 
     def make_run(self, method: str, **changes: Any) -> Run:
         """A test run of this size; learning rate and seed are set later."""
@@ -71,7 +76,7 @@ class Size:
         return replace(run, **changes)
 
 
-QUICK = Size((1,), (5e-4,), 6, 35, 2, (64,), 0.1)
+QUICK = Size((1,), (5e-4,), 6, 35, 2, (64,), 0.1, (0.5,))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,12 +195,36 @@ def compare_detectors(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
     return rows
 
 
+def compare_noise(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
+    """Wrong judgments: methods and remedies with growing shares of them. Learning rates are those for clean data."""
+    names = (*NOISY, "dpo")
+    rates = dict(zip(names, choose_rates(run_all, [size.make_run(name) for name in names], size), strict=True))
+    rates |= {method.name: rates["cut_frozen"] for method in REMEDIES}
+    templates = []
+    for name, rate in rates.items():
+        run = size.make_run(name, learning_rate=rate)
+        kinds = ("flipped",) if name == "dpo" else NOISES
+        templates.append(run)
+        templates += [replace(run, noise=share, noise_kind=kind) for kind in kinds for share in size.noise]
+    return [
+        {
+            "method": run.method,
+            "noise": run.noise,
+            "kind": run.noise_kind,
+            "learning_rate": run.learning_rate,
+            "test_accuracy": [result["accuracy"][-1]["macro"] for result in results],
+        }
+        for run, results in _run_seeds(run_all, templates, size, "testing noise")
+    ]
+
+
 TABLES: dict[str, Callable[[RunAll, Size], list[dict[str, Any]]]] = {
     "methods": compare_methods,
     "ablations": compare_ablations,
     "iterations": compare_iterations,
     "rewards": compare_rewards,
     "detection": compare_detectors,
+    "noise": compare_noise,
 }
 
 

@@ -14,6 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from measure import measure_detection
+from noise import add_noise, drop_ineffective, measure_effects
 from torch import nn
 from transformers import PrinterCallback
 
@@ -51,6 +52,8 @@ class Method:
         data: "greedy": the greedy response to each instruction; "samples": `NUM_SAMPLES` sampled responses each;
             "refined": greedy, and the model's own refinements of unsatisfactory responses.
         is_praised: Whether the trained model is prompted with the judgment "Perfect.".
+        min_rank: Leave out unsatisfactory records whose judgment has a larger effect on the base model than less than
+            this share of other judgments.
         about: A short description for the tables.
     """
 
@@ -58,6 +61,7 @@ class Method:
     settings: dict[str, Any] = field(default_factory=dict)
     data: str = "greedy"
     is_praised: bool = False
+    min_rank: float = 0.0
     about: str = ""
 
 
@@ -106,11 +110,16 @@ ABLATIONS = (
     Method("cut_frozen_threshold_1.05", _FROZEN | {"threshold": 1.05}, about="frozen detector, threshold 1.05"),
     Method("cut_frozen_threshold_1.2", _FROZEN | {"threshold": 1.2}, about="frozen detector, threshold 1.2"),
 )
+# What may help if judgments are wrong; each keeps the learning rate of the method without it.
+REMEDIES = (
+    Method("cut_frozen_auto", _FROZEN | {"threshold": "auto"}, about="frozen detector, threshold auto"),
+    Method("cut_frozen_dropped", _FROZEN, min_rank=0.75, about="frozen detector, without ineffective judgments"),
+)
 
 
 def find_method(name: str) -> Method:
     """The method with a name."""
-    return next(method for method in (*BASES, *METHODS, *ABLATIONS) if method.name == name)
+    return next(method for method in (*BASES, *METHODS, *ABLATIONS, *REMEDIES) if method.name == name)
 
 
 # ---- Runs ----
@@ -132,6 +141,8 @@ class Run:
         num_eval: Tasks of the split to measure on; None for all.
         share: Share of the training tasks to learn from; None for two thirds, or for all over several iterations.
         detects: Whether to measure the trained model as a detector, too.
+        noise: Share of the judgments that are replaced.
+        noise_kind: How; see `noise.NOISES`.
     """
 
     method: str
@@ -145,6 +156,8 @@ class Run:
     num_eval: int | None = None
     share: float | None = None
     detects: bool = False
+    noise: float = 0.0
+    noise_kind: str | None = None
 
 
 def execute(run: Run) -> dict[str, Any]:
@@ -172,7 +185,13 @@ def execute(run: Run) -> dict[str, Any]:
         costs["tokens_generated"] += experience.num_tokens
         result["num_responses"] += experience.num_responses
         result["num_satisfactory"] += sum(record.is_satisfactory for record in experience.records)
-        for name, cost in train(model, tokenizer, experience.records, method, run, seed).items():
+        records = experience.records
+        if run.noise_kind is not None:
+            records = add_noise(records, run.noise, run.noise_kind, seed)
+        if method.min_rank:
+            effects = measure_effects(base, Encoder(tokenizer, "alpaca"), records, seed)
+            records = drop_ineffective(records, effects, method.min_rank)
+        for name, cost in train(model, tokenizer, records, method, run, seed).items():
             costs[name] += cost
         responses = answer_tasks(model, tokenizer, tasks, is_praised=method.is_praised)
         result["accuracy"].append(rate_answers(tasks, responses))

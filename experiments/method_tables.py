@@ -106,6 +106,24 @@ def _tabulate_steps(key: str, title: str) -> Callable[[Sequence[dict[str, Any]]]
     return tabulate
 
 
+def _tabulate_noise(rows: Sequence[dict[str, Any]]) -> str:
+    shares = sorted({row["noise"] for row in rows})
+    found = {(row["method"], row["kind"], row["noise"]): row for row in rows}
+    cells = [
+        [f"`{name}`", kind]
+        # Without noise there is one row for all kinds.
+        + [_show(found[name, kind if share else None, share]["test_accuracy"]) for share in shares]
+        for name, kind in dict.fromkeys((row["method"], row["kind"]) for row in rows if row["kind"] is not None)
+    ]
+    return format_table(["method", "judgments replaced by", *(f"{share:.0%}" for share in shares)], cells)
+
+
+def _plot_noise(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Accuracy with foreign judgments, or flipped verdicts."""
+    part = [row for row in rows if row["kind"] in (None, "foreign", "flipped")]
+    _plot_lines("noise", "share of unsatisfactory responses with another response's judgment")(axes, part)
+
+
 def _tabulate_detection(rows: Sequence[dict[str, Any]]) -> str:
     header = ["detector, family", "threshold", "precision", "recall", "F1"]
     return format_table(
@@ -183,5 +201,6 @@ _TABLES: dict[str, _Table] = {
         _tabulate_steps("num_responses", "judged responses"),
         _plot_lines("num_responses", "judged responses", is_log=True),
     ),
+    "noise": ("Wrong judgments", _tabulate_noise, _plot_noise),
     "detection": ("Detection of wrong tokens", _tabulate_detection, _plot_detection),
 }
