@@ -87,9 +87,9 @@ class Size:
     num_held_out: int = 64
     max_new_tokens: int = 128
     num_tested: int | None = None
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    num_steps: int = 25
-    batch_size: int = 16
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+    num_steps: int = 50
+    batch_size: int = 8
     seeds: tuple[int, ...] = (1, 2, 3)
     num_best: int = 4
 
@@ -237,7 +237,8 @@ class Experiment:
         return result
 
     def _make_key(self, method: Method, rate: float | None, seed: int, split: str) -> str:
-        facts = {name: value for name, value in asdict(self.size).items() if name not in _PLAN}
+        other = _PLAN if rate is not None else (*_PLAN, "num_steps", "batch_size")
+        facts = {name: value for name, value in asdict(self.size).items() if name not in other}
         parts = [self._model.name, method.name, method.settings, method.data, rate, seed, split, facts, str(DTYPE)]
         return _hash(parts)
 
