@@ -23,6 +23,8 @@ under judgments of other responses.
 | `chat`, `alpaca` | log ratio of its probability with and without the judgment (eq. 5), under a prompt template |
 | `..._foreign` | log ratio to the mean log-probability under two judgments of other responses |
 | `..._perfect` | log ratio to its probability under the judgment "Perfect." |
+| `..._perfect_surprise` | the same, and a quarter of its surprise there: `surprise_weight: 0.25` |
+| `..._perfect_smooth` | the latter, averaged over each token and its two neighbours; not in the library |
 | `taught_...` | the same by a LoRA adapter trained with `hindsight` on the other half and on further errors |
 | `surprise` | minus its log-probability without any judgment: knows nothing of the judgment |
 | `words` | whether the judgment quotes it or mentions its word: knows no model |

@@ -17,6 +17,7 @@ from cutlm.prompting.spans import Span, flag_spans
 
 THRESHOLD = 1.1
 MAX_FALSE_SHARE = 0.01
+SURPRISE_WEIGHT = 0.25
 _NUM_RESAMPLED = 200
 # A token without a judgment is suspicious if it is less likely than this.
 _SURPRISING = 0.1
@@ -55,8 +56,25 @@ def contrast_perfect(logps: Logps, judged: str = "own") -> np.ndarray:
     return logps[judged] - logps["perfect"]
 
 
+def contrast_surprise(logps: Logps, judged: str = "own") -> np.ndarray:
+    """Log ratio to the response under praise, and a quarter of its surprise there (`surprise_weight`)."""
+    return logps[judged] - (1 + SURPRISE_WEIGHT) * logps["perfect"]
+
+
+def contrast_smooth(logps: Logps, judged: str = "own") -> np.ndarray:
+    """The same, averaged over each token and its neighbours."""
+    scores = np.pad(contrast_surprise(logps, judged), 1)
+    return np.convolve(scores, np.ones(3) / 3, "valid")
+
+
 ScoreTokens = Callable[..., np.ndarray]
-CONTRASTS: dict[str, ScoreTokens] = {"none": contrast_plain, "foreign": contrast_foreign, "perfect": contrast_perfect}
+CONTRASTS: dict[str, ScoreTokens] = {
+    "none": contrast_plain,
+    "foreign": contrast_foreign,
+    "perfect": contrast_perfect,
+    "perfect_surprise": contrast_surprise,
+    "perfect_smooth": contrast_smooth,
+}
 
 
 def choose_threshold(contrast: ScoreTokens, responses: Sequence[Response]) -> float:

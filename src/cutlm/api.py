@@ -167,6 +167,7 @@ def blame(
     gamma: float = 1.0,
     contrast: str = "judgment",
     num_foreign: int = 4,
+    surprise_weight: float = 0.0,
     max_length: int = 2048,
     dtype: str = "auto",
     device: str | None = None,
@@ -186,6 +187,7 @@ def blame(
         gamma: Exponent of the dynamic weight of eq. 6; 0 turns it off.
         contrast: What the judgment is compared with: "judgment" for none (eq. 5), "foreign" or "perfect".
         num_foreign: Number of foreign judgments for contrast "foreign".
+        surprise_weight: How much it counts for a flag that a token is unlikely; 0 as in eq. 5; see `FlagSettings`.
         max_length: Maximum tokens in a prompt and its response; prompts are truncated on the left.
         dtype: dtype of the weights; "auto" for the checkpoint's, or float32 on a CPU that is faster in it.
         device: Such as "cuda:1"; None for a GPU if there is one.
@@ -206,7 +208,13 @@ def blame(
         [True, False]
     """
     settings = FlagSettings(
-        threshold, unlikelihood_weight, gamma, max_length, contrast=contrast, num_foreign=num_foreign
+        threshold,
+        unlikelihood_weight,
+        gamma,
+        max_length,
+        contrast=contrast,
+        num_foreign=num_foreign,
+        surprise_weight=surprise_weight,
     )
     check = as_records(list(records), "records")
     tokenizer, score, detector, backend = load_scorer(model, dtype=dtype, device=device, max_length=max_length)

@@ -19,7 +19,7 @@ from cutlm.cli import main
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError
 from cutlm.flagging.contrast import average_logps, find_threshold, plan_contexts
-from cutlm.flagging.detector import FlagSettings, encode_for_scoring
+from cutlm.flagging.detector import FlagSettings, encode_for_scoring, flag_response
 from cutlm.flagging.token_scores import TokenScores, read_token_scores
 from cutlm.prompting.encoding import Encoder
 
@@ -107,6 +107,33 @@ def test_praise_can_be_the_reference(model: Path, data: Path, tmp_path: Path) ->
             assert one.is_flagged == [ratio > math.log(1.1) for ratio in one.log_ratios]
 
 
+def test_surprise_counts_besides_the_log_ratio() -> None:
+    # Log ratios .5, 0, -.05 and .05; with a quarter of the surprise .5, .025, .75 and .05 more. log 1.1 = .0953.
+    reference, judged = [-2.0, -0.1, -3.0, -0.2], [-1.5, -0.1, -3.05, -0.15]
+    flags, _ = flag_response(reference, judged, FlagSettings())
+    assert flags == [True, False, False, False]
+    flags, weights = flag_response(reference, judged, FlagSettings(surprise_weight=0.25))
+    assert flags == [True, False, True, True]
+    assert weights == pytest.approx([math.exp(-1.5), 0, math.exp(-3.05), math.exp(-0.15)], rel=1e-5)
+
+
+@pytest.mark.parametrize("contrast", ["judgment", "perfect"])
+def test_token_scores_keep_the_weight_of_surprise(model: Path, data: Path, tmp_path: Path, contrast: str) -> None:
+    settings = {"contrast": contrast, "surprise_weight": 0.5, "threshold": "auto"}
+    scores = blame_scores(model, data, tmp_path / "out.jsonl", **settings)
+    report = json.loads((tmp_path / "out.jsonl.report.json").read_text("utf-8"))
+    assert report["surprise_weight"] == 0.5
+    for one in scores:
+        assert one.surprise_weight == 0.5
+        if not one.record.is_satisfactory:
+            reference = one.logps_without if contrast == "judgment" else one.logps_reference
+            assert one.logps_with is not None
+            assert reference is not None
+            ratios = [judged - 1.5 * other for judged, other in zip(one.logps_with, reference, strict=True)]
+            assert one.log_ratios == pytest.approx(ratios)
+            assert one.is_flagged == [ratio > math.log(one.threshold) for ratio in ratios]
+
+
 def test_the_report_names_contrast_and_threshold(model: Path, data: Path, tmp_path: Path) -> None:
     scores = blame_scores(model, data, tmp_path / "out.jsonl", contrast="foreign", num_foreign=2, threshold="auto")
     report = json.loads((tmp_path / "out.jsonl.report.json").read_text("utf-8"))
@@ -137,7 +164,13 @@ def test_too_few_different_judgments_are_refused(
 
 
 def test_bad_settings_are_refused() -> None:
-    for settings in ({"contrast": "none"}, {"num_foreign": 0}, {"threshold": "1.2"}, {"threshold": 0.5}):
+    for settings in (
+        {"contrast": "none"},
+        {"num_foreign": 0},
+        {"surprise_weight": -1},
+        {"threshold": "1.2"},
+        {"threshold": 0.5},
+    ):
         with pytest.raises(ConfigError):
             FlagSettings(**settings)  # type: ignore[arg-type]
 
@@ -205,7 +238,7 @@ def test_python_and_the_command_flag_alike(model: Path, data: Path, tmp_path: Pa
 
 
 def test_a_contrast_needs_a_frozen_detector(tmp_path: Path) -> None:
-    for settings in ({"contrast": "foreign"}, {"threshold": "auto"}, {"num_foreign": 2}):
+    for settings in ({"contrast": "foreign"}, {"threshold": "auto"}, {"num_foreign": 2}, {"surprise_weight": 0.5}):
         for others in ({}, {"detector": "current"}, {"detector": "spans"}, {"objective": "hindsight"}):
             with pytest.raises(ConfigError) as error:
                 CUTConfig(output_dir=str(tmp_path), use_cpu=True, **others | settings)  # type: ignore[arg-type]
@@ -222,8 +255,9 @@ def test_training_flags_as_blame_does(
     from cutlm.training.dataset import ScoresFile, prepare_data
 
     settings: dict[str, Any] = {"contrast": "foreign", "num_foreign": 2, "threshold": threshold}
+    settings["surprise_weight"] = 0.1
     expected = blame_scores(model, data, tmp_path / "out.jsonl", **settings)
-    assert any(any(one.is_flagged) for one in expected) == (threshold == 1.05)
+    assert any(any(one.is_flagged) for one in expected)
     args = CUTConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, detector="frozen", **settings)
     loaded, tokenizer = load_model(model), load_tokenizer(model)
     records = [JudgedRecord(**row) for row in RECORDS]

@@ -61,6 +61,14 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num_foreign", type=int, default=4, metavar="N", help="judgments for --contrast foreign (default: 4)"
     )
+    parser.add_argument(
+        "--surprise_weight",
+        type=float,
+        default=0.0,
+        metavar="KAPPA",
+        help="how much it counts for a flag that a token is unlikely, besides its log ratio; with --threshold auto"
+        " (default: 0)",
+    )
     parser.add_argument("--unlikelihood_weight", type=float, default=1.0, help="alpha of eq. 6 (default: 1)")
     parser.add_argument("--gamma", type=float, default=1.0, help="dynamic weight of eq. 6; 0: off (default: 1)")
     parser.add_argument(
@@ -112,6 +120,7 @@ def score_file(args: argparse.Namespace) -> None:
         args.with_praise,
         args.contrast,
         args.num_foreign,
+        args.surprise_weight,
     )
     check = check_records(args.data, args.columns)
     raise_problems(check, describe_sources(args.data))

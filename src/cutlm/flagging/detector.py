@@ -28,6 +28,7 @@ from cutlm.flagging.sensitivity import NUM_RECORDS, Contrast, ForeignContext, co
 from cutlm.flagging.token_scores import (
     SCORE_FIELDS,
     TokenScores,
+    add_surprise,
     fingerprint_tokenizer,
     strip_scores,
     write_token_scores,
@@ -52,6 +53,9 @@ class FlagSettings:
             "foreign" for the logarithm of the mean probability under judgments of other records, "perfect" for the one
             with praise.
         num_foreign: Number of these judgments of other records.
+        surprise_weight: kappa: a token is flagged if its log ratio, plus kappa times its surprise (minus the
+            log-probability that the one with the judgment is compared with), is above log lambda. 0: eq. 5. Tokens that
+            are unlikely are more often wrong, so this is the log odds of a token being wrong with a prior.
         with_praise: Score satisfactory records with their judgment too ("Perfect." if they have none), to calibrate
             thresholds. They are never flagged.
     """
@@ -63,6 +67,7 @@ class FlagSettings:
     with_praise: bool = False
     contrast: str = "judgment"
     num_foreign: int = 4
+    surprise_weight: float = 0.0
 
     def __post_init__(self) -> None:
         problems = []
@@ -74,6 +79,8 @@ class FlagSettings:
             problems.append(f"num_foreign: expected a whole number of at least 1, got {self.num_foreign}")
         if not 0 < self.unlikelihood_weight < math.inf:
             problems.append(f"unlikelihood_weight: expected a number above 0, got {self.unlikelihood_weight}")
+        if not 0 <= self.surprise_weight < math.inf:
+            problems.append(f"surprise_weight: expected a number of at least 0, got {self.surprise_weight}")
         if not 0 <= self.gamma < math.inf:
             problems.append(f"gamma: expected a number of at least 0, got {self.gamma}")
         if self.max_length < 2:
@@ -91,7 +98,7 @@ def flag_response(
         logps_reference: [T] log p(y_t | x, y_<t), or what else `settings.contrast` compares with, rounded as in a file
             of token scores.
         logps_with: [T] log p(y_t | x, j, y_<t).
-        settings: Threshold (a number), unlikelihood weight and gamma.
+        settings: Threshold (a number), unlikelihood weight, gamma and surprise weight.
         num_template_tokens: Tokens at the start that the chat template writes; they are never flagged.
 
     Returns:
@@ -103,7 +110,7 @@ def flag_response(
     """
     assert settings.threshold != "auto", "it has been found before"
     flags = flag_tokens(
-        torch.tensor(logps_reference, dtype=torch.float64),
+        torch.tensor(add_surprise(logps_reference, settings.surprise_weight), dtype=torch.float64),
         torch.tensor(logps_with, dtype=torch.float64),
         threshold=settings.threshold,
         unlikelihood_weight=settings.unlikelihood_weight,
@@ -339,6 +346,7 @@ def compare_contexts(
         without, own = logps[context.target]
         assert own is not None
         reference = references.get(context.target, without)
+        reference = add_surprise(reference, settings.surprise_weight)
         contrasts.append(Contrast(reference, own, scored[context.target, context.source], starts[context.target]))
     if settings.threshold == "auto":
         ratios: dict[str, list[float]] = {"foreign": [], "praise": []}
@@ -346,7 +354,8 @@ def compare_contexts(
             ratios["foreign"] += _subtract(one.foreign, one.without)[one.num_template_tokens :]
         for index, (without, judged) in logps.items():
             if judged is not None and records[index].is_satisfactory:
-                ratios["praise"] += _subtract(judged, references.get(index, without))[starts[index] :]
+                reference = add_surprise(references.get(index, without), settings.surprise_weight)
+                ratios["praise"] += _subtract(judged, reference)[starts[index] :]
         settings = replace(settings, threshold=find_threshold(ratios))
     assert settings.threshold != "auto"
     return Comparison(settings, references, compute_sensitivity(contrasts, settings.threshold))
@@ -421,6 +430,7 @@ def write_report(scores: str | Path, report: BlameReport) -> None:
         "num_records": len(report.scores),
         "threshold": report.settings.threshold,
         "contrast": report.settings.contrast,
+        "surprise_weight": report.settings.surprise_weight,
         "num_foreign": report.settings.num_foreign if report.settings.contrast == "foreign" else None,
         "flagged_share": report.num_flagged / report.num_tokens if report.num_tokens else None,
         "sensitivity": report.sensitivity and asdict(report.sensitivity),
@@ -520,6 +530,7 @@ def _fingerprint(encoder: Encoder, settings: FlagSettings, detector: str) -> dic
         "unlikelihood_weight": settings.unlikelihood_weight,
         "gamma": settings.gamma,
         "contrast": settings.contrast,
+        "surprise_weight": settings.surprise_weight,
         "detector": detector,
         "tokenizer": fingerprint_tokenizer(encoder.tokenizer),
         "template": encoder.fingerprint,

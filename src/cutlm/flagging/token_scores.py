@@ -55,6 +55,7 @@ class TokenScores:
             "perfect" for `logps_reference`.
         logps_reference: [T] the log-probabilities under foreign judgments, averaged, or under "Perfect."; None if not
             scored.
+        surprise_weight: kappa: how much a token's surprise counts besides its log ratio; 0 for eq. 5.
     """
 
     record: JudgedRecord
@@ -74,13 +75,18 @@ class TokenScores:
     template_date: str | None = None
     contrast: str = "judgment"
     logps_reference: list[float] | None = None
+    surprise_weight: float = 0.0
 
     @property
     def log_ratios(self) -> list[float] | None:
-        """[T] `logps_with` minus what it is compared with, which flags are made by; None if either is missing."""
+        """[T] `logps_with` minus what it is compared with, which flags are made by; None if either is missing.
+
+        With a surprise weight, the weighted surprise is added.
+        """
         reference = self.logps_without if self.contrast == "judgment" else self.logps_reference
         if self.logps_with is None or reference is None:
             return None
+        reference = add_surprise(reference, self.surprise_weight)
         return [judged - other for judged, other in zip(self.logps_with, reference, strict=True)]
 
     def to_row(self) -> dict[str, Any]:
@@ -121,11 +127,21 @@ class _Columns(BaseModel):
     template_date: str | None = None
     contrast: Literal["judgment", "foreign", "perfect"] = "judgment"
     logps_reference: list[_Logp] | None = None
+    surprise_weight: _Weight = 0.0
 
 
 SCORE_FIELDS = tuple(_Columns.model_fields)
 _COLUMNS = SCORE_FIELDS[2:]
 _PER_TOKEN = (*_COLUMNS[:7], "logps_reference")
+
+
+def add_surprise(logps: Sequence[float], weight: float) -> list[float]:
+    """Return what log-probabilities with a judgment are compared with to make flags: `logps` without a weight.
+
+    A token is flagged if log p(y_t | x, j, y_<t) - log p + weight * (-log p) is above log lambda, where p is what it is
+    compared with; that is, if log p(y_t | x, j, y_<t) - (1 + weight) log p is.
+    """
+    return [(1 + weight) * logp for logp in logps]
 
 
 def is_token_scores_row(value: Any) -> bool:

@@ -160,6 +160,8 @@ class CUTConfig(TrainingArguments):
             without it (eq. 5); "foreign" for the mean under judgments of other records; "perfect" for that with
             "Perfect.".
         num_foreign: Number of these judgments of other records.
+        surprise_weight: How much it counts for a flag of detector "frozen" that a token is unlikely, besides its log
+            ratio; 0 as in eq. 5. Combine it with threshold "auto".
         unlikelihood_weight: alpha of eq. 6: 0.25, 0.5 or 1 in the paper.
         gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6: 0.25, 0.5, 1 or 2 in the paper; 0 turns
             it off, as in the released code.
@@ -202,6 +204,7 @@ class CUTConfig(TrainingArguments):
     threshold: float | str = 1.1
     contrast: str = field(default="judgment", metadata={"choices": list(CONTRASTS)})
     num_foreign: int = 4
+    surprise_weight: float = 0.0
     unlikelihood_weight: float = 1.0
     gamma: float = 1.0
     normalization: str = field(default="token", metadata={"choices": list(NORMALIZATIONS)})
@@ -276,7 +279,8 @@ class CUTConfig(TrainingArguments):
                 ("downsample", "normalization", "head_chunk_size", "max_tokens_per_batch"), not self.is_of_pairs
             ),
         }
-        frozen_only = [name for name in ("contrast", "num_foreign") if getattr(self, name) != _default(name)]
+        options = ("contrast", "num_foreign", "surprise_weight")
+        frozen_only = [name for name in options if getattr(self, name) != _default(name)]
         frozen_only += ["threshold: auto"] if self.threshold == "auto" else []
         if frozen_only and not (is_cut and self.detector == "frozen"):
             got = f"objective {self.objective}, detector {self.detector or 'current'}"
@@ -297,7 +301,7 @@ class CUTConfig(TrainingArguments):
             problems.append(
                 f"threshold: expected a number of at least 1 (the paper uses 1.1 or 1.2) or auto, got {self.threshold}"
             )
-        for name in ("unlikelihood_weight", "gamma", "praise_weight", "learning_rate"):
+        for name in ("unlikelihood_weight", "gamma", "surprise_weight", "praise_weight", "learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 problems.append(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
         if not 0 < self.dpo_beta < float("inf"):
@@ -436,6 +440,7 @@ class JudgeConfig(CUTConfig):
     judgment_role: str = field(default="user", init=False)
     contrast: str = field(default="judgment", init=False)
     num_foreign: int = field(default=4, init=False)
+    surprise_weight: float = field(default=0.0, init=False)
     unlikelihood_weight: float = field(default=1.0, init=False)
     gamma: float = field(default=1.0, init=False)
 

@@ -300,7 +300,7 @@ def _view_scores(dataset: Sequence[TokenScores], locations: Sequence[str], encod
             f" {args.objective}, detector {args.detector}"
         )
     problems = []
-    for key in ("threshold", "unlikelihood_weight", "gamma", "contrast"):
+    for key in ("threshold", "unlikelihood_weight", "gamma", "contrast", "surprise_weight"):
         wanted = getattr(args, key)
         others = sorted({getattr(scores, key) for scores in dataset} - {wanted})
         # A default is not taken for a request, and any threshold may have been found.
@@ -429,6 +429,7 @@ def _flag_rows(
         args.max_length,
         contrast=args.contrast,
         num_foreign=args.num_foreign,
+        surprise_weight=args.surprise_weight,
     )
     rows = data.rows.to_list()
     is_flagged: list[list[bool] | None] = [None] * len(rows)
@@ -505,7 +506,7 @@ def _score_once(
         "device": args.device.type,
     }
     run = describe_run(records, encoder, settings, detector, backend)
-    keys = ("threshold", "unlikelihood_weight", "gamma", "contrast", "num_foreign")
+    keys = ("threshold", "unlikelihood_weight", "gamma", "contrast", "num_foreign", "surprise_weight")
     header = {key: getattr(settings, key) for key in keys} | run
     path = scores_file.path
     header_path = path.with_suffix(".json")
@@ -556,7 +557,8 @@ def _compare_scores(path: Path, header_path: Path, header: Mapping[str, Any]) ->
         found = None
     if not isinstance(found, dict):
         return f"without a readable {header_path.name} next to it, it is not known how it was made"
-    found = {"contrast": "judgment", "num_foreign": FlagSettings.num_foreign} | found  # as before there was a choice
+    # As before there was a choice.
+    found = {"contrast": "judgment", "num_foreign": FlagSettings.num_foreign, "surprise_weight": 0.0} | found
     differing = [key for key in header if found.get(key) != header[key]]
     if differing:
         return f"made with other settings ({', '.join(differing)} differ)"
