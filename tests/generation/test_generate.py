@@ -23,6 +23,7 @@ from transformers import (
 import cutlm.generation.local as generation
 from cutlm.cli import main
 from cutlm.data.files import read_rows
+from cutlm.data.journal import Journal
 from cutlm.generation import progress
 from cutlm.prompting.encoding import Encoder
 
@@ -32,15 +33,15 @@ PROMPTS: list[dict[str, Any]] = [
 ]
 KILLED = """
 import os, signal, sys
-import cutlm.generation.local as generation
-original, num_calls = generation._generate_batch, 0
-def killing(*args, **kwargs):
+from cutlm.data.journal import Journal
+original, num_calls = Journal.append, 0
+def killing(*args):
     global num_calls
     num_calls += 1
     if num_calls == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-generation._generate_batch = killing
+    return original(*args)
+Journal.append = killing
 from cutlm.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -182,14 +183,14 @@ def test_other_settings_cannot_resume_a_stopped_run(
     model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = _options(model, prompts, tmp_path / "out.json")
-    generate, num_calls = generation._generate_batch, iter(range(9))
+    append, num_calls = Journal.append, iter(range(9))
 
     def interrupt(*args: Any) -> Any:
         if next(num_calls) == 1:
             raise KeyboardInterrupt
-        return generate(*args)
+        return append(*args)
 
-    monkeypatch.setattr(generation, "_generate_batch", interrupt)
+    monkeypatch.setattr(Journal, "append", interrupt)
     assert main(options) == 130
     before = (tmp_path / "out.json.partial").read_bytes()
     assert main([*options, "--temperature", "0.5"]) == 2
@@ -296,9 +297,11 @@ def test_a_judgment_is_part_of_the_prompt_as_in_training(tmp_path, prompts):
     tokenizer.chat_template = encoder.build_chat_template()  # as training saves it
     tokenizer.save_pretrained(folder)
     seen: list[list[int]] = []
-    generate = generation._generate_batch
+    generate = generation._generate_rows
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "_generate_batch", lambda *args: (seen.extend(args[2]), generate(*args))[1])
+        patch.setattr(
+            generation, "_generate_rows", lambda *args: (seen.extend(row.prompt for row in args[2]), generate(*args))[1]
+        )
         assert main(_options(folder, prompts, tmp_path / "out.json", "--judgment", "Perfect.")) == 0
     expected = [
         encoder.encode_prompt(f"{row['instruction']}\n{row['input']}".rstrip("\n"), "Perfect.") for row in PROMPTS

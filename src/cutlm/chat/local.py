@@ -26,11 +26,10 @@ from cutlm.generation.local import (
     find_room,
     generate_ids,
     make_generation_config,
-    seeded,
+    make_logits_processors,
 )
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.forward import check_head
-from cutlm.model.loading import unwrap_peft
 from cutlm.prompting.encoding import Encoder
 from cutlm.prompting.templates import JudgmentRole, TemplateName, make_messages
 
@@ -76,17 +75,17 @@ class LocalEngine:
         )
 
     def answer(self, prompt: list[int], seed_offset: int, show: Callable[[str], None]) -> bool:
-        language_model: Any = unwrap_peft(self._model)
         reader = AnswerReader(self._model, self._tokenizer, self._encoder)
         streamer = _Streamer(reader, show)
         if opening := reader.find_open_thoughts(prompt):
             show(opening)
-        seed = seeded(self._sampling.seed + seed_offset, language_model.device)
-        with _catch_interrupt() as stop, _explain_out_of_memory(), torch.inference_mode(), seed:
+        sampling = replace(self._sampling, seed=(self._sampling.seed + seed_offset) % 2**63)
+        with _catch_interrupt() as stop, _explain_out_of_memory(), torch.inference_mode():
             generate_ids(
                 self._model,
                 [prompt],
-                make_generation_config(reader, self._sampling),
+                make_generation_config(reader, self.max_new_tokens),
+                logits_processor=make_logits_processors(sampling, [0]),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([lambda ids, _: torch.full((1,), stop.is_set())]),
             )

@@ -1,22 +1,30 @@
-"""Generate responses with a local model, in batches of similar length, each written to a journal when it is finished.
+"""Generate responses with a local model, with continuous batching, each written to a journal when it is finished.
 
-Batches and their seeds do not depend on the journal, so a resumed run gives the same as an uninterrupted one. A run
-starts by checking that the model gives a row in a batch what it gives the row alone; otherwise rows run one at a time.
+A response depends on its prompt, index and seed, so a resumed run gives the same as an uninterrupted one, up to
+rounding. A run starts by checking that the model gives a row in a batch what it gives the row alone: in slots, see
+`continuous`, or else in batches padded on the left; otherwise rows run one at a time.
 """
 
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from cutlm.data.journal import Journal
 from cutlm.errors import UserError
+from cutlm.generation.continuous import Row, generate_rows, has_slots
 from cutlm.generation.progress import Progress
 from cutlm.model.forward import evaluation_mode, is_layout_error
 from cutlm.model.generation_config import list_end_ids, replaced_generation_config
@@ -36,7 +44,7 @@ class Sampling:
     max_new_tokens: int  # see `choose_max_new_tokens`
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0  # nucleus sampling: only the likeliest tokens of this total probability
-    seed: int = 42  # each batch has its own seed, derived from this one and its number
+    seed: int = 42  # each prompt has its own random numbers, from this seed and its index
     batch_size: int = 16
 
     def __post_init__(self) -> None:
@@ -170,33 +178,91 @@ def generate_batches(
     if room is not None:
         generated.num_truncated = sum(len(ids) > room for ids in prompts)
         prompts = [encoder.truncate(ids, room) for ids in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    missing = [
+        index for index in range(len(prompts)) if index not in generated.responses and index not in generated.failures
+    ]
+    missing.sort(key=lambda index: (-len(prompts[index]), index))
     reader = AnswerReader(model, tokenizer, encoder)
-    is_known = [index in generated.responses or index in generated.failures for index in range(len(prompts))]
-    if not all(is_known) and sampling.batch_size > 1 and not supports_padding(model, [prompts[i] for i in order]):
-        sampling = replace(sampling, batch_size=1)
-    for number, start in enumerate(range(0, len(order), sampling.batch_size)):
-        batch = order[start : start + sampling.batch_size]
-        missing = {index for index in batch if not is_known[index]}
-        if not missing:
-            continue
-        # A batch of which the journal holds a part is generated whole: its random numbers depend on all of it.
-        with seeded(sampling.seed + number, unwrap_peft(model).device):
-            rows = [prompts[index] for index in batch]
-            answers = _generate_batch(model, reader, rows, sampling, progress, len(missing))
-        pairs = zip(batch, answers, strict=True)
-        lines = [answer.to_line(index) for index, answer in pairs if index in missing]
+    rows = [Row(index, prompts[index]) for index in missing]
+    for batch in _generate_rows(model, reader, rows, sampling, progress or Progress(len(prompts), is_shown=False)):
+        lines = [reader.read(row.prompt, row.new_ids, sampling.max_new_tokens).to_line(row.index) for row in batch]
         for line in lines:
             generated.add(line)
         yield lines
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's random numbers, and restore the caller's state afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+def _generate_rows(
+    model: nn.Module, reader: "AnswerReader", rows: list[Row], sampling: Sampling, progress: Progress
+) -> Iterator[list[Row]]:
+    """Generate rows with continuous batching, or where the model does not support that in batches or one at a time."""
+    prompts, size = [row.prompt for row in rows], sampling.batch_size
+    if len(rows) > 1 and size > 1:
+        if supports_slots(model, prompts, sampling.max_new_tokens):
+            yield from _generate_in_slots(model, reader, rows, sampling, progress)
+            return
+        if not supports_padding(model, prompts):
+            size = 1
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
+        _generate_batch(model, reader, batch, sampling, progress)
+        yield batch
+
+
+def _generate_in_slots(
+    model: nn.Module, reader: "AnswerReader", rows: list[Row], sampling: Sampling, progress: Progress
+) -> Iterator[list[Row]]:
+    sampler, end_ids = Sampler(sampling, [row.index for row in rows]), set(reader.end_ids)
+
+    def add_tokens(batch: Sequence[Row], logits: Tensor) -> None:
+        for row, token_id in zip(batch, sampler.choose([row.index for row in batch], logits).tolist(), strict=True):
+            row.new_ids.append(token_id)
+            row.is_finished = token_id in end_ids or len(row.new_ids) == sampling.max_new_tokens
+        progress.count_tokens(batch, sampling.max_new_tokens)
+
+    yield from generate_rows(model, rows, sampling.batch_size, add_tokens)
+
+
+class Sampler:
+    """Chooses tokens by their logits.
+
+    Each prompt has its own random numbers, so that its response does not depend on the other prompts of a batch.
+    """
+
+    def __init__(self, sampling: Sampling, indices: Sequence[int]) -> None:
+        self._temperature, self._top_p = sampling.temperature, sampling.top_p
+        self._generators = {index: np.random.default_rng([sampling.seed, index]) for index in indices}
+
+    def choose(self, indices: Sequence[int], logits: Tensor) -> Tensor:
+        """Choose a token for each of the prompts by its logits: [R, V] to [R]."""
+        if not self._temperature:
+            return logits.argmax(-1)
+        probabilities = (logits.float() / self._temperature).softmax(-1)
+        numbers = torch.tensor([[self._generators[index].random()] for index in indices]).to(probabilities)
+        if self._top_p == 1:
+            return _invert(probabilities, numbers)
+        probabilities, token_ids = probabilities.sort(dim=-1, descending=True)
+        # A token stays if those before it have less than `top_p`, so the likeliest one always does.
+        is_kept = probabilities.cumsum(-1) - probabilities < self._top_p
+        return token_ids.gather(1, _invert(probabilities * is_kept, numbers)[:, None])[:, 0]
+
+
+def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
+    """Return where the cumulative weights [R, V] reach the numbers [R, 1], given as shares of their totals: [R]."""
+    totals = weights.cumsum(-1)
+    last = totals[:, -1:]
+    numbers = torch.minimum(numbers * last, last.nextafter(torch.zeros_like(last)))
+    return torch.searchsorted(totals, numbers, right=True)[:, 0]
+
+
+class SampledTokens(LogitsProcessor):
+    """Leaves `generate` only the tokens that a `Sampler` chooses."""
+
+    def __init__(self, sampler: Sampler, indices: Sequence[int]) -> None:
+        self._sampler, self._indices = sampler, indices
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = self._sampler.choose(self._indices, scores)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 
 
 def choose_max_new_tokens(model: nn.Module) -> int:
@@ -220,24 +286,20 @@ def find_room(model: nn.Module, max_new_tokens: int) -> int | None:
 
 @torch.inference_mode()
 def _generate_batch(
-    model: Any,
-    reader: "AnswerReader",
-    prompts: list[list[int]],
-    sampling: Sampling,
-    progress: Progress | None = None,
-    num_new: int | None = None,
-) -> list[Answer]:
-    config = make_generation_config(reader, sampling)
-    width = max(map(len, prompts))
-    sizes = (len(prompts), len(prompts) if num_new is None else num_new, width, sampling.max_new_tokens)
-    watch = nullcontext() if progress is None else progress.watch_batch(unwrap_peft(model), *sizes, reader.end_ids)
-    with watch as criterion:
-        criteria = StoppingCriteriaList([] if criterion is None else [criterion])
-        output = generate_ids(model, prompts, config, stopping_criteria=criteria)
-    return [
-        reader.read(prompt, ids, sampling.max_new_tokens)
-        for prompt, ids in zip(prompts, output[:, width:].tolist(), strict=True)
-    ]
+    model: Any, reader: "AnswerReader", rows: Sequence[Row], sampling: Sampling, progress: Progress
+) -> None:
+    """Generate the tokens of rows in one batch, until the last one is finished."""
+    width = max(len(row.prompt) for row in rows)
+    with progress.watch_batch(unwrap_peft(model), len(rows), width, sampling.max_new_tokens, reader.end_ids) as watch:
+        output = generate_ids(
+            model,
+            [row.prompt for row in rows],
+            make_generation_config(reader, sampling.max_new_tokens),
+            logits_processor=make_logits_processors(sampling, [row.index for row in rows]),
+            stopping_criteria=StoppingCriteriaList([watch]),
+        )
+    for row, ids in zip(rows, output[:, width:].tolist(), strict=True):
+        row.new_ids, row.is_finished = ids, True
 
 
 def generate_ids(model: Any, prompts: Sequence[list[int]], config: GenerationConfig, **options: Any) -> Any:
@@ -254,18 +316,17 @@ def generate_ids(model: Any, prompts: Sequence[list[int]], config: GenerationCon
         )
 
 
-def make_generation_config(reader: "AnswerReader", sampling: Sampling) -> GenerationConfig:
-    """Return a complete generation config: of the model's own one only its end-of-turn tokens are kept."""
-    is_sampled = sampling.temperature > 0
+def make_generation_config(reader: "AnswerReader", max_new_tokens: int) -> GenerationConfig:
+    """Return a complete config of greedy generation: of the model's own one only its end-of-turn tokens are kept."""
     return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=is_sampled,
-        temperature=sampling.temperature if is_sampled else None,
-        top_p=sampling.top_p if is_sampled else None,
-        top_k=0 if is_sampled else None,
-        eos_token_id=reader.end_ids,
-        pad_token_id=reader.pad_id,
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=reader.end_ids, pad_token_id=reader.pad_id
     )
+
+
+def make_logits_processors(sampling: Sampling, indices: Sequence[int]) -> LogitsProcessorList:
+    """Return what makes greedy generation sample, for the prompts of these indices."""
+    is_sampled = sampling.temperature > 0
+    return LogitsProcessorList([SampledTokens(Sampler(sampling, indices), indices)] if is_sampled else [])
 
 
 # ---- Reading answers ----
@@ -326,10 +387,55 @@ def _choose_pad_id(language_model: Any, tokenizer: PreTrainedTokenizerBase, end_
     return pad_id if pad_id is not None and pad_id < num_embeddings else end_ids[0]
 
 
-# ---- The check of batches ----
+# ---- The checks of batches ----
 
 _PROBE_LENGTHS = (5, 23, 12)
 _PROBE_NEW_TOKENS = 3
+
+
+def supports_slots(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> bool:
+    """Whether a model gives rows in slots, with continuous batching, the logits that it gives each row alone.
+
+    Compares them on parts of the longest prompt: a row takes the slot of another one and copies a prefix of a third.
+    """
+    source = max(prompts, key=len)
+    if not has_slots(model, len(source) + max_new_tokens):
+        return False
+    forced = source[:_PROBE_NEW_TOKENS]
+    whole, end = source[-max(_PROBE_LENGTHS) :], source[-min(_PROBE_LENGTHS) :]
+    rows = [Row(index, ids) for index, ids in enumerate([whole, end, whole[: len(whole) // 2] + end])]
+    logits: dict[int, list[Tensor]] = {row.index: [] for row in rows}
+
+    def add_tokens(batch: Sequence[Row], scores: Tensor) -> None:
+        for row, row_scores in zip(batch, scores, strict=True):
+            logits[row.index].append(row_scores)
+            row.new_ids.append(forced[len(row.new_ids)])
+            row.is_finished = row is rows[1] or len(row.new_ids) == len(forced)
+
+    try:
+        with evaluation_mode(unwrap_peft(model)):
+            for _ in generate_rows(model, rows, 2, add_tokens):
+                pass
+    except (ValueError, AssertionError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+        if not is_layout_error(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        alone = [_compute_logits(model, [row.prompt], forced)[0] for row in rows]
+        together = [_center(torch.stack(logits[row.index])) for row in rows]
+        if _are_close(model, [(ours, theirs[: len(ours)]) for ours, theirs in zip(together, alone, strict=True)]):
+            return True
+        reason = "its logits differ from those for the prompts alone"
+    logger.warning("%s generates without continuous batching: %s", type(unwrap_peft(model)).__name__, reason)
+    return False
+
+
+def _are_close(model: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether logits in a batch equal those of the rows alone, given as pairs of [positions, V], up to rounding."""
+    differences = torch.cat([(together - alone).norm(dim=-1) / alone.norm(dim=-1) for together, alone in pairs])
+    # Right models differ by up to 5e-6 in float32 and by 0.02 in bfloat16, wrong ones by 0.06 or more. The median,
+    # because rounding may choose another expert for a token.
+    return bool(differences.median() <= (1e-3 if unwrap_peft(model).dtype == torch.float32 else 0.05))
 
 
 def supports_padding(model: Any, prompts: Sequence[list[int]]) -> bool:
@@ -341,7 +447,6 @@ def supports_padding(model: Any, prompts: Sequence[list[int]]) -> bool:
     rows = [source[-length:] for length in sorted({min(length, len(source)) for length in _PROBE_LENGTHS})]
     if len(prompts) < 2 or len(rows) < 2 or len(set(map(len, prompts))) < 2:
         return True  # nothing is padded
-    language_model = unwrap_peft(model)
     forced = source[:_PROBE_NEW_TOKENS]
     alone = torch.cat([_compute_logits(model, [row], forced) for row in rows])
     try:
@@ -351,13 +456,10 @@ def supports_padding(model: Any, prompts: Sequence[list[int]]) -> bool:
             raise
         reason = f"{type(error).__name__}: {error}"
     else:
-        # Of the padded rows. Right models differ by up to 5e-6 in float32 and by 0.02 in bfloat16, wrong ones by 0.06
-        # or more. The median, because rounding may choose another expert for a token.
-        differences = ((together - alone).norm(dim=-1) / alone.norm(dim=-1))[:-1]
-        if differences.median() <= (1e-3 if language_model.dtype == torch.float32 else 0.05):
+        if _are_close(model, list(zip(together[:-1], alone[:-1], strict=True))):  # those of the padded rows
             return True
         reason = "its logits for padded prompts differ from those for the prompts alone"
-    logger.warning("%s generates responses one at a time: %s", type(language_model).__name__, reason)
+    logger.warning("%s generates responses one at a time: %s", type(unwrap_peft(model)).__name__, reason)
     return False
 
 
@@ -379,6 +481,10 @@ def _compute_logits(model: Any, rows: Sequence[list[int]], forced: Sequence[int]
     )
     with evaluation_mode(unwrap_peft(model)):
         output = generate_ids(model, rows, config, logits_processor=LogitsProcessorList([force]))
-    logits = torch.stack(output.logits, 1).float()
+    return _center(torch.stack(output.logits, 1))
+
+
+def _center(logits: Tensor) -> Tensor:
+    logits = logits.float()
     logits = torch.where(torch.isfinite(logits), logits, 0.0)  # some models mask parts of their vocabulary
     return logits - logits.mean(-1, keepdim=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import StoppingCriteria
 
+from cutlm.generation.continuous import Row
 from cutlm.model.loading import find_layers
 
 _SECONDS_BETWEEN_UPDATES = 0.5
@@ -22,7 +23,7 @@ class Progress:
     The share of a response counts its prompt and `max_new_tokens`, so the time left is usually overestimated.
     """
 
-    def __init__(self, num_responses: int, num_resumed: int = 0) -> None:
+    def __init__(self, num_responses: int, num_resumed: int = 0, *, is_shown: bool = True) -> None:
         self._bar = tqdm(
             total=num_responses,
             initial=num_resumed,
@@ -31,22 +32,45 @@ class Progress:
             smoothing=0,  # the average rate, because batches differ
             miniters=0,
             mininterval=_SECONDS_BETWEEN_UPDATES,
+            **({} if is_shown else {"disable": True}),  # otherwise TQDM_DISABLE decides
         )
         self._num_done, self._num_tokens = num_resumed, 0
-        self._started = time.perf_counter()
+        self._rows: dict[int, Row] = {}
+        self._started = self._shown = time.perf_counter()
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._bar.n = self._num_done
+        self._bar.update(0)
         self._bar.close()
+
+    def count_tokens(self, rows: Sequence[Row], max_new_tokens: int) -> None:
+        """Count a new token of each of these rows."""
+        self._num_tokens += len(rows)
+        for row in rows:
+            self._rows[row.index] = row
+            if row.is_finished:
+                del self._rows[row.index]
+                self._num_done += 1
+        if not self._bar.disable and time.perf_counter() - self._shown >= _SECONDS_BETWEEN_UPDATES:
+            self._shown = time.perf_counter()
+            sizes = [(len(row.prompt) + len(row.new_ids), len(row.prompt)) for row in self._rows.values()]
+            shares = sum(size / (length + max_new_tokens) for size, length in sizes)
+            self._show(self._num_done + shares, self._num_tokens)
+
+    def _show(self, num_done: float, num_tokens: int) -> None:
+        speed = num_tokens / (time.perf_counter() - self._started)
+        self._bar.set_postfix_str(f"{speed:.0f} tokens/s" if num_tokens else "reading prompts", refresh=False)
+        self._bar.n = num_done
+        self._bar.update(0)
 
     @contextmanager
     def watch_batch(
         self,
         language_model: nn.Module,
         num_rows: int,
-        num_new: int,
         width: int,
         max_new_tokens: int,
         end_ids: Sequence[int],
@@ -56,7 +80,6 @@ class Progress:
         Args:
             language_model: The model, whose layers show progress while they read the prompts.
             num_rows: Responses in the batch.
-            num_new: Those of them that count; the others are from a stopped run.
             width: Tokens of the longest prompt.
             max_new_tokens: The largest number of tokens per response.
             end_ids: The tokens that end a response.
@@ -68,11 +91,7 @@ class Progress:
             if self._bar.disable or time.perf_counter() - batch.shown < _SECONDS_BETWEEN_UPDATES:
                 return
             batch.shown = time.perf_counter()
-            num_tokens = self._num_tokens + batch.count_tokens()
-            speed = num_tokens / (batch.shown - self._started)
-            self._bar.set_postfix_str(f"{speed:.0f} tokens/s" if num_tokens else "reading prompts", refresh=False)
-            self._bar.n = self._num_done + num_new * batch.compute_share()
-            self._bar.update(0)
+            self._show(self._num_done + num_rows * batch.compute_share(), self._num_tokens + batch.count_tokens())
 
         batch.show = show
         handles = [layer.register_forward_hook(batch.count_layer) for layer in layers]
@@ -81,10 +100,8 @@ class Progress:
         finally:
             for handle in handles:
                 handle.remove()
-        self._num_done += num_new
+        self._num_done += num_rows
         self._num_tokens += batch.count_tokens()
-        self._bar.n = self._num_done
-        self._bar.update(0)
 
 
 class _Batch(StoppingCriteria):

@@ -386,7 +386,7 @@ def run_packed_row(
                 spans.append((tree.indices[branch - 1], start, start + len(ids)))
             start += len(ids)
     inputs = {"input_ids": torch.cat(parts)[None], "position_ids": torch.cat(positions)[None]}
-    if start > len(parts[0]) and _get_attention(model) in _MASKABLE_ATTENTION:
+    if start > len(parts[0]) and get_attention(model) in _MASKABLE_ATTENTION:
         inputs["attention_mask"] = _make_mask(model, torch.cat(tree_ids), torch.cat(branch_ids))
     states = _run_body(model, **inputs)[0]
     for index, begin, end in spans:
@@ -407,7 +407,7 @@ def _make_mask(model: nn.Module, tree_ids: Tensor, branch_ids: Tensor) -> Tensor
     """
     is_visible = (tree_ids[:, None] == tree_ids) & ((branch_ids == 0) | (branch_ids[:, None] == branch_ids))
     is_visible = is_visible.tril()[None, None]
-    if _get_attention(model) != "eager":
+    if get_attention(model) != "eager":
         return is_visible
     dtype = next(model.parameters()).dtype
     return torch.zeros(is_visible.shape, dtype=dtype, device=tree_ids.device).masked_fill(
@@ -429,7 +429,7 @@ def _find_body(model: Any) -> nn.Module:
     return body
 
 
-def _get_attention(language_model: nn.Module) -> str:
+def get_attention(language_model: nn.Module) -> str:
     return str(getattr(language_model.config, "_attn_implementation", None) or "eager")
 
 
@@ -462,15 +462,15 @@ def choose_layout(model: nn.Module, *, is_sharded: bool = False, is_compiled: bo
     language_model = unwrap_peft(model)
     if not has_local_weights(language_model):
         return ForwardLayout(is_single_pass=is_sharded)
-    attention = _get_attention(language_model)
-    attends_to_all = _attends_to_all(language_model)
+    attention = get_attention(language_model)
+    is_global = attends_to_all(language_model)
     # Our mask goes to every layer, so every layer must attend to all earlier tokens.
-    is_maskable = attention in _MASKABLE_ATTENTION and attends_to_all
+    is_maskable = attention in _MASKABLE_ATTENTION and is_global
     # Flash attention, flex attention and their like; on a CPU flex attention is compiled again for each length.
     is_varlen = attention not in _MASKABLE_ATTENTION and (
         attention != "flex_attention" or language_model.device.type == "cuda"
     )
-    can_cache = not (is_compiled or is_sharded) and attends_to_all and (is_maskable or is_varlen)
+    can_cache = not (is_compiled or is_sharded) and is_global and (is_maskable or is_varlen)
     singles = [PrefixTree((0,), 0, 9), PrefixTree((1,), 0, 11), PrefixTree((2,), 0, 7)]
     tree_and_single = [PrefixTree((0, 1), 3, 17), PrefixTree((2,), 0, 7)]
     two_trees = [PrefixTree((0, 1), 3, 17), PrefixTree((2, 3), 2, 14)]
@@ -479,7 +479,7 @@ def choose_layout(model: nn.Module, *, is_sharded: bool = False, is_compiled: bo
         has_prefix_mask=is_maskable and _matches_separate_runs(language_model, run_packed_row, tree_and_single),
         has_shared_kv=can_cache and _matches_separate_runs(language_model, run_with_shared_kv, two_trees),
         is_single_pass=is_sharded,
-        rope_switch_length=_find_rope_switch(language_model),
+        rope_switch_length=find_rope_switch(language_model),
     )
 
 
@@ -488,7 +488,7 @@ def has_local_weights(language_model: nn.Module) -> bool:
     return not any(weight.is_meta or hasattr(weight, "ds_id") for weight in language_model.parameters())
 
 
-def _find_rope_switch(language_model: Any) -> int | None:
+def find_rope_switch(language_model: Any) -> int | None:
     """The input length beyond which a model changes its RoPE frequencies for all positions, if any.
 
     "dynamic" RoPE also depends on the longest input so far, which `transformers` keeps in the model.
@@ -500,7 +500,7 @@ def _find_rope_switch(language_model: Any) -> int | None:
     return None
 
 
-def _attends_to_all(language_model: Any) -> bool:
+def attends_to_all(language_model: Any) -> bool:
     """Whether every layer attends to all earlier tokens, without a sliding window."""
     config = language_model.config.get_text_config()
     if "local" in str(getattr(config, "attention_types", "")):  # GPT-Neo
