@@ -6,9 +6,10 @@ A run that is stopped or killed and started again asks only for the missing judg
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
@@ -17,6 +18,8 @@ from cutlm.judges.prompt import DEFAULT_PROMPT, RESPONSE_FORMAT, fill_prompt
 from cutlm.judges.responses import Failure, Outcome, Response, set_aside_empty
 from cutlm.servers.cache import Budget, Cache
 from cutlm.servers.client import NOT_SENT, Answer, Client, Refused, RequestFailed, Server
+
+VerdictT = TypeVar("VerdictT")
 
 _ADVICE = "if it is too long for the model, set a smaller --max_tokens; if it names a field, change it by --extra_body"
 _MAX_ANSWER_SHOWN = 2000
@@ -56,74 +59,134 @@ def judge_by_server(
     groups: dict[str, list[int]] = {}  # identical responses share one request
     for index in kept:
         groups.setdefault(fill_prompt(template, responses[index]), []).append(index)
-    fields = [{"response_format": RESPONSE_FORMAT}, {}] if answer_format == "json" else [{}]
-    bodies = {
-        question: [
-            server.make_body(question, temperature=temperature, max_tokens=max_tokens, **more) for more in fields
-        ]
-        for question in groups
-    }
 
     def read(question: str, text: str | None, finish_reason: str | None) -> Verdict:
         return read_answer(text, finish_reason, responses[groups[question][0]], question, answer_format)
 
-    verdicts: dict[str, Verdict] = {}
+    asked = ask_server(
+        {question: [responses[index].location for index in group] for question, group in groups.items()},
+        server,
+        cache_file,
+        read,
+        response_format=RESPONSE_FORMAT if answer_format == "json" else None,
+        temperature=temperature,
+        max_tokens=max_tokens,
+    )
+    outcome.notes += asked.notes
+    for question, failure in asked.failures.items():
+        outcome.failures |= dict.fromkeys(groups[question], failure)
+    _add_verdicts(outcome, responses, [(groups[question], verdict) for question, verdict in asked.verdicts.items()])
+    outcome.notes += asked.list_reasons_of_stop()
+    return outcome
+
+
+@dataclass
+class Asked(Generic[VerdictT]):
+    """What a server answered to questions.
+
+    Attributes:
+        verdicts: What its answers say, by the question.
+        failures: Why there is no verdict, by the question.
+        notes: Sentences for the user.
+    """
+
+    verdicts: dict[str, VerdictT] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def list_reasons_of_stop(self) -> list[str]:
+        """Return a sentence for each reason for which questions were not sent."""
+        reasons = {failure.reason for failure in self.failures.values() if failure.kind == NOT_SENT}
+        return [f"stopped: {reason}" for reason in sorted(reasons)]
+
+
+def ask_server(
+    questions: Mapping[str, Sequence[str]],
+    server: Server,
+    cache_file: str | Path,
+    read: Callable[[str, str | None, str | None], VerdictT],
+    *,
+    response_format: Mapping[str, Any] | None,
+    temperature: float,
+    max_tokens: int,
+) -> Asked[VerdictT]:
+    """Ask a language model on a server questions; its answers are cached in `cache_file` as they arrive.
+
+    Args:
+        questions: The locations of the rows that each question is about.
+        server: The server and the model on it.
+        cache_file: An SQLite file of the answers that were understood.
+        read: Reads an answer, from the question, the text and why it ends; raises `BadAnswer` if it is not understood.
+        response_format: What the server is told to enforce; if it refuses that, the question alone asks for it.
+        temperature: 0 for greedy decoding.
+        max_tokens: The maximum length of an answer.
+
+    Raises:
+        UserError: The server refuses every request, or the cache cannot be written.
+    """
+    asked: Asked[VerdictT] = Asked()
+    fields: list[dict[str, Any]] = [{}] if response_format is None else [{"response_format": response_format}, {}]
+    bodies = {
+        question: [
+            server.make_body(question, temperature=temperature, max_tokens=max_tokens, **more) for more in fields
+        ]
+        for question in questions
+    }
     with Cache(cache_file) as cache:
-        keys = {question: [make_key(server, body) for body in bodies[question]] for question in groups}
+        keys = {question: [make_key(server, body) for body in bodies[question]] for question in questions}
         cached = cache.get_many({key for some in keys.values() for key in some})
         for question, some in keys.items():
             for text in (cached[key] for key in some if key in cached):
                 try:
-                    verdicts[question] = read(question, text, None)
+                    asked.verdicts[question] = read(question, text, None)
                 except BadAnswer:  # read otherwise by the version that cached it
                     continue
-        num_cached = sum(len(groups[question]) for question in verdicts)
+        num_cached = sum(len(questions[question]) for question in asked.verdicts)
         if num_cached:
-            outcome.notes.append(f"{num_cached} judgments were in the cache {cache.path}")
-        missing = [question for question in groups if question not in verdicts]
-        if missing:
-            budget = Budget(cache, server.max_requests, server.max_tokens_total)
-            is_accepted = any(some[0] in cached for some in keys.values() if len(some) > 1)
-            requester = _Requester(Client(server, budget), is_accepted)
+            asked.notes.append(f"{num_cached} judgments were in the cache {cache.path}")
+        missing = [question for question in questions if question not in asked.verdicts]
+        if not missing:
+            return asked
+        budget = Budget(cache, server.max_requests, server.max_tokens_total)
+        is_accepted = any(some[0] in cached for some in keys.values() if len(some) > 1)
+        requester = _Requester(Client(server, budget), is_accepted)
 
-            def ask(number: int) -> tuple[Verdict | Failure, bool]:
+        def ask(number: int) -> tuple[VerdictT | Failure, bool]:
+            question = missing[number]
+            body, answer = requester.complete(bodies[question])
+            try:
+                verdict = read(question, answer.text, answer.finish_reason)
+            except BadAnswer as error:
+                failure = Failure(error.kind, error.reason, (answer.text or "")[:_MAX_ANSWER_SHOWN])
+                return failure, answer.is_redacted
+            cache.put(make_key(server, body), answer.text)
+            return verdict, answer.is_redacted
+
+        num_all = sum(map(len, questions.values()))
+        num_redacted = num_failed = 0
+        with tqdm(total=num_all, initial=num_cached, desc="judging", unit="response") as progress:
+            for number, result in requester.client.request_many(
+                ask, [questions[question][0] for question in missing], advice=_ADVICE, is_answering=bool(cached)
+            ):
                 question = missing[number]
-                body, answer = requester.complete(bodies[question])
-                try:
-                    verdict = read(question, answer.text, answer.finish_reason)
-                except BadAnswer as error:
-                    failure = Failure(error.kind, error.reason, (answer.text or "")[:_MAX_ANSWER_SHOWN])
-                    return failure, answer.is_redacted
-                cache.put(make_key(server, body), answer.text)
-                return verdict, answer.is_redacted
-
-            locations = [responses[groups[question][0]].location for question in missing]
-            num_redacted = 0
-            with tqdm(total=len(kept), initial=num_cached, desc="judging", unit="response") as progress:
-                for number, result in requester.client.request_many(
-                    ask, locations, advice=_ADVICE, is_answering=bool(cached)
-                ):
-                    group = groups[missing[number]]
-                    if isinstance(result, RequestFailed):
-                        result = Failure(result.kind, str(result), result.answer[:_MAX_ANSWER_SHOWN]), False
-                    verdict, is_redacted = result
-                    num_redacted += is_redacted
-                    if isinstance(verdict, Failure):
-                        outcome.failures |= dict.fromkeys(group, verdict)
-                        if verdict.kind == NOT_SENT:
-                            continue
-                    else:
-                        verdicts[missing[number]] = verdict
-                    # As text, because tqdm would write 4e+4 for 40000.
-                    progress.set_postfix(tokens=f"{budget.num_tokens}", failed=len(outcome.failures), refresh=False)
-                    progress.update(len(group))
-            outcome.notes += _describe_usage(budget, num_redacted)
-            if requester.is_format_refused:
-                outcome.notes.append("the server refuses response_format; the prompt alone asks for JSON")
-    _add_verdicts(outcome, responses, [(groups[question], verdict) for question, verdict in verdicts.items()])
-    reasons = {failure.reason for failure in outcome.failures.values() if failure.kind == NOT_SENT}
-    outcome.notes.extend(f"stopped: {reason}" for reason in sorted(reasons))
-    return outcome
+                if isinstance(result, RequestFailed):
+                    result = Failure(result.kind, str(result), result.answer[:_MAX_ANSWER_SHOWN]), False
+                verdict, is_redacted = result
+                num_redacted += is_redacted
+                if isinstance(verdict, Failure):
+                    asked.failures[question] = verdict
+                    num_failed += len(questions[question])
+                    if verdict.kind == NOT_SENT:
+                        continue
+                else:
+                    asked.verdicts[question] = verdict
+                # As text, because tqdm would write 4e+4 for 40000.
+                progress.set_postfix(tokens=f"{budget.num_tokens}", failed=num_failed, refresh=False)
+                progress.update(len(questions[question]))
+        asked.notes += _describe_usage(budget, num_redacted)
+        if requester.is_format_refused:
+            asked.notes.append("the server refuses response_format; the prompt alone asks for JSON")
+    return asked
 
 
 class _Requester:
