@@ -7,21 +7,29 @@
   helpsteer      HelpSteer, HelpSteer2, HelpSteer3: all subsets with responses; ratings alone are for --unjudged
   pairs          preference pairs, as for DPO (also UltraFeedback binarized), or responses with a label, as for KTO: the
                  preferred responses become satisfactory records, --unjudged gets the others
-  conversations  chat logs (messages, ShareGPT, WildChat, ChatGPT's export): what the user said next is the judgment
+  conversations  chat logs (messages, ShareGPT, WildChat, ChatGPT's export): what the user said next is the judgment;
+                 --feedback decides which replies are feedback
   alpaca         rows that already have instruction, input, output and judgment
 
 Each reads one or more files, globs, folders or data sets of the hub (docs/data.md). Responses about which nothing is
 said in words are unjudged: --unjudged writes them for cutlm judge.
 
-Prints how many rows were read, kept and left out, and why. If a row is invalid, nothing is written and the exit code
-is 2.
+Prints how many rows were read, kept and left out, and why; for conversations, OUT.left_out.jsonl lists what was not
+kept. If a row is invalid, nothing is written and the exit code is 2.
+
+--feedback rules takes replies in which a rule finds an objection or approval: English phrases, or a function of yours
+(--rules package.module:function) that gets the conversation, the response and the reply, and returns the judgment, true
+for the reply itself, or null. --feedback http asks a model on a server. --feedback sensitivity scores the response with
+a local model and keeps replies that shift its probabilities more than replies to other responses do. A run that was
+stopped resumes.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cutlm.cli.feedback import Selection, add_feedback_arguments, check_feedback_options, select_feedback
 from cutlm.cli.model_options import SOURCES, add_options
 from cutlm.data.files import check_out_file, read_rows, write_rows
 from cutlm.errors import DataError, UserError
@@ -42,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unjudged", metavar="FILE", help=unjudged)
     pairs = "ultrafeedback: write prompt, chosen and rejected, as TRL's trainers read"
     parser.add_argument("--pairs", action="store_true", help=pairs)
+    add_feedback_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,19 +58,25 @@ def run(args: argparse.Namespace) -> int:
 
     if args.pairs and args.source != "ultrafeedback":
         raise UserError(f"--pairs: expected the source 'ultrafeedback', got {args.source!r}; remove --pairs")
+    check_feedback_options(args)
     paths = _find_files(args.source, args.inputs)
     for out in filter(None, (args.out, args.unjudged)):
         check_out_file(paths, out)
     if args.unjudged == args.out:
         raise UserError(f"--unjudged {args.unjudged}: expected another file than --out; choose another name")
     conversion = _convert(args.source, paths, args.columns, args.pairs)
+    selection = select_feedback(args, conversion) if args.source == "conversations" else Selection()
 
-    reasons = [f"{count} left out: {reason}" for reason, count in conversion.left_out.most_common()]
+    reasons = selection.sentences
+    reasons += [f"{count} left out: {reason}" for reason, count in conversion.left_out.most_common()]
+    reasons += _write_list(conversion.listed, args.out)
     num_read, num_kept = conversion.num_read, len(conversion.rows)
     num_unjudged = len(conversion.unjudged)
     if num_unjudged and not args.unjudged:
         reasons.append(f"{num_unjudged} responses have no judgment; --unjudged FILE writes them for cutlm judge")
-    if not num_kept and not (num_unjudged and args.unjudged):
+    if not num_kept and not (num_unjudged and args.unjudged) and not selection.num_undecided:
+        if selection.journal is not None:
+            selection.journal.remove()
         problem = f"{' '.join(args.inputs)}: nothing to write; {num_read} {conversion.unit} were read, none was kept"
         raise DataError([problem, *reasons])
     rows = [row.value for row in conversion.rows]
@@ -80,12 +95,26 @@ def run(args: argparse.Namespace) -> int:
     print(f"{num_read} {conversion.unit} read, {num_kept} kept{without}, {conversion.left_out.total()} left out")
     for reason in reasons:
         print(reason)
-    if not rows:
+    if rows:
+        write_rows(args.out, rows)
+        print(f"{args.out}: {num_kept} {'pairs' if args.pairs else 'records'}{summary}")
+    else:
         print(f"{args.out}: not written, because there are no judgments")
-        return 0
-    write_rows(args.out, rows)
-    print(f"{args.out}: {num_kept} {'pairs' if args.pairs else 'records'}{summary}")
-    return 0
+    if selection.journal is not None:
+        selection.journal.remove()
+    if selection.num_undecided:
+        print("run it again with the same options to ask only about the replies about which nothing is decided")
+    return 1 if selection.num_undecided else 0
+
+
+def _write_list(rows: Sequence[dict[str, Any]], out: str) -> list[str]:
+    """List what was not kept next to the records, or remove the list of an earlier run; return a sentence about it."""
+    path = Path(f"{out}.left_out.jsonl")
+    if not rows:
+        path.unlink(missing_ok=True)
+        return []
+    write_rows(path, rows)
+    return [f"{path}: {len(rows)} responses that are not kept, each with the reason"]
 
 
 def _find_files(source: str, inputs: Sequence[str]) -> Sequence[str | Path]:

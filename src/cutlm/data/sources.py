@@ -20,7 +20,7 @@ _SELECTORS = re.compile(r"(?P<name>.+?)(?P<selectors>(?::[\w.-]+)?(?:@[\w./-]+)?
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 # What `datasets` and cutlm's own commands write next to the rows.
 _METADATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-_REPORTS = (".report.json", ".failures.jsonl", ".todo.jsonl", ".todo.csv")
+_REPORTS = (".report.json", ".failures.jsonl", ".left_out.jsonl", ".todo.jsonl", ".todo.csv")
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def plan_contexts(
     if contrast == "perfect":
         sources: dict[int, Sequence[int | None]] = {index: [None] for index in judged}
     else:
-        sources = _draw_sources(judged, records, foreign, num_foreign, seed)
+        held_out = {context.target: context.source for context in foreign}
+        sources = draw_sources(judged, records, held_out, num_foreign, seed)
     return Plan(
         {
             index: [encode_context(index, source, rows, records, encoder, max_length) for source in own]
@@ -72,20 +73,35 @@ def plan_contexts(
     )
 
 
-def _draw_sources(
-    judged: Sequence[int], records: Sequence[JudgedRecord], foreign: Sequence[ForeignContext], num: int, seed: int
+def draw_sources(
+    judged: Sequence[int],
+    records: Sequence[JudgedRecord],
+    held_out: Mapping[int, int | None],
+    num: int,
+    seed: int = 0,
 ) -> dict[int, Sequence[int | None]]:
-    """Draw for each row the rows whose judgments it is compared with."""
+    """Draw for each row the rows whose judgments it is compared with.
+
+    Args:
+        judged: The rows.
+        records: The records of all rows.
+        held_out: By row, a further row whose judgment is not drawn.
+        num: How many to draw.
+        seed: Other seeds draw others.
+
+    Raises:
+        ConfigError: Too few judgments differ.
+    """
     by_text: dict[str, int] = {}
     for index, record in enumerate(records):
         if not record.is_satisfactory:
             by_text.setdefault(normalize_judgment(str(record.judgment)), index)
-    if len(by_text) < num + 2:
+    num_needed = num + 1 + bool(held_out)
+    if len(by_text) < num_needed:
         raise ConfigError(
-            f"contrast: foreign with num_foreign {num} needs {num + 2} unsatisfactory records with different judgments,"
-            f" got {len(by_text)}; set a smaller num_foreign or contrast: perfect"
+            f"num_foreign: {num} needs {num_needed} unsatisfactory records with different judgments, got"
+            f" {len(by_text)}; set a smaller num_foreign"
         )
-    held_out = {context.target: context.source for context in foreign}
     texts = list(by_text)
     sources: dict[int, Sequence[int | None]] = {}
     for index in judged:

@@ -335,7 +335,7 @@ def compare_contexts(
         journal: Holds what a stopped run has finished and gets what is new.
     """
     contexts = [*plan.foreign, *(context for own in plan.references.values() for context in own)]
-    scored = _score_contexts(rows, contexts, score, journal)
+    scored = score_contexts(rows, contexts, score, journal)
     references = {
         index: round_logps(average_logps([scored[context.target, context.source] for context in own]))
         for index, own in plan.references.items()
@@ -365,7 +365,7 @@ def _subtract(ones: Sequence[float], others: Sequence[float]) -> list[float]:
     return [one - other for one, other in zip(ones, others, strict=True)]
 
 
-def _score_contexts(
+def score_contexts(
     rows: Sequence[Mapping[str, Any]], contexts: Sequence[ForeignContext], score: Scorer, journal: Journal | None
 ) -> dict[tuple[int, int | None], list[float]]:
     """Score contexts that a journal does not hold yet; return all by the rows of the response and of the judgment."""

@@ -67,10 +67,10 @@ def read_answer(
     Raises:
         BadAnswer: It is empty, truncated, a refusal, an echo, contradictory, or not certainly a judgment.
     """
-    answer = _separate(text, finish_reason)
+    answer = separate_answer(text, finish_reason)
     if answer_format == "trained":
         return _read_trained(answer, response, question)
-    if (content := _find_json(answer)) is not None:
+    if (content := find_json(answer)) is not None:
         if _is_echo(content, response.output):
             raise BadAnswer("echo of the response", "the answer repeats the response")
         return _decide(*_read_object(content), response, question)
@@ -124,7 +124,7 @@ def _is_of_word(letter: str) -> bool:
 # ---- Answers of any format ----
 
 
-def _separate(text: str | None, finish_reason: str | None) -> str:
+def separate_answer(text: str | None, finish_reason: str | None) -> str:
     """Return an answer without thoughts and surrounding white space."""
     if finish_reason == "length":
         reason = "the answer was truncated at the maximum number of tokens; set a larger --max_tokens"
@@ -181,7 +181,7 @@ def _decide(is_satisfactory: bool, judgment: str, quotes: Sequence[str], respons
 # ---- JSON ----
 
 
-def _find_json(answer: str) -> str | None:
+def find_json(answer: str) -> str | None:
     """Return the JSON in an answer that is JSON, with a fence or tags around it or a label before it, or None."""
     match = _JSON.fullmatch(answer)
     return match["json"] if match else None

@@ -6,6 +6,7 @@ A model trained to judge has a question and an answer format of its own.
 
 import hashlib
 import re
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ you.
 Write your judgment: "Perfect." if nothing is wrong, else what is wrong. Write "Satisfactory: Yes" or \
 "Satisfactory: No" on a last line."""
 
-_FIELD = re.compile(r"\{(instruction|response|marker)\}")
+_FIELD = re.compile(r"\{(\w+)\}")
 
 
 def read_prompt_file(path: str | Path) -> str:
@@ -85,18 +86,23 @@ def read_prompt_file(path: str | Path) -> str:
 
 def fill_prompt(template: str, response: Response | JudgedRecord) -> str:
     """Fill a template, with each text between two lines that carry the marker; braces in the texts are kept."""
-    texts = {"instruction": response.full_instruction, "response": response.output}
+    return enclose_texts(template, {"instruction": response.full_instruction, "response": response.output})
+
+
+def enclose_texts(template: str, texts: Mapping[str, str]) -> str:
+    """Fill a template with texts by name, each between two lines that carry the marker, and with the `{marker}`."""
     marker = choose_marker(*texts.values())
     fields = {name: f"[{name} {marker}]\n{text}\n[end of {name} {marker}]" for name, text in texts.items()}
     fields["marker"] = marker
-    return _FIELD.sub(lambda match: fields[match[1]], template)
+    return _FIELD.sub(lambda match: fields.get(match[1], match[0]), template)
 
 
-def choose_marker(instruction: str, response: str) -> str:
-    """Choose a marker that occurs in neither text and that neither could predict: part of a hash of both."""
-    hashes = (hashlib.sha256(f"{number}\0{instruction}\0{response}".encode()) for number in count())
+def choose_marker(*texts: str) -> str:
+    """Choose a marker that occurs in no text and that none could predict: part of a hash of all."""
+    joined = "\0".join(texts)
+    hashes = (hashlib.sha256(f"{number}\0{joined}".encode()) for number in count())
     markers = (digest.hexdigest()[:16] for digest in hashes)
-    return next(marker for marker in markers if marker not in instruction and marker not in response)
+    return next(marker for marker in markers if marker not in joined)
 
 
 def write_answer(record: JudgedRecord) -> str:

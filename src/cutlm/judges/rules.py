@@ -24,7 +24,7 @@ RuleVerdict = str | None | tuple[str | None, Sequence[Sequence[int]] | None]
 Rules = Callable[[str, str], RuleVerdict]
 
 
-def load_rules(name: str) -> Rules:
+def load_rules(name: str) -> Any:
     """Import a rules function, `package.module:function`, from Python's path or the current directory."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
@@ -41,7 +41,8 @@ def load_rules(name: str) -> Rules:
                 f"--rules {name}: no module {error.name!r} on Python's path or in {os.getcwd()}; check the name, or set"
                 " PYTHONPATH"
             ) from None
-        raise UserError(f"--rules {name}: its module cannot be imported ({_describe(error)}); fix it") from None
+        described = describe_exception(error)
+        raise UserError(f"--rules {name}: its module cannot be imported ({described}); fix it") from None
     function: Any = module
     for part in function_name.split("."):
         function = getattr(function, part, None)
@@ -60,13 +61,13 @@ def judge_by_rules(responses: Sequence[Response], rules: Rules) -> Outcome:
     """
     kept, outcome = set_aside_empty(responses)
     problems: list[str] = []
-    name = _name_rules(rules)
+    name = name_rules(rules)
     for index in tqdm(kept, desc="judging", unit="response"):
         response = responses[index]
         try:
             verdict = rules(response.full_instruction, response.output)
         except (Exception, SystemExit) as error:  # the user's code, which may raise anything
-            problems.append(f"{response.location}: {name} raised {_describe(error)}; fix it or remove the row")
+            problems.append(f"{response.location}: {name} raised {describe_exception(error)}; fix it or remove the row")
             continue
         location = f"{response.location}: returned by {name}"
         if isinstance(verdict, tuple) and len(verdict) != 2:
@@ -91,12 +92,12 @@ def judge_by_rules(responses: Sequence[Response], rules: Rules) -> Outcome:
     return outcome
 
 
-def _name_rules(rules: Rules) -> str:
+def name_rules(rules: Callable[..., Any]) -> str:
     """Return the name of a rules function as `load_rules` takes it."""
     return f"{getattr(rules, '__module__', '')}:{getattr(rules, '__qualname__', type(rules).__name__)}"
 
 
-def _describe(error: BaseException) -> str:
+def describe_exception(error: BaseException) -> str:
     """Return an exception's type and text in one line."""
     text = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -32,6 +32,7 @@ class Conversion:
     rows: list[SourceRow] = field(default_factory=list)  # each with its location in the source
     unjudged: list[SourceRow] = field(default_factory=list)  # responses about which nothing is said in words
     left_out: Counter[str] = field(default_factory=Counter)  # number of items by reason
+    listed: list[dict[str, Any]] = field(default_factory=list)  # items that are not kept, with `location` and `reason`
 
     @property
     def num_read(self) -> int:

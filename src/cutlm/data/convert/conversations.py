@@ -29,7 +29,7 @@ def convert(rows: Iterable[SourceRow]) -> Conversion:
             continue
         messages = read_messages(found)
         if messages is None:
-            conversion.left_out["conversations with messages of another kind than text"] += 1
+            _leave_out(conversion, row.location, "conversations with messages of another kind than text", {})
             continue
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
@@ -43,14 +43,20 @@ def _add(conversion: Conversion, location: str, messages: list[dict[str, Any]], 
     before, text = messages[:index], messages[index]["content"]
     following = messages[index + 1] if index + 1 < len(messages) else None
     if not text.strip():
-        conversion.left_out["empty response"] += 1
+        _leave_out(conversion, location, "empty response", make_response(before, text))
     elif not any(message["role"] == "user" and message["content"].strip() for message in before):
-        conversion.left_out["no message by the user before the response"] += 1
+        reason = "no message by the user before the response"
+        _leave_out(conversion, location, reason, make_response(before, text))
     elif following is None or following["role"] != "user" or not following["content"].strip():
         conversion.unjudged.append(SourceRow(location, make_response(before, text)))
     else:
         record = make_response(before, text) | {"judgment": following["content"].strip()}
         conversion.rows.append(SourceRow(location, record))
+
+
+def _leave_out(conversion: Conversion, location: str, reason: str, row: dict[str, Any]) -> None:
+    conversion.left_out[reason] += 1
+    conversion.listed.append({"location": location, "reason": reason, **row})
 
 
 def _find_messages(row: Any) -> list[Any] | None:
