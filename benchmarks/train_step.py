@@ -167,15 +167,11 @@ def make_adapter() -> Any:
 
 def _encode(args: argparse.Namespace, tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     from cutlm.data.records import JudgedRecord
-    from cutlm.prompting.encoding import Encoder, view_both_contexts
+    from cutlm.prompting.encoding import Encoder, encode_records
 
     encoder = Encoder(tokenizer, args.template)
-    rows = []
-    for record in records:
-        encoded = encoder.fit(view_both_contexts(JudgedRecord(**record), encoder), 100_000)
-        assert encoded is not None
-        rows.append({name: getattr(encoded, name) for name in ("prompt_ids", "judged_prompt_ids", "response_ids")})
-    return rows
+    judged = [JudgedRecord(**record) for record in records]
+    return encode_records(judged, [""] * len(judged), encoder, 100_000).rows
 
 
 def make_settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from cutlm.prompting.encoding import (
     Encoder,
     encode_each,
     encode_records,
+    encode_rendered,
     view_both_contexts,
 )
 from cutlm.prompting.templates import read_arguments, render_alpaca_prompt, set_arguments
@@ -171,8 +172,13 @@ def draw_record(data: st.DataObject, texts: st.SearchStrategy[str]) -> JudgedRec
     )
 
 
+def fit(encoder: Encoder, record: JudgedRecord, max_length: int) -> EncodedRecord | None:
+    (encoded,) = encode_rendered([view_both_contexts(record, encoder)], encoder)
+    return encoder.fit(encoded, max_length)
+
+
 def encode(encoder: Encoder, record: JudgedRecord) -> EncodedRecord:
-    encoded = encoder.fit(view_both_contexts(record, encoder), 10**6)
+    encoded = fit(encoder, record, 10**6)
     assert encoded is not None
     assert not encoded.is_truncated
     return encoded
@@ -459,10 +465,10 @@ def test_prompts_are_truncated_on_the_left_and_responses_never(kind, template, i
     num_response = len(whole.response_ids)
     longest = max(len(whole.prompt_ids), len(whole.judged_prompt_ids or []))
 
-    assert encoder.fit(view_both_contexts(record, encoder), num_response - 1) is None
-    assert encoder.fit(view_both_contexts(record, encoder), num_response) is None
+    assert fit(encoder, record, num_response - 1) is None
+    assert fit(encoder, record, num_response) is None
     for room in (1, 2, 3, longest // 2, longest - 1, longest, longest + 1):
-        encoded = encoder.fit(view_both_contexts(record, encoder), num_response + room)
+        encoded = fit(encoder, record, num_response + room)
         assert encoded.response_ids == whole.response_ids
         assert encoded.is_truncated == (room < longest)
         assert (encoded.judged_prompt_ids is None) == is_satisfactory
@@ -498,9 +504,7 @@ def test_every_record_is_encoded_or_reported(lengths, max_length):
         location for location, is_out in zip(locations, too_long, strict=True) if is_out
     ]
     assert encoded.num_truncated == sum(
-        row.is_truncated
-        for record in records
-        if (row := encoder.fit(view_both_contexts(record, encoder), max_length)) is not None
+        row.is_truncated for record in records if (row := fit(encoder, record, max_length)) is not None
     )
     for row in encoded.rows:
         for ids in (row["prompt_ids"], row["judged_prompt_ids"]):

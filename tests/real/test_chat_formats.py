@@ -4,6 +4,7 @@ A prompt and its response must be what the model's own template renders for the 
 the token that ends the assistant's turn; `real.manifest` says for each family what that is.
 """
 
+import contextlib
 import datetime
 import json
 import re
@@ -121,6 +122,18 @@ def test_odd_answers_are_written_as_the_template_does(family: Family, encoder: E
         assert prompt_ids + response_ids == expected
     else:  # the answer's first characters merge with the prompt's last ones
         assert decode(encoder.tokenizer, prompt_ids + response_ids) == decode(encoder.tokenizer, expected)
+
+
+def test_texts_have_the_same_ids_in_a_batch(family: Family, encoder: Encoder) -> None:
+    texts = [INSTRUCTION, *TEXTS, *spell(find_control_tokens(family, encoder.tokenizer)), ANSWER, *TEXTS]
+    prompts = [encoder.render(text, judgment) for text in texts for judgment in (None, JUDGMENT)]
+    assert encoder.encode_prompts(prompts) == [encoder.encode_prompts([prompt])[0] for prompt in prompts]
+    answers = []
+    for text in texts:
+        with contextlib.suppress(RenderError):  # a template may remove reasoning
+            answers.append(encoder.render_response(text))
+    assert len(answers) > len(TEXTS)
+    assert encoder.encode_responses(answers) == [encoder.encode_responses([answer])[0] for answer in answers]
 
 
 def find_control_tokens(family: Family, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:

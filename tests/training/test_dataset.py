@@ -13,10 +13,10 @@ from cutlm import CUTTrainer
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.generation.files import encode_refinement_prompts
-from cutlm.prompting.encoding import Encoder, encode_records
+from cutlm.prompting.encoding import Encoder, View, encode_records, encode_rendered
 from cutlm.prompting.templates import render_alpaca_prompt, render_refinement_prompt
 from cutlm.training.config import CUTConfig
-from cutlm.training.dataset import View, choose_view
+from cutlm.training.dataset import choose_view
 
 WRONG = JudgedRecord(
     instruction="Name the capital of Australia.",
@@ -40,8 +40,11 @@ def encoder() -> Encoder:
 
 def read(encoder: Encoder, record: JudgedRecord, objective: str, **settings: Any) -> dict[str, Any]:
     """What the view makes of a record, with prompts and response as text; `|` is an end-of-sequence token."""
-    view = make_view(objective, **settings)(record, encoder)
-    assert not isinstance(view, str), view
+    rendered = make_view(objective, **settings)(record, encoder)
+    assert not isinstance(rendered, str), rendered
+    (view,) = encode_rendered([rendered], encoder)
+    extra = rendered.annotate(view.response_ids) if rendered.annotate else {}
+    assert isinstance(extra, dict), extra
     texts = {
         name: None if ids is None else encoder.tokenizer.decode(ids).replace("<eos>", "|")
         for name, ids in (
@@ -50,7 +53,7 @@ def read(encoder: Encoder, record: JudgedRecord, objective: str, **settings: Any
             ("response", view.response_ids),
         )
     }
-    return texts | view.extra
+    return texts | view.extra | extra
 
 
 def render(judgment: str | None) -> str:

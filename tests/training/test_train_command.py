@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from transformers import BitsAndBytesConfig
 
 from cutlm import CUTTrainer
 from cutlm.cli import main
-from cutlm.data.conversations import Conversation
 from cutlm.data.records import FIELDS
 from cutlm.model.loading import load_model
 from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.templates import Prompt, render_alpaca_prompt
 from cutlm.training.config import OBJECTIVES, CUTConfig, DataArguments, ModelArguments
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -99,29 +100,29 @@ def test_a_run_reads_its_data_once_and_tokenizes_each_text_once(
     if not hasattr(sys, "_cutlm_counts_opened"):
         sys.addaudithook(_count_opened)  # cannot be removed, so it is added once
         sys._cutlm_counts_opened = True  # type: ignore[attr-defined]
-    num_encoded: Counter[tuple[str | None, ...]] = Counter()
-    encode_prompt, encode_response = Encoder.encode_prompt, Encoder.encode_response
+    num_encoded: Counter[str] = Counter()
+    encode_prompts, encode_responses = Encoder.encode_prompts, Encoder.encode_responses
 
-    def count_prompt(self: Encoder, conversation: Conversation | str, judgment: str | None = None) -> list[int]:
-        num_encoded[getattr(conversation, "instruction", conversation), judgment] += 1
-        return encode_prompt(self, conversation, judgment)
+    def count_prompts(self: Encoder, prompts: Sequence[Prompt]) -> list[list[int]]:
+        num_encoded.update(prompt.text for prompt in prompts)
+        return encode_prompts(self, prompts)
 
-    def count_response(self: Encoder, response: str) -> list[int]:
-        num_encoded[(response,)] += 1
-        return encode_response(self, response)
+    def count_responses(self: Encoder, responses: Sequence[str]) -> list[list[int]]:
+        num_encoded.update(responses)
+        return encode_responses(self, responses)
 
-    monkeypatch.setattr(Encoder, "encode_prompt", count_prompt)
-    monkeypatch.setattr(Encoder, "encode_response", count_response)
+    monkeypatch.setattr(Encoder, "encode_prompts", count_prompts)
+    monkeypatch.setattr(Encoder, "encode_responses", count_responses)
     opened: Counter[str] = Counter()
     monkeypatch.setitem(globals(), "_opened", opened)
     assert train(settings | {"eval_split": 0.25, "eval_strategy": "epoch"}) == 0
     assert opened[settings["data"]] == 1
     for row in ROWS:
-        assert num_encoded[row["instruction"], None] == 1
-        assert num_encoded[(row["output"],)] == 1
+        assert num_encoded[render_alpaca_prompt(row["instruction"]).text] == 1
+        assert num_encoded[row["output"]] == 1
         # Token scores come with their flags, so the judged prompt is not needed.
         num_judged = row["judgment"] is not None and kind != "token scores"
-        assert num_encoded[row["instruction"], "It is wrong."] == num_judged
+        assert num_encoded[render_alpaca_prompt(row["instruction"], "It is wrong.").text] == num_judged
     assert settings["data"] in opened
 
 

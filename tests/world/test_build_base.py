@@ -12,7 +12,7 @@ from measure import measure_base, measure_detection
 
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import UserError
-from cutlm.prompting.encoding import Encoder, view_both_contexts
+from cutlm.prompting.encoding import Encoder, encode_records
 from cutlm.prompting.spans import flag_spans
 from cutlm.world.base import answer_tasks, base_path, load_base
 from cutlm.world.judge import judge_task, rate_answers
@@ -87,11 +87,9 @@ def test_a_response_has_the_same_tokens_after_every_prompt(tokenizer):
             prompt = encoder.render(task.instruction, judgment).text
             joint = tokenizer(prompt + response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             assert joint[-len(expected) :] == expected
-        record = encoder.fit(
-            view_both_contexts(JudgedRecord(instruction=task.instruction, output=response), encoder), 256
-        )
-        assert record is not None
-        assert record.response_ids[:-1] == expected
+        record = JudgedRecord(instruction=task.instruction, output=response)
+        (row,) = encode_records([record], ["a:1"], encoder, 256).rows
+        assert row["response_ids"][:-1] == expected
 
 
 def test_the_chat_template_is_the_alpaca_prompt(base):

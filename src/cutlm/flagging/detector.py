@@ -34,7 +34,7 @@ from cutlm.flagging.token_scores import (
     write_token_scores,
 )
 from cutlm.losses import flag_tokens
-from cutlm.prompting.encoding import EncodedRecord, EncodedRecords, Encoder, encode_records, view_both_contexts
+from cutlm.prompting.encoding import EncodedRecords, Encoder, RenderedRecord, encode_records, view_both_contexts
 
 Logps = tuple[list[float], list[float] | None]  # of a response [T], without and with the judgment if it has one
 
@@ -480,13 +480,13 @@ def encode_for_scoring(
 ) -> EncodedRecords:
     """Encode both contexts of each record; with `with_praise`, those of satisfactory records too."""
 
-    def view_with_praise(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+    def view_with_praise(record: JudgedRecord, encoder: Encoder) -> RenderedRecord:
         judgment = (record.judgment or PRAISE) if record.is_satisfactory else record.judgment
         conversation = record.conversation
-        return EncodedRecord(
-            encoder.encode_prompt(conversation),
-            encoder.encode_prompt(conversation, judgment),
-            encoder.encode_response(record.output),
+        return RenderedRecord(
+            encoder.render(conversation),
+            encoder.render(conversation, judgment),
+            encoder.render_response(record.output),
         )
 
     view = view_with_praise if settings.with_praise else view_both_contexts

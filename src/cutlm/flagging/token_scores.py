@@ -89,6 +89,11 @@ class TokenScores:
         reference = add_surprise(reference, self.surprise_weight)
         return [judged - other for judged, other in zip(self.logps_with, reference, strict=True)]
 
+    def drop_oldest_turn(self) -> "TokenScores | None":
+        """Return the scores with a shorter conversation; see `JudgedRecord.drop_oldest_turn`."""
+        shorter = self.record.drop_oldest_turn()
+        return None if shorter is None else replace(self, record=shorter)
+
     def to_row(self) -> dict[str, Any]:
         """The record as a row of a file."""
         row = self.record.model_dump(mode="json", exclude_unset=True) | {"judgment": self.record.judgment}

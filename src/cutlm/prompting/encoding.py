@@ -4,6 +4,9 @@ A response has the same token ids in both contexts (without and with the judgmen
 must produce after the prompt when it generates: the text is tokenized as a continuation of the prompt, ends with one
 end-of-turn token and has no second beginning-of-sequence token. Special tokens spelled out in a user's or a model's
 text are tokenized as plain text.
+
+Texts are rendered one by one and tokenized in batches, which a tokenizer divides among its threads. A method for one
+text is the one for a batch of one.
 """
 
 import datetime
@@ -39,6 +42,9 @@ from cutlm.prompting.templates import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+# Records that are rendered, then tokenized together: enough for every thread of a tokenizer.
+_BATCH_SIZE = 1000
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -133,19 +139,24 @@ class Encoder:
         It is the generation prompt, or its beginning if the template writes an answer in another place than where the
         generation prompt ends: that of a reasoning model may begin its thoughts.
         """
-        ids = self.encode_generation_prompt(prompt, judgment)
-        return ids[: len(ids) - self._num_dropped]
+        return self.encode_prompts([self.render(prompt, judgment)])[0]
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Encode rendered prompts as `encode_prompt` does."""
+        return [ids[: len(ids) - self._num_dropped] for ids in self._encode_generation_prompts(prompts)]
 
     def encode_generation_prompt(self, prompt: str | Conversation, judgment: str | None = None) -> list[int]:
         """Encode a prompt as it is fed to the model for generation."""
-        return self._encode_prompt(self.render(prompt, judgment))
+        return self._encode_generation_prompts([self.render(prompt, judgment)])[0]
 
     def encode_refinement_prompt(self, prompt: str | Conversation, response: str, judgment: str) -> list[int]:
         """Encode the request to improve a response so that its judgment no longer applies, for generation."""
         conversation = Conversation.start(prompt) if isinstance(prompt, str) else prompt
         if self._chat:
-            return self._encode_prompt(self._chat.render(ask_for_refinement(conversation, response, judgment)))
-        return self._encode_prompt(render_refinement_prompt(_get_single_turn(conversation), response, judgment))
+            rendered = self._chat.render(ask_for_refinement(conversation, response, judgment))
+        else:
+            rendered = render_refinement_prompt(_get_single_turn(conversation), response, judgment)
+        return self._encode_generation_prompts([rendered])[0]
 
     def check_conversation(self, conversation: Conversation, response: str) -> None:
         """Check that a conversation with its answer is rendered as its prompt and its response are.
@@ -164,10 +175,18 @@ class Encoder:
                 " than an answer to one message; use a conversation without tools or with fewer turns"
             )
 
-    def _encode_prompt(self, prompt: Prompt) -> list[int]:
+    def _encode_generation_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         # A chat template writes its own beginning-of-sequence token.
         leading_ids = [] if self._chat else self._leading_ids
-        return leading_ids + self._tokenize(prompt.text, prompt.user_spans)
+        return [leading_ids + ids for ids in self._tokenize_each(prompts)]
+
+    def render_response(self, response: str) -> str:
+        """Return a response as the template writes it.
+
+        Raises:
+            RenderError: The chat template refuses the response or renders another text.
+        """
+        return self._chat.render_answer(response) if self._chat else response
 
     def encode_response(self, response: str) -> list[int]:
         """Encode a response as the continuation of any prompt of this template, through the end-of-turn token.
@@ -175,24 +194,34 @@ class Encoder:
         Raises:
             RenderError: The chat template refuses the response or renders another text.
         """
-        shown = self._chat.render_answer(response) if self._chat else response
+        return self.encode_responses([self.render_response(response)])[0]
+
+    def encode_responses(self, rendered: Sequence[str]) -> list[list[int]]:
+        """Encode rendered responses as `encode_response` does."""
         end = self._texts.get(self.end_of_turn_id, "") if self._chat else ""
-        start = len(self._before)
-        text = self._before + shown + self._closing
-        joint = self._tokenize(text + end, [(start, start + len(shown))])
-        if not end or joint[-1] != self.end_of_turn_id:
-            joint = [*self._tokenize(text, [(start, start + len(shown))]), self.end_of_turn_id]
         num_prompt = len(self._prompt_ids)
-        if joint[:num_prompt] == self._prompt_ids:
-            return joint[num_prompt:]
-        # The first characters merge with the last ones of the prompt. In generation the prompt's tokens are fixed, so
-        # take the tokenization of the response alone that decodes to the same text.
-        start = len(self._opening)
-        text = self._opening + shown + self._closing
-        ids = [*self._tokenize(text, [(start, start + len(shown))]), self.end_of_turn_id]
-        if self.tokenizer.decode(self._prompt_ids + ids) != self.tokenizer.decode(joint):
-            ids = [*self._tokenize_continuation(text), self.end_of_turn_id]
-        return ids
+        frames = [self._frame(self._before, shown) for shown in rendered]
+        encoded = self._tokenize_each([Prompt(text + end, spans) for text, spans in frames], num_prompt, bool(end))
+        unended = [index for index, ids in enumerate(encoded) if not end or ids[-1] != self.end_of_turn_id]
+        if end:
+            for index, ids in zip(unended, self._tokenize_each([frames[index] for index in unended]), strict=True):
+                encoded[index] = ids
+        for index in unended:
+            encoded[index] = [*encoded[index], self.end_of_turn_id]
+        # The first characters of some merge with the last ones of the prompt. In generation the prompt's tokens are
+        # fixed, so take the tokenization of the response alone that decodes to the same text.
+        merged = [index for index, ids in enumerate(encoded) if ids[:num_prompt] != self._prompt_ids]
+        alone = [self._frame(self._opening, rendered[index]) for index in merged]
+        for index, (text, _), ids in zip(merged, alone, self._tokenize_each(alone), strict=True):
+            joint, ids = encoded[index], [*ids, self.end_of_turn_id]
+            if self.tokenizer.decode(self._prompt_ids + ids) != self.tokenizer.decode(joint):
+                ids = [*self._tokenize_continuation(text), self.end_of_turn_id]
+            encoded[index] = self._prompt_ids + ids
+        return [ids[num_prompt:] for ids in encoded]
+
+    def _frame(self, before: str, shown: str) -> Prompt:
+        """A rendered response between what precedes it and what closes it."""
+        return Prompt(before + shown + self._closing, [(len(before), len(before) + len(shown))])
 
     def remove_template_space(self, answer: str) -> str:
         """Remove the white space that the template writes before and after an answer from a generated one."""
@@ -212,7 +241,7 @@ class Encoder:
 
         Tokens that the template writes have empty spans at the start or the end of the response.
         """
-        shown = self._chat.render_answer(response) if self._chat else response
+        shown = self.render_response(response)
         num_opening = self.count_template_tokens(response_ids)
         known_ids = [*self._prompt_ids, *response_ids[:num_opening]]
         text, ids = shown + self._closing, response_ids[num_opening:-1]
@@ -296,17 +325,53 @@ class Encoder:
         Under "chat", special tokens count as such outside of the spans written by a user or a model, and are plain text
         inside; under "alpaca" nothing is a special token.
         """
+        return self._tokenize_each([Prompt(text, list(user_spans))])[0]
+
+    def _tokenize_each(
+        self, texts: Sequence[Prompt], num_frame: int = 0, has_frame_end: bool = False
+    ) -> list[list[int]]:
+        """Tokenize texts as `_tokenize` does, each different one once.
+
+        The first `num_frame` tokens, and with `has_frame_end` the last one, are usually the template's own.
+        """
+        batch = list(dict.fromkeys(text for text, _ in texts))
+        if not batch:
+            return []
         if not self._chat:
-            return self._tokenize_plain(text)
+            known = dict(zip(batch, self._tokenize_plain_each(batch), strict=True))
+            return [known[text] for text, _ in texts]
         if not self.tokenizer.is_fast:
-            if any(token in text[start:end] for token in self._control_tokens for start, end in user_spans):
-                raise ConfigError(
-                    "template: chat: a text spells out a special token, which only a fast tokenizer can keep as plain"
-                    " text; use the model's fast tokenizer, or template: alpaca"
-                )
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        encoding = self.tokenizer(text, add_special_tokens=False)
-        ids, offsets = encoding["input_ids"], encoding[0].offsets
+            for text, user_spans in texts:
+                if any(token in text[start:end] for token in self._control_tokens for start, end in user_spans):
+                    raise ConfigError(
+                        "template: chat: a text spells out a special token, which only a fast tokenizer can keep as"
+                        " plain text; use the model's fast tokenizer, or template: alpaca"
+                    )
+        encoding = self._call(batch)
+        known = dict(zip(batch, encoding["input_ids"], strict=True))
+        if not self.tokenizer.is_fast:
+            return [known[text] for text, _ in texts]
+        places = {text: index for index, text in enumerate(batch)}
+        frame = self._prompt_ids[:num_frame] if num_frame else []
+        encoded = []
+        for text, user_spans in texts:
+            ids = known[text]
+            is_framed = ids[:num_frame] == frame and (not has_frame_end or ids[-1] == self.end_of_turn_id)
+            own_ids = ids[num_frame : len(ids) - has_frame_end] if is_framed else ids
+            if user_spans and not self._candidates.isdisjoint(own_ids):
+                ids = self._keep_spelled(text, ids, encoding[places[text]].offsets, user_spans)
+            encoded.append(ids)
+        return encoded
+
+    def _call(self, texts: list[str], **options: Any) -> Any:
+        return self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, **options
+        )
+
+    def _keep_spelled(
+        self, text: str, ids: list[int], offsets: Sequence[Span], user_spans: Sequence[Span]
+    ) -> list[int]:
+        """Tokenize again, as plain text, the spans in which a user or a model spelled out special tokens."""
         candidates = [index for index, token_id in enumerate(ids) if token_id in self._candidates]
         special = [index for index in candidates if self._is_control(ids[index], text, offsets[index])]
         located = {index: self._locate_control_token(ids[index], text, offsets[index]) for index in special}
@@ -345,15 +410,23 @@ class Encoder:
 
     def _tokenize_plain(self, text: str) -> list[int]:
         """Tokenize text as plain text, even if it spells out special tokens."""
-        encoding = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        ids = encoding["input_ids"]
-        is_unknown_spelled = self._unk_id in ids and self.tokenizer.unk_token in text
-        if self._control_ids.isdisjoint(ids) and not is_unknown_spelled:
-            return ids
+        return self._tokenize_plain_each([text])[0]
+
+    def _tokenize_plain_each(self, texts: list[str]) -> list[list[int]]:
+        encoding = self._call(texts, split_special_tokens=True)
+        return [
+            self._split_special(text, ids, encoding[index].offsets if self.tokenizer.is_fast else None)
+            if not self._control_ids.isdisjoint(ids) or (self._unk_id in ids and self.tokenizer.unk_token in text)
+            else ids
+            for index, (text, ids) in enumerate(zip(texts, encoding["input_ids"], strict=True))
+        ]
+
+    def _split_special(self, text: str, ids: list[int], offsets: Sequence[Span] | None) -> list[int]:
+        """Tokenize text in two parts if it has special tokens even as plain text."""
         # Some tokenizers find special tokens even so: a unigram model has them in its vocabulary, and an added token
         # not marked as special is never split. Split the text in the middle of the first one.
-        if self.tokenizer.is_fast:
-            pairs = zip(ids, encoding[0].offsets, strict=True)
+        if offsets is not None:
+            pairs = zip(ids, offsets, strict=True)
             spans = [span for token_id, span in pairs if self._is_control(token_id, text, span)]
         else:
             found = ((text.find(token), len(token)) for token in self._control_tokens)
@@ -447,6 +520,28 @@ def choose_template(tokenizer: "PreTrainedTokenizerBase") -> TemplateName:
 
 
 @dataclass(frozen=True)
+class RenderedRecord:
+    """The texts of one record that are to be tokenized.
+
+    Attributes:
+        prompt: The prompt without the judgment, or the only prompt of a view.
+        judged_prompt: The prompt with the judgment; None if there is only one context.
+        response: The response as the template writes it.
+        continuation: A second text that is learned after the response, with an end-of-turn token of its own.
+        extra: Further columns of the row.
+        annotate: Makes further columns from the token ids of the response, or a reason to leave the record out; raises
+            a DataError for a record that cannot be used.
+    """
+
+    prompt: Prompt
+    judged_prompt: Prompt | None
+    response: str
+    continuation: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    annotate: Callable[[list[int]], dict[str, Any] | str] | None = None
+
+
+@dataclass(frozen=True)
 class EncodedRecord:
     """One record as token ids."""
 
@@ -455,6 +550,33 @@ class EncodedRecord:
     response_ids: list[int]  # end-of-turn token included
     extra: dict[str, Any] = field(default_factory=dict)  # further columns of the row
     is_truncated: bool = False  # whether a prompt was truncated
+
+
+# Selects the training data of a record or of an object with a record, such as token scores; a string is the reason why
+# it is left out.
+View = Callable[[Any, Encoder], RenderedRecord | str]
+
+
+def get_record(item: Any) -> JudgedRecord:
+    """The record of an object that has one, or the record itself."""
+    return item if isinstance(item, JudgedRecord) else item.record
+
+
+def encode_rendered(rendered: Sequence[RenderedRecord], encoder: Encoder) -> list[EncodedRecord]:
+    """Encode the texts of records as one batch, without what `RenderedRecord.annotate` adds."""
+    prompts = [prompt for one in rendered for prompt in (one.prompt, one.judged_prompt) if prompt is not None]
+    texts = [text for one in rendered for text in (one.response, one.continuation) if text is not None]
+    prompt_ids, response_ids = iter(encoder.encode_prompts(prompts)), iter(encoder.encode_responses(texts))
+    encoded = []
+    for one in rendered:
+        plain_ids = next(prompt_ids)
+        judged_ids = None if one.judged_prompt is None else next(prompt_ids)
+        ids = next(response_ids)
+        if one.continuation is not None:
+            further = next(response_ids)
+            ids = ids + further[encoder.count_template_tokens(further) :]
+        encoded.append(EncodedRecord(plain_ids, judged_ids, ids, one.extra))
+    return encoded
 
 
 @dataclass
@@ -469,10 +591,20 @@ class EncodedRecords:
     num_truncated: int = 0  # number of records with a truncated prompt
     left_out: list[str] = field(default_factory=list)  # a sentence for each record whose response is too long
     skipped: Counter[str] = field(default_factory=Counter)  # number of records that a view leaves out, by reason
+    problems: list[str] = field(default_factory=list)  # a sentence for each record that cannot be rendered
 
     @property
     def num_left_out(self) -> int:
         return len(self.left_out) + self.skipped.total()
+
+    def add(self, batch: "EncodedRecords", start: int) -> None:
+        """Add the records of a batch, of which the first has this index."""
+        self.rows += batch.rows
+        self.indices += [start + index for index in batch.indices]
+        self.num_truncated += batch.num_truncated
+        self.left_out += batch.left_out
+        self.skipped.update(batch.skipped)
+        self.problems += batch.problems
 
     def describe_left_out(self) -> list[str]:
         """Return a sentence for each reason of a view and for each record that is too long."""
@@ -488,35 +620,14 @@ class EncodedRecords:
         )
 
 
-def view_both_contexts(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
-    """Encode the response without the judgment and, if it is unsatisfactory, with it: the training data of CUT."""
+def view_both_contexts(record: JudgedRecord, encoder: Encoder) -> RenderedRecord:
+    """The response without the judgment and, if it is unsatisfactory, with it: the training data of CUT."""
     conversation = record.conversation
-    return EncodedRecord(
-        encoder.encode_prompt(conversation),
-        None if record.is_satisfactory else encoder.encode_prompt(conversation, record.judgment),
-        encoder.encode_response(record.output),
+    return RenderedRecord(
+        encoder.render(conversation),
+        None if record.is_satisfactory else encoder.render(conversation, record.judgment),
+        encoder.render_response(record.output),
     )
-
-
-def _view_and_fit(
-    record: JudgedRecord,
-    encoder: Encoder,
-    max_length: int,
-    view: Callable[[JudgedRecord, Encoder], EncodedRecord | str],
-) -> tuple[EncodedRecord | str, EncodedRecord | None]:
-    """View a record and truncate it to `max_length`: a conversation by whole turns, so that its system prompt stays."""
-    viewed = view(record, encoder)
-    is_shortened = False
-    while not isinstance(viewed, str):
-        row = encoder.fit(viewed, max_length)
-        if record.messages is None or (row is not None and not row.is_truncated):
-            return viewed, row if row is None or not is_shortened else replace(row, is_truncated=True)
-        shorter = record.drop_oldest_turn()
-        if shorter is None:
-            return viewed, None
-        record, is_shortened = shorter, True
-        viewed = view(record, encoder)
-    return viewed, None
 
 
 def _describe_too_long(record: JudgedRecord, max_length: int) -> str:
@@ -525,11 +636,11 @@ def _describe_too_long(record: JudgedRecord, max_length: int) -> str:
 
 
 def encode_records(
-    records: Sequence[JudgedRecord],
+    records: Sequence[Any],  # `JudgedRecord`s, or objects with a record
     locations: Sequence[str],  # where each is from, such as `data.jsonl:17`
     encoder: Encoder,
     max_length: int,
-    view: Callable[[JudgedRecord, Encoder], EncodedRecord | str] = view_both_contexts,
+    view: View = view_both_contexts,
     *,
     show_progress: bool = True,
 ) -> EncodedRecords:
@@ -537,34 +648,84 @@ def encode_records(
 
     The view selects the training data of a record, or returns the reason for leaving it out.
     """
-    encoded, problems = EncodedRecords(), list[str]()
-    pairs = list(zip(records, locations, strict=True))
+    encoded = EncodedRecords()
     options: Any = {} if show_progress else {"disable": True}  # an explicit False would override TQDM_DISABLE
-    # Thousands of records take a minute; few take no bar.
-    progress = tqdm(pairs, desc="tokenizing", unit=" records", delay=2, leave=False, **options)
-    for index, (record, location) in enumerate(progress):
-        try:
-            encoder.check_conversation(record.conversation, record.output)
-            viewed, row = _view_and_fit(record, encoder, max_length, view)
-        except RenderError as error:
-            problems.append(f"{location}: {error}")
-            continue
-        if isinstance(viewed, str):
-            encoded.skipped[viewed] += 1
-            continue
-        if row is None:
-            encoded.left_out.append(f"{location}: {_describe_too_long(record, max_length)}; left out")
-            continue
-        encoded.num_truncated += row.is_truncated
-        encoded.indices.append(index)
-        columns: dict[str, Any] = {"prompt_ids": row.prompt_ids, "judged_prompt_ids": row.judged_prompt_ids}
-        columns |= {"response_ids": row.response_ids, "location": location, "is_satisfactory": record.is_satisfactory}
-        if num_template_tokens := encoder.count_template_tokens(row.response_ids):
-            columns["num_template_tokens"] = num_template_tokens
-        encoded.rows.append(columns | row.extra)
-    if problems:
-        raise DataError(problems)
+    # Many thousand records take a minute; few take no bar.
+    with tqdm(total=len(records), desc="tokenizing", unit=" records", delay=2, leave=False, **options) as progress:
+        for start in range(0, len(records), _BATCH_SIZE):
+            end = start + _BATCH_SIZE
+            encoded.add(encode_batch(records[start:end], locations[start:end], encoder, max_length, view), start)
+            progress.update(min(_BATCH_SIZE, len(records) - start))
+    if encoded.problems:
+        raise DataError(encoded.problems)
     # `datasets` takes its columns from the first row.
     names = sorted({name for row in encoded.rows for name in row})
     encoded.rows = [dict.fromkeys(names) | row for row in encoded.rows]
     return encoded
+
+
+def encode_batch(
+    records: Sequence[Any], locations: Sequence[str], encoder: Encoder, max_length: int, view: View
+) -> EncodedRecords:
+    """Encode one batch of records; see `encode_records`.
+
+    Prompts that do not fit are truncated, those of conversations by whole turns, so that their system prompts stay.
+    """
+    batch = EncodedRecords()
+    rows: dict[int, EncodedRecord | None] = {}
+    skipped: dict[int, str] = {}
+    problems: dict[int, list[str]] = {}
+    pending = dict(enumerate(records))
+    while pending:
+        rendered: dict[int, RenderedRecord] = {}
+        for index, item in pending.items():
+            try:
+                if item is records[index]:
+                    encoder.check_conversation(get_record(item).conversation, get_record(item).output)
+                viewed = view(item, encoder)
+            except RenderError as error:
+                problems[index] = error.problems
+                continue
+            if isinstance(viewed, str):
+                skipped[index] = viewed
+            else:
+                rendered[index] = viewed
+        shortened = {}
+        for index, row in zip(rendered, encode_rendered([*rendered.values()], encoder), strict=True):
+            item, fitted = pending[index], encoder.fit(row, max_length)
+            if get_record(item).messages is None or (fitted is not None and not fitted.is_truncated):
+                is_shortened = item is not records[index]
+                rows[index] = replace(fitted, is_truncated=True) if fitted is not None and is_shortened else fitted
+            elif (shorter := item.drop_oldest_turn()) is None:
+                rows[index] = None
+            else:
+                shortened[index] = shorter
+                continue
+            annotate = rendered[index].annotate
+            try:
+                extra = annotate(row.response_ids) if annotate else {}
+            except DataError as error:
+                problems[index] = error.problems
+                continue
+            if isinstance(extra, str):
+                skipped[index] = extra
+                del rows[index]
+            elif (found := rows[index]) is not None:
+                rows[index] = replace(found, extra=found.extra | extra)
+        pending = shortened
+    batch.problems = [f"{locations[index]}: {problem}" for index in sorted(problems) for problem in problems[index]]
+    batch.skipped.update(skipped[index] for index in sorted(skipped))
+    for index in sorted(rows):
+        record, location, fitted = get_record(records[index]), locations[index], rows[index]
+        if fitted is None:
+            batch.left_out.append(f"{location}: {_describe_too_long(record, max_length)}; left out")
+            continue
+        batch.num_truncated += fitted.is_truncated
+        batch.indices.append(index)
+        columns: dict[str, Any] = {"prompt_ids": fitted.prompt_ids, "judged_prompt_ids": fitted.judged_prompt_ids}
+        columns |= {"response_ids": fitted.response_ids, "location": location}
+        columns["is_satisfactory"] = record.is_satisfactory
+        if num_template_tokens := encoder.count_template_tokens(fitted.response_ids):
+            columns["num_template_tokens"] = num_template_tokens
+        batch.rows.append(columns | fitted.extra)
+    return batch

@@ -8,8 +8,9 @@ reported.
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,13 @@ from cutlm.flagging.token_scores import (
 )
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.loading import fingerprint_model, unwrap_peft
-from cutlm.prompting.encoding import EncodedRecord, Encoder, encode_records, view_both_contexts
+from cutlm.prompting.encoding import Encoder, RenderedRecord, View, encode_records, get_record, view_both_contexts
 from cutlm.prompting.spans import flag_spans
 from cutlm.prompting.templates import TEMPLATES, parse_date, set_arguments
 from cutlm.training.config import CUTConfig
 
 _ID_COLUMNS = ("prompt_ids", "judged_prompt_ids", "response_ids")
 _FORWARD_MARK = "\n\n### Judgment:\n"
-
-# Encodes the parts of a record that an objective uses; a string is the reason why the record is left out.
-View = Callable[[JudgedRecord, Encoder], EncodedRecord | str]
 
 
 @dataclass
@@ -171,9 +169,10 @@ def encode_dataset(
         DataError: Bad records, all named; or nothing is left.
     """
     if len(dataset) and isinstance(dataset[0], TokenScores):
-        records = [scores.record for scores in dataset]
+        _check_scores(dataset, args)
+        records: Sequence[Any] = dataset
         locations = locations or [f"{name}[{index}]" for index in range(len(dataset))]
-        view: View = _view_scores(dataset, locations, encoder, args)
+        view: View = partial(_view_scores, is_mapped=args.map_spans, with_judgment=args.parts.unsatisfactory)
     else:
         if locations is None:
             check = as_records(list(dataset), name)
@@ -191,7 +190,7 @@ def encode_dataset(
         encoder.end_of_turn_id,
         encoder.template_date,
     )
-    records = [records[index] for index in encoded.indices]
+    records = [get_record(records[index]) for index in encoded.indices]
     if name == "train_dataset" and args.downsample is not None:
         records = [records[index] for index in _downsample(data, name, args.downsample, args.seed)]
     _refuse_empty(data, name)
@@ -201,99 +200,99 @@ def encode_dataset(
 def choose_view(args: CUTConfig) -> View:
     """The view of an objective: the response that it learns, and the prompt or prompts before it (paper, section 3)."""
     if args.objective == "cut":
-        return _view_wrong_spans(args.unlikelihood_weight) if args.detector == "spans" else view_both_contexts
+        if args.detector == "spans":
+            return partial(_view_wrong_spans, weight=args.unlikelihood_weight)
+        return view_both_contexts
     if args.objective == "likelihood" and args.satisfactory_only:
         return _view_satisfactory
-    return {
+    views: dict[str, View] = {
         "dual_cut": _view_with_praise,
         "likelihood": _view_response,
         "hindsight": _view_hindsight,
         "forward_prediction": _view_forward,
         "ilf_mle": _view_refinement,
-        "unlikelihood": _view_all_flagged(args.unlikelihood_weight),
-    }[args.objective]
+        "unlikelihood": partial(_view_all_flagged, weight=args.unlikelihood_weight),
+    }
+    return views[args.objective]
 
 
-def _view_with_praise(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+def _view_with_praise(record: JudgedRecord, encoder: Encoder) -> RenderedRecord:
     """Both contexts of every record; satisfactory ones with their praise (DualCUT)."""
-    encoded = _view_response(record, encoder)
-    judged_ids = encoder.encode_prompt(record.conversation, record.stated_judgment)
-    return replace(encoded, judged_prompt_ids=judged_ids, extra={"is_praised": record.is_satisfactory})
+    judged_prompt = encoder.render(record.conversation, record.stated_judgment)
+    extra = {"is_praised": record.is_satisfactory}
+    return replace(_view_response(record, encoder), judged_prompt=judged_prompt, extra=extra)
 
 
-def _view_response(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+def _view_response(record: JudgedRecord, encoder: Encoder) -> RenderedRecord:
     """The response after the instruction, whatever its judgment (maximum likelihood)."""
-    return EncodedRecord(encoder.encode_prompt(record.conversation), None, encoder.encode_response(record.output))
+    return RenderedRecord(encoder.render(record.conversation), None, encoder.render_response(record.output))
 
 
-def _view_satisfactory(record: JudgedRecord, encoder: Encoder) -> EncodedRecord | str:
+def _view_satisfactory(record: JudgedRecord, encoder: Encoder) -> RenderedRecord | str:
     """Satisfactory responses only (rejection sampling)."""
     return _view_response(record, encoder) if record.is_satisfactory else "unsatisfactory, and satisfactory_only is on"
 
 
-def _view_hindsight(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+def _view_hindsight(record: JudgedRecord, encoder: Encoder) -> RenderedRecord:
     """The response after the instruction and its judgment (Liu et al. 2023, arXiv 2302.02676)."""
-    judged_ids = encoder.encode_prompt(record.conversation, record.stated_judgment)
-    return EncodedRecord(judged_ids, None, encoder.encode_response(record.output))
+    prompt = encoder.render(record.conversation, record.stated_judgment)
+    return RenderedRecord(prompt, None, encoder.render_response(record.output))
 
 
-def _view_forward(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
+def _view_forward(record: JudgedRecord, encoder: Encoder) -> RenderedRecord:
     """The response, then its judgment (forward prediction: Weston 2016, arXiv 1604.06045).
 
     An end-of-turn token also follows the response, so that the model still learns to end its answer there.
     """
-    ids = encoder.encode_response(record.output)
-    judgment_ids = encoder.encode_response(_FORWARD_MARK + record.stated_judgment)
-    ids += judgment_ids[encoder.count_template_tokens(judgment_ids) :]
-    return EncodedRecord(encoder.encode_prompt(record.conversation), None, ids)
+    judgment = encoder.render_response(_FORWARD_MARK + record.stated_judgment)
+    return replace(_view_response(record, encoder), continuation=judgment)
 
 
-def _view_refinement(record: JudgedRecord, encoder: Encoder) -> EncodedRecord | str:
+def _view_refinement(record: JudgedRecord, encoder: Encoder) -> RenderedRecord | str:
     """The improved response `i_ans`, or a satisfactory response (ILF: Scheurer et al. 2023, arXiv 2303.16755)."""
     if record.is_satisfactory:
         return _view_response(record, encoder)
     if not record.i_ans:
         return "unsatisfactory, and without an improved response in i_ans (cutlm refine makes them)"
-    return EncodedRecord(encoder.encode_prompt(record.conversation), None, encoder.encode_response(record.i_ans))
+    return RenderedRecord(encoder.render(record.conversation), None, encoder.render_response(record.i_ans))
 
 
-def _view_all_flagged(weight: float) -> View:
+def _view_all_flagged(record: JudgedRecord, encoder: Encoder, *, weight: float) -> RenderedRecord:
     """Every token of an unsatisfactory response is unlearned, every satisfactory response learned."""
 
-    def view(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
-        encoded = _view_response(record, encoder)
-        if not record.is_satisfactory:
-            num_template = encoder.count_template_tokens(encoded.response_ids)
-            num_own = len(encoded.response_ids) - num_template
-            is_flagged = [False] * num_template + [True] * num_own
-            encoded.extra.update(is_flagged=is_flagged, weights=[0.0] * num_template + [weight] * num_own)
-        return encoded
+    def flag_all(response_ids: list[int]) -> dict[str, Any]:
+        num_template = encoder.count_template_tokens(response_ids)
+        num_own = len(response_ids) - num_template
+        is_flagged = [False] * num_template + [True] * num_own
+        return {"is_flagged": is_flagged, "weights": [0.0] * num_template + [weight] * num_own}
 
-    return view
+    rendered = _view_response(record, encoder)
+    return rendered if record.is_satisfactory else replace(rendered, annotate=flag_all)
 
 
-def _view_wrong_spans(weight: float) -> View:
+def _view_wrong_spans(record: JudgedRecord, encoder: Encoder, *, weight: float) -> RenderedRecord | str:
     """Both contexts, with the tokens of the record's `wrong_spans` flagged."""
+    if record.is_satisfactory:
+        return view_both_contexts(record, encoder)
+    wrong_spans = record.wrong_spans
+    if not wrong_spans:
+        return "unsatisfactory, and without wrong_spans"
 
-    def view(record: JudgedRecord, encoder: Encoder) -> EncodedRecord | str:
-        encoded = view_both_contexts(record, encoder)
-        if record.is_satisfactory:
-            return encoded
-        if not record.wrong_spans:
-            return "unsatisfactory, and without wrong_spans"
-        spans = encoder.locate_tokens(record.output, encoded.response_ids)
-        num_template = encoder.count_template_tokens(encoded.response_ids)
-        is_flagged = [False] * num_template + flag_spans(spans[num_template:], record.wrong_spans)
+    def flag_wrong(response_ids: list[int]) -> dict[str, Any] | str:
+        spans = encoder.locate_tokens(record.output, response_ids)
+        num_template = encoder.count_template_tokens(response_ids)
+        is_flagged = [False] * num_template + flag_spans(spans[num_template:], wrong_spans)
         if not any(is_flagged):
             return "unsatisfactory, and its wrong_spans contain no token"
-        encoded.extra.update(is_flagged=is_flagged, weights=[weight * flag for flag in is_flagged])
-        return encoded
+        return {"is_flagged": is_flagged, "weights": [weight * flag for flag in is_flagged]}
 
-    return view
+    return replace(view_both_contexts(record, encoder), annotate=flag_wrong)
 
 
-def _view_scores(dataset: Sequence[TokenScores], locations: Sequence[str], encoder: Encoder, args: CUTConfig) -> View:
-    """A view that takes flags and weights from token scores, if they fit the settings and the tokenizer."""
+def _check_scores(dataset: Sequence[TokenScores], args: CUTConfig) -> None:
+    """Raises:
+    ConfigError: The settings ask for something else than the token scores were made with.
+    """
     if args.objective != "cut" or args.detector != "frozen":
         raise ConfigError(
             "the data are token scores, whose flags are for objective cut and detector frozen; got objective"
@@ -311,49 +310,56 @@ def _view_scores(dataset: Sequence[TokenScores], locations: Sequence[str], encod
             )
     if problems:
         raise ConfigError(problems)
-    tokenizer, template = fingerprint_tokenizer(encoder.tokenizer), encoder.fingerprint
-    by_record: dict[int, TokenScores] = {}
-    templates = set()
-    for scores, location in zip(dataset, locations, strict=True):
-        if not args.map_spans and scores.template != template:
-            problems.append(f"{location}: field 'template': made with {scores.template}, training uses {template}")
-            templates.add(scores.template)
-        if scores.token_ids != encoder.encode_response(scores.record.output):
-            if scores.tokenizer == tokenizer:
+
+
+def _view_scores(scores: TokenScores, encoder: Encoder, *, is_mapped: bool, with_judgment: bool) -> RenderedRecord:
+    """The response without the judgment, with flags and weights from token scores.
+
+    Args:
+        scores: The token scores.
+        encoder: Tokenizer and template.
+        is_mapped: Map flags of another tokenizer; otherwise the tokenizer and the template must be those of training.
+        with_judgment: Also the response with the judgment, for unsatisfactory records.
+    """
+    record = scores.record
+
+    def take_flags(response_ids: list[int]) -> dict[str, Any]:
+        found = scores
+        problems = [] if is_mapped else _compare_templates(scores.template, encoder)
+        if scores.token_ids != response_ids:
+            if scores.tokenizer == fingerprint_tokenizer(encoder.tokenizer):
+                problems.append("field 'token_ids': expected those of output, got others; run cutlm blame again")
+            elif is_mapped:
+                found = map_to_tokenizer(scores, encoder)
+            else:
                 problems.append(
-                    f"{location}: field 'token_ids': expected those of output, got others; run cutlm blame again"
+                    "field 'tokenizer': made with another tokenizer than the model's; set map_spans: true to map flags"
+                    " and weights by their characters"
                 )
-                continue
-            if not args.map_spans:
-                problems.append(f"{location}: field 'tokenizer': made with another tokenizer than the model's")
-                continue
-            scores = map_to_tokenizer(scores, encoder)
-        by_record[id(scores.record)] = scores
-    if problems:
-        hint = "set map_spans: true to map flags and weights by their characters"
-        if len(templates) == 1:
-            made_with = templates.pop()
-            name, _, rest = made_with.partition(" ")
-            role = "system" if rest.endswith(" system") else "user"
-            if name != args.template and name in TEMPLATES:
-                hint = f"train with --template {name}, with which the scores were made, or {hint}"
-            elif role != args.judgment_role and made_with.split()[:2] == template.split()[:2]:
-                hint = f"train with --judgment_role {role}, with which the scores were made, or {hint}"
-        raise DataError(problems, hint=hint)
+        if problems:
+            raise DataError(problems)
+        return {"is_flagged": list(found.is_flagged), "weights": list(found.weights)}
 
-    def view(record: JudgedRecord, encoder: Encoder) -> EncodedRecord:
-        scores = by_record[id(record)]
-        judged_ids = None
-        if args.parts.unsatisfactory and not record.is_satisfactory:
-            judged_ids = encoder.encode_prompt(record.conversation, record.judgment)
-        return EncodedRecord(
-            encoder.encode_prompt(record.conversation),
-            judged_ids,
-            list(scores.token_ids),
-            {"is_flagged": list(scores.is_flagged), "weights": list(scores.weights)},
-        )
+    is_judged = with_judgment and not record.is_satisfactory
+    return RenderedRecord(
+        encoder.render(record.conversation),
+        encoder.render(record.conversation, record.judgment) if is_judged else None,
+        encoder.render_response(record.output),
+        annotate=take_flags,
+    )
 
-    return view
+
+def _compare_templates(template: str, encoder: Encoder) -> list[str]:
+    """Say how the template of token scores differs from that of training, and what to do."""
+    if template == encoder.fingerprint:
+        return []
+    advice, name = "set map_spans: true", template.split()[0]
+    if name in TEMPLATES and name != encoder.template:
+        advice = f"train with --template {name}, or {advice}"
+    elif template.split()[:2] == encoder.fingerprint.split()[:2]:  # a third part is the role that states judgments
+        role = "system" if template.endswith(" system") else "user"
+        advice = f"train with --judgment_role {role}, or {advice}"
+    return [f"field 'template': made with {template}, training uses {encoder.fingerprint}; {advice}"]
 
 
 def _refuse_empty(data: PreparedData, name: str) -> None:

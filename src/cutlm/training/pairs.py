@@ -99,14 +99,21 @@ def encode_pairs(pairs: Sequence[Pair], encoder: Encoder, max_length: int) -> tu
         Rows with `prompt_ids`, `chosen_ids` and `rejected_ids`, and a sentence for each pair that does not fit.
     """
     rows, left_out = [], []
-    encoded = encode_each(
+    rendered = encode_each(
         lambda pair: (
-            encoder.encode_prompt(pair.conversation),
-            encoder.encode_response(pair.chosen),
-            encoder.encode_response(pair.rejected),
+            encoder.render(pair.conversation),
+            encoder.render_response(pair.chosen),
+            encoder.render_response(pair.rejected),
         ),
         pairs,
         [pair.location for pair in pairs],
+    )
+    prompts, chosen, rejected = zip(*rendered, strict=True) if rendered else ((), (), ())
+    encoded = zip(
+        encoder.encode_prompts(prompts),
+        encoder.encode_responses(chosen),
+        encoder.encode_responses(rejected),
+        strict=True,
     )
     for pair, (prompt_ids, chosen_ids, rejected_ids) in zip(pairs, encoded, strict=True):
         room = max_length - max(len(chosen_ids), len(rejected_ids))
