@@ -167,11 +167,12 @@ def make_adapter() -> Any:
 
 def _encode(args: argparse.Namespace, tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     from cutlm.data.records import JudgedRecord
-    from cutlm.prompting.encoding import Encoder, encode_records
+    from cutlm.prompting.encoding import Encoder
+    from cutlm.prompting.rows import encode_records
 
     encoder = Encoder(tokenizer, args.template)
     judged = [JudgedRecord(**record) for record in records]
-    return encode_records(judged, [""] * len(judged), encoder, 100_000).rows
+    return encode_records(judged, [""] * len(judged), encoder, 100_000).rows.to_list()
 
 
 def make_settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:

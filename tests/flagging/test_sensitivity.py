@@ -9,7 +9,8 @@ from tiny import make_tokenizer
 
 from cutlm.data.records import JudgedRecord
 from cutlm.flagging.sensitivity import Contrast, compute_sensitivity, encode_context, pair_foreign
-from cutlm.prompting.encoding import Encoder, encode_records
+from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.rows import encode_records
 
 # ---- Pairs ----
 

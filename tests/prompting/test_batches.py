@@ -1,5 +1,7 @@
-"""Texts that are tokenized as one batch get the ids that each has alone, and records in any batches the same rows."""
+"""Texts in a batch get the ids that each has alone; batches, processes and the cache change nothing in the rows."""
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 from tiny import IM_END, TOKENIZER_KINDS
 
 from cutlm.data.records import JudgedRecord
-from cutlm.prompting import encoding
-from cutlm.prompting.encoding import Encoder, encode_records
+from cutlm.errors import DataError
+from cutlm.prompting import rows as rows_module
+from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.rows import encode_records
 
 ALL = pytest.mark.parametrize(
     ("kind", "template"),
@@ -61,19 +65,63 @@ def test_any_texts_have_the_same_ids_in_a_batch(kind: str, template: str, texts:
     assert encode_together(encoder, records) == [encode_alone(encoder, record) for record in records]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_the_size_of_a_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    encoder = get_encoder("bpe", "chat")
-    turns = [{"role": role, "content": f"{role} {index}"} for index in range(4) for role in ("user", "assistant")]
-    records = [
-        JudgedRecord(instruction="Hello", output="x" * 100, judgment="No."),
-        JudgedRecord(messages=turns, judgment="No."),
-        JudgedRecord(instruction="y" * 100, output=" world", judgment=None),
-        JudgedRecord(messages=turns[:2], judgment=None),
-    ]
-    locations = ["a:1", "a:2", "a:3", "a:4"]
-    expected = encode_records(records, locations, encoder, 60)
-    monkeypatch.setattr(encoding, "_BATCH_SIZE", size)
-    assert encode_records(records, locations, encoder, 60) == expected
-    assert expected.num_truncated == 2
-    assert [sentence.partition(": ")[0] for sentence in expected.left_out] == ["a:1"]
+TURNS = [{"role": role, "content": f"{role} {index}"} for index in range(4) for role in ("user", "assistant")]
+RECORDS = [
+    JudgedRecord(instruction="Hello", output="x" * 100, judgment="No."),
+    JudgedRecord(messages=TURNS, judgment="No."),
+    JudgedRecord(instruction="y" * 100, output=" world", judgment=None),
+    JudgedRecord(messages=TURNS[:4], judgment=None),
+]
+LOCATIONS = ["a:1", "a:2", "a:3", "a:4"]
+
+
+def encode(records: list[JudgedRecord] = RECORDS, template: str = "chat", **options: Any) -> dict[str, Any]:
+    encoded = encode_records(records, LOCATIONS, get_encoder("bpe", template), 60, **options)
+    return vars(encoded) | {"rows": encoded.rows.to_list()}
+
+
+@pytest.mark.parametrize(("size", "num_processes"), [(1, None), (3, None), (1, 2), (2, 3)])
+def test_batches_and_processes_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, size: int, num_processes: int | None
+) -> None:
+    expected = encode()
+    monkeypatch.setattr(rows_module, "_BATCH_SIZE", size)
+    assert encode(num_processes=num_processes) == expected
+    assert expected["num_truncated"] == 2
+    assert expected["indices"] == [1, 2, 3]
+    assert [sentence.partition(": ")[0] for sentence in expected["left_out"]] == ["a:1"]
+
+
+def test_rows_are_stored_once_for_the_same_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    expected = encode()
+    monkeypatch.setattr(rows_module, "_MIN_CACHED", 4)
+    monkeypatch.setattr(rows_module.config, "HF_DATASETS_CACHE", tmp_path)
+    num_encoded: Counter[str] = Counter()
+    encode_batch = rows_module.encode_batch
+
+    def count(records: Any, *args: Any) -> Any:
+        num_encoded["records"] += len(records)
+        return encode_batch(records, *args)
+
+    monkeypatch.setattr(rows_module, "encode_batch", count)
+    assert encode() == encode() == expected
+    assert num_encoded["records"] == 4
+    # Whatever the rows depend on.
+    others = [RECORDS[0], RECORDS[1].model_copy(update={"judgment": "Wrong."}), *RECORDS[2:]]
+    assert encode(others) != expected
+    assert encode_records(RECORDS, LOCATIONS, get_encoder("bpe", "chat"), 61).num_truncated == 2
+    assert encode_records(RECORDS, [*"abcd"], get_encoder("bpe", "chat"), 60).rows["location"][0] == "b"
+    assert len(encode_records(RECORDS, LOCATIONS, get_encoder("llama", "chat"), 60).rows)
+    assert num_encoded["records"] == 20
+    # A cache that cannot be written to is not used.
+    monkeypatch.setattr(rows_module.config, "HF_DATASETS_CACHE", tmp_path / "file")
+    (tmp_path / "file").write_text("")
+    assert encode() == encode() == expected
+    assert num_encoded["records"] == 28
+
+
+def test_records_that_cannot_be_encoded_are_named_by_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "_BATCH_SIZE", 1)
+    with pytest.raises(DataError) as error:
+        encode(template="alpaca", num_processes=2)  # which has one turn
+    assert [problem[:3] for problem in error.value.problems] == ["a:2", "a:4"]

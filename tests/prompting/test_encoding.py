@@ -7,6 +7,7 @@ import unicodedata
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, IM_END, IM_START, TOKENIZER_KINDS, make_tokenizer
@@ -17,13 +18,12 @@ from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.prompting.encoding import (
     EncodedRecord,
-    EncodedRecords,
     Encoder,
     encode_each,
-    encode_records,
     encode_rendered,
     view_both_contexts,
 )
+from cutlm.prompting.rows import EncodedRecords, encode_records
 from cutlm.prompting.templates import read_arguments, render_alpaca_prompt, set_arguments
 
 TEMPLATES = ("alpaca", "chat")
@@ -512,10 +512,10 @@ def test_every_record_is_encoded_or_reported(lengths, max_length):
 
 
 def test_counts_are_described_in_one_line():
-    row = {"prompt_ids": [1], "judged_prompt_ids": [1], "response_ids": [2], "is_satisfactory": False}
-    rows = [row, row | {"judged_prompt_ids": None, "is_satisfactory": True}, row]
-    line = EncodedRecords(rows, num_truncated=4, left_out=["data.jsonl:9: ..."]).describe(64)
-    assert re.findall(r"\d+", line) == ["3", "1", "2", "4", "64", "1"]
+    rows = Dataset.from_dict({"response_ids": [[1], [2], [3]]})
+    counts = {"num_satisfactory": 1, "num_truncated": 4, "left_out": ["data.jsonl:9: ..."], "skipped": {"old": 2}}
+    line = EncodedRecords(rows=rows, **counts).describe(64)
+    assert re.findall(r"\d+", line) == ["3", "1", "2", "4", "64", "3"]
 
 
 # ---- Refusals ----

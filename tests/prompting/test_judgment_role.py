@@ -176,7 +176,7 @@ def test_the_role_needs_the_chat_template(model: Path, scores: Path, tmp_path: P
 
 def test_records_are_named_that_the_template_refuses(model: Path, tmp_path: Path) -> None:
     from cutlm.data.records import JudgedRecord
-    from cutlm.prompting.encoding import encode_records
+    from cutlm.prompting.rows import encode_records
 
     encoder = make_encoder()
     record = JudgedRecord.model_validate(RECORDS[1])

@@ -11,7 +11,8 @@ from real.test_chat_formats import tokenize
 from cutlm.data.conversations import Conversation
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
-from cutlm.prompting.encoding import Encoder, encode_records
+from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.rows import encode_records
 from cutlm.prompting.templates import JudgmentRole, add_judgment, add_system_judgment
 
 NAMES = ("Qwen3", "Qwen3, no thoughts", "Llama 3.1", "Llama 3.2", "gpt-oss", "Qwen2.5", "Gemma 3", "DeepSeek-V3")
@@ -129,7 +130,7 @@ def test_old_turns_are_dropped_whole() -> None:
     # Both contexts have the same turns.
     assert encoder.tokenizer.decode(row["prompt_ids"]).count("Turn") == text.count("Turn")
     too_long = encode_records([record], ["a:1"], encoder, 20)
-    assert not too_long.rows
+    assert not len(too_long.rows)
     assert len(too_long.left_out) == 1
 
 

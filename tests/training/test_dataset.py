@@ -13,7 +13,8 @@ from cutlm import CUTTrainer
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.generation.files import encode_refinement_prompts
-from cutlm.prompting.encoding import Encoder, View, encode_records, encode_rendered
+from cutlm.prompting.encoding import Encoder, View, encode_rendered
+from cutlm.prompting.rows import encode_records
 from cutlm.prompting.templates import render_alpaca_prompt, render_refinement_prompt
 from cutlm.training.config import CUTConfig
 from cutlm.training.dataset import choose_view

@@ -12,7 +12,8 @@ from measure import measure_base, measure_detection
 
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import UserError
-from cutlm.prompting.encoding import Encoder, encode_records
+from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.rows import encode_records
 from cutlm.prompting.spans import flag_spans
 from cutlm.world.base import answer_tasks, base_path, load_base
 from cutlm.world.judge import judge_task, rate_answers

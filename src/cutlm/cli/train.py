@@ -20,7 +20,7 @@ Settings come from a flat YAML file (--config) and from options, which take prec
   template          alpaca (default) or chat              dtype               of the base model's weights
   max_length        prompt and response (default 2048)    attn_implementation as in transformers
   downsample        maximum satisfactory records per unsatisfactory one (default: keep all)
-  head_chunk_size   positions whose logits are in memory at a time
+  dataset_num_proc  processes that encode the data    head_chunk_size     positions whose logits are in memory
   max_tokens_per_batch  maximum tokens in one forward and backward pass (default: by the device)
   lora_target_modules all-linear  adapts every linear layer
 

@@ -34,7 +34,8 @@ from cutlm.flagging.token_scores import (
     write_token_scores,
 )
 from cutlm.losses import flag_tokens
-from cutlm.prompting.encoding import EncodedRecords, Encoder, RenderedRecord, encode_records, view_both_contexts
+from cutlm.prompting.encoding import Encoder, RenderedRecord, view_both_contexts
+from cutlm.prompting.rows import EncodedRecords, encode_records
 
 Logps = tuple[list[float], list[float] | None]  # of a response [T], without and with the judgment if it has one
 
@@ -217,7 +218,7 @@ def blame_file(
     records = [strip_scores(record) for record in records]
     refuse_clashes(records, locations)
     encoded = encode_for_scoring(records, locations, encoder, settings)
-    if not encoded.rows:
+    if not len(encoded.rows):
         raise DataError(encoded.left_out, hint="no record remains to score; set a larger max_length")
     kept = [records[index] for index in encoded.indices]
     plan = plan_comparison(encoded.rows, kept, encoder, settings, sensitivity_records)
@@ -443,7 +444,7 @@ def blame_record(
 ) -> tuple[TokenScores, bool]:
     """Score one record in memory; return its token scores, and whether a prompt was truncated."""
     encoded = encode_for_scoring([record], ["the response"], encoder, settings)
-    if not encoded.rows:
+    if not len(encoded.rows):
         raise DataError(encoded.left_out, hint="no record remains to score; set a larger max_length")
     rows, records = encoded.rows, [record]
     plan = plan_comparison(rows, records, encoder, settings, 0)

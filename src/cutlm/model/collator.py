@@ -1,13 +1,19 @@
 """Collate encoded records into a micro-batch without padding, and split micro-batches."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow
 import torch
+from datasets import Dataset
+from pyarrow import compute
 from torch import Tensor, nn
 
 from cutlm.errors import ConfigError
 from cutlm.model.loading import list_rope_parameters, unwrap_peft
+
+# Rows that are checked at a time.
+_NUM_CHECKED = 10_000
 
 
 class CutCollator:
@@ -175,7 +181,7 @@ def find_non_finite(logps: Tensor, batch: Mapping[str, Any]) -> list[str]:
 
 def check_rows_fit_model(
     model: nn.Module,
-    rows: Iterable[Mapping[str, Any]],
+    rows: Dataset | Sequence[Mapping[str, Any]],
     max_length: int,
     prompts: Sequence[str] = ("prompt_ids", "judged_prompt_ids"),
     responses: Sequence[str] = ("response_ids",),
@@ -194,10 +200,12 @@ def check_rows_fit_model(
     """
     language_model = unwrap_peft(model)
     longest = largest = 0
-    for row in rows:
-        ids = [row[name] for name in (*prompts, *responses) if row[name]]
-        largest = max(largest, *map(max, ids))
-        longest = max(longest, max(len(row[a] or ()) for a in prompts) + max(len(row[b]) for b in responses))
+    for batch in _read_batches(rows, (*prompts, *responses)):
+        lengths = {name: compute.fill_null(compute.list_value_length(ids), 0) for name, ids in batch.items()}
+        longest_prompts = compute.max_element_wise(*(lengths[name] for name in prompts))
+        longest_responses = compute.max_element_wise(*(lengths[name] for name in responses))
+        longest = max(longest, compute.max(compute.add(longest_prompts, longest_responses)).as_py())
+        largest = max(largest, *(compute.max(compute.list_flatten(ids)).as_py() or 0 for ids in batch.values()))
     problems = []
     num_embeddings = next(language_model.get_input_embeddings().parameters()).shape[0]
     if 0 < num_embeddings <= largest:  # 0 where weights are sharded across processes
@@ -216,3 +224,17 @@ def check_rows_fit_model(
         )
     if problems:
         raise ConfigError(problems)
+
+
+def _read_batches(
+    rows: Dataset | Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> Iterator[dict[str, pyarrow.ChunkedArray]]:
+    """Yield columns of token ids, some thousand rows at a time."""
+    kind = pyarrow.list_(pyarrow.int64())
+    if isinstance(rows, Dataset):
+        for table in rows.with_format("arrow", columns=list(names)).iter(_NUM_CHECKED):
+            yield {name: table[name].cast(kind) for name in names}
+    else:
+        for start in range(0, len(rows), _NUM_CHECKED):
+            part = rows[start : start + _NUM_CHECKED]
+            yield {name: pyarrow.chunked_array([[row[name] for row in part]], kind) for name in names}

@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tqdm import tqdm
-
 from cutlm.data.conversations import Conversation
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
@@ -42,9 +40,6 @@ from cutlm.prompting.templates import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-# Records that are rendered, then tokenized together: enough for every thread of a tokenizer.
-_BATCH_SIZE = 1000
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -580,44 +575,16 @@ def encode_rendered(rendered: Sequence[RenderedRecord], encoder: Encoder) -> lis
 
 
 @dataclass
-class EncodedRecords:
-    """The records of a data set as rows, and those left out.
-
-    Columns: `prompt_ids`, `judged_prompt_ids`, `response_ids`, `location`, `is_satisfactory` and those of a view.
-    """
+class EncodedBatch:
+    """The rows of a batch of records, and the records left out; see `cutlm.prompting.rows.EncodedRecords`."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)  # for each row, the index of its record
-    num_truncated: int = 0  # number of records with a truncated prompt
-    left_out: list[str] = field(default_factory=list)  # a sentence for each record whose response is too long
-    skipped: Counter[str] = field(default_factory=Counter)  # number of records that a view leaves out, by reason
-    problems: list[str] = field(default_factory=list)  # a sentence for each record that cannot be rendered
-
-    @property
-    def num_left_out(self) -> int:
-        return len(self.left_out) + self.skipped.total()
-
-    def add(self, batch: "EncodedRecords", start: int) -> None:
-        """Add the records of a batch, of which the first has this index."""
-        self.rows += batch.rows
-        self.indices += [start + index for index in batch.indices]
-        self.num_truncated += batch.num_truncated
-        self.left_out += batch.left_out
-        self.skipped.update(batch.skipped)
-        self.problems += batch.problems
-
-    def describe_left_out(self) -> list[str]:
-        """Return a sentence for each reason of a view and for each record that is too long."""
-        return [f"{num} records left out: {reason}" for reason, num in self.skipped.items()] + self.left_out
-
-    def describe(self, max_length: int) -> str:
-        """Return the counts as one line."""
-        num_satisfactory = sum(row["is_satisfactory"] for row in self.rows)
-        return (
-            f"{len(self.rows)} records encoded ({num_satisfactory} satisfactory,"
-            f" {len(self.rows) - num_satisfactory} unsatisfactory); {self.num_truncated} prompts truncated on the left"
-            f" to fit max_length {max_length}; {self.num_left_out} records left out"
-        )
+    indices: list[int] = field(default_factory=list)  # for each row, the index of its record in the batch
+    num_satisfactory: int = 0
+    num_truncated: int = 0
+    left_out: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)  # a sentence for each record that cannot be encoded
 
 
 def view_both_contexts(record: JudgedRecord, encoder: Encoder) -> RenderedRecord:
@@ -635,43 +602,14 @@ def _describe_too_long(record: JudgedRecord, max_length: int) -> str:
     return f"{what} max_length {max_length}"
 
 
-def encode_records(
-    records: Sequence[Any],  # `JudgedRecord`s, or objects with a record
-    locations: Sequence[str],  # where each is from, such as `data.jsonl:17`
-    encoder: Encoder,
-    max_length: int,
-    view: View = view_both_contexts,
-    *,
-    show_progress: bool = True,
-) -> EncodedRecords:
-    """Encode records and report those that do not fit; see `Encoder.fit`.
-
-    The view selects the training data of a record, or returns the reason for leaving it out.
-    """
-    encoded = EncodedRecords()
-    options: Any = {} if show_progress else {"disable": True}  # an explicit False would override TQDM_DISABLE
-    # Many thousand records take a minute; few take no bar.
-    with tqdm(total=len(records), desc="tokenizing", unit=" records", delay=2, leave=False, **options) as progress:
-        for start in range(0, len(records), _BATCH_SIZE):
-            end = start + _BATCH_SIZE
-            encoded.add(encode_batch(records[start:end], locations[start:end], encoder, max_length, view), start)
-            progress.update(min(_BATCH_SIZE, len(records) - start))
-    if encoded.problems:
-        raise DataError(encoded.problems)
-    # `datasets` takes its columns from the first row.
-    names = sorted({name for row in encoded.rows for name in row})
-    encoded.rows = [dict.fromkeys(names) | row for row in encoded.rows]
-    return encoded
-
-
 def encode_batch(
     records: Sequence[Any], locations: Sequence[str], encoder: Encoder, max_length: int, view: View
-) -> EncodedRecords:
-    """Encode one batch of records; see `encode_records`.
+) -> EncodedBatch:
+    """Encode one batch of records; see `cutlm.prompting.rows.encode_records`.
 
     Prompts that do not fit are truncated, those of conversations by whole turns, so that their system prompts stay.
     """
-    batch = EncodedRecords()
+    batch = EncodedBatch()
     rows: dict[int, EncodedRecord | None] = {}
     skipped: dict[int, str] = {}
     problems: dict[int, list[str]] = {}
@@ -721,6 +659,7 @@ def encode_batch(
             batch.left_out.append(f"{location}: {_describe_too_long(record, max_length)}; left out")
             continue
         batch.num_truncated += fitted.is_truncated
+        batch.num_satisfactory += record.is_satisfactory
         batch.indices.append(index)
         columns: dict[str, Any] = {"prompt_ids": fitted.prompt_ids, "judged_prompt_ids": fitted.judged_prompt_ids}
         columns |= {"response_ids": fitted.response_ids, "location": location}

@@ -178,6 +178,7 @@ class CUTConfig(TrainingArguments):
             responses are never truncated.
         downsample: Keep at most this many satisfactory records per unsatisfactory one, drawn by `seed`; None keeps
             all. The paper's online loop uses 0.25.
+        dataset_num_proc: Processes that encode the data; None for this one, whose tokenizer uses all cores.
         head_chunk_size: Positions whose logits are in memory at a time; None chooses by the size of the vocabulary.
         max_tokens_per_batch: Maximum number of tokens in one forward and backward pass. A larger micro-batch is split
             into parts whose gradients add up to its own, so memory is bounded and the result is the same. None: what
@@ -214,6 +215,7 @@ class CUTConfig(TrainingArguments):
     judgment_role: str = field(default="user", metadata={"choices": list(JUDGMENT_ROLES)})
     max_length: int = 2048
     downsample: float | None = None
+    dataset_num_proc: int | None = None
     head_chunk_size: int | None = None
     max_tokens_per_batch: int | None = None
     sensitivity_records: int = 64
@@ -276,7 +278,8 @@ class CUTConfig(TrainingArguments):
             "satisfactory_only": self.objective == "likelihood",
             "dpo_beta": self.is_of_pairs,
             **dict.fromkeys(
-                ("downsample", "normalization", "head_chunk_size", "max_tokens_per_batch"), not self.is_of_pairs
+                ("downsample", "normalization", "dataset_num_proc", "head_chunk_size", "max_tokens_per_batch"),
+                not self.is_of_pairs,
             ),
         }
         options = ("contrast", "num_foreign", "surprise_weight")
@@ -308,7 +311,7 @@ class CUTConfig(TrainingArguments):
             problems.append(f"dpo_beta: expected a number above 0, got {self.dpo_beta}")
         if self.downsample is not None and not self.downsample >= 0:
             problems.append(f"downsample: expected a number of at least 0, or none to keep all, got {self.downsample}")
-        optional = ("head_chunk_size", "max_tokens_per_batch")
+        optional = ("dataset_num_proc", "head_chunk_size", "max_tokens_per_batch")
         batching = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         for name in ("max_length", "num_foreign", *optional, *batching):
             value = getattr(self, name)

@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+import pyarrow
+from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -49,7 +51,8 @@ from cutlm.flagging.token_scores import (
 )
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.loading import fingerprint_model, unwrap_peft
-from cutlm.prompting.encoding import Encoder, RenderedRecord, View, encode_records, get_record, view_both_contexts
+from cutlm.prompting.encoding import Encoder, RenderedRecord, View, get_record, view_both_contexts
+from cutlm.prompting.rows import encode_records
 from cutlm.prompting.spans import flag_spans
 from cutlm.prompting.templates import TEMPLATES, parse_date, set_arguments
 from cutlm.training.config import CUTConfig
@@ -131,7 +134,9 @@ def prepare_data(
         if tokenizer is None:
             raise ConfigError(f"{name}: records need a tokenizer; pass processing_class")
         encoder = make_encoder(tokenizer, args, dataset)
-        data, records = encode_dataset(dataset, name, args, encoder, locations)
+        # The other processes of this machine then find the rows in the cache.
+        with args.main_process_first(desc="encoding"):
+            data, records = encode_dataset(dataset, name, args, encoder, locations)
     check_rows_fit_model(model, data.rows, args.max_length)
     if args.has_known_flags:
         if "is_flagged" not in data.rows.column_names:
@@ -181,15 +186,17 @@ def encode_dataset(
             records = list(dataset)  # read from a file, which has checked them
         view = choose_view(args)
     show_progress = not args.disable_tqdm
-    encoded = encode_records(records, locations, encoder, args.max_length, view, show_progress=show_progress)
+    options: Any = {"num_processes": args.dataset_num_proc, "show_progress": show_progress}
+    encoded = encode_records(records, locations, encoder, args.max_length, view, **options)
     data = PreparedData(
-        Dataset.from_list(encoded.rows),
+        encoded.rows,
         [f"{name}: {encoded.describe(args.max_length)}", *encoded.describe_left_out()],
         encoded.num_left_out,
         encoder.build_chat_template(),
         encoder.end_of_turn_id,
         encoder.template_date,
     )
+    _refuse_empty(data, name)
     records = [get_record(records[index]) for index in encoded.indices]
     if name == "train_dataset" and args.downsample is not None:
         records = [records[index] for index in _downsample(data, name, args.downsample, args.seed)]
@@ -477,11 +484,9 @@ def _flag_rows(
         data.threshold = comparison.settings.threshold
     if settings.threshold == "auto":
         data.notices.append(f"{name}: threshold: auto found {data.threshold:g}")
-    columns = {key: data.rows[key] for key in data.rows.column_names}
     # Types are given because a column may hold nothing but None.
-    known = {"is_flagged": List(Value("bool")), "weights": List(Value("float64"))}
-    columns |= {"is_flagged": is_flagged, "weights": weights}
-    data.rows = Dataset.from_dict(columns, features=Features({**data.rows.features, **known}))
+    data.rows = _set_column(data.rows, "is_flagged", pyarrow.array(is_flagged, pyarrow.list_(pyarrow.bool_())))
+    data.rows = _set_column(data.rows, "weights", pyarrow.array(weights, pyarrow.list_(pyarrow.float64())))
 
 
 def _score_once(
@@ -601,9 +606,15 @@ def _finish_flags(data: PreparedData, name: str, args: CUTConfig) -> None:
         data.rows = data.rows.select(kept)
     if not kept:
         raise DataError(f"{name}: nothing remains to learn from", hint="\n".join(data.notices))
-    features = Features({**data.rows.features, "judged_prompt_ids": List(Value("int64"))})
-    columns = {key: data.rows[key] for key in data.rows.column_names} | {"judged_prompt_ids": [None] * len(kept)}
-    data.rows = Dataset.from_dict(columns, features=features)
+    data.rows = _set_column(data.rows, "judged_prompt_ids", pyarrow.nulls(len(kept), pyarrow.list_(pyarrow.int32())))
+
+
+def _set_column(rows: Dataset, name: str, values: pyarrow.Array) -> Dataset:
+    """Add or replace a column."""
+    if name in rows.column_names:
+        rows = rows.remove_columns(name)
+    # With a fingerprint of its own, because `datasets` would pickle the column to find one.
+    return rows.add_column(name, values, new_fingerprint=generate_random_fingerprint())
 
 
 # ---- Encoded rows ----
