@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cutlm.cli.generate import ANSWERING_OPTIONS, LOCAL_OPTIONS, add_answering_arguments
-from cutlm.cli.model_options import add_options, make_server
+from cutlm.cli.model_options import SOURCES, add_options, make_server
 from cutlm.data.files import write_rows
+from cutlm.data.sources import describe_sources
 from cutlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -37,9 +38,13 @@ _PROMPTS = "alpaca_eval"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="generate responses by this model: a folder, or a hub name")
-    parser.add_argument("--prompts", default=_PROMPTS, metavar="FILE", help="the instructions (default: alpaca_eval)")
-    parser.add_argument("--outputs", metavar="FILE", help="the model's responses, as cutlm generate writes them")
-    parser.add_argument("--reference", metavar="FILE", help="responses to compare with (default: those in --prompts)")
+    prompts = f"the instructions (default: alpaca_eval): {SOURCES}"
+    parser.add_argument("--prompts", nargs="+", default=[_PROMPTS], metavar="FILE", help=prompts)
+    outputs = "the model's responses, as cutlm generate writes them"
+    parser.add_argument("--outputs", nargs="+", metavar="FILE", help=outputs)
+    reference = "responses to compare with (default: those in --prompts)"
+    parser.add_argument("--reference", nargs="+", metavar="FILE", help=reference)
+    add_options(parser, "columns")
     annotator = "a configuration of alpaca-eval, or a folder with one (default: alpaca_eval_gpt4)"
     parser.add_argument("--annotator", default="alpaca_eval_gpt4", metavar="NAME", help=annotator)
     parser.add_argument("--annotations", metavar="FILE", help="verdicts of an earlier annotation; no requests")
@@ -89,7 +94,7 @@ def _check_options(args: argparse.Namespace) -> None:
             raise ConfigError(f"{', '.join(own)}: expected only without --annotations; leave out one or the other")
         return
     problems = []
-    if args.prompts != _PROMPTS and args.outputs is not None and args.reference is not None:
+    if args.prompts != [_PROMPTS] and args.outputs is not None and args.reference is not None:
         problems.append("--prompts: not used with both --outputs and --reference; leave it out")
     if args.base_url is None and read_key() is None:
         problems.append(f"{KEY_VARIABLE}: expected a key for {_OPENAI}, got none; set it, or pass --base_url")
@@ -110,9 +115,9 @@ def _replay(args: argparse.Namespace) -> _Compared:
 
     rows = read_annotations(args.annotations, args.annotator)
 
-    def read(file: str | None, number: int) -> list[Response]:
-        if file is not None:
-            return read_responses(file)
+    def read(files: list[str] | None, number: int) -> list[Response]:
+        if files is not None:
+            return read_responses(files)
         texts = [(row["instruction"], "", row[f"output_{number}"]) for row in rows]
         names = [{"generator": row.get(f"generator_{number}")} for row in rows]
         return [Response(args.annotations, *text, name) for text, name in zip(texts, names, strict=True)]
@@ -139,12 +144,16 @@ def _annotate(args: argparse.Namespace) -> _Compared | None:
     answering = _select_answering(args)
     settings: dict[str, Any] = {"measure": "alpaca", "annotator": args.annotator, "url": server.url}
     # Either a name on the hub, or the contents of a file.
-    prompts = args.prompts if args.prompts == _PROMPTS else hash_data(args.prompts)
+    prompts = _PROMPTS if args.prompts == [_PROMPTS] else hash_data(args.prompts)
     texts = json.dumps([[response.full_instruction, response.output] for response in references])
-    settings |= {"prompts": prompts, "reference": hashlib.sha256(texts.encode()).hexdigest()[:16]}
+    settings |= {
+        "columns": args.columns,
+        "prompts": prompts,
+        "reference": hashlib.sha256(texts.encode()).hexdigest()[:16],
+    }
     settings |= {"request": make_body(server, annotator, [])} | describe_source(answering)
     folder = open_folder(args.out, settings, (*PARTS, _ANNOTATIONS), overwrite=args.overwrite)
-    outputs = args.outputs or answer_once(answering, folder, args.prompts)
+    outputs = args.outputs or answer_once(answering, folder, args.prompts, args.columns)
     if outputs is None:
         return None
     responses = read_responses(outputs)
@@ -177,22 +186,22 @@ def _make_server(args: argparse.Namespace, default_model: str | None) -> "Server
 
 
 def _read_references(args: argparse.Namespace) -> "list[Response]":
-    from cutlm.generation.files import load_prompts
-    from cutlm.judges import Response
-    from cutlm.judges.responses import read_responses
+    from cutlm.data.conversations import ends_with_response
+    from cutlm.data.files import read_rows
+    from cutlm.generation.files import check_prompts, find_prompts
+    from cutlm.judges.responses import make_response, read_responses
 
     if args.reference is not None:
-        return read_responses(args.reference)
-    rows = load_prompts(args.prompts)
-    if num_without := sum(not isinstance(row.get("output"), str) for row in rows):
+        return read_responses(args.reference, args.columns)
+    name = describe_sources(args.prompts)
+    rows, problems = read_rows(find_prompts(args.prompts), args.columns)
+    check_prompts(rows, problems, name)
+    if num_without := sum(not ends_with_response(row.value) for row in rows):
         raise ConfigError(
-            f"--reference: expected a file of responses to compare with, got none, and {num_without} rows of"
-            f" {args.prompts} have no output; pass one"
+            f"--reference: expected a file of responses to compare with, got none, and {num_without} rows of {name}"
+            " have no output; pass one"
         )
-    return [
-        Response(f"{args.prompts}[{index}]", row["instruction"], row.get("input") or "", row["output"], row)
-        for index, row in enumerate(rows)
-    ]
+    return [make_response(row) for row in rows]
 
 
 def _pair(
@@ -203,9 +212,9 @@ def _pair(
 
     found = pair_responses(responses, references)
     if not found.pairs:
+        name = describe_sources(args.outputs or "the responses")
         raise DataError(
-            f"{args.outputs or 'the responses'}: expected responses to instructions of the reference, got none; pass"
-            " files that belong together"
+            f"{name}: expected responses to instructions of the reference, got none; pass files that belong together"
         )
     pairs = [Pair(own.location, own.full_instruction, other.output, own.output) for own, other in found.pairs]
     counts = {"num_without_reference": found.num_alone, "num_without_response": found.num_missing}

@@ -10,11 +10,14 @@ token if the judgment multiplies its probability by more; flags and thresholds i
 import argparse
 import math
 
+from cutlm.cli.model_options import SOURCES
+from cutlm.data.sources import describe_sources
 from cutlm.errors import ConfigError, DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scores", required=True, metavar="FILE", help="token scores, as cutlm blame writes them")
+    scores = f"token scores, as cutlm blame writes them: {SOURCES}"
+    parser.add_argument("--scores", required=True, nargs="+", metavar="FILE", help=scores)
     parser.add_argument("--thresholds", metavar="LIST", help="such as 1.05,1.1,1.2 (default: ten from 1 to 3)")
     parser.add_argument("--by", metavar="FIELD", help="a field of the records, to measure each of its values alone")
 
@@ -26,18 +29,18 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.inspect.plots import draw_plot
 
     thresholds = list(detection.THRESHOLDS) if args.thresholds is None else _read_thresholds(args.thresholds)
-    scores = read_token_scores(args.scores)
+    scores, name = read_token_scores(args.scores), describe_sources(args.scores)
     num_without = sum(args.by not in (score.record.model_extra or {}) for score in scores)
     if args.by is not None and num_without:
         raise DataError(
-            f"--by {args.by}: expected this field in every record of {args.scores}, but {num_without} of {len(scores)}"
+            f"--by {args.by}: expected this field in every record of {name}, but {num_without} of {len(scores)}"
             " lack it; name another field, or remove --by"
         )
     evidence = detection.gather_evidence(scores, args.by and (lambda score: str(score.record.model_extra[args.by])))
     if not evidence.num_records:
         reasons = ", ".join(f"{number} {reason}" for reason, number in evidence.left_out.items())
         raise DataError(
-            f"{args.scores}: expected unsatisfactory records with wrong_spans and log-probabilities, got {reasons}; add"
+            f"{name}: expected unsatisfactory records with wrong_spans and log-probabilities, got {reasons}; add"
             " wrong_spans to the records before cutlm blame"
         )
     settings = {"measure": "detection", "scores": hash_data(args.scores), "thresholds": thresholds, "by": args.by}

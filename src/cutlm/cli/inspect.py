@@ -6,7 +6,7 @@
   cutlm inspect --data records.jsonl --out report.html
 
 The scores come from cutlm blame. Two files compare two models on the same records, such as before and after training;
-records are paired by instruction, input, response and judgment. With --data alone, the page shows what the judge marked
+records are paired by conversation, response and judgment. With --data alone, the page shows what the judge marked
 (wrong_spans). With --model, the records are first scored as cutlm
 blame does with the options below, into a file next to the page (report.scores.jsonl). The page can be searched and
 sorted, and loads nothing from the network."""

@@ -1,7 +1,7 @@
 """Responses that an evaluation makes once, by `cutlm generate`: a stopped evaluation resumes with them."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ def describe_source(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": fingerprint_model(args.model)} | {name: getattr(args, name) for name in _SETTINGS}
 
 
-def answer_once(args: argparse.Namespace, folder: Path, prompts: str) -> Path | None:
+def answer_once(
+    args: argparse.Namespace, folder: Path, prompts: Sequence[str], columns: Mapping[str, str] | None = None
+) -> Path | None:
     """Generate a file of responses as `cutlm generate` does, unless the folder of the evaluation has it.
 
     None if some prompts have no answer from a server.
@@ -71,8 +73,8 @@ def answer_once(args: argparse.Namespace, folder: Path, prompts: str) -> Path | 
         print(f"{out} exists already")
         return out
     own = {
-        "prompts": [prompts],
-        "columns": None,
+        "prompts": list(prompts),
+        "columns": columns,
         "out": str(out),
         "num_samples": 1,
         "max_failure_rate": 0.0,

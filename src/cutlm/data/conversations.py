@@ -97,6 +97,14 @@ def is_conversation_row(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("messages"), list) or {"prompt", "completion"} <= row.keys()
 
 
+def ends_with_response(row: Any) -> bool:
+    """Whether a row has a response, as `output` or as the last message of its conversation."""
+    try:
+        return isinstance(row, Mapping) and isinstance(normalize_row(row, is_answered=True).get("output"), str)
+    except ConversationError:
+        return False
+
+
 def normalize_row(row: Mapping[str, Any], *, is_answered: bool) -> dict[str, Any]:
     """Return a row with `instruction`, `output`, and `messages` if it has several turns, a system prompt or tools.
 

@@ -29,8 +29,16 @@ def list_references(records: Sequence[JudgedRecord], locations: Sequence[str]) -
     for record, location in zip(records, locations, strict=True):
         improved = record.i_ans if record.i_ans and record.i_ans.strip() else None
         if improved is not None or record.is_satisfactory:
-            references.append(Response(location, record.instruction, record.input, improved or record.output))
+            references.append(Response.from_record(location, record, improved))
     return references
+
+
+def make_prompt_row(reference: Response) -> dict[str, Any]:
+    """Return the row of a prompt that a reference answers: an instruction or a conversation."""
+    row: dict[str, Any] = {"instruction": reference.instruction, "input": reference.input}
+    if messages := reference.row.get("messages"):
+        row = {"messages": messages[:-1]} | ({"tools": tools} if (tools := reference.row.get("tools")) else {})
+    return row
 
 
 def measure_rouge(

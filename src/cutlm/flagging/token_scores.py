@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cutlm.data.files import SourceRow, read_rows, write_rows
 from cutlm.data.records import JudgedRecord, check_rows, describe_value, join_path
+from cutlm.data.sources import describe_sources
 from cutlm.errors import DataError
 from cutlm.prompting.spans import Span
 
@@ -154,15 +155,15 @@ def is_token_scores_row(value: Any) -> bool:
     return isinstance(value, dict) and {"schema_version", "token_ids"} <= set(value)
 
 
-def read_token_scores(path: str | Path) -> list[TokenScores]:
-    """Read a file of token scores; flags and weights may have been edited.
+def read_token_scores(sources: str | Path | Sequence[str | Path]) -> list[TokenScores]:
+    """Read one or several files of token scores; flags and weights may have been edited.
 
     The weight of a token that is not flagged counts as 0, whatever the file says.
 
     Raises:
         DataError: The file cannot be read or has a later schema version, or a row cannot be used; all are named.
     """
-    return parse_token_scores(path, *read_rows(path))
+    return parse_token_scores(describe_sources(sources), *read_rows(sources))
 
 
 def parse_token_scores(path: str | Path, rows: Sequence[SourceRow], problems: Sequence[str]) -> list[TokenScores]:

@@ -32,11 +32,16 @@ def load_prompts(
 
     The source "alpaca_eval" is the 805 instructions on the hub. Raise a `DataError` that names all bad rows.
     """
-    names = [
+    names = find_prompts(sources)
+    return check_prompts(*read_rows(names, columns), describe_sources(names))
+
+
+def find_prompts(sources: str | Path | Sequence[str | Path]) -> list[str]:
+    """Return sources of instructions, with "alpaca_eval" downloaded."""
+    return [
         _download_alpaca_eval() if name == ALPACA_EVAL and not Path(name).exists() else name
         for name in as_sources(sources)
     ]
-    return check_prompts(*read_rows(names, columns), describe_sources(names))
 
 
 def check_prompts(rows: Sequence[SourceRow], problems: Sequence[str], source: str) -> list[dict[str, Any]]:

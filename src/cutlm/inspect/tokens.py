@@ -93,7 +93,7 @@ def pair_scores(first: Sequence[TokenScores], second: Sequence[TokenScores]) -> 
 
     A record that occurs several times is paired as often as it occurs in both files.
     """
-    waiting: defaultdict[tuple[str, str, str, str | None], deque[TokenScores]] = defaultdict(deque)
+    waiting: defaultdict[tuple[str, str, str | None], deque[TokenScores]] = defaultdict(deque)
     for scores in second:
         waiting[_identify(scores.record)].append(scores)
     pairs = []
@@ -108,5 +108,5 @@ def has_same_tokens(first: TokenScores, second: TokenScores) -> bool:
     return first.token_ids == second.token_ids and first.spans == second.spans
 
 
-def _identify(record: JudgedRecord) -> tuple[str, str, str, str | None]:
-    return record.instruction, record.input, record.output, record.judgment
+def _identify(record: JudgedRecord) -> tuple[str, str, str | None]:
+    return str(record.conversation), record.output, record.judgment

@@ -32,7 +32,7 @@ def evaluate_judge(
     check = check_records(data, columns)
     raise_problems(check, describe_sources(data))
     pairs = zip(check.records, check.locations, strict=True)
-    responses = [Response(location, record.instruction, record.input, record.output) for record, location in pairs]
+    responses = [Response.from_record(location, record) for record, location in pairs]
     judged = folder / "judged.jsonl"
     outcome, journal = judge_locally(responses, model, str(judged), **settings)
     rows = compare_judgments(check.records, outcome, RougeScorer(["rougeL"]))

@@ -41,7 +41,7 @@ def write_todo(responses: Sequence[Response], out: str | Path) -> int:
         raise UserError(f"{' and '.join(existing)}: exists already and may be filled; {advice}")
     kept, _ = set_aside_empty(responses)
     rows: list[dict[str, Any]] = [
-        {"number": index + 1, **responses[index].fields, "judgment": "", QUOTES: ""} for index in kept
+        {"number": index + 1, **_show(responses[index]), "judgment": "", QUOTES: ""} for index in kept
     ]
     text = io.StringIO()
     writer = csv.writer(text)
@@ -50,6 +50,12 @@ def write_todo(responses: Sequence[Response], out: str | Path) -> int:
     with open_atomic(table) as file:
         file.write(text.getvalue().encode("utf-8-sig"))  # spreadsheets recognize UTF-8 by its byte order mark
     return write_rows(lines, rows)
+
+
+def _show(response: Response) -> dict[str, str]:
+    """Return the texts that a person sees: of a conversation, all turns as one text."""
+    shown = {"instruction": response.full_instruction, "input": ""} if response.row.get("messages") else {}
+    return response.fields | shown
 
 
 def guard_cell(text: str) -> str:
@@ -83,7 +89,7 @@ def read_todo(responses: Sequence[Response], path: str | Path) -> Outcome:
         response = responses[index]
         problems += [
             f"{location}: field {name!r} differs from {response.location}; restore the original text"
-            for name, text in response.fields.items()
+            for name, text in _show(response).items()
             if not _is_same(cells.get(name) or "", text)
         ]
         # An apostrophe at the start of a judgment stays: it may open a quotation.

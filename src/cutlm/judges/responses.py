@@ -12,7 +12,7 @@ from typing import Any
 
 from cutlm.data.conversations import Conversation, normalize_row
 from cutlm.data.files import SourceRow, read_rows, sync_directory, write_rows
-from cutlm.data.records import check_rows
+from cutlm.data.records import JudgedRecord, check_rows
 from cutlm.data.sources import describe_sources
 from cutlm.errors import DataError
 from cutlm.prompting.spans import Span
@@ -43,6 +43,12 @@ class Response:
     def fields(self) -> dict[str, str]:
         """The fields that are judged, as they are written to files."""
         return {"instruction": self.instruction, "input": self.input, "output": self.output}
+
+    @classmethod
+    def from_record(cls, location: str, record: JudgedRecord, output: str | None = None) -> "Response":
+        """Return the response of a record, or another one to the same instruction or conversation."""
+        row = {name: value for name in ("messages", "tools") if (value := getattr(record, name))}
+        return cls(location, record.instruction, record.input, output or record.output, row)
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,13 @@ def parse_responses(rows: Sequence[SourceRow], problems: Sequence[str], source: 
         raise DataError(problems, hint=f"{len(problems)} problems in {source}; fix them and try again")
     if not rows:
         raise DataError(f"{source}: no responses; expected at least one")
-    responses = []
-    for row in rows:
-        value = normalize_row(row.value, is_answered=True)
-        responses.append(Response(row.location, value["instruction"], value.get("input") or "", value["output"], value))
-    return responses
+    return [make_response(row) for row in rows]
+
+
+def make_response(row: SourceRow) -> Response:
+    """Return a valid row as a response, with the conversation before it if it has one."""
+    value = normalize_row(row.value, is_answered=True)
+    return Response(row.location, value["instruction"], value.get("input") or "", value["output"], value)
 
 
 def _fill_empty(value: Any) -> Any:

@@ -169,7 +169,7 @@ def order_instructions(plan: Plan) -> list[dict[str, Any]]:
     rows = _read_instructions(str(arguments.instructions))
     held_out = _read_instructions(arguments.eval_instructions) if arguments.eval_instructions else []
     excluded = {_identify(row) for row in held_out}
-    unique: dict[tuple[str, str], dict[str, Any]] = {}
+    unique: dict[str, dict[str, Any]] = {}
     for row in rows:
         unique.setdefault(_identify(row), row)
     kept = [row for key, row in unique.items() if key not in excluded]
@@ -193,8 +193,9 @@ def _read_instructions(path: str) -> list[dict[str, Any]]:
     return [row.value for row in rows]
 
 
-def _identify(row: dict[str, Any]) -> tuple[str, str]:
-    return row["instruction"], row.get("input") or ""
+def _identify(row: dict[str, Any]) -> str:
+    """Return a text by which instructions and conversations are the same."""
+    return str(InstructionRow.model_validate(row).conversation)
 
 
 def _sample(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
