@@ -70,7 +70,7 @@ def measure_effects(
             prompt_ids = encoder.encode_prompt(record.full_instruction, judgment)
             places[index].append(len(rows))
             rows.append({"prompt_ids": prompt_ids, "judged_prompt_ids": None, "response_ids": response_ids})
-    scored = {row: logps for batch in score_rows(model, rows, show_progress=False) for row, logps, _ in batch}
+    scored = {row: logps for batch in score_rows(model, rows, show_progress=False) for row, logps, *_ in batch}
     effects = {}
     for index in judged:
         plain, own, *foreign = (scored[row].double() for row in places[index])

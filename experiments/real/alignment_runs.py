@@ -230,7 +230,7 @@ def measure_retention(model: Any, model_folder: Path, records: Sequence[JudgedRe
     ]
     total, num_tokens = 0.0, 0
     for batch in score_rows(model, rows, show_progress=False):
-        for _, logps, _ in batch:
+        for _, logps, *_ in batch:
             total += float(logps.double().sum())
             num_tokens += len(logps)
     return total / num_tokens

@@ -104,7 +104,7 @@ def measure(model: Any, model_folder: Path, records: Sequence[JudgedRecord]) -> 
             )
     logps = {}
     for batch in score_rows(model, rows, show_progress=False):
-        for index, without, judged in batch:
+        for index, without, judged, *_ in batch:
             assert judged is not None
             logps[index] = (without.tolist(), judged.tolist())
     contrasts = [

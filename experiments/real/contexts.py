@@ -126,7 +126,7 @@ def _score_block(
             names.append((index, name))
     logps: dict[int, dict[str, list[float]]] = {index: {} for index in block}
     with closing(score_rows(model, rows, show_progress=False)) as batches:
-        for row, values, _ in (scored for batch in batches for scored in batch):
+        for row, values, *_ in (scored for batch in batches for scored in batch):
             index, name = names[row]
             logps[index][name] = [round(value, 6) for value in values.tolist()]
     return [{"index": index, "logps": by_context} for index, by_context in logps.items()]

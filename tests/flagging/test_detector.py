@@ -26,7 +26,7 @@ from cutlm.data.records import JudgedRecord, load_records
 from cutlm.errors import ConfigError, UserError
 from cutlm.flagging.detector import FlagSettings, blame_file, describe_run
 from cutlm.flagging.report import read_sensitivity
-from cutlm.flagging.scoring import score_rows
+from cutlm.flagging.scoring import Scored, score_rows
 from cutlm.flagging.sensitivity import pair_foreign
 from cutlm.flagging.token_scores import read_token_scores
 from cutlm.prompting.encoding import Encoder
@@ -168,7 +168,7 @@ def test_extreme_log_probs_can_be_written_and_read(tmp_path: Path) -> None:
     def score(rows: Any, done: Any) -> Any:
         logps = torch.full((len(rows[0]["response_ids"]),), -9999.0, dtype=torch.float64)
         certain = torch.full_like(logps, 1e-9)  # a probability above 1, by rounding
-        yield [(0, logps, logps / 2), (1, certain, None)]
+        yield [Scored(0, logps, logps / 2), Scored(1, certain, None)]
 
     records = [JudgedRecord(**RECORDS[0]), JudgedRecord(**(RECORDS[0] | {"judgment": None}))]
     encoder = Encoder(make_tokenizer("bpe"), "alpaca")
@@ -606,11 +606,11 @@ ROWS: list[dict[str, Any]] = [
 def test_the_longest_rows_are_scored_first_and_batches_keep_to_the_limit(max_tokens: int) -> None:
     model = make_model(64)
     batches = list(score_rows(model, ROWS, max_tokens_per_batch=max_tokens, show_progress=False))
-    assert sorted(index for batch in batches for index, _, _ in batch) == [0, 1, 2, 3]
-    assert 2 in [index for index, _, _ in batches[0]]
+    assert sorted(one.row for batch in batches for one in batch) == [0, 1, 2, 3]
+    assert 2 in [one.row for one in batches[0]]
     assert len(batches) == {1: 4, 20: 3, 10_000: 1}[max_tokens]
     reference = make_model(64).double()
-    for index, without, judged in (item for batch in batches for item in batch):
+    for index, without, judged, _ in (item for batch in batches for item in batch):
         row = ROWS[index]
         assert without.dtype == torch.float32
         expected = score_response(reference, row["prompt_ids"], row["response_ids"])
@@ -627,8 +627,8 @@ def test_finished_rows_are_skipped_without_changing_the_others() -> None:
     model = make_model(64)
     whole = {index: scores for batch in score_rows(model, ROWS, show_progress=False) for index, *scores in batch}
     (batch,) = score_rows(model, ROWS, done={0, 1}, show_progress=False)
-    assert [index for index, _, _ in batch] == [2, 3]
-    for index, without, judged in batch:
+    assert [one.row for one in batch] == [2, 3]
+    for index, without, judged, _ in batch:
         assert torch.equal(without, whole[index][0])
         assert torch.equal(judged, whole[index][1])
     assert list(score_rows(model, ROWS, done={0, 1, 2, 3}, show_progress=False)) == []
@@ -642,7 +642,7 @@ def test_dropout_is_off_and_the_mode_of_each_module_is_restored() -> None:
         {
             index: without.tolist()
             for batch in score_rows(model, ROWS, show_progress=False)
-            for index, without, _ in batch
+            for index, without, *_ in batch
         }
         for _ in range(2)
     )
@@ -652,7 +652,7 @@ def test_dropout_is_off_and_the_mode_of_each_module_is_restored() -> None:
 
 def test_scores_can_take_part_in_autograd() -> None:
     model = make_model(64)
-    ((*_, (_, without, _)),) = score_rows(model, ROWS, show_progress=False)
+    ((*_, (_, without, *_)),) = score_rows(model, ROWS, show_progress=False)
     weight = torch.ones(1, requires_grad=True)
     assert torch.is_grad_enabled()
     (weight * without).sum().backward()

@@ -15,9 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from cutlm.errors import ConfigError, UserError
+from cutlm.losses import guide
 from cutlm.model.forward import check_head
 from cutlm.model.loading import unwrap_peft
-from cutlm.model.logprobs import Head, choose_chunk_size, get_head, token_logprobs
+from cutlm.model.logprobs import (
+    Head,
+    choose_chunk_size,
+    column_logprobs,
+    find_top_columns,
+    get_head,
+    taught_logprobs,
+    token_logprobs,
+)
 
 
 def dense_logprobs(
@@ -423,3 +432,118 @@ def test_check_head_restores_the_mode_of_the_model():
 def test_head_has_no_transforms_by_default():
     head = Head(torch.zeros(2, 2))
     assert (head.bias, head.softcap, head.scale) == (None, None, 1.0)
+
+
+# ---- Several columns ----
+
+
+def dense_columns(
+    hidden: Tensor, weight: Tensor, target_ids: Tensor, column_ids: Tensor, bias: Tensor | None, **options: float | None
+) -> Tensor:
+    """The same as `column_logprobs`, from all logits [N, V] at once."""
+    logits = (hidden @ weight.T + (0.0 if bias is None else bias)) * (options["scale"] or 1.0)
+    if options["softcap"] is not None:
+        logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+    logps = logits.log_softmax(-1)
+    is_other = torch.ones_like(logps, dtype=torch.bool).scatter(1, column_ids, False)
+    rest = torch.where(is_other, logps, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logps.gather(1, target_ids[:, None]), logps.gather(1, column_ids), rest], 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_positions=st.integers(1, 7),
+    vocab_size=st.integers(4, 23),
+    num_columns=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+    chunk_size=st.sampled_from([1, 3, None]),
+    has_bias=st.booleans(),
+    softcap=st.sampled_from([None, 2.0]),
+    scale=st.sampled_from([1.0, 3.0]),
+    trained=st.sets(st.sampled_from(["hidden", "weight", "bias"])),
+)
+def test_columns_match_the_dense_formula(
+    num_positions, vocab_size, num_columns, seed, chunk_size, has_bias, softcap, scale, trained
+):
+    hidden, weight, bias, target_ids, _ = draw(num_positions, vocab_size, 5, seed)
+    generator = torch.Generator().manual_seed(seed)
+    # Some columns repeat another one, as padding does, and some are the target.
+    column_ids = torch.randint(vocab_size, (num_positions, num_columns), generator=generator)
+    upstream = torch.randn(num_positions, num_columns + 2, generator=generator, dtype=torch.float64)
+    inputs = {"hidden": hidden, "weight": weight} | ({"bias": bias} if has_bias else {})
+    ours = {name: value.float().requires_grad_(name in trained) for name, value in inputs.items()}
+    truth = {name: value.detach().double().requires_grad_(name in trained) for name, value in ours.items()}
+    options = {"softcap": softcap, "scale": scale}
+
+    got = column_logprobs(
+        ours["hidden"], ours["weight"], target_ids, column_ids, chunk_size, bias=ours.get("bias"), **options
+    )
+    want = dense_columns(truth["hidden"], truth["weight"], target_ids, column_ids, truth.get("bias"), **options)
+    assert got.dtype == torch.float32
+    assert got.double().flatten().tolist() == pytest.approx(want.flatten().tolist(), rel=1e-4, abs=1e-4)
+    if not (trained & set(inputs)):
+        assert not got.requires_grad
+        return
+    got.backward(upstream.float())
+    want.backward(upstream)
+    for name in trained & set(inputs):
+        bound = 1e-4 * max(1.0, truth[name].grad.abs().max().item())
+        assert (ours[name].grad.double() - truth[name].grad).abs().max().item() <= bound
+
+
+def test_the_rest_is_accurate_where_the_columns_have_nearly_all_of_the_mass():
+    # Logits 0 and -20 three times: the rest is 3 exp(-20) = 6.2e-9, which 1 - p in float32 would make 0.
+    hidden, weight = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [-20.0], [-20.0], [-20.0]])
+    got = column_logprobs(hidden, weight, torch.tensor([0]), torch.tensor([[0]]))
+    assert got[0, 2].item() == pytest.approx(math.log(3) - 20, rel=1e-6)
+    got[0, 2].backward()
+    assert hidden.grad.item() == pytest.approx(-20, rel=1e-5)
+
+
+def test_columns_of_the_whole_vocabulary_leave_a_finite_rest():
+    hidden, weight = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [1.0]])
+    got = column_logprobs(hidden, weight, torch.tensor([0]), torch.tensor([[0, 1]]))
+    assert got[0, 3].item() < -60
+    got[0, :3].sum().backward()
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_only_taught_positions_get_columns():
+    hidden, weight, bias, target_ids, _ = (tensor.float() for tensor in draw(5, 11, 4, 3))
+    target_ids = target_ids.long()
+    is_taught = torch.tensor([False, True, False, False, True])
+    column_ids = torch.tensor([[1, 2], [3, 4]])
+    hidden.requires_grad_()
+    tokens, columns = taught_logprobs(hidden, weight, target_ids, is_taught, column_ids, 2, bias=bias)
+    want = column_logprobs(hidden[is_taught], weight, target_ids[is_taught], column_ids, bias=bias)
+    assert torch.equal(columns, want[:, 1:])
+    whole = token_logprobs(hidden, weight, target_ids, bias=bias)
+    torch.testing.assert_close(tokens, whole)
+    (grad,) = torch.autograd.grad(tokens.sum(), hidden)
+    (expected,) = torch.autograd.grad(whole.sum(), hidden)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_no_taught_position_gives_no_columns():
+    hidden, weight, _, target_ids, _ = (tensor.float() for tensor in draw(3, 11, 4, 3))
+    nothing = torch.zeros(3, dtype=torch.bool), torch.zeros(0, 1, dtype=torch.long)
+    tokens, columns = taught_logprobs(hidden.requires_grad_(), weight, target_ids.long(), *nothing)
+    assert columns.shape == (0, 2)
+    (tokens.sum() + columns.sum()).backward()
+    torch.testing.assert_close(tokens, token_logprobs(hidden, weight, target_ids.long()))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_the_top_columns_are_those_of_the_guided_teacher(guidance):
+    hidden, weight, _, target_ids, _ = (tensor.float() for tensor in draw(700, 13, 4, 5))
+    reference = draw(700, 13, 4, 6)[0].float()
+    logps = (hidden @ weight.T).log_softmax(-1)
+    if guidance:
+        logps = guide(logps, (reference @ weight.T).log_softmax(-1), guidance)
+    options = {"target_ids": target_ids.long(), "guidance": guidance}
+    ids, got = find_top_columns(hidden, weight, reference if guidance else None, num_columns=3, **options)
+    torch.testing.assert_close(got, logps.topk(3).values)
+    torch.testing.assert_close(logps.gather(1, ids), got)
+    ids, got = find_top_columns(hidden, weight, reference if guidance else None, num_columns=None, **options)
+    assert torch.equal(ids[:, 0], target_ids.long())
+    torch.testing.assert_close(got[:, 0], logps.gather(1, ids)[:, 0].clamp(min=-30))

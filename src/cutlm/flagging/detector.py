@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import pyarrow
 import torch
+from datasets.fingerprint import generate_random_fingerprint
 from torch import Tensor
 
 from cutlm.data.files import write_text
@@ -25,6 +27,7 @@ from cutlm.flagging.contrast import CONTRASTS, Plan, average_logps, find_thresho
 from cutlm.flagging.report import Sensitivity, name_report_file
 from cutlm.flagging.scoring import Scored, Scorer
 from cutlm.flagging.sensitivity import NUM_RECORDS, Contrast, ForeignContext, compute_sensitivity
+from cutlm.flagging.teacher import Columns, TeacherSettings, encode_teacher_prompts, find_column_problem
 from cutlm.flagging.token_scores import (
     SCORE_FIELDS,
     TokenScores,
@@ -37,7 +40,13 @@ from cutlm.losses import flag_tokens
 from cutlm.prompting.encoding import Encoder, RenderedRecord, view_both_contexts
 from cutlm.prompting.rows import EncodedRecords, encode_records
 
-Logps = tuple[list[float], list[float] | None]  # of a response [T], without and with the judgment if it has one
+
+class Logps(NamedTuple):
+    """What a model says about a response of T tokens."""
+
+    without: list[float]  # [T] log-probabilities without the judgment
+    judged: list[float] | None  # [T] with it, if it has one
+    teacher: Columns | None = None  # the distributions of a teacher, if they were asked for
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ class FlagSettings:
             are unlikely are more often wrong, so this is the log odds of a token being wrong with a prior.
         with_praise: Score satisfactory records with their judgment too ("Perfect." if they have none), to calibrate
             thresholds. They are never flagged.
+        teacher: How the distributions of a teacher are made in the same pass; None for flags only.
     """
 
     threshold: float | Literal["auto"] = 1.1
@@ -69,6 +79,7 @@ class FlagSettings:
     contrast: str = "judgment"
     num_foreign: int = 4
     surprise_weight: float = 0.0
+    teacher: TeacherSettings | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -253,11 +264,11 @@ def score_with_journal(rows: Sequence[Mapping[str, Any]], journal: Journal, scor
     if not all(_matches_row(line, rows) for line in journal.lines):
         refuse_foreign(journal.path)
     lines = [line for line in journal.lines if "logps_foreign" not in line]
-    finished: dict[int, Logps] = {line["index"]: (line["logps_without"], line["logps_with"]) for line in lines}
+    finished = {line["index"]: _read_line(line) for line in lines}
     with journal, closing(score(rows, frozenset(finished))) as batches:
         for batch in batches:
             logps = round_batch(batch)
-            journal.append({"index": key, "logps_without": a, "logps_with": b} for key, (a, b) in logps.items())
+            journal.append(_write_line(index, one) for index, one in logps.items())
             finished |= logps
     return finished
 
@@ -265,9 +276,21 @@ def score_with_journal(rows: Sequence[Mapping[str, Any]], journal: Journal, scor
 def round_batch(batch: Sequence[Scored]) -> dict[int, Logps]:
     """The log-probabilities of a batch as they are stored, by the indices of the rows."""
     return {
-        index: (round_logps(without), None if judged is None else round_logps(judged))
-        for index, without, judged in batch
+        index: Logps(round_logps(without), None if judged is None else round_logps(judged), teacher)
+        for index, without, judged, teacher in batch
     }
+
+
+def _write_line(index: int, logps: Logps) -> dict[str, Any]:
+    line: dict[str, Any] = {"index": index, "logps_without": logps.without, "logps_with": logps.judged}
+    if logps.teacher is not None:
+        line |= {"teacher_ids": logps.teacher.ids, "teacher_logps": logps.teacher.logps}
+    return line
+
+
+def _read_line(line: Mapping[str, Any]) -> Logps:
+    teacher = Columns(line["teacher_ids"], line["teacher_logps"]) if "teacher_ids" in line else None
+    return Logps(line["logps_without"], line["logps_with"], teacher)
 
 
 @dataclass(frozen=True)
@@ -344,7 +367,7 @@ def compare_contexts(
     starts = [row.get("num_template_tokens") or 0 for row in rows]
     contrasts = []
     for context in plan.foreign:
-        without, own = logps[context.target]
+        without, own, _ = logps[context.target]
         assert own is not None
         reference = references.get(context.target, without)
         reference = add_surprise(reference, settings.surprise_weight)
@@ -353,7 +376,7 @@ def compare_contexts(
         ratios: dict[str, list[float]] = {"foreign": [], "praise": []}
         for one in contrasts:
             ratios["foreign"] += _subtract(one.foreign, one.without)[one.num_template_tokens :]
-        for index, (without, judged) in logps.items():
+        for index, (without, judged, _) in logps.items():
             if judged is not None and records[index].is_satisfactory:
                 reference = add_surprise(references.get(index, without), settings.surprise_weight)
                 ratios["praise"] += _subtract(judged, reference)[starts[index] :]
@@ -391,7 +414,7 @@ def score_contexts(
         ]
         with journal or nullcontext(), closing(score(foreign_rows, frozenset(finished))) as batches:
             for batch in batches:
-                scored = {place: round_logps(logps) for place, logps, _ in batch}
+                scored = {one.row: round_logps(one.without) for one in batch}
                 if journal is not None:
                     journal.append(
                         {"index": contexts[place].target, "source": contexts[place].source, "logps_foreign": values}
@@ -415,7 +438,7 @@ def make_all_scores(
         make_scores(
             record,
             row["response_ids"],
-            *logps[index],
+            logps[index],
             comparison.references.get(index),
             encoder,
             comparison.settings,
@@ -464,6 +487,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """Everything that the log-probabilities depend on, by name. Flags are not among it: they are made at the end."""
     rows = [record.model_dump(mode="json") for record in records]
+    teacher = {"teacher": settings.teacher.describe()} if settings.teacher else {}
     return {
         "max_length": settings.max_length,
         "with_praise": settings.with_praise,
@@ -473,13 +497,14 @@ def describe_run(
         "template": encoder.fingerprint,
         "template_date": encoder.template_date,
         "data": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        **teacher,
     }
 
 
 def encode_for_scoring(
     records: Sequence[JudgedRecord], locations: Sequence[str], encoder: Encoder, settings: FlagSettings
 ) -> EncodedRecords:
-    """Encode both contexts of each record; with `with_praise`, those of satisfactory records too."""
+    """Encode the contexts of each record; with `with_praise`, those of satisfactory records too."""
 
     def view_with_praise(record: JudgedRecord, encoder: Encoder) -> RenderedRecord:
         judgment = (record.judgment or PRAISE) if record.is_satisfactory else record.judgment
@@ -491,14 +516,20 @@ def encode_for_scoring(
         )
 
     view = view_with_praise if settings.with_praise else view_both_contexts
-    return encode_records(records, locations, encoder, settings.max_length, view)
+    encoded = encode_records(records, locations, encoder, settings.max_length, view)
+    if settings.teacher is not None:
+        kept = [records[index] for index in encoded.indices]
+        prompts = encode_teacher_prompts(encoded.rows, kept, encoder, settings.teacher, settings.max_length)
+        column = pyarrow.array(prompts, pyarrow.list_(pyarrow.int32()))
+        fingerprint = generate_random_fingerprint()
+        encoded.rows = encoded.rows.add_column("teacher_prompt_ids", column, new_fingerprint=fingerprint)
+    return encoded
 
 
 def make_scores(
     record: JudgedRecord,
     response_ids: list[int],
-    logps_without: list[float],
-    logps_with: list[float] | None,
+    logps: Logps,
     logps_reference: list[float] | None,
     encoder: Encoder,
     settings: FlagSettings,
@@ -506,20 +537,26 @@ def make_scores(
 ) -> TokenScores:
     """Token scores of one response from its rounded log-probabilities."""
     is_flagged, weights = [False] * len(response_ids), [0.0] * len(response_ids)
-    if logps_with is not None and not record.is_satisfactory:
+    columns = None
+    if logps.judged is not None and not record.is_satisfactory:
         num_template_tokens = encoder.count_template_tokens(response_ids)
-        reference = logps_without if logps_reference is None else logps_reference
-        is_flagged, weights = flag_response(reference, logps_with, settings, num_template_tokens)
+        reference = logps.without if logps_reference is None else logps_reference
+        is_flagged, weights = flag_response(reference, logps.judged, settings, num_template_tokens)
+        if logps.teacher is not None and settings.teacher is not None:
+            is_own = [place >= num_template_tokens for place in range(len(response_ids))]
+            columns = logps.teacher.restrict(is_flagged if settings.teacher.flagged_only else is_own)
     return TokenScores(
         record=record,
         token_ids=response_ids,
         tokens=[str(encoder.tokenizer.decode([index])) for index in response_ids],
         spans=encoder.locate_tokens(record.output, response_ids),
-        logps_without=logps_without,
-        logps_with=logps_with,
+        logps_without=logps.without,
+        logps_with=logps.judged,
         logps_reference=logps_reference,
         is_flagged=is_flagged,
         weights=weights,
+        teacher_ids=columns and columns.ids,
+        teacher_logps=columns and columns.logps,
         **marks,
     )
 
@@ -536,6 +573,7 @@ def _fingerprint(encoder: Encoder, settings: FlagSettings, detector: str) -> dic
         "tokenizer": fingerprint_tokenizer(encoder.tokenizer),
         "template": encoder.fingerprint,
         "template_date": encoder.template_date,
+        "teacher": settings.teacher and settings.teacher.describe(),
     }
 
 
@@ -555,6 +593,10 @@ def _matches_row(line: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> boo
     columns = [line["logps_without"], *([line["logps_with"]] if is_judged else [])]
     if not all(_are_logps(logps, len(row["response_ids"])) for logps in columns):
         return False
+    if row.get("teacher_prompt_ids") is not None:
+        distributions = (line.get("teacher_ids"), line.get("teacher_logps"))
+        if find_column_problem(*distributions, len(row["response_ids"])) is not None:
+            return False
     return is_judged or line["logps_with"] is None
 
 

@@ -130,7 +130,7 @@ def measure_shifts(
     scored = score_contexts(encoded.rows, contexts, score, journal)
     for index, own in sources.items():
         start = encoded.rows[index].get("num_template_tokens") or 0
-        without, judged = logps[index]
+        without, judged, _ = logps[index]
         assert judged is not None
         shifts.shifts[places[encoded.indices[index]]] = Shift(
             compute_shift(without[start:], judged[start:]),

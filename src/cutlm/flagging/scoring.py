@@ -2,15 +2,23 @@
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from cutlm.errors import UserError
+from cutlm.flagging.teacher import Columns, TeacherSettings, list_columns
 from cutlm.model.collator import CutCollator, check_rows_fit_model, find_non_finite
-from cutlm.model.forward import check_head, choose_layout, choose_tokens_per_pass, evaluation_mode, score_batch
+from cutlm.model.forward import (
+    check_head,
+    choose_layout,
+    choose_tokens_per_pass,
+    evaluation_mode,
+    score_batch,
+    score_teacher,
+)
 from cutlm.model.loading import (
     find_base_model,
     fingerprint_model,
@@ -21,8 +29,16 @@ from cutlm.model.loading import (
 )
 from cutlm.model.progress import advance_by_layers, make_token_bar
 
-# The index of a row, the log-probs [T] of its response, and those with the judgment [T] if it has a judged prompt.
-Scored = tuple[int, Tensor, Tensor | None]
+
+class Scored(NamedTuple):
+    """A row that is scored."""
+
+    row: int  # its index
+    without: Tensor  # [T] log-probs of its response
+    judged: Tensor | None  # [T] those with the judgment, if it has a judged prompt
+    teacher: Columns | None = None  # the teacher's distributions, if it has a prompt of the teacher
+
+
 # Scores all rows except those with the given indices; yields batches that are finished together.
 Scorer = Callable[[Sequence[Mapping[str, Any]], Collection[int]], Generator[list[Scored], None, None]]
 
@@ -35,6 +51,7 @@ def score_rows(
     done: Collection[int] = (),
     is_bf16: bool = False,
     show_progress: bool = True,
+    teacher: TeacherSettings | None = None,
 ) -> Generator[list[Scored], None, None]:
     """Score the responses of encoded rows in evaluation mode and without gradients.
 
@@ -49,9 +66,10 @@ def score_rows(
         done: Indices of rows to skip.
         is_bf16: Run under bfloat16 autocast, as training with `bf16` does.
         show_progress: Show a progress bar.
+        teacher: How the distributions of a teacher are made, for rows that have `teacher_prompt_ids` too.
 
     Yields:
-        One batch: index, log-probs [T], and log-probs with the judgment [T] or None; float32, on the CPU.
+        One batch; float32, on the CPU.
 
     Raises:
         UserError: Some log-probabilities are not finite; the message names the rows.
@@ -68,12 +86,19 @@ def score_rows(
             if not missing:
                 continue
             # A half-finished batch is scored again as a whole, because its numbers may depend on its composition.
-            tensors = CutCollator()([rows[index] for index in batch])
+            asked = [index for index in batch if teacher and rows[index].get("teacher_prompt_ids") is not None]
+            tensors = CutCollator()(
+                [*(rows[index] for index in batch), *(_view_teacher(rows[index]) for index in asked)]
+            )
             tensors |= {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=is_bf16)
             moving = advance_by_layers(bar, model, sum(sizes[index] for index in missing))
             with evaluation_mode(model), torch.inference_mode(), autocast, moving:
-                logps = score_batch(model, tensors, layout=layout)
+                if teacher and asked:
+                    numbers: Any = {"guidance": teacher.guidance, "num_columns": teacher.num_columns}
+                    logps, ids, teacher_logps = score_teacher(model, tensors, layout=layout, **numbers)
+                else:
+                    logps = score_batch(model, tensors, layout=layout)
             logps = logps.cpu().clone()  # a copy made outside inference mode can take part in autograd
             bad = find_non_finite(logps, tensors)
             if bad:
@@ -81,13 +106,19 @@ def score_rows(
                     f"{', '.join(bad[:5])}: non-finite log-probabilities in {len(bad)} records; the weights are"
                     " damaged, or the dtype is too narrow: try --dtype float32"
                 )
-            # The collator's order: judged rows without the judgment, the same with it, then the other rows.
+            # The collator's order: judged rows without the judgment, the same with it, the other rows, then the
+            # teacher's contexts of the judged rows.
             judged = [index for index in batch if rows[index]["judged_prompt_ids"] is not None]
             plain = [index for index in batch if rows[index]["judged_prompt_ids"] is None]
             parts = list(logps.split(tensors["response_lengths"]))
-            scored: list[Scored] = list(zip(judged, parts, parts[len(judged) :], strict=False))
-            scored += [(index, part, None) for index, part in zip(plain, parts[2 * len(judged) :], strict=True)]
-            scored = [item for item in scored if item[0] not in done]
+            columns: list[Columns | None] = [None] * len(judged)
+            if asked:
+                sizes_of_asked = [len(rows[index]["response_ids"]) for index in asked]
+                pairs = zip(ids.cpu().split(sizes_of_asked), teacher_logps.cpu().split(sizes_of_asked), strict=True)
+                columns = [list_columns(*pair) for pair in pairs]
+            scored = list(map(Scored, judged, parts, parts[len(judged) :], columns))
+            scored += [Scored(index, part, None) for index, part in zip(plain, parts[2 * len(judged) :], strict=False)]
+            scored = [item for item in scored if item.row not in done]
             num_finished += len(scored)
             bar.set_postfix_str(f"{num_finished} of {len(rows)} records", refresh=False)
             yield scored
@@ -108,6 +139,7 @@ def load_scorer(
     max_length: int = 2048,
     max_tokens_per_batch: int | None = None,
     show_progress: bool = True,
+    teacher: TeacherSettings | None = None,
 ) -> tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]:
     """Load a model or adapter to score with.
 
@@ -139,15 +171,26 @@ def load_scorer(
             done=done,
             is_bf16=is_bf16,
             show_progress=show_progress,
+            teacher=teacher,
         )
 
     return tokenizer, score, fingerprint, backend
 
 
+def _view_teacher(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher's context of a row, as a row of one context."""
+    return {
+        "prompt_ids": row["teacher_prompt_ids"],
+        "judged_prompt_ids": None,
+        "response_ids": row["response_ids"],
+        "location": f"{row.get('location') or 'a record'} with the prompt of the teacher",
+    }
+
+
 def count_tokens(row: Mapping[str, Any]) -> int:
     """Number of tokens in all sequences by which a row is scored."""
-    num_judged = 0 if row["judged_prompt_ids"] is None else len(row["judged_prompt_ids"]) + len(row["response_ids"])
-    return len(row["prompt_ids"]) + len(row["response_ids"]) + num_judged
+    prompts = (row["prompt_ids"], row["judged_prompt_ids"], row.get("teacher_prompt_ids"))
+    return sum(len(prompt) + len(row["response_ids"]) for prompt in prompts if prompt is not None)
 
 
 def _cut_batches(sizes: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

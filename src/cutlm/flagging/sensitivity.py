@@ -89,12 +89,10 @@ def encode_context(
     """Encode the prompt of a row with the judgment of another row, or with praise; truncated as its own prompts are."""
     judgment = PRAISE if source is None else records[source].judgment
     num_tokens = max_length - len(rows[index]["response_ids"])
-    conversation = records[index].conversation
-    prompt_ids = encoder.encode_prompt(conversation, judgment)
-    while len(prompt_ids) > num_tokens and (shorter := conversation.drop_oldest_turn()) is not None:
-        conversation = shorter
-        prompt_ids = encoder.encode_prompt(conversation, judgment)
-    return ForeignContext(index, source, encoder.truncate(prompt_ids, num_tokens))
+    prompt_ids = encoder.fit_prompt(
+        lambda conversation: encoder.encode_prompt(conversation, judgment), records[index].conversation, num_tokens
+    )
+    return ForeignContext(index, source, prompt_ids)
 
 
 def sample_foreign(

@@ -34,7 +34,7 @@ def score_rows_by_server(
         row = rows[order[number]]
         response_ids, judged_ids = row["response_ids"], row["judged_prompt_ids"]
         without = _score(client, row["prompt_ids"], response_ids)
-        return order[number], without, None if judged_ids is None else _score(client, judged_ids, response_ids)
+        return Scored(order[number], without, None if judged_ids is None else _score(client, judged_ids, response_ids))
 
     failed: dict[int, RequestFailed] = {}
     locations = [rows[index]["location"] for index in order]

@@ -18,6 +18,7 @@ from cutlm.data.files import SourceRow, read_rows, write_rows
 from cutlm.data.records import JudgedRecord, check_rows, describe_value, join_path
 from cutlm.data.sources import describe_sources
 from cutlm.errors import DataError
+from cutlm.flagging.teacher import find_column_problem
 from cutlm.prompting.spans import Span
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from cutlm.prompting.encoding import Encoder
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # the newest one; rows without a teacher are written as version 1
 _PROBE = "The naïve  answer: 12,345 + x_1?\n\n\tif (a) { return 'ok'; } 你好 🙂 ANTIDISESTABLISHMENT"
 # Logarithms of probabilities are rounded in the file; a sum of probabilities may pass 1 by rounding.
 MAX_LOGP = 1e-6
@@ -57,6 +58,10 @@ class TokenScores:
         logps_reference: [T] the log-probabilities under foreign judgments, averaged, or under "Perfect."; None if not
             scored.
         surprise_weight: kappa: how much a token's surprise counts besides its log ratio; 0 for eq. 5.
+        teacher: How the distributions of a teacher were made (`cutlm.flagging.teacher.TeacherSettings`); None without.
+        teacher_ids: [T][K] the tokens that the teacher finds most likely in the place of each token; empty where it is
+            not asked, as for satisfactory records and, under objective redirect, tokens that are not flagged.
+        teacher_logps: [T][K] their log-probabilities.
     """
 
     record: JudgedRecord
@@ -77,6 +82,9 @@ class TokenScores:
     contrast: str = "judgment"
     logps_reference: list[float] | None = None
     surprise_weight: float = 0.0
+    teacher: dict[str, Any] | None = None
+    teacher_ids: list[list[int]] | None = None
+    teacher_logps: list[list[float]] | None = None
 
     @property
     def log_ratios(self) -> list[float] | None:
@@ -98,8 +106,9 @@ class TokenScores:
     def to_row(self) -> dict[str, Any]:
         """The record as a row of a file."""
         row = self.record.model_dump(mode="json", exclude_unset=True) | {"judgment": self.record.judgment}
-        row |= {"schema_version": SCHEMA_VERSION, "is_satisfactory": self.record.is_satisfactory}
-        for name in _COLUMNS:
+        version, columns = (SCHEMA_VERSION, _COLUMNS) if self.teacher else (1, _COLUMNS[: -len(_TEACHER_FIELDS)])
+        row |= {"schema_version": version, "is_satisfactory": self.record.is_satisfactory}
+        for name in columns:
             row[name] = getattr(self, name)
         return row | {"spans": [list(span) for span in self.spans]}
 
@@ -134,11 +143,15 @@ class _Columns(BaseModel):
     contrast: Literal["judgment", "foreign", "perfect"] = "judgment"
     logps_reference: list[_Logp] | None = None
     surprise_weight: _Weight = 0.0
+    teacher: dict[str, Any] | None = None
+    teacher_ids: list[list[_Token]] | None = None
+    teacher_logps: list[list[_Logp]] | None = None
 
 
 SCORE_FIELDS = tuple(_Columns.model_fields)
 _COLUMNS = SCORE_FIELDS[2:]
-_PER_TOKEN = (*_COLUMNS[:7], "logps_reference")
+_TEACHER_FIELDS = ("teacher", "teacher_ids", "teacher_logps")
+_PER_TOKEN = (*_COLUMNS[:7], "logps_reference", *_TEACHER_FIELDS[1:])
 
 
 def add_surprise(logps: Sequence[float], weight: float) -> list[float]:
@@ -233,12 +246,15 @@ def _read_row(row: SourceRow, problems: list[str]) -> TokenScores | None:
 
 def _check_columns(columns: _Columns, record: JudgedRecord | None = None) -> list[str]:
     """Check what depends on more than one field."""
-    if columns.schema_version != SCHEMA_VERSION:
+    if not 1 <= columns.schema_version <= SCHEMA_VERSION:
         return [
-            f"field 'schema_version': expected {SCHEMA_VERSION}, got {columns.schema_version}; make the file with cutlm"
-            " blame"
+            f"field 'schema_version': expected 1 to {SCHEMA_VERSION}, got {columns.schema_version}; make the file with"
+            " cutlm blame"
         ]
     problems = []
+    if columns.teacher_ids is not None or columns.teacher_logps is not None:
+        problem = find_column_problem(columns.teacher_ids, columns.teacher_logps, len(columns.token_ids))
+        problems += [problem] if problem else []
     if record is not None:
         if columns.is_satisfactory is not record.is_satisfactory:
             problems.append(
@@ -313,6 +329,9 @@ def map_to_tokenizer(scores: TokenScores, encoder: "Encoder") -> TokenScores:
         logps_without=None,
         logps_with=None,
         logps_reference=None,
+        teacher=None,
+        teacher_ids=None,
+        teacher_logps=None,
         is_flagged=[weight > 0 for weight in weights],
         weights=weights,
         tokenizer=fingerprint,

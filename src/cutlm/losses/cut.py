@@ -164,6 +164,28 @@ def cut_loss(
     satisfactory = -logps_satisfactory
     if flags_satisfactory is not None:
         satisfactory = unlikelihood_loss(logps_satisfactory, flags_satisfactory)
+    contrast_sum, likelihood_sum = sum_terms(contrast, logps_with, satisfactory, weights, weights_satisfactory, parts)
+    return CutLoss(contrast_sum, likelihood_sum, flags.is_flagged, log_ratios)
+
+
+def sum_terms(
+    contrast: Tensor,
+    logps_with: Tensor,
+    satisfactory: Tensor,
+    weights: Tensor | None,
+    weights_satisfactory: Tensor | None,
+    parts: Parts,
+) -> tuple[Tensor, Tensor]:
+    """Sum the terms of tokens into L1 and L2.
+
+    Args:
+        contrast: [U] the terms of tokens of unsatisfactory responses without the judgment.
+        logps_with: [U] log p(y_t | x, j, y_<t) of the same tokens.
+        satisfactory: [S] the terms of the other tokens.
+        weights: [U] factors on the tokens of unsatisfactory responses, in both parts; None for ones.
+        weights_satisfactory: [S] factors on the other tokens; None for ones.
+        parts: Which parts of the loss are used.
+    """
     if weights is not None:
         contrast, logps_with = contrast * weights, logps_with * weights
     if weights_satisfactory is not None:
@@ -171,7 +193,7 @@ def cut_loss(
     likelihood = satisfactory.sum() * parts.satisfactory
     if parts.unsatisfactory:
         likelihood = likelihood - logps_with.sum()
-    return CutLoss(contrast.sum() * parts.contrast, likelihood, flags.is_flagged, log_ratios)
+    return contrast.sum() * parts.contrast, likelihood
 
 
 def combine_parts(contrast: Number, likelihood: Number, num_contrast: float, num_likelihood: float) -> Number:

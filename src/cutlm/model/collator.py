@@ -1,5 +1,6 @@
 """Collate encoded records into a micro-batch without padding, and split micro-batches."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,10 @@ class CutCollator:
     - `locations`: names of the records for messages, unsatisfactory records first.
     - `is_flagged`, `flag_weights`: flags of a frozen detector for the plain contexts, if any row has `is_flagged` and
       `weights`.
+    - `is_taught`, `teacher_ids`, `teacher_logps`: whether a token of the plain contexts has a distribution of a teacher
+      and, for the M that have one, [M, K] its most likely tokens and their log-probabilities (-inf for padding), if any
+      row has `teacher_ids` and `teacher_logps`. `old_logps`: [M] log-probabilities of these tokens of the response
+      before training, if any row has `old_logps`.
     - `can_flag`: for each token of the unsatisfactory records in one context, whether it may be flagged, if any row
       has `num_template_tokens`, which the chat template writes at the start of the response.
     - `is_praised`: for each unsatisfactory record whether its judgment is praise, if any row has `is_praised`.
@@ -84,6 +89,8 @@ class CutCollator:
             weights = [row.get("weights") or [0.0] * len(row["response_ids"]) for row in ordered]
             batch["is_flagged"] = torch.tensor([flag for part in flags for flag in part], dtype=torch.bool)
             batch["flag_weights"] = torch.tensor([weight for part in weights for weight in part])
+        if any("teacher_ids" in row for row in rows):
+            batch |= _collate_teacher([*judged, *satisfactory])
         if any(row.get("num_template_tokens") for row in judged):
             numbers = [row.get("num_template_tokens") or 0 for row in judged]
             can_flag = [
@@ -95,6 +102,29 @@ class CutCollator:
         if any("is_praised" in row for row in rows):
             batch["is_praised"] = [bool(row.get("is_praised")) for row in judged]
         return batch
+
+
+def _collate_teacher(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    is_taught: list[bool] = []
+    ids: list[list[int]] = []
+    logps: list[list[float]] = []
+    old_logps: list[float] = []
+    for row in rows:
+        own_ids = row.get("teacher_ids") or [[]] * len(row["response_ids"])
+        places = [place for place, columns in enumerate(own_ids) if columns]
+        is_taught += [bool(columns) for columns in own_ids]
+        ids += [own_ids[place] for place in places]
+        logps += [row["teacher_logps"][place] for place in places]
+        old_logps += [row["old_logps"][place] for place in places] if row.get("old_logps") else []
+    width = max(map(len, ids), default=1)
+    padded_ids = [[*columns, *[columns[0]] * (width - len(columns))] for columns in ids]
+    padded_logps = [[*columns, *[-math.inf] * (width - len(columns))] for columns in logps]
+    batch = {
+        "is_taught": torch.tensor(is_taught, dtype=torch.bool),
+        "teacher_ids": torch.tensor(padded_ids, dtype=torch.long).reshape(-1, width),
+        "teacher_logps": torch.tensor(padded_logps, dtype=torch.float32).reshape(-1, width),
+    }
+    return batch | ({"old_logps": torch.tensor(old_logps)} if any("old_logps" in row for row in rows) else {})
 
 
 def _count_shared(first: Sequence[int], second: Sequence[int]) -> int:
@@ -142,11 +172,18 @@ def _take_records(batch: Mapping[str, Any], records: list[int], owned: list[list
     part["num_unsatisfactory"] = len(judged)
     part["shared_lengths"] = [batch["shared_lengths"][record] for record in judged]
     part["locations"] = [batch["locations"][record] for record in records]
+    # One response for each record, without the judged contexts.
+    sizes = [batch["response_lengths"][indices[0]] for indices in owned]
     if "is_flagged" in batch:
-        # One response for each record, without the judged contexts.
-        sizes = [batch["response_lengths"][indices[0]] for indices in owned]
         for name in ("is_flagged", "flag_weights"):
             part[name] = torch.cat([batch[name].split(sizes)[record] for record in records])
+    if "is_taught" in batch:
+        are_taught = batch["is_taught"].split(sizes)
+        part["is_taught"] = torch.cat([are_taught[record] for record in records])
+        counts = [int(own.sum()) for own in are_taught]
+        for name in ("teacher_ids", "teacher_logps", "old_logps"):
+            if name in batch:
+                part[name] = torch.cat([batch[name].split(counts)[record] for record in records])
     if "can_flag" in batch and judged:
         sizes = batch["response_lengths"][:num_judged]
         part["can_flag"] = torch.cat([batch["can_flag"].split(sizes)[record] for record in judged])

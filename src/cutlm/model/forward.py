@@ -5,7 +5,7 @@ records, then the judged contexts of the same records in the same order, then th
 of a record usually share a prefix. This module, from top to bottom:
 
 1. `score_batch` returns the log-probability of every response token. A sequence gets the same values whatever else is
-   in the batch.
+   in the batch. `score_taught_batch` adds those of the tokens that a teacher prefers, which `score_teacher` finds.
 2. *Grouping* divides the sequences into forward passes with little padding.
 3. *Layouts* run one group: `run_padded` (rows padded on the right, which every causal model supports),
    `run_with_shared_kv` (the plain contexts first, then the judged ones on the KV cache of the shared prefixes) and
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from transformers import DynamicCache
 
 from cutlm.errors import ConfigError, UserError
 from cutlm.model.loading import list_rope_parameters, unwrap_peft
-from cutlm.model.logprobs import find_head_layer, get_head, token_logprobs
+from cutlm.model.logprobs import find_head_layer, find_top_columns, get_head, taught_logprobs, token_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +129,88 @@ def score_batch(
         >>> score_batch(model, batch)
         tensor([-3.1, -0.7])
     """
+    states = _run_sequences(model, batch, needs_judged_grad=needs_judged_grad, layout=layout, max_tokens=max_tokens)
+    return _apply_head(model, token_logprobs, torch.cat(states), batch["target_ids"], chunk_size=chunk_size)
+
+
+class TaughtLogps(NamedTuple):
+    """Log-probabilities of a micro-batch, some tokens of which have a teacher's distribution."""
+
+    tokens: Tensor  # [R] of every response token, as by `score_batch`
+    columns: Tensor  # [M, K + 1] of the K tokens of each taught token, and of all others together
+
+
+def score_taught_batch(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    chunk_size: int | None = None,
+    *,
+    needs_judged_grad: bool = True,
+    layout: ForwardLayout = PADDED,
+    max_tokens: int | None = None,
+) -> TaughtLogps:
+    """Score a micro-batch with teacher's distributions in the same pass; see `score_batch` for the arguments.
+
+    Args:
+        batch: A batch of `CutCollator` with `is_taught` and `teacher_ids`.
+    """
+    states = _run_sequences(model, batch, needs_judged_grad=needs_judged_grad, layout=layout, max_tokens=max_tokens)
+    # The judged contexts, which are taught nothing, lie between the plain ones.
+    num_judged = sum(batch["response_lengths"][: batch["num_unsatisfactory"]])
+    is_taught = batch["is_taught"]
+    is_taught = torch.cat([is_taught[:num_judged], torch.zeros_like(is_taught[:num_judged]), is_taught[num_judged:]])
+    arguments = (torch.cat(states), batch["target_ids"], is_taught, batch["teacher_ids"])
+    return TaughtLogps(*_apply_head(model, taught_logprobs, *arguments, chunk_size=chunk_size))
+
+
+@torch.no_grad()
+def score_teacher(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    guidance: float,
+    num_columns: int | None,
+    layout: ForwardLayout = PADDED,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score a micro-batch, and find the tokens that the model prefers in the contexts of a teacher.
+
+    Args:
+        model: The teacher.
+        batch: A batch of `CutCollator`. Its last sequences, one for each unsatisfactory record and in the same order,
+            are the contexts of the teacher.
+        guidance: beta: how far it is guided away from the judged contexts.
+        num_columns: K, the number of tokens at each position; None for the token of the response alone.
+        layout: How the sequences are laid out in forward passes.
+
+    Returns:
+        Log-probabilities [R] of all response tokens; ids [T, K] and log-probabilities [T, K] of the teacher at the T
+        response tokens of its contexts.
+    """
+    states = _run_sequences(model, batch, needs_judged_grad=False, layout=layout)
+    num_judged, lengths, target_ids = batch["num_unsatisfactory"], batch["response_lengths"], batch["target_ids"]
+    logps = _apply_head(model, token_logprobs, torch.cat(states), target_ids)
+    start, end = sum(lengths[:num_judged]), sum(lengths[: 2 * num_judged])
+    ids, teacher_logps = _apply_head(
+        model,
+        find_top_columns,
+        torch.cat(states[len(states) - num_judged :]),
+        torch.cat(states[num_judged : 2 * num_judged]) if guidance else None,
+        target_ids=target_ids[start:end],
+        guidance=guidance,
+        num_columns=num_columns,
+    )
+    return logps, ids, teacher_logps
+
+
+def _run_sequences(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    needs_judged_grad: bool,
+    layout: ForwardLayout,
+    max_tokens: int | None = None,
+) -> list[Tensor]:
+    """Run the body of the model; return the hidden states [T, H] before each token of every sequence's response."""
     language_model = unwrap_peft(model)
     if layout.has_shared_kv and language_model.training and _is_checkpointing(language_model):
         layout = replace(layout, has_shared_kv=False)  # transformers keeps no KV cache under activation checkpointing
@@ -153,22 +235,23 @@ def score_batch(
             hidden[index] = states[len(states) - response_lengths[index] :]
     if not needs_judged_grad:
         hidden[num_judged : 2 * num_judged] = [states.detach() for states in hidden[num_judged : 2 * num_judged]]
+    return hidden
 
-    def apply_head(layer: nn.Module, states: Tensor, target_ids: Tensor) -> Tensor:
+
+def _apply_head(model: nn.Module, compute: Callable[..., Any], states: Tensor, *args: Any, **options: Any) -> Any:
+    """Call a function of `cutlm.model.logprobs` on hidden states and the model's head.
+
+    Its arguments are the hidden states, further ones, and the options.
+    """
+    language_model = unwrap_peft(model)
+
+    def apply_head(layer: nn.Module, states: Tensor, *args: Any) -> Any:
         head = get_head(language_model)
-        return token_logprobs(
-            states,
-            head.weight,
-            target_ids,
-            chunk_size,
-            bias=head.bias,
-            softcap=head.softcap,
-            scale=head.scale,
-        )
+        return compute(states, head.weight, *args, bias=head.bias, softcap=head.softcap, scale=head.scale, **options)
 
     # With sharded weights, the head's weight is complete only while its layer runs.
     layer = find_head_layer(language_model)
-    return run_inside(layer, layer, apply_head, torch.cat(hidden), batch["target_ids"])
+    return run_inside(layer, layer, apply_head, states, *args)
 
 
 def _is_checkpointing(language_model: nn.Module) -> bool:

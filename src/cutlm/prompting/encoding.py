@@ -28,11 +28,13 @@ from cutlm.prompting.templates import (
     Prompt,
     RenderError,
     TemplateName,
+    add_advice,
     add_judgment,
     ask_for_refinement,
     build_alpaca_chat_template,
     fingerprint_template,
     get_template_source,
+    render_advised_prompt,
     render_alpaca_prompt,
     render_refinement_prompt,
 )
@@ -153,6 +155,22 @@ class Encoder:
             rendered = render_refinement_prompt(_get_single_turn(conversation), response, judgment)
         return self._encode_generation_prompts([rendered])[0]
 
+    def encode_advised_prompt(
+        self, prompt: str | Conversation, judgment: str, response: str | None = None, *, for_generation: bool = False
+    ) -> list[int]:
+        """Encode the request of a response without the problem that a judgment names.
+
+        If the judged response is given, the request shows it, and is the request to refine it.
+        """
+        conversation = Conversation.start(prompt) if isinstance(prompt, str) else prompt
+        if response is not None:
+            ids = self.encode_refinement_prompt(conversation, response, judgment)
+        elif self._chat:
+            ids = self._encode_generation_prompts([self._chat.render(add_advice(conversation, judgment))])[0]
+        else:
+            ids = self._encode_generation_prompts([render_advised_prompt(_get_single_turn(conversation), judgment)])[0]
+        return ids if for_generation else ids[: len(ids) - self._num_dropped]
+
     def check_conversation(self, conversation: Conversation, response: str) -> None:
         """Check that a conversation with its answer is rendered as its prompt and its response are.
 
@@ -261,6 +279,16 @@ class Encoder:
             judged_prompt_ids=None if judged_ids is None else self.truncate(judged_ids, num_tokens),
             is_truncated=max(len(record.prompt_ids), len(judged_ids or ())) > num_tokens,
         )
+
+    def fit_prompt(
+        self, encode: Callable[[Conversation], list[int]], conversation: Conversation, num_tokens: int
+    ) -> list[int]:
+        """Encode a conversation in at most a number of tokens: without its oldest turns, and truncated on the left."""
+        prompt_ids = encode(conversation)
+        while len(prompt_ids) > num_tokens and (shorter := conversation.drop_oldest_turn()) is not None:
+            conversation = shorter
+            prompt_ids = encode(conversation)
+        return self.truncate(prompt_ids, num_tokens)
 
     def truncate(self, ids: list[int], num_tokens: int) -> list[int]:
         """Truncate a prompt on the left to `num_tokens` tokens, keeping the beginning-of-sequence token.

@@ -42,12 +42,17 @@ _ALPACA_REFINEMENT_TASK = (
     " improved response that leaves the judgment nothing to object to.\n\n"
 )
 _ALPACA_DRAFT = "\n\n### Draft:\n"
+_ALPACA_ADVISED_TASK = (
+    "Below is an instruction that describes a task, and a judgment of an earlier response. Write a good response that"
+    " does not have this problem.\n\n"
+)
 
 # The judgment follows the instruction in the same turn, so that both contexts share the longest possible prefix.
 _JUDGMENT_REQUEST = "Write a response that this judgment fits:\n"
 _CHAT_JUDGMENT = "\n\n" + _JUDGMENT_REQUEST
 _CHAT_DRAFT, _CHAT_OBJECTION = "\n\nA draft of the response:\n", "\n\nWhat was said about the draft:\n"
 _CHAT_REFINE = "\n\nWrite an improved response, and nothing else."
+_CHAT_ADVICE = "\n\nWrite a good response that does not have this problem:\n"
 _CHANGES_USER_TEXT = "template: chat: the tokenizer's chat template changes the user's text; use template: alpaca"
 _PLACEHOLDER = "[text {} of the conversation]"
 
@@ -92,6 +97,11 @@ def ask_for_refinement(conversation: Conversation, response: str, judgment: str)
     )
 
 
+def add_advice(conversation: Conversation, judgment: str) -> Conversation:
+    """Return a conversation whose last message by the user asks for a response without the problem of a judgment."""
+    return conversation.replace_instruction(conversation.instruction + _CHAT_ADVICE + judgment)
+
+
 def render_alpaca_prompt(instruction: str, judgment: str | None = None) -> Prompt:
     """Render the alpaca prompt exactly as the paper's code does."""
     if judgment is None:
@@ -103,6 +113,11 @@ def render_refinement_prompt(instruction: str, response: str, judgment: str) -> 
     """Render the request to improve a response so that its judgment no longer applies, in the alpaca style."""
     content = instruction + _ALPACA_DRAFT + response + _ALPACA_JUDGMENT + judgment
     return _render_alpaca(_ALPACA_REFINEMENT_TASK, content)
+
+
+def render_advised_prompt(instruction: str, judgment: str) -> Prompt:
+    """Render the request of a response without the problem that a judgment names, in the alpaca style."""
+    return _render_alpaca(_ALPACA_ADVISED_TASK, instruction + _ALPACA_JUDGMENT + judgment)
 
 
 def _render_alpaca(task: str, content: str) -> Prompt:

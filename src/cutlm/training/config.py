@@ -29,17 +29,42 @@ from trl import ModelConfig, TrlParser
 from cutlm.data.sources import check_columns
 from cutlm.errors import ConfigError
 from cutlm.flagging.contrast import CONTRASTS
-from cutlm.losses import Parts
+from cutlm.flagging.teacher import NUM_COLUMNS, TEACHER_CONTEXTS, TeacherSettings
+from cutlm.losses import DIVERGENCES, Parts
 from cutlm.model.loading import has_fast_math, warn_of_slow_autocast
 from cutlm.prompting.templates import JUDGMENT_ROLES, TEMPLATES, parse_date
 
 NORMALIZATIONS = ("token", "record")
 PAIR_OBJECTIVES = ("dpo", "ilf_dpo")
+TEACHER_OBJECTIVES = ("self_distillation", "redirect")
 OBJECTIVES = (
     *("cut", "dual_cut", "likelihood", "hindsight", "forward_prediction", "ilf_mle", "unlikelihood"),
+    *TEACHER_OBJECTIVES,
     *PAIR_OBJECTIVES,
 )
 DETECTORS = ("current", "frozen", "spans", "off")
+DISTILLATIONS = ("topk", "sampled")
+# The objectives that use a setting; settings that are not listed are used by all of them.
+_USED_BY = {
+    **dict.fromkeys(("threshold", "gamma"), ("cut", "dual_cut", "redirect")),
+    "unlikelihood_weight": ("cut", "dual_cut", "redirect", "unlikelihood"),
+    "detector": ("cut", "redirect"),
+    "map_spans": ("cut",),
+    "use_contrast_loss": ("cut",),
+    **dict.fromkeys(("use_satisfactory_loss", "use_judged_loss"), ("cut", *TEACHER_OBJECTIVES)),
+    "praise_weight": ("dual_cut",),
+    "satisfactory_only": ("likelihood",),
+    **dict.fromkeys(("teacher_context", "teacher_sees_response"), TEACHER_OBJECTIVES),
+    **dict.fromkeys(
+        ("guidance", "distillation", "divergence", "distillation_clip", "importance_clip"), ("self_distillation",)
+    ),
+    **dict.fromkeys(("redirect_strength", "use_unlikelihood_loss"), ("redirect",)),
+    "dpo_beta": PAIR_OBJECTIVES,
+    **dict.fromkeys(
+        ("downsample", "normalization", "dataset_num_proc", "head_chunk_size", "max_tokens_per_batch"),
+        tuple(name for name in OBJECTIVES if name not in PAIR_OBJECTIVES),
+    ),
+}
 # Metrics of an evaluation; the best checkpoint may be chosen by any of these.
 METRICS = (
     *("loss", "loss_likelihood", "loss_contrast", "mean_log_ratio"),
@@ -139,18 +164,37 @@ class ModelArguments(ModelConfig):
 class CUTConfig(TrainingArguments):
     """Settings of `CUTTrainer`. The learning rate and its schedule are the paper's for LoRA.
 
+    The fields are grouped by the objectives that use them; a setting of another objective is refused.
+
     Attributes:
-        objective: "cut"; "dual_cut"; one of the paper's baselines "likelihood", "hindsight", "forward_prediction",
-            "ilf_mle", "unlikelihood"; or "dpo" and "ilf_dpo", which TRL's `DPOTrainer` trains.
+        objective: "cut"; "dual_cut"; "self_distillation" or "redirect", by which the model that has read the judgment
+            teaches the one that has not; one of the paper's baselines "likelihood", "hindsight", "forward_prediction",
+            "ilf_mle", "unlikelihood"; or "dpo" and "ilf_dpo", which TRL's `DPOTrainer` trains. See docs/objectives.md.
         detector: How CUT flags tokens. "current": by the model as it is being trained, as in the paper; "frozen": by
             the model before training, once per record; "spans": by the records' own `wrong_spans`; "off": every token
-            of an unsatisfactory response is flagged. None: "frozen" if the data are token scores, else "current".
+            of an unsatisfactory response is flagged. None: "frozen" if the data are token scores or under "redirect",
+            else "current". "redirect" has "frozen" and "spans" only.
         use_contrast_loss: Include eq. 6 (L1); false for an ablation.
         use_satisfactory_loss: Include eq. 7 (L2) over satisfactory responses.
         use_judged_loss: Include eq. 7 over unsatisfactory responses with their judgment. None: as in the paper,
             except for flags known before training ("frozen", "spans"), which then need the plain context only.
         satisfactory_only: Leave unsatisfactory records out of objective "likelihood".
         praise_weight: Extra weight of praised tokens under "dual_cut".
+        teacher_context: What tells the teacher of "self_distillation" and "redirect" what a better response is like:
+            "praise" for the prompt with the judgment "Perfect."; "advice" for the request of a response without the
+            problem that the judgment names.
+        teacher_sees_response: Show the teacher the response with the advice, as `cutlm refine` does.
+        guidance: beta of "self_distillation": the teacher's distribution is proportional to
+            p(v | teacher_context) [p(v | teacher_context) / p(v | judgment)]^beta; 0 turns it off.
+        distillation: "topk": learn the teacher's distribution over its 20 most likely tokens and all others together;
+            "sampled": only its advantage on the token of the response.
+        divergence: Between the distributions of teacher and student, under distillation "topk".
+        distillation_clip: Largest divergence or advantage of a token, in nats, beyond which its gradient stops growing;
+            None for no limit.
+        importance_clip: Weigh each distilled token by min(p / p_old, this), for responses of an older model; p_old is
+            its probability before training. SDPO uses 2; None turns it off.
+        redirect_strength: beta of "redirect", as `guidance`.
+        use_unlikelihood_loss: Add CUT's unlikelihood term to that of a flagged token under "redirect".
         dpo_beta: beta of DPO.
         map_spans: Map token scores of another tokenizer by their character spans.
         threshold: lambda of eq. 5: a token is flagged if the judgment makes it more than this many times as likely.
@@ -194,20 +238,41 @@ class CUTConfig(TrainingArguments):
     """
 
     objective: str = field(default="cut", metadata={"choices": list(OBJECTIVES)})
+
+    # Flags: cut and redirect; threshold, unlikelihood_weight and gamma also dual_cut
     detector: str | None = field(default=None, metadata={"choices": list(DETECTORS)})
-    use_contrast_loss: bool = True
-    use_satisfactory_loss: bool = True
-    use_judged_loss: bool | None = None
-    satisfactory_only: bool = False
-    praise_weight: float = 1.0
-    dpo_beta: float = 0.1
-    map_spans: bool = False
     threshold: float | str = 1.1
     contrast: str = field(default="judgment", metadata={"choices": list(CONTRASTS)})
     num_foreign: int = 4
     surprise_weight: float = 0.0
     unlikelihood_weight: float = 1.0
     gamma: float = 1.0
+    map_spans: bool = False  # cut
+
+    # Parts of the loss: cut; all but the first also self_distillation and redirect
+    use_contrast_loss: bool = True
+    use_satisfactory_loss: bool = True
+    use_judged_loss: bool | None = None
+
+    # A teacher: self_distillation and redirect
+    teacher_context: str = field(default="praise", metadata={"choices": list(TEACHER_CONTEXTS)})
+    teacher_sees_response: bool = False
+    # self_distillation
+    guidance: float = 1.0
+    distillation: str = field(default="topk", metadata={"choices": list(DISTILLATIONS)})
+    divergence: str = field(default="forward_kl", metadata={"choices": list(DIVERGENCES)})
+    distillation_clip: float | None = None
+    importance_clip: float | None = None
+    # redirect
+    redirect_strength: float = 1.0
+    use_unlikelihood_loss: bool = True
+
+    # Settings of one objective: likelihood, dual_cut, dpo and ilf_dpo
+    satisfactory_only: bool = False
+    praise_weight: float = 1.0
+    dpo_beta: float = 0.1
+
+    # All objectives
     normalization: str = field(default="token", metadata={"choices": list(NORMALIZATIONS)})
     template: str = field(default="alpaca", metadata={"choices": list(TEMPLATES)})
     chat_template_kwargs: dict[str, Any] | None = None
@@ -246,11 +311,16 @@ class CUTConfig(TrainingArguments):
         problems = []
         if self.detector is not None and self.detector not in DETECTORS:
             problems.append(f"detector: expected one of {', '.join(DETECTORS)}, got {self.detector!r}")
-        choices_of = (
-            *(("normalization", NORMALIZATIONS), ("template", TEMPLATES), ("contrast", CONTRASTS)),
-            ("judgment_role", JUDGMENT_ROLES),
-        )
-        for name, choices in choices_of:
+        choices_of: dict[str, Sequence[str]] = {
+            "normalization": NORMALIZATIONS,
+            "template": TEMPLATES,
+            "judgment_role": JUDGMENT_ROLES,
+            "contrast": CONTRASTS,
+            "teacher_context": TEACHER_CONTEXTS,
+            "distillation": DISTILLATIONS,
+            "divergence": DIVERGENCES,
+        }
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 problems.append(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
         if self.template != "chat" and (self.chat_template_kwargs or self.template_date):
@@ -266,32 +336,29 @@ class CUTConfig(TrainingArguments):
             problems += error.problems
         if isinstance(self.chat_template_kwargs, str):
             problems.append(f"chat_template_kwargs: expected a mapping, got {self.chat_template_kwargs!r}")
-        is_cut, uses_flags = self.objective == "cut", self.objective in ("cut", "dual_cut")
-        is_used = {
-            "threshold": uses_flags and self.detector not in ("spans", "off"),
-            "gamma": uses_flags and self.detector != "spans",
-            "unlikelihood_weight": uses_flags or self.objective == "unlikelihood",
-            **dict.fromkeys(
-                ("map_spans", "detector", "use_contrast_loss", "use_satisfactory_loss", "use_judged_loss"), is_cut
-            ),
-            "praise_weight": self.objective == "dual_cut",
-            "satisfactory_only": self.objective == "likelihood",
-            "dpo_beta": self.is_of_pairs,
-            **dict.fromkeys(
-                ("downsample", "normalization", "dataset_num_proc", "head_chunk_size", "max_tokens_per_batch"),
-                not self.is_of_pairs,
-            ),
-        }
-        options = ("contrast", "num_foreign", "surprise_weight")
-        frozen_only = [name for name in options if getattr(self, name) != _default(name)]
-        frozen_only += ["threshold: auto"] if self.threshold == "auto" else []
-        if frozen_only and not (is_cut and self.detector == "frozen"):
-            got = f"objective {self.objective}, detector {self.detector or 'current'}"
-            problems.append(f"{', '.join(frozen_only)}: expected objective cut and detector frozen, got {got}")
-        unused = [name for name, used in is_used.items() if not used and getattr(self, name) != _default(name)]
+        unused = [name for name, users in _USED_BY.items() if self.objective not in users]
+        unused += ["threshold"] if self.detector in ("spans", "off") else []
+        unused += ["gamma"] if self.detector == "spans" else []
+        if self.distillation == "sampled":
+            unused.append("divergence")
+        if self.objective == "redirect" and not self.use_unlikelihood_loss:
+            unused += ["unlikelihood_weight", "gamma"]
+        unused = [name for name in dict.fromkeys(unused) if getattr(self, name) != _default(name)]
         if unused:
             which = f"objective {self.objective}" + (f", detector {self.detector}" if self.detector else "")
             problems.append(f"{', '.join(unused)}: not used by {which}; remove from the settings")
+        options = ("contrast", "num_foreign", "surprise_weight")
+        frozen_only = [name for name in options if getattr(self, name) != _default(name)]
+        frozen_only += ["threshold: auto"] if self.threshold == "auto" else []
+        if frozen_only and not self.has_frozen_detector:
+            got = f"objective {self.objective}, detector {self.detector or 'current'}"
+            problems.append(
+                f"{', '.join(frozen_only)}: expected objective cut or redirect and detector frozen, got {got}"
+            )
+        if self.objective == "redirect" and self.detector not in (None, "frozen", "spans"):
+            problems.append(f"detector: expected frozen or spans under objective redirect, got {self.detector}")
+        if self.teacher_sees_response and self.teacher_context != "advice":
+            problems.append(f"teacher_sees_response: expected teacher_context advice, got {self.teacher_context}")
         if not (self.use_contrast_loss or self.use_satisfactory_loss or self.use_judged_loss is not False):
             problems.append(
                 "use_contrast_loss, use_satisfactory_loss, use_judged_loss: expected at least one of them, got none"
@@ -304,11 +371,13 @@ class CUTConfig(TrainingArguments):
             problems.append(
                 f"threshold: expected a number of at least 1 (the paper uses 1.1 or 1.2) or auto, got {self.threshold}"
             )
-        for name in ("unlikelihood_weight", "gamma", "surprise_weight", "praise_weight", "learning_rate"):
+        numbers = ("unlikelihood_weight", "gamma", "surprise_weight", "praise_weight", "guidance", "redirect_strength")
+        for name in (*numbers, "learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 problems.append(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
-        if not 0 < self.dpo_beta < float("inf"):
-            problems.append(f"dpo_beta: expected a number above 0, got {self.dpo_beta}")
+        for name in ("dpo_beta", "distillation_clip", "importance_clip"):
+            if (number := getattr(self, name)) is not None and not 0 < number < float("inf"):
+                problems.append(f"{name}: expected a number above 0, got {number}")
         if self.downsample is not None and not self.downsample >= 0:
             problems.append(f"downsample: expected a number of at least 0, or none to keep all, got {self.downsample}")
         optional = ("dataset_num_proc", "head_chunk_size", "max_tokens_per_batch")
@@ -396,9 +465,39 @@ class CUTConfig(TrainingArguments):
         return self.objective in PAIR_OBJECTIVES
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether the objective learns from the distributions of a teacher."""
+        return self.objective in TEACHER_OBJECTIVES
+
+    @property
+    def teacher_settings(self) -> TeacherSettings | None:
+        """How the distributions of the teacher are made; None if the objective has none."""
+        if not self.has_teacher:
+            return None
+        is_redirect = self.objective == "redirect"
+        return TeacherSettings(
+            self.teacher_context,
+            self.teacher_sees_response,
+            self.redirect_strength if is_redirect else self.guidance,
+            NUM_COLUMNS if self.needs_columns else None,
+            flagged_only=is_redirect and self.has_frozen_detector,
+        )
+
+    @property
+    def needs_columns(self) -> bool:
+        """Whether the loss needs the probabilities of other tokens than those of the responses."""
+        return self.has_teacher and self.distillation == "topk"
+
+    @property
+    def has_frozen_detector(self) -> bool:
+        """Whether the model before training flags the tokens."""
+        is_default = self.objective == "redirect" and self.detector is None
+        return self.objective in ("cut", "redirect") and (self.detector == "frozen" or is_default)
+
+    @property
     def has_known_flags(self) -> bool:
-        """Whether flags are known before training begins."""
-        return self.detector in ("frozen", "spans")
+        """Whether flags and the distributions of a teacher are known before training begins."""
+        return self.detector in ("frozen", "spans") or self.has_teacher
 
     @property
     def current_threshold(self) -> float:
@@ -436,6 +535,15 @@ class JudgeConfig(CUTConfig):
     use_satisfactory_loss: bool = field(default=True, init=False)
     use_judged_loss: bool | None = field(default=None, init=False)
     satisfactory_only: bool = field(default=False, init=False)
+    teacher_context: str = field(default="praise", init=False)
+    teacher_sees_response: bool = field(default=False, init=False)
+    guidance: float = field(default=1.0, init=False)
+    distillation: str = field(default="topk", init=False)
+    divergence: str = field(default="forward_kl", init=False)
+    distillation_clip: float | None = field(default=None, init=False)
+    importance_clip: float | None = field(default=None, init=False)
+    redirect_strength: float = field(default=1.0, init=False)
+    use_unlikelihood_loss: bool = field(default=True, init=False)
     praise_weight: float = field(default=1.0, init=False)
     dpo_beta: float = field(default=0.1, init=False)
     map_spans: bool = field(default=False, init=False)

@@ -28,6 +28,7 @@ from cutlm.flagging.detector import (
     BlameReport,
     Comparison,
     FlagSettings,
+    Logps,
     compare_contexts,
     count_resumed,
     describe_run,
@@ -42,6 +43,7 @@ from cutlm.flagging.detector import (
 from cutlm.flagging.report import Sensitivity, read_sensitivity
 from cutlm.flagging.scoring import Scorer, score_rows
 from cutlm.flagging.sensitivity import sample_foreign
+from cutlm.flagging.teacher import Columns, encode_teacher_prompts, match_teacher
 from cutlm.flagging.token_scores import (
     TokenScores,
     fingerprint_tokenizer,
@@ -66,7 +68,7 @@ class PreparedData:
     """A dataset that can be batched.
 
     Its rows have `prompt_ids`, `judged_prompt_ids`, `response_ids`, `location`, `is_satisfactory` and, if the tokens to
-    unlearn are known, `is_flagged` and `weights`.
+    unlearn are known, `is_flagged` and `weights`, and if there is a teacher, `teacher_ids` and `teacher_logps`.
     """
 
     rows: Dataset
@@ -139,7 +141,8 @@ def prepare_data(
             data, records = encode_dataset(dataset, name, args, encoder, locations)
     check_rows_fit_model(model, data.rows, args.max_length)
     if args.has_known_flags:
-        if "is_flagged" not in data.rows.column_names:
+        is_known = ("teacher_ids" if args.has_teacher else "is_flagged") in data.rows.column_names
+        if not is_known:
             _flag_rows(data, name, args, model, records, encoder, scores_file, threshold)
         _finish_flags(data, name, args)
     elif args.has_current_flags and encoder is not None:
@@ -177,7 +180,7 @@ def encode_dataset(
         _check_scores(dataset, args)
         records: Sequence[Any] = dataset
         locations = locations or [f"{name}[{index}]" for index in range(len(dataset))]
-        view: View = partial(_view_scores, is_mapped=args.map_spans, with_judgment=args.parts.unsatisfactory)
+        view: View = partial(_view_scores, args=args)
     else:
         if locations is None:
             check = as_records(list(dataset), name)
@@ -206,7 +209,7 @@ def encode_dataset(
 
 def choose_view(args: CUTConfig) -> View:
     """The view of an objective: the response that it learns, and the prompt or prompts before it (paper, section 3)."""
-    if args.objective == "cut":
+    if args.objective == "cut" or args.has_teacher:
         if args.detector == "spans":
             return partial(_view_wrong_spans, weight=args.unlikelihood_weight)
         return view_both_contexts
@@ -300,13 +303,14 @@ def _check_scores(dataset: Sequence[TokenScores], args: CUTConfig) -> None:
     """Raises:
     ConfigError: The settings ask for something else than the token scores were made with.
     """
-    if args.objective != "cut" or args.detector != "frozen":
+    if not args.has_frozen_detector and args.objective != "self_distillation":
         raise ConfigError(
-            "the data are token scores, whose flags are for objective cut and detector frozen; got objective"
-            f" {args.objective}, detector {args.detector}"
+            "the data are token scores, which are for objectives cut, redirect and self_distillation and detector"
+            f" frozen; got objective {args.objective}, detector {args.detector}"
         )
     problems = []
-    for key in ("threshold", "unlikelihood_weight", "gamma", "contrast", "surprise_weight"):
+    has_flags = args.objective != "self_distillation"
+    for key in ("threshold", "unlikelihood_weight", "gamma", "contrast", "surprise_weight") if has_flags else ():
         wanted = getattr(args, key)
         others = sorted({getattr(scores, key) for scores in dataset} - {wanted})
         # A default is not taken for a request, and any threshold may have been found.
@@ -315,20 +319,25 @@ def _check_scores(dataset: Sequence[TokenScores], args: CUTConfig) -> None:
                 f"{key}: the token scores were made with {others[0]}, got {wanted}; remove the setting, or run cutlm"
                 " blame again"
             )
+    judged = [scores for scores in dataset if not scores.record.is_satisfactory]
+    if args.teacher_settings is not None:
+        differing = {name for scores in judged for name in match_teacher(scores.teacher, args.teacher_settings)}
+        if differing:
+            problems.append(
+                f"the token scores were made without a teacher or with other settings ({', '.join(sorted(differing))}"
+                f" differ); run cutlm blame again with --objective {args.objective} and the settings of training"
+            )
     if problems:
         raise ConfigError(problems)
 
 
-def _view_scores(scores: TokenScores, encoder: Encoder, *, is_mapped: bool, with_judgment: bool) -> RenderedRecord:
-    """The response without the judgment, with flags and weights from token scores.
+def _view_scores(scores: TokenScores, encoder: Encoder, *, args: CUTConfig) -> RenderedRecord:
+    """The response without the judgment, with flags and weights from token scores, and a teacher's distributions.
 
-    Args:
-        scores: The token scores.
-        encoder: Tokenizer and template.
-        is_mapped: Map flags of another tokenizer; otherwise the tokenizer and the template must be those of training.
-        with_judgment: Also the response with the judgment, for unsatisfactory records.
+    Under `map_spans`, flags of another tokenizer are mapped; otherwise the tokenizer and the template must be those of
+    training.
     """
-    record = scores.record
+    record, is_mapped = scores.record, args.map_spans
 
     def take_flags(response_ids: list[int]) -> dict[str, Any]:
         found = scores
@@ -343,11 +352,25 @@ def _view_scores(scores: TokenScores, encoder: Encoder, *, is_mapped: bool, with
                     "field 'tokenizer': made with another tokenizer than the model's; set map_spans: true to map flags"
                     " and weights by their characters"
                 )
+        columns = None
+        if scores.teacher_ids is not None and scores.teacher_logps is not None:
+            columns = Columns(scores.teacher_ids, scores.teacher_logps)
+        if args.objective == "redirect" and not record.is_satisfactory:
+            taught = columns.ids if columns else [[]] * len(scores.token_ids)
+            places = [place for place, flag in enumerate(scores.is_flagged) if flag and not taught[place]]
+            problems += [
+                f"field 'teacher_ids[{place}]': expected the teacher's tokens for a flagged token, got none; set"
+                f" is_flagged[{place}] to false, or run cutlm blame again"
+                for place in places[:1]
+            ]
         if problems:
             raise DataError(problems)
-        return {"is_flagged": list(found.is_flagged), "weights": list(found.weights)}
+        extra = _list_taught(columns, found.is_flagged, scores.logps_without, args)
+        if args.objective != "self_distillation":
+            extra |= {"is_flagged": list(found.is_flagged), "weights": list(found.weights)}
+        return extra
 
-    is_judged = with_judgment and not record.is_satisfactory
+    is_judged = args.parts.unsatisfactory and not record.is_satisfactory
     return RenderedRecord(
         encoder.render(record.conversation),
         encoder.render(record.conversation, record.judgment) if is_judged else None,
@@ -415,8 +438,9 @@ def refuse_sharded_detector(args: CUTConfig) -> None:
     """
     if args.is_sharded:
         raise ConfigError(
-            "detector: frozen needs the whole model before training, which FSDP and DeepSpeed shard; run cutlm blame"
-            " first and train on its output"
+            f"{'objective' if args.has_teacher else 'detector'}: {args.objective if args.has_teacher else 'frozen'}"
+            " needs the whole model before training, which FSDP and DeepSpeed shard; run cutlm blame first and train on"
+            " its output"
         )
 
 
@@ -430,7 +454,7 @@ def _flag_rows(
     scores_file: ScoresFile | None,
     threshold: float | None,
 ) -> None:
-    """Add the columns `is_flagged` and `weights`, made by the model as it is now."""
+    """Add what the model as it is now says: the columns `is_flagged` and `weights`, and those of a teacher."""
     refuse_sharded_detector(args)
     if not getattr(model, "is_quantized", False):
         nn.Module.to(model, args.device)  # the Trainer does so only later
@@ -443,21 +467,35 @@ def _flag_rows(
         contrast=args.contrast,
         num_foreign=args.num_foreign,
         surprise_weight=args.surprise_weight,
+        teacher=args.teacher_settings,
     )
     rows = data.rows.to_list()
-    is_flagged: list[list[bool] | None] = [None] * len(rows)
-    weights: list[list[float] | None] = [None] * len(rows)
+    if settings.teacher is not None and encoder is not None:
+        prompts = encode_teacher_prompts(rows, records, encoder, settings.teacher, args.max_length)
+        rows = [row | {"teacher_prompt_ids": prompt} for row, prompt in zip(rows, prompts, strict=True)]
 
     def score(rows: Any, done: Any) -> Any:
         options: Any = {"is_bf16": bool(args.bf16), "show_progress": not args.disable_tqdm}
-        return score_rows(model, rows, done=done, **options)
+        return score_rows(model, rows, done=done, teacher=settings.teacher, **options)
 
     judged = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is not None]
+    columns: dict[str, list[Any]] = {}
+
+    def add(index: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            columns.setdefault(name, [None] * len(rows))[index] = value
+
+    for index in range(len(rows)):
+        add(index, _list_flags(None, None, args) | _list_taught(None, None, None, args))
     if scores_file is not None and encoder is not None:
         # Only the training data have a file.
         scored = _score_once(data, rows, args, model, records, encoder, score, settings, scores_file)
         for index in judged:
-            is_flagged[index], weights[index] = scored[index].is_flagged, scored[index].weights
+            one = scored[index]
+            known_flags = rows[index].get("is_flagged") or one.is_flagged
+            found = None if one.teacher_ids is None else Columns(one.teacher_ids, one.teacher_logps or [])
+            add(index, _list_flags(one.is_flagged, one.weights, args))
+            add(index, _list_taught(found, known_flags, one.logps_without, args))
         data.threshold = scored[0].threshold
     else:
         comparison = Comparison(settings, {}, None)
@@ -467,26 +505,56 @@ def _flag_rows(
             plan = plan_comparison(rows, records, encoder, settings, num_records)
         elif settings.threshold == "auto" or settings.contrast != "judgment":
             raise ConfigError(f"{name}: contrast, threshold: auto: expected records, got encoded rows; pass records")
-        logps = {
-            judged[number]: pair
+        logps: dict[int, Logps] = {
+            judged[number]: one
             for batch in score([rows[index] for index in judged], ())
-            for number, pair in round_batch(batch).items()
+            for number, one in round_batch(batch).items()
         }
         if plan is not None:
             comparison = compare_contexts(rows, records, logps, plan, score, settings)
             data.sensitivity = comparison.sensitivity
-        for index, (without, with_judgment) in logps.items():
+        for index, (without, with_judgment, found) in logps.items():
             assert with_judgment is not None
             num_template = rows[index].get("num_template_tokens") or 0
             reference = comparison.references.get(index, without)
             flags = flag_response(reference, with_judgment, comparison.settings, num_template)
-            is_flagged[index], weights[index] = flags
+            known_flags = rows[index].get("is_flagged") or flags[0]
+            if found is not None:
+                found = found.restrict([place >= num_template for place in range(len(without))])
+            add(index, _list_flags(*flags, args))
+            add(index, _list_taught(found, known_flags, without, args))
         data.threshold = comparison.settings.threshold
     if settings.threshold == "auto":
         data.notices.append(f"{name}: threshold: auto found {data.threshold:g}")
     # Types are given because a column may hold nothing but None.
-    data.rows = _set_column(data.rows, "is_flagged", pyarrow.array(is_flagged, pyarrow.list_(pyarrow.bool_())))
-    data.rows = _set_column(data.rows, "weights", pyarrow.array(weights, pyarrow.list_(pyarrow.float64())))
+    for key, values in columns.items():
+        data.rows = _set_column(data.rows, key, pyarrow.array(values, _TYPES[key]))
+
+
+_TYPES = {
+    "is_flagged": pyarrow.list_(pyarrow.bool_()),
+    "weights": pyarrow.list_(pyarrow.float64()),
+    "teacher_ids": pyarrow.list_(pyarrow.list_(pyarrow.int32())),
+    "teacher_logps": pyarrow.list_(pyarrow.list_(pyarrow.float32())),
+    "old_logps": pyarrow.list_(pyarrow.float32()),
+}
+
+
+def _list_flags(is_flagged: list[bool] | None, weights: list[float] | None, args: CUTConfig) -> dict[str, Any]:
+    """The flags of a row by columns, if the objective uses those of the frozen detector."""
+    return {"is_flagged": is_flagged, "weights": weights} if args.has_frozen_detector else {}
+
+
+def _list_taught(
+    columns: Columns | None, is_flagged: Sequence[bool] | None, logps: Sequence[float] | None, args: CUTConfig
+) -> dict[str, Any]:
+    """What a teacher says about a row by columns, if the objective has one."""
+    if not args.has_teacher:
+        return {}
+    if columns is not None and is_flagged is not None and args.objective == "redirect":
+        columns = columns.restrict(is_flagged)
+    taught = {"teacher_ids": columns and columns.ids, "teacher_logps": columns and columns.logps}
+    return taught | ({"old_logps": logps} if args.importance_clip is not None else {})
 
 
 def _score_once(
@@ -581,14 +649,15 @@ def _hash(path: Path) -> str:
 
 
 def _finish_flags(data: PreparedData, name: str, args: CUTConfig) -> None:
-    """Count the flags, and drop what training on known flags does not need."""
+    """Count the flags or the taught tokens, and drop what training on known flags does not need."""
     is_satisfactory = data.rows["is_satisfactory"]
     num_tokens = sum(len(ids) for ids, good in zip(data.rows["response_ids"], is_satisfactory, strict=True) if not good)
-    num_flagged = sum(sum(flags or ()) for flags in data.rows["is_flagged"])
-    share = num_flagged / max(1, num_tokens)
-    data.notices.append(
-        f"{name}: {num_flagged} of {num_tokens} tokens of unsatisfactory responses are flagged ({share:.1%})"
-    )
+    if args.objective == "self_distillation":
+        num, what = sum(sum(map(bool, ids or ())) for ids in data.rows["teacher_ids"]), "distilled"
+    else:
+        num, what = sum(sum(flags or ()) for flags in data.rows["is_flagged"]), "flagged"
+    share = num / max(1, num_tokens)
+    data.notices.append(f"{name}: {num} of {num_tokens} tokens of unsatisfactory responses are {what} ({share:.1%})")
     if data.sensitivity is not None:
         data.notices.append(f"{name}: {data.sensitivity.describe()}")
         data.notices += [f"warning: {noise}" for noise in [data.sensitivity.describe_noise()] if noise]

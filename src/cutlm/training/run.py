@@ -214,7 +214,7 @@ def build_trainer(settings: Settings, data: LoadedData, prepare: Prepare = list)
     if config.is_of_pairs:
         return PairTrainer(**common)
     scores_file = None
-    if config.objective == "cut" and config.detector == "frozen" and not isinstance(rows[0], TokenScores):
+    if (config.has_frozen_detector or config.has_teacher) and not isinstance(rows[0], TokenScores):
         scores_file = ScoresFile(Path(config.output_dir) / SCORES_FILE, data_args.overwrite_output_dir)
     return CUTTrainer(**common, eval_dataset=eval_rows or None, scores_file=scores_file)
 

@@ -30,7 +30,18 @@ from cutlm.flagging.report import Sensitivity
 from cutlm.flagging.scoring import count_tokens
 from cutlm.flagging.sensitivity import Contrast, compute_sensitivity
 from cutlm.flagging.token_scores import TokenScores
-from cutlm.losses import CutLoss, Parts, TokenFlags, combine_parts, cut_loss, dual_cut_loss
+from cutlm.losses import (
+    CutLoss,
+    Parts,
+    Teaching,
+    TokenFlags,
+    combine_parts,
+    cut_loss,
+    dual_cut_loss,
+    redirect_loss,
+    self_distillation_loss,
+    sum_terms,
+)
 from cutlm.model.collator import CutCollator, find_non_finite, split_batch, split_lengths
 from cutlm.model.forward import (
     check_head,
@@ -39,6 +50,7 @@ from cutlm.model.forward import (
     evaluation_mode,
     run_inside,
     score_batch,
+    score_taught_batch,
 )
 from cutlm.model.loading import check_lora_targets, compile_layers, load_model, unwrap_peft
 from cutlm.model.logprobs import get_head
@@ -129,7 +141,12 @@ class CUTTrainer(CheckpointingTrainer):
                 " cutlm ..."
             )
             args._n_gpu = 1
-        if args.detector is None and train_dataset and isinstance(train_dataset[0], TokenScores):
+        if (
+            args.objective == "cut"
+            and args.detector is None
+            and train_dataset
+            and isinstance(train_dataset[0], TokenScores)
+        ):
             args.detector = "frozen"
         if isinstance(model, str | Path):
             model = load_model(model, device=args.device)
@@ -272,8 +289,8 @@ class CUTTrainer(CheckpointingTrainer):
         inputs = self._prepare_inputs(dict(inputs))
         inner = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            logps = run_inside(model, inner, self._score, inputs)
-        outputs = compute_batch_loss(logps, inputs, self.args)
+            logps, columns = run_inside(model, inner, self._score, inputs)
+        outputs = compute_batch_loss(logps, inputs, self.args, columns)
         own_counts = count_batch(inputs, self.args.normalization, self.args.parts)
         loss = combine_parts(outputs.contrast, outputs.likelihood, *(num_items_in_batch or own_counts))
         if num_items_in_batch is not None:
@@ -286,16 +303,17 @@ class CUTTrainer(CheckpointingTrainer):
             self._metrics.add(outputs, inputs, *own_counts)
         return (loss, outputs) if return_outputs else loss
 
-    def _score(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return score_batch(
-            model,
-            batch,
-            self.args.head_chunk_size,
-            needs_judged_grad=self.args.parts.unsatisfactory,
-            layout=self._layout,
+    def _score(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of the response tokens, and those of the tokens that a teacher prefers, if it has any."""
+        options: Any = {
+            "needs_judged_grad": self.args.parts.unsatisfactory,
+            "layout": self._layout,
             # Activation checkpointing already keeps little of a pass in memory.
-            max_tokens=None if self.args.activation_checkpointing else self._max_tokens,
-        )
+            "max_tokens": None if self.args.activation_checkpointing else self._max_tokens,
+        }
+        if self.args.needs_columns and "teacher_ids" in batch:
+            return score_taught_batch(model, batch, self.args.head_chunk_size, **options)
+        return score_batch(model, batch, self.args.head_chunk_size, **options), None
 
     def _check_finite(self, grad_norm: float) -> None:
         """Fail before the optimizer step if a log-probability or the gradient norm is not finite; name the records.
@@ -400,7 +418,7 @@ class CUTTrainer(CheckpointingTrainer):
             rows = [row for triple in own or self._contrasts[:1] for row in triple]
             batch = self._prepare_inputs(CutCollator()(rows))
             with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast():
-                logps = run_inside(model, inner, self._score, batch)
+                logps, _ = run_inside(model, inner, self._score, batch)
             parts = [part.tolist() for part in logps.float().cpu().split(batch["response_lengths"])]
             for index, triple in enumerate(own):
                 num_template_tokens = triple[0].get("num_template_tokens") or 0
@@ -436,13 +454,16 @@ def _list_metrics(sensitivity: Sensitivity | None) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def compute_batch_loss(logps: Tensor, batch: Mapping[str, Any], args: CUTConfig) -> CutLoss:
+def compute_batch_loss(
+    logps: Tensor, batch: Mapping[str, Any], args: CUTConfig, columns: Tensor | None = None
+) -> CutLoss:
     """Compute the sums of a micro-batch: assign its tokens to the parts of the objective.
 
     Args:
         logps: [R] log-probabilities, in the order of `batch["target_ids"]`.
         batch: A batch of `CutCollator`.
         args: Settings of the objective.
+        columns: [M, K + 1] log-probabilities of the tokens of the M distributions of a teacher, and of all others.
     """
     num_tokens, num_satisfactory_tokens = split_lengths(batch)
     without, with_judgment, satisfactory = logps.split([num_tokens, num_tokens, num_satisfactory_tokens])
@@ -466,6 +487,14 @@ def compute_batch_loss(logps: Tensor, batch: Mapping[str, Any], args: CUTConfig)
             weights_satisfactory=weights_satisfactory,
             can_flag=batch.get("can_flag"),
         )
+    if args.has_teacher:
+        plain = torch.cat([without, satisfactory])
+        terms = _compute_taught_terms(plain, columns, batch, args)
+        sums = sum_terms(
+            terms[:num_tokens], with_judgment, terms[num_tokens:], weights, weights_satisfactory, args.parts
+        )
+        is_flagged = batch["is_flagged"] if "is_flagged" in batch else torch.zeros_like(plain, dtype=torch.bool)
+        return CutLoss(*sums, is_flagged[:num_tokens], (with_judgment - without).detach())
     flags = flags_satisfactory = None
     if "is_flagged" in batch:
         sizes = [num_tokens, num_satisfactory_tokens]
@@ -485,6 +514,22 @@ def compute_batch_loss(logps: Tensor, batch: Mapping[str, Any], args: CUTConfig)
         can_flag=batch.get("can_flag"),
         parts=args.parts,
     )
+
+
+def _compute_taught_terms(logps: Tensor, columns: Tensor | None, batch: Mapping[str, Any], args: CUTConfig) -> Tensor:
+    """The terms [N] of the tokens of all plain contexts, of an objective that has a teacher."""
+    is_taught = batch["is_taught"]
+    own = logps[is_taught]
+    # The distribution of a sampled token is that of the token of the response alone.
+    teaching = Teaching(is_taught, batch["teacher_logps"], own[:, None] if columns is None else columns)
+    if args.objective == "redirect":
+        flags = TokenFlags(batch["is_flagged"], batch["flag_weights"])
+        return redirect_loss(logps, flags, teaching, has_unlikelihood=args.use_unlikelihood_loss)
+    importance = None
+    if args.importance_clip is not None:
+        importance = (own.detach() - batch["old_logps"]).exp().clamp(max=args.importance_clip)
+    kind = args.divergence if args.needs_columns else "sampled"
+    return self_distillation_loss(logps, teaching, kind=kind, clip=args.distillation_clip, importance=importance)
 
 
 def _repeat(values: Sequence[float], lengths: Sequence[int], device: torch.device) -> Tensor:

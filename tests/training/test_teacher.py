@@ -1,0 +1,332 @@
+"""Training on a teacher's distributions: stored once, one plain pass, and the same loss however a step is split."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import ON_CPU, list_options, run_main, run_ranks
+from safetensors.torch import load_file
+
+from cutlm import CUTConfig, CUTTrainer, load_records
+from cutlm.cli import main
+from cutlm.errors import ConfigError, DataError
+from cutlm.flagging.teacher import TeacherSettings
+from cutlm.flagging.token_scores import read_token_scores
+from cutlm.losses import guide
+from cutlm.model.collator import CutCollator, split_batch
+from cutlm.model.loading import load_model, load_tokenizer
+from cutlm.prompting.encoding import Encoder
+
+RECORDS = [
+    {
+        "instruction": f"Name a city, number {index}. " + "Please. " * (index % 3),
+        "output": "The capital is Sydney, a large city." + " And so on." * (index % 4),
+        "judgment": None if index in (1, 4) else f"Sydney is not the capital; mistake {index}.",
+    }
+    for index in range(6)
+]
+# The tiny model hardly reads judgments: a low threshold flags some tokens.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "self_distillation": {"objective": "self_distillation"},
+    "sampled": {"objective": "self_distillation", "distillation": "sampled", "distillation_clip": 2.0},
+    "advice": {"objective": "self_distillation", "teacher_context": "advice", "guidance": 0.0, "importance_clip": 2.0},
+    "draft": {"objective": "self_distillation", "teacher_context": "advice", "teacher_sees_response": True},
+    "reverse_kl": {"objective": "self_distillation", "divergence": "reverse_kl", "use_judged_loss": True},
+    "redirect": {"objective": "redirect", "threshold": 1.0},
+    "redirect_only": {
+        "objective": "redirect",
+        "threshold": 1.0,
+        "use_unlikelihood_loss": False,
+        "redirect_strength": 2,
+    },
+    "redirect_judged": {"objective": "redirect", "threshold": 1.0, "use_judged_loss": True},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "records.json"
+    path.write_text(json.dumps(RECORDS))
+    return path
+
+
+def make_trainer(base: Path, folder: Path, data: Any, **settings: Any) -> CUTTrainer:
+    config = CUTConfig(output_dir=str(folder), **ON_CPU | settings)
+    return CUTTrainer(load_model(base), config, data, processing_class=load_tokenizer(base))
+
+
+def score_naively(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """log p(v | prompt, y_<t) [T, V] in float64."""
+    with torch.no_grad():
+        ids = torch.tensor([[*prompt, *response[:-1]]])
+        return model(input_ids=ids).logits[0, len(prompt) - 1 :].double().log_softmax(-1)
+
+
+def compute_naively(base: Path, settings: dict[str, Any]) -> float:
+    """The loss of all records, one pool of tokens, from the model's own logits."""
+    model, tokenizer = load_model(base).double().eval(), load_tokenizer(base)
+    encoder = Encoder(tokenizer, "alpaca")
+    guidance = settings.get("redirect_strength", settings.get("guidance", 1.0))
+    total, judged_total, num_tokens, num_unsatisfactory = 0.0, 0.0, 0, 0
+    for record in RECORDS:
+        instruction, response = record["instruction"], encoder.encode_response(record["output"])
+        plain = score_naively(model, encoder.encode_prompt(instruction), response)
+        num_tokens += len(response)
+        if record["judgment"] is None:
+            total -= sum(plain[place, token].item() for place, token in enumerate(response))
+            continue
+        judgment = str(record["judgment"])
+        num_unsatisfactory += len(response)
+        judged = score_naively(model, encoder.encode_prompt(instruction, judgment), response)
+        if settings.get("teacher_context") == "advice":
+            draft = record["output"] if settings.get("teacher_sees_response") else None
+            prompt = encoder.encode_advised_prompt(instruction, judgment, draft)
+        else:
+            prompt = encoder.encode_prompt(instruction, "Perfect.")
+        teacher = score_naively(model, prompt, response)
+        if guidance:
+            teacher = guide(teacher, judged, guidance)
+        for place, token in enumerate(response):
+            p, q = plain[place], teacher[place]
+            is_flagged = judged[place, token] > p[token]
+            judged_total -= judged[place, token].item()
+            if settings["objective"] == "redirect" and not is_flagged:
+                total -= p[token].item()
+                continue
+            top = [index for index in q.topk(20).indices.tolist() if q[index] > -math.inf]
+            q_tail = max(0.0, 1 - sum(math.exp(q[index]) for index in top))
+            p_tail = 1 - sum(math.exp(p[index]) for index in top)
+            if settings.get("distillation") == "sampled":
+                advantage = max(-30.0, q[token].item()) - p[token].item()
+                term = -max(-2.0, min(2.0, advantage)) * p[token].item()
+            elif settings.get("divergence") == "reverse_kl":
+                term = sum(math.exp(p[index]) * (p[index] - q[index]).item() for index in top)
+                term += p_tail * (math.log(p_tail) - math.log(max(q_tail, 1e-6)))
+            else:
+                term = sum(math.exp(q[index]) * (q[index] - p[index]).item() for index in top)
+                term += q_tail * (math.log(q_tail) - math.log(p_tail)) if q_tail > 1e-9 else 0.0
+            if settings["objective"] == "redirect" and settings.get("use_unlikelihood_loss", True):
+                weight = math.exp(judged[place, token])
+                term -= weight * math.log(1 - math.exp(p[token]))
+            total += term
+    if settings.get("use_judged_loss"):  # two parts, each a mean: as CUT's L1 and L2
+        return total, judged_total, num_tokens, num_unsatisfactory  # type: ignore[return-value]
+    return total / num_tokens
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if "judged" not in name and name != "reverse_kl"])
+def test_the_loss_is_that_of_a_naive_implementation(tmp_path: Path, base: Path, data: Path, name: str) -> None:
+    settings = OBJECTIVES[name]
+    trainer = make_trainer(base, tmp_path, load_records(data), **settings)
+    rows = list(trainer.train_dataset)
+    assert all(row["judged_prompt_ids"] is None for row in rows)  # one plain pass
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item()
+    # The importance ratio of the model before training is 1.
+    assert loss == pytest.approx(compute_naively(base, settings), rel=2e-5)
+
+
+def test_judged_responses_can_be_learned_too(tmp_path: Path, base: Path, data: Path) -> None:
+    trainer = make_trainer(base, tmp_path, load_records(data), **OBJECTIVES["reverse_kl"])
+    rows = list(trainer.train_dataset)
+    with torch.no_grad():
+        loss, outputs = trainer.compute_loss(trainer.model, trainer.data_collator(rows), return_outputs=True)
+    total, judged, num_tokens, num_unsatisfactory = compute_naively(base, OBJECTIVES["reverse_kl"])  # type: ignore[misc]
+    assert (outputs.contrast + outputs.likelihood).item() == pytest.approx(total + judged, rel=2e-5)
+    # CUT's rule: the mean over unsatisfactory tokens, and the mean over all of L2.
+    expected = (outputs.contrast / num_unsatisfactory + outputs.likelihood / num_tokens) / 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+# ---- Every way to split a step ----
+
+
+@pytest.fixture(scope="module")
+def whole_steps() -> dict[str, torch.Tensor]:
+    """The gradients of all records in one micro-batch, by objective."""
+    return {}
+
+
+def run_step(folder: Path, base: Path, data: Path, name: str, size: int, num: int, **further: Any) -> list[str]:
+    settings = ON_CPU | {
+        **{"model_name_or_path": base, "data": data, "output_dir": folder / name, "use_peft": False, "optim": "sgd"},
+        **{"learning_rate": 1, "lr_scheduler_type": "constant", "max_grad_norm": 0, "max_steps": 1},
+        **{"save_strategy": "no", "per_device_train_batch_size": size, "gradient_accumulation_steps": num},
+    }
+    return ["train", *list_options(**settings | further)]
+
+
+def compute_gradient(base: Path, folder: Path) -> torch.Tensor:
+    before, after = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
+    return torch.cat([(before[key] - after[key]).flatten() for key in sorted(before)])
+
+
+@pytest.mark.parametrize("normalization", ["token", "record"])
+@pytest.mark.parametrize("name", ["advice", "reverse_kl", "redirect_judged"])
+def test_the_gradient_does_not_depend_on_how_a_step_is_split(
+    tmp_path: Path, base: Path, data: Path, name: str, normalization: str
+) -> None:
+    settings = OBJECTIVES[name] | {"normalization": normalization}
+    assert main(run_step(tmp_path, base, data, "whole", 6, 1, **settings)) == 0
+    expected = compute_gradient(base, tmp_path / "whole")
+    assert expected.norm() > 0.01
+    for run, size, num, further in (("micro", 2, 3, {}), ("parts", 6, 1, {"max_tokens_per_batch": 1})):
+        assert main(run_step(tmp_path, base, data, run, size, num, **settings, **further)) == 0
+        gradient = compute_gradient(base, tmp_path / run)
+        assert (gradient - expected).norm() / expected.norm() < 1e-5, run
+
+
+def test_two_ranks_give_the_gradient_of_one(tmp_path: Path, base: Path, data: Path) -> None:
+    settings = OBJECTIVES["redirect"]
+    assert main(run_step(tmp_path, base, data, "whole", 6, 1, **settings)) == 0
+    results = run_ranks(run_main, run_step(tmp_path, base, data, "ranks", 3, 1, **settings))
+    assert [result.exit_code for result in results] == [0, 0], results
+    expected, gradient = (compute_gradient(base, tmp_path / run) for run in ("whole", "ranks"))
+    assert (gradient - expected).norm() / expected.norm() < 1e-5
+
+
+def test_parts_of_a_batch_keep_their_distributions(tmp_path: Path, base: Path, data: Path) -> None:
+    trainer = make_trainer(base, tmp_path, load_records(data), **OBJECTIVES["advice"])
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    parts = split_batch(batch, 1)
+    assert len(parts) == len(RECORDS)
+    by_name = {part["locations"][0]: part for part in parts}
+    for row in trainer.train_dataset:
+        alone = CutCollator()([row])
+        part = by_name[row["location"]]
+        for key in ("is_taught", "teacher_ids", "teacher_logps", "old_logps"):
+            assert part[key].tolist()[:1] == alone[key].tolist()[:1], key
+            assert len(part[key]) == len(alone[key])
+
+
+# ---- Stored distributions ----
+
+
+@pytest.mark.parametrize("name", ["self_distillation", "redirect", "sampled"])
+def test_a_run_stores_the_distributions_and_trains_on_its_file_alike(
+    tmp_path: Path, base: Path, data: Path, name: str
+) -> None:
+    settings = OBJECTIVES[name]
+    assert main(run_step(tmp_path, base, data, "first", 6, 1, **settings)) == 0
+    stored = tmp_path / "first" / "token_scores.jsonl"
+    scores = read_token_scores(stored)
+    for one in scores:
+        assert (one.teacher_ids is None) == one.record.is_satisfactory
+        if one.teacher_ids is not None and one.teacher_logps is not None:
+            assert one.teacher == asdict(CUTConfig(output_dir="unused", **ON_CPU | settings).teacher_settings)
+            widths = [len(ids) for ids in one.teacher_ids]
+            assert all(math.fsum(map(math.exp, logps)) <= 1 + 1e-4 for logps in one.teacher_logps)
+            if name == "redirect":
+                assert [width > 0 for width in widths] == one.is_flagged
+            else:
+                assert set(widths) == {1} if name == "sampled" else all(0 < width <= 20 for width in widths)
+    assert main(run_step(tmp_path, base, stored, "second", 6, 1, **settings)) == 0
+    first, second = (compute_gradient(base, tmp_path / run) for run in ("first", "second"))
+    assert (first - second).norm() / first.norm() < 1e-6
+    # CUT reads the file too, and an older one has no teacher.
+    assert main(run_step(tmp_path, base, stored, "cut", 6, 1)) == 0
+
+
+def test_a_resumed_run_reuses_the_distributions(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = run_step(tmp_path, base, data, "run", 6, 1, objective="redirect", save_strategy="steps", save_steps=1)
+    assert main(options) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("cutlm.training.dataset.score_rows", lambda *_, **__: pytest.fail("scored"))
+    assert main([*options, "--resume_from_checkpoint", "last", "--max_steps", "2"]) == 0
+    assert "reusing the token scores" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stored", "settings", "named"),
+    [
+        (None, {"objective": "self_distillation"}, "without a teacher"),
+        ({}, {"objective": "self_distillation", "guidance": 2.0}, "guidance"),
+        ({}, {"objective": "self_distillation", "teacher_context": "advice"}, "context"),
+        ({"objective": "redirect"}, {"objective": "self_distillation"}, "flagged_only"),
+    ],
+)
+def test_scores_of_another_teacher_are_refused(
+    tmp_path: Path, base: Path, data: Path, stored: dict[str, Any] | None, settings: dict[str, Any], named: str
+) -> None:
+    made = {"detector": "frozen"} if stored is None else {"objective": "self_distillation"} | stored
+    assert main(run_step(tmp_path, base, data, "first", 6, 1, **made)) == 0
+    with pytest.raises(ConfigError, match=named):
+        make_trainer(base, tmp_path, read_token_scores(tmp_path / "first" / "token_scores.jsonl"), **settings)
+
+
+def test_a_file_of_all_distributions_serves_redirect(tmp_path: Path, base: Path, data: Path) -> None:
+    assert main(run_step(tmp_path, base, data, "all", 6, 1, objective="self_distillation")) == 0
+    stored = tmp_path / "all" / "token_scores.jsonl"
+    redirect = {"objective": "redirect"}
+    for name, source in (("own", data), ("stored", stored)):
+        assert main(run_step(tmp_path, base, source, name, 6, 1, **redirect)) == 0
+    own, other = (compute_gradient(base, tmp_path / name) for name in ("own", "stored"))
+    assert (own - other).norm() / own.norm() < 1e-6
+
+
+def test_a_flag_that_was_added_by_hand_needs_the_teachers_tokens(tmp_path: Path, base: Path, data: Path) -> None:
+    assert main(run_step(tmp_path, base, data, "run", 6, 1, objective="redirect", threshold=3.0)) == 0
+    scores = read_token_scores(tmp_path / "run" / "token_scores.jsonl")
+    place = scores[0].is_flagged.index(False)
+    scores[0].is_flagged[place], scores[0].weights[place] = True, 1.0
+    with pytest.raises(DataError, match=rf"teacher_ids\[{place}\]"):
+        make_trainer(base, tmp_path, scores, objective="redirect", threshold=3.0)
+
+
+def test_spans_of_a_judge_can_be_redirected(tmp_path: Path, base: Path) -> None:
+    rows = [row | {"wrong_spans": [[15, 21]]} if row["judgment"] else row for row in RECORDS]
+    (tmp_path / "records.json").write_text(json.dumps(rows))
+    records = load_records(tmp_path / "records.json")
+    trainer = make_trainer(base, tmp_path, records, objective="redirect", detector="spans")
+    for row in trainer.train_dataset:
+        if not row["is_satisfactory"]:
+            assert any(row["is_flagged"])
+            assert [bool(ids) for ids in row["teacher_ids"]] == row["is_flagged"]
+
+
+# ---- Settings ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"guidance": 2.0}, "guidance: not used by objective cut"),
+        ({"objective": "redirect", "guidance": 2.0}, "guidance: not used by objective redirect"),
+        ({"objective": "self_distillation", "redirect_strength": 0.0}, "redirect_strength: not used"),
+        ({"objective": "self_distillation", "threshold": 1.5}, "threshold: not used"),
+        ({"objective": "self_distillation", "detector": "frozen"}, "detector: not used"),
+        ({"objective": "redirect", "detector": "current"}, "detector: expected frozen or spans"),
+        ({"objective": "redirect", "use_unlikelihood_loss": False, "gamma": 0.0}, "gamma: not used"),
+        ({"objective": "redirect", "teacher_sees_response": True}, "expected teacher_context advice"),
+        ({"objective": "self_distillation", "teacher_context": "scorn"}, "teacher_context: expected praise or advice"),
+        ({"objective": "self_distillation", "divergence": "l2"}, "divergence: expected"),
+        ({"objective": "self_distillation", "guidance": -1.0}, "guidance: expected a number of at least 0"),
+        ({"objective": "self_distillation", "importance_clip": 0.0}, "importance_clip: expected a number above 0"),
+        (
+            {"objective": "self_distillation", "distillation": "sampled", "divergence": "jsd"},
+            "divergence: not used",
+        ),
+    ],
+)
+def test_settings_of_another_objective_are_refused_in_one_sentence(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        CUTConfig(output_dir="unused", **ON_CPU | settings)
+    assert len(caught.value.problems) == 1
+
+
+def test_sharded_weights_need_stored_distributions(tmp_path: Path, base: Path, data: Path) -> None:
+    config = CUTConfig(output_dir=str(tmp_path), **ON_CPU, objective="redirect")
+    config.fsdp = True
+    with pytest.raises(ConfigError, match="cutlm blame"):
+        CUTTrainer(load_model(base), config, load_records(data), processing_class=load_tokenizer(base))
+
+
+def test_a_teacher_that_is_not_possible_is_refused() -> None:
+    with pytest.raises(ConfigError, match="teacher_context"):
+        TeacherSettings(context="none")
