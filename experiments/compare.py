@@ -37,7 +37,7 @@ FOLDER = Path(__file__).parent
 ONLINE = ("cut", "cut_frozen", "hindsight", "dpo")
 REWARDS = ("cut", "cut_frozen", "dpo")
 # Methods that learn from judgments; DPO, which learns from verdicts, gets flipped ones.
-NOISY = ("cut", "cut_frozen", "likelihood_satisfactory")
+NOISY = ("cut", "cut_frozen", "redirect", "self_distillation", "likelihood_satisfactory")
 NOISES = ("foreign", "praise", "vague")
 _DEV_SEED = 0
 _SAMPLES_FOR_REWARDS = 4

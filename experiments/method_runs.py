@@ -75,6 +75,8 @@ METHODS = (
     Method("cut_frozen", _FROZEN, about="CUT, tokens flagged once by the frozen base model"),
     Method("cut_frozen_threshold_1.05", _FROZEN | {"threshold": 1.05}, about="the same at threshold 1.05"),
     Method("cut_true_spans", {"detector": "spans"}, about="CUT, the truly wrong tokens given by the oracle"),
+    Method("redirect", {"objective": "redirect"}, about="CUT, flagged tokens redirected by a frozen teacher, too"),
+    Method("self_distillation", {"objective": "self_distillation"}, about="guided self-distillation, frozen teacher"),
     Method("dual_cut", {"objective": "dual_cut"}, about="DualCUT, which also learns from praise"),
     Method("likelihood", {"objective": "likelihood"}, about="likelihood of every response"),
     Method(
