@@ -48,7 +48,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 42,
-    batch_size: int = 16,
+    batch_size: int = 32,
     dtype: str = "auto",
     device: str | None = None,
     out: str | Path | None = None,
@@ -64,7 +64,7 @@ def generate(
         temperature: 0 is greedy.
         top_p: Nucleus sampling; 1 turns it off.
         seed: Seed of the sampling.
-        batch_size: Prompts per batch.
+        batch_size: Prompts at a time.
         dtype: dtype of the weights; "auto" for the checkpoint's, or float32 on a CPU that is faster in it.
         device: Such as "cuda:1"; None for a GPU if there is one.
         out: A file to write; an interrupted call with the same arguments resumes from `OUT.partial`.

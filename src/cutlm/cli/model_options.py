@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cutlm.prompting.templates import TemplateName
     from cutlm.servers.client import Server
 
-DEFAULTS: dict[str, Any] = {"base": None, "dtype": "auto", "device": None, "bf16": False, "batch_size": 16}
+DEFAULTS: dict[str, Any] = {"base": None, "dtype": "auto", "device": None, "bf16": False, "batch_size": 32}
 DEFAULTS |= {"max_tokens_per_batch": None, "tokenizer": None, "concurrency": 8, "timeout": 600.0, "max_retries": 5}
 DEFAULTS |= {"extra_body": "{}", "requests_per_minute": None, "tokens_per_minute": None}
 SOURCES = "JSON, CSV, Parquet or Arrow files, globs, folders or hub data sets (docs/data.md)"
@@ -79,7 +79,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     },
     "device": {"help": "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"},
     "bf16": {"action": "store_true", "default": None, "help": "run in bfloat16 by autocast"},
-    "batch_size": {"type": int, "metavar": "N", "help": "prompts at a time (default: 16)"},
+    "batch_size": {"type": int, "metavar": "N", "help": "prompts at a time (default: 32)"},
     "max_tokens_per_batch": {
         "type": int,
         "metavar": "N",

@@ -45,7 +45,7 @@ class Sampling:
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0  # nucleus sampling: only the likeliest tokens of this total probability
     seed: int = 42  # each prompt has its own random numbers, from this seed and its index
-    batch_size: int = 16
+    batch_size: int = 32
 
     def __post_init__(self) -> None:
         minimum_1 = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}

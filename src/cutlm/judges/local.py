@@ -41,7 +41,7 @@ def judge_locally(
     out: str,
     *,
     max_new_tokens: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = 32,
     dtype: str = "auto",
     device: str | None = None,
 ) -> tuple[Outcome, Journal]:
@@ -52,7 +52,7 @@ def judge_locally(
         path: The model's folder: an adapter or a whole model.
         out: The output file; finished batches are kept in `OUT.partial`, from which a stopped run resumes.
         max_new_tokens: The maximum length of an answer; None: 1024, but at most a quarter of the model's context.
-        batch_size: The number of responses per batch.
+        batch_size: The number of responses at a time.
         dtype: See `load_model`.
         device: None uses a GPU if there is one.
 
