@@ -23,7 +23,7 @@ from cutlm.errors import ConfigError, UserError
 from cutlm.flagging.detector import FlagSettings, blame_file
 from cutlm.flagging.scoring import load_scorer
 from cutlm.flagging.sensitivity import NUM_RECORDS
-from cutlm.flagging.token_scores import TokenScores
+from cutlm.flagging.token_scores import TokenScores, read_token_scores
 from cutlm.generation.files import check_prompts, generate_file
 from cutlm.generation.local import Sampling, choose_max_new_tokens
 from cutlm.judges.responses import Failure, make_record_rows, parse_responses
@@ -231,9 +231,10 @@ def blame(
             backend=backend,
             sensitivity_records=sensitivity_records,
         )
+        scores = read_token_scores(path)
     if report.sensitivity is not None and (noise := report.sensitivity.describe_noise()):
         logger.warning(noise)
-    return report.scores
+    return scores
 
 
 def merge(adapter: str | Path, out: str | Path, *, base: str | None = None, overwrite: bool = False) -> Path:

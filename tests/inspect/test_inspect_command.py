@@ -15,9 +15,9 @@ from tiny import save_tiny_model
 
 from cutlm.cli import main
 from cutlm.data.records import load_records
-from cutlm.flagging.token_scores import read_token_scores, write_token_scores
+from cutlm.flagging.token_scores import list_records, read_token_scores, write_token_scores
 from cutlm.inspect.page import PageRecord, Picture, Table, render_page, write_page
-from cutlm.inspect.tokens import mark_spans, pair_scores, split_pieces
+from cutlm.inspect.tokens import mark_spans, pair_records, split_pieces
 
 
 def run(*options: str) -> int:
@@ -50,11 +50,29 @@ def test_records_are_paired_by_content_as_often_as_both_files_have_them():
     rows = make_rows()
     first = [rows[0], rows[0], rows[1], rows[2]]
     second = [rows[2], replace(rows[0], detector="other"), rows[4], rows[3]]
-    pairs, num_unpaired = pair_scores(first, second)
-    assert pairs == [(rows[0], second[1]), (rows[2], rows[2])]
+    pairs, num_unpaired = pair_records(list_records(first), list_records(second))
+    assert pairs == [(0, 1), (3, 0)]
     assert num_unpaired == (2, 2)
-    changed = replace(rows[0], record=rows[0].record.model_copy(update={"judgment": "Other."}))
-    assert pair_scores([rows[0]], [changed]).num_unpaired == (1, 1)
+    changed = rows[0].record.model_copy(update={"judgment": "Other."})
+    assert pair_records([rows[0].record], [changed]).num_unpaired == (1, 1)
+
+
+def test_a_page_of_many_records_shows_some_and_says_so(tmp_path, capsys):
+    scores, out = str(tmp_path / "scores.jsonl"), str(tmp_path / "page.html")
+    rows = make_rows() * 20
+    write_token_scores(scores, rows)
+    for files in ([scores], [scores, scores]):
+        options = [option for file in files for option in ("--scores", file)]
+        assert main(["inspect", *options, "--out", out, "--max_records", "7", "--overwrite"]) == 0
+        data = read_page_data(Path(out).read_text("utf-8"))
+        assert len(data["records"]) == 7
+        assert f"7 of {len(rows)} records" in data["lead"][0]
+        assert f"7 of {len(rows)} records" in capsys.readouterr().out
+    assert main(["inspect", "--scores", scores, "--out", out, "--max_records", "0", "--overwrite"]) == 0
+    data = read_page_data(Path(out).read_text("utf-8"))
+    assert len(data["records"]) == len(rows)
+    assert not data["lead"]
+    assert main(["inspect", "--scores", scores, "--out", out, "--max_records", "-1", "--overwrite"]) == 2
 
 
 def test_page_of_one_file_and_of_two(tmp_path, capsys):

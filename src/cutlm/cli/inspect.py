@@ -12,7 +12,9 @@ blame does with the options below, into a file next to the page (report.scores.j
 sorted, and loads nothing from the network."""
 
 import argparse
+import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the records to score with --model, or marked by the judge: {SOURCES}",
     )
     add_options(parser, "columns")
+    parser.add_argument(
+        "--max_records",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="records on the page, drawn at random if there are more; 0 shows all (default: 2000)",
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="the HTML page to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the page and, with --model, its scores")
     add_scoring_arguments(parser)
@@ -54,29 +63,40 @@ def run(args: argparse.Namespace) -> int:
         print(f"{files[0]} holds the token scores")
 
     from cutlm.flagging.report import read_sensitivity
-    from cutlm.flagging.token_scores import read_token_scores
+    from cutlm.flagging.token_scores import open_token_scores, read_token_scores
     from cutlm.inspect.page import PageRecord, write_page
 
     rows: list[tuple[TokenScores, ...]]
     if args.model or args.scores:
-        rows, num_unpaired = _pair(files, [read_token_scores(file) for file in files])
+        rows, num_all, num_unpaired = _choose_rows(
+            files, [open_token_scores(file) or read_token_scores(file) for file in files], args.max_records
+        )
     else:
-        rows, num_unpaired = _mark_spans(args), ()
+        rows, num_all = _mark_spans(args)
+        num_unpaired = ()
     names = [Path(file).name for file in files]
     names = names if len(set(names)) == len(names) else files
+    left_out = ""
+    if len(rows) < num_all:
+        left_out = f"{len(rows):,} of {num_all:,} records, drawn at random; --max_records 0 shows all."
     num_bytes = write_page(
         args.out,
         [PageRecord(row) for row in rows],
+        lead=[left_out] if left_out else [],
         names=names,
         num_unpaired=num_unpaired,
         sensitivities=[read_sensitivity(file) for file in files],
     )
+    if left_out:
+        print(f"{args.out} shows {left_out}")
     pairs = "pairs of " if num_unpaired else ""
     print(f"{args.out}: {len(rows)} {pairs}records, {num_bytes / 1e6:.1f} MB; open it in a browser")
     return 0
 
 
 def _check_options(args: argparse.Namespace) -> None:
+    if args.max_records < 0:
+        raise ConfigError(f"--max_records: expected a whole number of at least 0, got {args.max_records}")
     if args.scores and len(args.scores) > 2:
         raise ConfigError(f"--scores: expected one file or two, got {len(args.scores)}")
     if bool(args.scores) == bool(args.model or args.data) or (args.model and not args.data):
@@ -92,7 +112,7 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ConfigError(f"{', '.join(given)}: used only with --model; set it, or remove")
 
 
-def _mark_spans(args: argparse.Namespace) -> "list[tuple[TokenScores, ...]]":
+def _mark_spans(args: argparse.Namespace) -> "tuple[list[tuple[TokenScores, ...]], int]":
     """Flag what the judge marked in the records."""
     from cutlm.data.records import check_records, raise_problems
     from cutlm.data.sources import describe_sources
@@ -104,26 +124,42 @@ def _mark_spans(args: argparse.Namespace) -> "list[tuple[TokenScores, ...]]":
         raise DataError(
             f"{describe_sources(args.data)}: expected records with wrong_spans, got none; set --model to score them"
         )
-    return [(mark_spans(record),) for record in check.records]
+    records = check.records
+    return [(mark_spans(records[place]),) for place in _draw(len(records), args.max_records)], len(records)
 
 
-def _pair(
-    files: list[str], scores: "list[list[TokenScores]]"
-) -> "tuple[list[tuple[TokenScores, ...]], tuple[int, ...]]":
-    """The scores of each record and, for two files, how many records only one has (which is also printed)."""
-    from cutlm.inspect.tokens import has_same_tokens, pair_scores
+def _draw(num_records: int, max_records: int) -> Sequence[int]:
+    """Draw the records to show, in their order; 0 shows all."""
+    if not max_records or num_records <= max_records:
+        return range(num_records)
+    return sorted(random.Random(0).sample(range(num_records), max_records))
+
+
+def _choose_rows(
+    files: list[str], scores: "list[Sequence[TokenScores]]", max_records: int
+) -> "tuple[list[tuple[TokenScores, ...]], int, tuple[int, ...]]":
+    """Choose the records to show, and read the scores of each.
+
+    Returns:
+        The scores; the number of records from which they were chosen; for two files, how many records only one has,
+        which is also printed.
+    """
+    from cutlm.flagging.token_scores import list_records
+    from cutlm.inspect.tokens import has_same_tokens, pair_records
 
     if len(scores) == 1:
-        return [(one,) for one in scores[0]], ()
-    pairs, num_unpaired = pair_scores(*scores)
-    if not pairs:
+        return [(scores[0][place],) for place in _draw(len(scores[0]), max_records)], len(scores[0]), ()
+    places, num_unpaired = pair_records(*map(list_records, scores))
+    if not places:
         raise DataError(
             f"{files[0]} and {files[1]}: expected scores of the same records, found none with the same instruction,"
             " input, output and judgment in both; score one file of records with both models"
         )
+    chosen = [places[number] for number in _draw(len(places), max_records)]
+    pairs = [(scores[0][one], scores[1][other]) for one, other in chosen]
     for file, number in zip(files, num_unpaired, strict=True):
         if number:
             print(f"{file}: skipped {number} records that the other file does not have", file=sys.stderr)
     if num_other := sum(not has_same_tokens(*pair) for pair in pairs):
         print(f"{num_other} responses have different tokens in the second file and are not compared token by token")
-    return [*pairs], num_unpaired
+    return [*pairs], len(places), num_unpaired

@@ -52,16 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def print_dry_run(settings: "Settings", prepare: "Prepare" = list) -> int:
+def print_dry_run(settings: "Settings", prepare: "Prepare | None" = None) -> int:
     """Print the settings and, as comments, a preview of the data; files that do not exist are only named."""
     from cutlm.data.sources import find_missing
     from cutlm.training.preview import preview_run
+    from cutlm.training.run import keep_rows
 
     print(settings.to_yaml(), end="")
     data_args = settings.parts[0]
     missing = find_missing([*data_args.data, *(data_args.eval_data or [])])
     for line in [f"{source}: no such file, so the data were not looked at" for source in missing] or preview_run(
-        settings, prepare
+        settings, prepare or keep_rows
     ):
         print(f"# {line}".rstrip())
     return 0

@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from cutlm.data.formats import describe_file_format
 from cutlm.data.sources import as_sources, find_files, find_local_files, strip_compression
@@ -143,16 +143,77 @@ def read_data(sources: str | Path | Sequence[str | Path], columns: Mapping[str, 
         ]
     if unreadable:
         raise DataError(unreadable)
-    return Data(rows, problems, _join_hashes(hashes, columns))
+    return Data(rows, problems, join_hashes(hashes, columns))
+
+
+class Line(NamedTuple):
+    """A line of a file of JSON Lines: where it is, and its row, or a sentence that says why it cannot be used."""
+
+    offset: int  # in bytes
+    num_bytes: int
+    row: SourceRow
+    problem: str | None
+
+
+def is_plain_lines(path: str | Path) -> bool:
+    """Whether a file is JSON Lines that are neither compressed nor in another encoding than UTF-8."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(1000).lstrip().startswith(b"{")
+    except OSError:
+        return False
+
+
+def stream_lines(path: str | Path, name: str) -> Iterator[Line]:
+    """Read a file of JSON Lines line by line, as `read_data` does; see `is_plain_lines`.
+
+    Raises:
+        DataError: It cannot be read, or is not UTF-8.
+    """
+    offset = 0
+    try:
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if raw.strip():
+                    yield Line(offset, len(raw), *_read_line(name, number, raw))
+                offset += len(raw)
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from None
+
+
+def read_line(file: BinaryIO, offset: int, num_bytes: int) -> Any:
+    """Read the value of a line that `stream_lines` has found."""
+    file.seek(offset)
+    return json.loads(file.read(num_bytes))
+
+
+def _read_line(name: str, number: int, raw: bytes) -> tuple[SourceRow, str | None]:
+    location = f"{name}:{number}"
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{location}: expected UTF-8 text, got the byte 0x{raw[error.start]:02x}") from None
+    rows, problems = _parse_lines(name, text, number)
+    if problems:
+        return SourceRow(location, None), problems[0]
+    ((_, value),) = rows
+    problem = _find_problem(value)
+    return SourceRow(location, value), problem and f"{location}: {problem}"
+
+
+def hash_file(path: str | Path) -> str:
+    """Hash the bytes of a file, which need not fit into memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_sources(sources: str | Path | Sequence[str | Path]) -> str:
     """Hash the content of the files that `read_data` would read; raise a DataError if one cannot be read."""
     files = [file for source in as_sources(sources) for file in find_files(source)]
-    return _join_hashes([hashlib.sha256(read_bytes(file.path)).hexdigest() for file in files], {})
+    return join_hashes([hashlib.sha256(read_bytes(file.path)).hexdigest() for file in files], {})
 
 
-def _join_hashes(hashes: Sequence[str], columns: Mapping[str, str]) -> str:
+def join_hashes(hashes: Sequence[str], columns: Mapping[str, str]) -> str:
     if len(hashes) == 1 and not columns:
         return hashes[0]
     return hashlib.sha256(json.dumps([hashes, columns], sort_keys=True).encode()).hexdigest()
@@ -168,6 +229,8 @@ def _parse_file(path: str, content: bytes, columns: Mapping[str, str]) -> Table:
         return parse_csv(path, text, columns)
     is_array = text.lstrip().startswith("[")
     rows, problems = (_parse_array(path, text), []) if is_array else _parse_lines(path, text)
+    if problems and not rows:
+        _refuse_format(path, text, problems)
     names = {name for _, value in rows if isinstance(value, dict) for name in value}
     return Table(_rename(path, rows, columns, problems) if columns else rows, list(names), problems)
 
@@ -225,18 +288,16 @@ def _parse_array(path: str, text: str) -> list[tuple[str, Any]]:
     return [(f"[{index}]", value) for index, value in enumerate(values)]
 
 
-def _parse_lines(path: str, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
+def _parse_lines(path: str, text: str, start: int = 1) -> tuple[list[tuple[str, Any]], list[str]]:
     rows, problems = [], []
     # Only "\n" ends a line: strings may contain other Unicode line breaks.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=start):
         if line.strip():
             try:
                 rows.append((f":{number}", _parse(line)))
             except (ValueError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else error
                 problems.append(f"{path}:{number}: not JSON ({reason}); each line must be one JSON object")
-    if problems and not rows:
-        _refuse_format(path, text, problems)
     return rows, problems
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -142,9 +142,13 @@ def round_logps(logps: Tensor) -> list[float]:
 
 @dataclass
 class BlameReport:
-    """The token scores of a file, in the order of the records, and counts."""
+    """Counts of the token scores of a file."""
 
-    scores: list[TokenScores]
+    num_records: int = 0
+    num_judged: int = 0  # unsatisfactory records
+    num_tokens: int = 0  # tokens of unsatisfactory responses
+    num_flagged: int = 0
+    num_without_flag: int = 0  # unsatisfactory records without any flag
     num_resumed: int = 0  # records taken from an interrupted run
     num_truncated: int = 0  # records with a truncated prompt
     left_out: list[str] = field(default_factory=list)  # a sentence for each record that is too long
@@ -152,30 +156,21 @@ class BlameReport:
     settings: FlagSettings = field(default_factory=FlagSettings)  # with the threshold that was found
     is_threshold_found: bool = False
 
-    @property
-    def judged(self) -> list[TokenScores]:
-        """Those of unsatisfactory records."""
-        return [scores for scores in self.scores if not scores.record.is_satisfactory]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of unsatisfactory responses."""
-        return sum(len(scores.token_ids) for scores in self.judged)
-
-    @property
-    def num_flagged(self) -> int:
-        return sum(sum(scores.is_flagged) for scores in self.scores)
-
-    @property
-    def num_without_flag(self) -> int:
-        """Unsatisfactory records without any flag."""
-        return sum(not any(scores.is_flagged) for scores in self.judged)
+    def count(self, scores: TokenScores) -> None:
+        """Count the token scores of one more record."""
+        self.num_records += 1
+        num_flagged = sum(scores.is_flagged)
+        self.num_flagged += num_flagged
+        if not scores.record.is_satisfactory:
+            self.num_judged += 1
+            self.num_tokens += len(scores.token_ids)
+            self.num_without_flag += not num_flagged
 
     def describe(self) -> str:
         """Counts for the user, and how far the flags can be trusted, in lines."""
-        num_judged, num_tokens, num_flagged = len(self.judged), self.num_tokens, self.num_flagged
+        num_judged, num_tokens, num_flagged = self.num_judged, self.num_tokens, self.num_flagged
         lines = [
-            f"{len(self.scores)} records scored ({len(self.scores) - num_judged} satisfactory, {num_judged}"
+            f"{self.num_records} records scored ({self.num_records - num_judged} satisfactory, {num_judged}"
             f" unsatisfactory); {self.num_truncated} with a truncated prompt; {len(self.left_out)} left out",
             f"{num_flagged} of {num_tokens} tokens of unsatisfactory responses flagged"
             f" ({num_flagged / max(1, num_tokens):.1%}); {self.num_without_flag} of these records without any flag",
@@ -238,20 +233,29 @@ def blame_file(
     num_resumed = count_resumed(journal)
     logps = score_with_journal(encoded.rows, journal, score)
     comparison = compare_contexts(encoded.rows, kept, logps, plan, score, settings, journal)
-    scores = make_all_scores(encoded.rows, kept, logps, comparison, encoder, detector)
     report = BlameReport(
-        scores,
-        num_resumed,
-        encoded.num_truncated,
-        encoded.left_out,
-        comparison.sensitivity if sensitivity_records else None,
-        comparison.settings,
-        settings.threshold == "auto",
+        num_resumed=num_resumed,
+        num_truncated=encoded.num_truncated,
+        left_out=encoded.left_out,
+        sensitivity=comparison.sensitivity if sensitivity_records else None,
+        settings=comparison.settings,
+        is_threshold_found=settings.threshold == "auto",
     )
-    write_report(out, report)  # first, so that a file of scores has its report
-    write_token_scores(out, scores)
+    write_scores(out, make_all_scores(encoded.rows, kept, logps, comparison, encoder, detector), report)
     journal.remove()
     return report
+
+
+def write_scores(out: str | Path, scores: Iterable[TokenScores], report: BlameReport) -> None:
+    """Write token scores one by one, count them in their report and write that too."""
+
+    def count() -> Iterator[TokenScores]:
+        for one in scores:
+            report.count(one)
+            yield one
+        write_report(out, report)  # before the scores have their name, so that a file of scores has its report
+
+    write_token_scores(out, count())
 
 
 def count_resumed(journal: Journal) -> int:
@@ -259,18 +263,37 @@ def count_resumed(journal: Journal) -> int:
     return sum("logps_foreign" not in line for line in journal.lines)
 
 
-def score_with_journal(rows: Sequence[Mapping[str, Any]], journal: Journal, score: Scorer) -> dict[int, Logps]:
+class JournalLogps(Mapping[int, Logps]):
+    """The log-probabilities that a journal holds, by the index of the row; they stay in its file."""
+
+    def __init__(self, journal: Journal, places: dict[int, int]) -> None:
+        self._journal = journal
+        self._places = places  # the line of each row
+
+    def __getitem__(self, index: int) -> Logps:
+        return _read_line(self._journal.lines[self._places[index]])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def score_with_journal(rows: Sequence[Mapping[str, Any]], journal: Journal, score: Scorer) -> JournalLogps:
     """Score the rows that a journal does not hold yet, appending each batch to it; return all by their indices."""
-    if not all(_matches_row(line, rows) for line in journal.lines):
-        refuse_foreign(journal.path)
-    lines = [line for line in journal.lines if "logps_foreign" not in line]
-    finished = {line["index"]: _read_line(line) for line in lines}
-    with journal, closing(score(rows, frozenset(finished))) as batches:
+    places = {}
+    for place, line in enumerate(journal.lines):
+        if not _matches_row(line, rows):
+            refuse_foreign(journal.path)
+        if "logps_foreign" not in line:
+            places[line["index"]] = place
+    with journal, closing(score(rows, frozenset(places))) as batches:
         for batch in batches:
             logps = round_batch(batch)
+            places |= {index: len(journal.lines) + number for number, index in enumerate(logps)}
             journal.append(_write_line(index, one) for index, one in logps.items())
-            finished |= logps
-    return finished
+    return JournalLogps(journal, places)
 
 
 def round_batch(batch: Sequence[Scored]) -> dict[int, Logps]:
@@ -364,14 +387,19 @@ def compare_contexts(
         index: round_logps(average_logps([scored[context.target, context.source] for context in own]))
         for index, own in plan.references.items()
     }
-    starts = [row.get("num_template_tokens") or 0 for row in rows]
+
+    def count_template_tokens(index: int) -> int:
+        return rows[index].get("num_template_tokens") or 0
+
     contrasts = []
     for context in plan.foreign:
         without, own, _ = logps[context.target]
         assert own is not None
         reference = references.get(context.target, without)
         reference = add_surprise(reference, settings.surprise_weight)
-        contrasts.append(Contrast(reference, own, scored[context.target, context.source], starts[context.target]))
+        contrasts.append(
+            Contrast(reference, own, scored[context.target, context.source], count_template_tokens(context.target))
+        )
     if settings.threshold == "auto":
         ratios: dict[str, list[float]] = {"foreign": [], "praise": []}
         for one in contrasts:
@@ -379,7 +407,7 @@ def compare_contexts(
         for index, (without, judged, _) in logps.items():
             if judged is not None and records[index].is_satisfactory:
                 reference = add_surprise(references.get(index, without), settings.surprise_weight)
-                ratios["praise"] += _subtract(judged, reference)[starts[index] :]
+                ratios["praise"] += _subtract(judged, reference)[count_template_tokens(index) :]
         settings = replace(settings, threshold=find_threshold(ratios))
     assert settings.threshold != "auto"
     return Comparison(settings, references, compute_sensitivity(contrasts, settings.threshold))
@@ -431,27 +459,19 @@ def make_all_scores(
     comparison: Comparison,
     encoder: Encoder,
     detector: str,
-) -> list[TokenScores]:
-    """Token scores of all rows, in their order."""
+) -> Iterator[TokenScores]:
+    """Yield the token scores of all rows, in their order."""
     marks = _fingerprint(encoder, comparison.settings, detector)
-    return [
-        make_scores(
-            record,
-            row["response_ids"],
-            logps[index],
-            comparison.references.get(index),
-            encoder,
-            comparison.settings,
-            marks,
-        )
-        for index, (row, record) in enumerate(zip(rows, records, strict=True))
-    ]
+    for index, (row, record) in enumerate(zip(rows, records, strict=True)):
+        reference = comparison.references.get(index)
+        response_ids = row["response_ids"]
+        yield make_scores(record, response_ids, logps[index], reference, encoder, comparison.settings, marks)
 
 
 def write_report(scores: str | Path, report: BlameReport) -> None:
     """Write the report of a file of token scores next to it."""
     content = {
-        "num_records": len(report.scores),
+        "num_records": report.num_records,
         "threshold": report.settings.threshold,
         "contrast": report.settings.contrast,
         "surprise_weight": report.settings.surprise_weight,

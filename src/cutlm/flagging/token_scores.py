@@ -6,17 +6,26 @@ concatenated. A row is the record itself plus the fields of `SCORE_FIELDS`.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cutlm.data.files import SourceRow, read_rows, write_rows
+from cutlm.data.files import (
+    SourceRow,
+    hash_file,
+    is_plain_lines,
+    join_hashes,
+    read_line,
+    read_rows,
+    stream_lines,
+    write_rows,
+)
 from cutlm.data.records import JudgedRecord, check_rows, describe_value, join_path
-from cutlm.data.sources import describe_sources
+from cutlm.data.sources import as_sources, describe_sources, find_files
 from cutlm.errors import DataError
 from cutlm.flagging.teacher import find_column_problem
 from cutlm.prompting.spans import Span
@@ -27,6 +36,8 @@ if TYPE_CHECKING:
     from cutlm.prompting.encoding import Encoder
 
 SCHEMA_VERSION = 2  # the newest one; rows without a teacher are written as version 1
+# What training compares with its own settings.
+SETTINGS = ("threshold", "unlikelihood_weight", "gamma", "contrast", "surprise_weight")
 _PROBE = "The naïve  answer: 12,345 + x_1?\n\n\tif (a) { return 'ok'; } 你好 🙂 ANTIDISESTABLISHMENT"
 # Logarithms of probabilities are rounded in the file; a sum of probabilities may pass 1 by rounding.
 MAX_LOGP = 1e-6
@@ -176,7 +187,102 @@ def read_token_scores(sources: str | Path | Sequence[str | Path]) -> list[TokenS
     Raises:
         DataError: The file cannot be read or has a later schema version, or a row cannot be used; all are named.
     """
-    return parse_token_scores(describe_sources(sources), *read_rows(sources))
+    return list(open_token_scores(sources) or parse_token_scores(describe_sources(sources), *read_rows(sources)))
+
+
+class StoredScores(Sequence[TokenScores]):
+    """Token scores that stay in their files: with all their tokens, a hundred thousand do not fit into memory.
+
+    The records are in memory. `open_token_scores` makes it.
+    """
+
+    def __init__(
+        self,
+        lines: Sequence[tuple[Path, int, int]],
+        records: list[JudgedRecord],
+        locations: list[str],
+        settings: Collection[tuple[Any, ...]],
+        sha256: str,
+    ) -> None:
+        self._lines = lines  # the file of each, and where it is there
+        self.records = records
+        self.locations = locations
+        self.settings = settings  # the different values of `SETTINGS`
+        self.sha256 = sha256  # of the files
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenScores: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenScores]: ...
+    def __getitem__(self, index: int | slice) -> TokenScores | list[TokenScores]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        path, offset, num_bytes = self._lines[index]
+        with open(path, "rb") as file:
+            value = read_line(file, offset, num_bytes)
+        return _make_scores(_Columns.model_validate(value), self.records[index])
+
+    def select(self, indices: Sequence[int]) -> "StoredScores":
+        """Return some of the scores."""
+        return StoredScores(
+            [self._lines[index] for index in indices],
+            [self.records[index] for index in indices],
+            [self.locations[index] for index in indices],
+            self.settings,
+            self.sha256,
+        )
+
+
+def list_records(rows: Sequence[Any]) -> list[JudgedRecord]:
+    """Return the records of token scores, or the records themselves."""
+    if isinstance(rows, StoredScores):
+        return rows.records
+    return [row.record if isinstance(row, TokenScores) else row for row in rows]
+
+
+def find_settings(scores: Sequence[TokenScores], name: str) -> set[Any]:
+    """Return the different values of a setting of `SETTINGS` with which scores were made."""
+    if isinstance(scores, StoredScores):
+        return {values[SETTINGS.index(name)] for values in scores.settings}
+    return {getattr(one, name) for one in scores}
+
+
+def open_token_scores(sources: str | Path | Sequence[str | Path]) -> StoredScores | None:
+    """Check the token scores in files of JSON Lines, and leave them there; None for other files or rows.
+
+    Raises:
+        DataError: As `read_token_scores`.
+    """
+    files = [file for source in as_sources(sources) for file in find_files(source)]
+    if not files or not all(is_plain_lines(file.path) for file in files):
+        return None
+    lines, records, locations = list[tuple[Path, int, int]](), list[JudgedRecord](), list[str]()
+    settings: set[tuple[Any, ...]] = set()
+    problems: list[str] = []
+    for file in files:
+        for line in stream_lines(file.path, file.name):
+            if not lines and not problems and not is_token_scores_row(line.row.value):
+                return None
+            if line.problem is not None:
+                problems.append(line.problem)
+                continue
+            _refuse_later_version(file.name, [line.row])
+            scores = _read_row(line.row, problems)
+            if scores is not None:
+                lines.append((file.path, line.offset, line.num_bytes))
+                records.append(scores.record)
+                locations.append(line.row.location)
+                settings.add(tuple(getattr(scores, name) for name in SETTINGS))
+    if problems:
+        name = describe_sources(sources)
+        raise DataError(problems, hint=f"{len(problems)} problems in {name}; fix them, nothing was skipped")
+    if not lines:
+        return None
+    sha256 = join_hashes([hash_file(file.path) for file in files], {})
+    return StoredScores(lines, records, locations, settings, sha256)
 
 
 def parse_token_scores(path: str | Path, rows: Sequence[SourceRow], problems: Sequence[str]) -> list[TokenScores]:
@@ -187,13 +293,7 @@ def parse_token_scores(path: str | Path, rows: Sequence[SourceRow], problems: Se
         rows: Its rows.
         problems: Problems found while reading it.
     """
-    versions: list[Any] = [row.value.get("schema_version") for row in rows if isinstance(row.value, dict)]
-    newest = max((version for version in versions if type(version) is int), default=SCHEMA_VERSION)
-    if newest > SCHEMA_VERSION:
-        raise DataError(
-            f"{path}: expected token scores of schema_version {SCHEMA_VERSION}, got {newest} from a later cutlm;"
-            " upgrade cutlm, or run cutlm blame again"
-        )
+    _refuse_later_version(path, rows)
     problems = [*problems]
     scores = [_read_row(row, problems) for row in rows]
     if problems:
@@ -201,6 +301,19 @@ def parse_token_scores(path: str | Path, rows: Sequence[SourceRow], problems: Se
     if not scores:
         raise DataError(f"{path}: no token scores; expected JSON Lines with at least one row")
     return [score for score in scores if score is not None]
+
+
+def _refuse_later_version(path: str | Path, rows: Sequence[SourceRow]) -> None:
+    """Raises:
+    DataError: Some rows are by a later version of cutlm.
+    """
+    versions: list[Any] = [row.value.get("schema_version") for row in rows if isinstance(row.value, dict)]
+    newest = max((version for version in versions if type(version) is int), default=SCHEMA_VERSION)
+    if newest > SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: expected token scores of schema_version {SCHEMA_VERSION}, got {newest} from a later cutlm;"
+            " upgrade cutlm, or run cutlm blame again"
+        )
 
 
 def _read_row(row: SourceRow, problems: list[str]) -> TokenScores | None:
@@ -238,10 +351,14 @@ def _read_row(row: SourceRow, problems: list[str]) -> TokenScores | None:
     problems += found
     if found:
         return None
+    return _make_scores(columns, check.records[0])
+
+
+def _make_scores(columns: _Columns, record: JudgedRecord) -> TokenScores:
     values = {name: getattr(columns, name) for name in _COLUMNS}
     pairs = zip(columns.is_flagged, columns.weights, strict=True)
     values["weights"] = [(weight or 0.0) if flag else 0.0 for flag, weight in pairs]
-    return TokenScores(record=check.records[0], **values)
+    return TokenScores(record=record, **values)
 
 
 def _check_columns(columns: _Columns, record: JudgedRecord | None = None) -> list[str]:

@@ -84,22 +84,22 @@ def mark_spans(record: JudgedRecord) -> TokenScores:
 class Pairing(NamedTuple):
     """The records that two files of scores share."""
 
-    pairs: list[tuple[TokenScores, TokenScores]]  # both scores of each, in the order of the first file
+    pairs: list[tuple[int, int]]  # the places of each in both files, in the order of the first file
     num_unpaired: tuple[int, int]  # number of records that only the first and only the second file has
 
 
-def pair_scores(first: Sequence[TokenScores], second: Sequence[TokenScores]) -> Pairing:
-    """Pair the scores that two models gave to the same instruction, input, response and judgment.
+def pair_records(first: Sequence[JudgedRecord], second: Sequence[JudgedRecord]) -> Pairing:
+    """Pair the records of two files with the same instruction, input, response and judgment.
 
     A record that occurs several times is paired as often as it occurs in both files.
     """
-    waiting: defaultdict[tuple[str, str, str | None], deque[TokenScores]] = defaultdict(deque)
-    for scores in second:
-        waiting[_identify(scores.record)].append(scores)
+    waiting: defaultdict[tuple[str, str, str | None], deque[int]] = defaultdict(deque)
+    for place, record in enumerate(second):
+        waiting[_identify(record)].append(place)
     pairs = []
-    for scores in first:
-        if matches := waiting[_identify(scores.record)]:
-            pairs.append((scores, matches.popleft()))
+    for place, record in enumerate(first):
+        if matches := waiting[_identify(record)]:
+            pairs.append((place, matches.popleft()))
     return Pairing(pairs, (len(first) - len(pairs), len(second) - len(pairs)))
 
 

@@ -5,7 +5,6 @@ against the model, and add the flags of the frozen detector. Every record that i
 reported.
 """
 
-import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,11 @@ from typing import Any
 import pyarrow
 from datasets import Dataset
 from datasets.fingerprint import generate_random_fingerprint
+from pyarrow import compute
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from cutlm.data.files import open_atomic, read_bytes
+from cutlm.data.files import hash_file, open_atomic, read_bytes
 from cutlm.data.journal import Journal
 from cutlm.data.records import JudgedRecord, as_records
 from cutlm.errors import ConfigError, DataError, UserError
@@ -38,22 +38,24 @@ from cutlm.flagging.detector import (
     refuse_clashes,
     round_batch,
     score_with_journal,
-    write_report,
+    write_scores,
 )
 from cutlm.flagging.report import Sensitivity, read_sensitivity
 from cutlm.flagging.scoring import Scorer, score_rows
 from cutlm.flagging.sensitivity import sample_foreign
 from cutlm.flagging.teacher import Columns, encode_teacher_prompts, match_teacher
 from cutlm.flagging.token_scores import (
+    SETTINGS,
     TokenScores,
+    find_settings,
     fingerprint_tokenizer,
+    list_records,
     map_to_tokenizer,
-    read_token_scores,
-    write_token_scores,
+    open_token_scores,
 )
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.loading import fingerprint_model, unwrap_peft
-from cutlm.prompting.encoding import Encoder, RenderedRecord, View, get_record, view_both_contexts
+from cutlm.prompting.encoding import Encoder, RenderedRecord, View, view_both_contexts
 from cutlm.prompting.rows import encode_records
 from cutlm.prompting.spans import flag_spans
 from cutlm.prompting.templates import TEMPLATES, parse_date, set_arguments
@@ -200,7 +202,8 @@ def encode_dataset(
         encoder.template_date,
     )
     _refuse_empty(data, name)
-    records = [get_record(records[index]) for index in encoded.indices]
+    known = list_records(records)
+    records = [known[index] for index in encoded.indices]
     if name == "train_dataset" and args.downsample is not None:
         records = [records[index] for index in _downsample(data, name, args.downsample, args.seed)]
     _refuse_empty(data, name)
@@ -310,9 +313,9 @@ def _check_scores(dataset: Sequence[TokenScores], args: CUTConfig) -> None:
         )
     problems = []
     has_flags = args.objective != "self_distillation"
-    for key in ("threshold", "unlikelihood_weight", "gamma", "contrast", "surprise_weight") if has_flags else ():
+    for key in SETTINGS if has_flags else ():
         wanted = getattr(args, key)
-        others = sorted({getattr(scores, key) for scores in dataset} - {wanted})
+        others = sorted(find_settings(dataset, key) - {wanted})
         # A default is not taken for a request, and any threshold may have been found.
         if others and wanted != "auto" and wanted != CUTConfig.__dataclass_fields__[key].default:
             problems.append(
@@ -469,33 +472,31 @@ def _flag_rows(
         surprise_weight=args.surprise_weight,
         teacher=args.teacher_settings,
     )
-    rows = data.rows.to_list()
+    rows = data.rows
     if settings.teacher is not None and encoder is not None:
         prompts = encode_teacher_prompts(rows, records, encoder, settings.teacher, args.max_length)
-        rows = [row | {"teacher_prompt_ids": prompt} for row, prompt in zip(rows, prompts, strict=True)]
+        rows = _set_column(rows, "teacher_prompt_ids", pyarrow.array(prompts, pyarrow.list_(pyarrow.int32())))
+    judged_ids = rows.select_columns("judged_prompt_ids").with_format("arrow")[:]["judged_prompt_ids"]
+    judged = [index for index, is_judged in enumerate(judged_ids.is_valid().to_pylist()) if is_judged]
+    flagged = set(judged)
+    unknown = _list_flags(None, None, args) | _list_taught(None, None, None, args)
+    columns = _RowColumns(list(unknown))
 
     def score(rows: Any, done: Any) -> Any:
         options: Any = {"is_bf16": bool(args.bf16), "show_progress": not args.disable_tqdm}
         return score_rows(model, rows, done=done, teacher=settings.teacher, **options)
 
-    judged = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is not None]
-    columns: dict[str, list[Any]] = {}
-
-    def add(index: int, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            columns.setdefault(name, [None] * len(rows))[index] = value
-
-    for index in range(len(rows)):
-        add(index, _list_flags(None, None, args) | _list_taught(None, None, None, args))
     if scores_file is not None and encoder is not None:
         # Only the training data have a file.
         scored = _score_once(data, rows, args, model, records, encoder, score, settings, scores_file)
-        for index in judged:
-            one = scored[index]
+        for index, one in enumerate(scored):
+            if index not in flagged:
+                columns.add(unknown)
+                continue
             known_flags = rows[index].get("is_flagged") or one.is_flagged
             found = None if one.teacher_ids is None else Columns(one.teacher_ids, one.teacher_logps or [])
-            add(index, _list_flags(one.is_flagged, one.weights, args))
-            add(index, _list_taught(found, known_flags, one.logps_without, args))
+            taught = _list_taught(found, known_flags, one.logps_without, args)
+            columns.add(_list_flags(one.is_flagged, one.weights, args) | taught)
         data.threshold = scored[0].threshold
     else:
         comparison = Comparison(settings, {}, None)
@@ -507,13 +508,17 @@ def _flag_rows(
             raise ConfigError(f"{name}: contrast, threshold: auto: expected records, got encoded rows; pass records")
         logps: dict[int, Logps] = {
             judged[number]: one
-            for batch in score([rows[index] for index in judged], ())
+            for batch in score(rows.select(judged), ())
             for number, one in round_batch(batch).items()
         }
         if plan is not None:
             comparison = compare_contexts(rows, records, logps, plan, score, settings)
             data.sensitivity = comparison.sensitivity
-        for index, (without, with_judgment, found) in logps.items():
+        for index in range(len(rows)):
+            if index not in flagged:
+                columns.add(unknown)
+                continue
+            without, with_judgment, found = logps[index]
             assert with_judgment is not None
             num_template = rows[index].get("num_template_tokens") or 0
             reference = comparison.references.get(index, without)
@@ -521,16 +526,15 @@ def _flag_rows(
             known_flags = rows[index].get("is_flagged") or flags[0]
             if found is not None:
                 found = found.restrict([place >= num_template for place in range(len(without))])
-            add(index, _list_flags(*flags, args))
-            add(index, _list_taught(found, known_flags, without, args))
+            columns.add(_list_flags(*flags, args) | _list_taught(found, known_flags, without, args))
         data.threshold = comparison.settings.threshold
     if settings.threshold == "auto":
         data.notices.append(f"{name}: threshold: auto found {data.threshold:g}")
-    # Types are given because a column may hold nothing but None.
-    for key, values in columns.items():
-        data.rows = _set_column(data.rows, key, pyarrow.array(values, _TYPES[key]))
+    for key, values in columns.finish().items():
+        data.rows = _set_column(data.rows, key, values)
 
 
+# Given because a column may hold nothing but None.
 _TYPES = {
     "is_flagged": pyarrow.list_(pyarrow.bool_()),
     "weights": pyarrow.list_(pyarrow.float64()),
@@ -538,6 +542,30 @@ _TYPES = {
     "teacher_logps": pyarrow.list_(pyarrow.list_(pyarrow.float32())),
     "old_logps": pyarrow.list_(pyarrow.float32()),
 }
+
+
+class _RowColumns:
+    """Builds columns of `_TYPES` row by row, with few rows as Python objects at a time."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._pending: list[Mapping[str, Any]] = []
+        self._chunks: dict[str, list[pyarrow.Array]] = {name: [] for name in names}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add the values of the next row."""
+        self._pending.append(row)
+        if len(self._pending) == 1000:
+            self._pack()
+
+    def _pack(self) -> None:
+        for name, chunks in self._chunks.items():
+            chunks.append(pyarrow.array([row[name] for row in self._pending], _TYPES[name]))
+        self._pending = []
+
+    def finish(self) -> dict[str, pyarrow.ChunkedArray]:
+        """Return the columns."""
+        self._pack()
+        return {name: pyarrow.chunked_array(chunks, _TYPES[name]) for name, chunks in self._chunks.items()}
 
 
 def _list_flags(is_flagged: list[bool] | None, weights: list[float] | None, args: CUTConfig) -> dict[str, Any]:
@@ -559,7 +587,7 @@ def _list_taught(
 
 def _score_once(
     data: PreparedData,
-    rows: list[dict[str, Any]],
+    rows: Dataset,
     args: CUTConfig,
     model: nn.Module,
     records: Sequence[JudgedRecord],
@@ -567,12 +595,12 @@ def _score_once(
     score: Scorer,
     settings: FlagSettings,
     scores_file: ScoresFile,
-) -> list[TokenScores]:
+) -> Sequence[TokenScores]:
     """Token scores of the rows: those stored by an earlier start of the same run, or made now and stored.
 
     Their sensitivity is stored likewise, and set in `data`.
     """
-    refuse_clashes(records, [row["location"] for row in rows])
+    refuse_clashes(records, list(rows["location"]))
     language_model: Any = unwrap_peft(model)
     detector = fingerprint_model(language_model.name_or_path)
     quantization = getattr(language_model.config, "quantization_config", None)
@@ -596,7 +624,7 @@ def _score_once(
         if difference is None:
             data.notices.append(f"{path}: reusing the token scores of these records by this model")
             data.sensitivity = read_sensitivity(path)
-            return read_token_scores(path)
+            return _open_scores(path)
         if args.process_index:
             raise UserError(
                 f"{path}: expected the token scores of the first process, found none; see its own error, or share the"
@@ -614,16 +642,21 @@ def _score_once(
         plan = plan_comparison(rows, records, encoder, settings, args.sensitivity_records)
         logps = score_with_journal(rows, journal, score)
         comparison = compare_contexts(rows, records, logps, plan, score, settings, journal)
-        scores = make_all_scores(rows, records, logps, comparison, encoder, detector)
         data.sensitivity = comparison.sensitivity if args.sensitivity_records else None
-        write_report(path, BlameReport(scores, sensitivity=data.sensitivity, settings=comparison.settings))
         header_path.unlink(missing_ok=True)
-        write_token_scores(path, scores)
+        report = BlameReport(sensitivity=data.sensitivity, settings=comparison.settings)
+        write_scores(path, make_all_scores(rows, records, logps, comparison, encoder, detector), report)
         with open_atomic(header_path) as file:
-            file.write(json.dumps(header | {"sha256": _hash(path)}, indent=2).encode())
+            file.write(json.dumps(header | {"sha256": hash_file(path)}, indent=2).encode())
         journal.remove()
-        data.notices.append(f"{path}: {len(scores)} records scored ({num_resumed} of them by an interrupted run)")
-        return scores
+        data.notices.append(f"{path}: {len(rows)} records scored ({num_resumed} of them by an interrupted run)")
+        return _open_scores(path)
+
+
+def _open_scores(path: Path) -> Sequence[TokenScores]:
+    scores = open_token_scores(path)
+    assert scores is not None, "they have been written as JSON Lines"
+    return scores
 
 
 def _compare_scores(path: Path, header_path: Path, header: Mapping[str, Any]) -> str | None:
@@ -641,22 +674,23 @@ def _compare_scores(path: Path, header_path: Path, header: Mapping[str, Any]) ->
     differing = [key for key in header if found.get(key) != header[key]]
     if differing:
         return f"made with other settings ({', '.join(differing)} differ)"
-    return None if found.get("sha256") == _hash(path) else "edited since it was made"
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(read_bytes(path)).hexdigest()
+    return None if found.get("sha256") == hash_file(path) else "edited since it was made"
 
 
 def _finish_flags(data: PreparedData, name: str, args: CUTConfig) -> None:
     """Count the flags or the taught tokens, and drop what training on known flags does not need."""
     is_satisfactory = data.rows["is_satisfactory"]
-    num_tokens = sum(len(ids) for ids, good in zip(data.rows["response_ids"], is_satisfactory, strict=True) if not good)
-    if args.objective == "self_distillation":
-        num, what = sum(sum(map(bool, ids or ())) for ids in data.rows["teacher_ids"]), "distilled"
-    else:
-        num, what = sum(sum(flags or ()) for flags in data.rows["is_flagged"]), "flagged"
-    share = num / max(1, num_tokens)
+    num_tokens = num = 0
+    is_distilled = args.objective == "self_distillation"
+    name_marked = "teacher_ids" if is_distilled else "is_flagged"
+    columns = ["response_ids", name_marked, "is_satisfactory"]
+    for table in data.rows.with_format("arrow", columns=columns).iter(10_000):
+        judged = table.filter(compute.invert(table["is_satisfactory"]))
+        num_tokens += compute.sum(compute.list_value_length(judged["response_ids"])).as_py() or 0
+        marked = compute.list_flatten(table[name_marked].cast(_TYPES[name_marked]))
+        is_marked = compute.greater(compute.list_value_length(marked), 0) if is_distilled else marked
+        num += compute.sum(is_marked).as_py() or 0
+    share, what = num / max(1, num_tokens), "distilled" if is_distilled else "flagged"
     data.notices.append(f"{name}: {num} of {num_tokens} tokens of unsatisfactory responses are {what} ({share:.1%})")
     if data.sensitivity is not None:
         data.notices.append(f"{name}: {data.sensitivity.describe()}")

@@ -10,6 +10,10 @@ from itertools import groupby
 from statistics import quantiles
 from typing import Any
 
+import pyarrow
+from datasets import Dataset
+from pyarrow import compute
+
 from cutlm.data.doubts import describe_doubts
 from cutlm.errors import MAX_PROBLEMS_SHOWN, ConfigError
 from cutlm.flagging.token_scores import TokenScores
@@ -20,7 +24,7 @@ from cutlm.prompting.encoding import Encoder
 from cutlm.training.config import CUTConfig, Settings
 from cutlm.training.dataset import encode_dataset, make_encoder
 from cutlm.training.pairs import encode_records_as_pairs
-from cutlm.training.run import LoadedData, Prepare, load_data, split_rows
+from cutlm.training.run import LoadedData, Prepare, keep_rows, load_data, select_rows, split_rows
 
 NUM_EXAMPLES = 3
 _MAX_LOCATIONS_NAMED = 5
@@ -36,7 +40,7 @@ _PARTS = {
 }
 
 
-def preview_run(settings: Settings, prepare: Prepare = list) -> Iterator[str]:
+def preview_run(settings: Settings, prepare: Prepare = keep_rows) -> Iterator[str]:
     """Yield the lines of a preview of a run's data.
 
     Raises:
@@ -47,7 +51,7 @@ def preview_run(settings: Settings, prepare: Prepare = list) -> Iterator[str]:
     rows = prepare(data.rows)
     train_indices, eval_indices = split_rows(len(rows), data_args.eval_split, config.seed)
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
-    train_rows = [rows[index] for index in train_indices]
+    train_rows = select_rows(rows, train_indices)
     if config.objective == "cut" and config.detector is None and isinstance(rows[0], TokenScores):
         config = copy.copy(config)
         config.detector = "frozen"
@@ -65,29 +69,30 @@ def preview_run(settings: Settings, prepare: Prepare = list) -> Iterator[str]:
     yield ""
     yield from tabulate_lengths(encoded, config.max_length).split("\n")
     examples = choose_examples(encoded)
-    for number, row in enumerate(examples, start=1):
+    for number, index in enumerate(examples, start=1):
+        row = encoded[index]
         yield ""
         kind = {True: ", satisfactory", False: ", unsatisfactory", None: ""}[row.get("is_satisfactory")]
-        location = row.get("location") or f"pair {encoded.index(row) + 1}"
+        location = row.get("location") or f"pair {index + 1}"
         yield f"Example {number} of {len(examples)}: {location}{kind}"
         yield from render_row(row, config, encoder)
 
 
 def _encode(
     rows: Sequence[Any], config: CUTConfig, encoder: Encoder, locations: Sequence[str]
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[Dataset, list[str]]:
     """Encode rows as the trainer of the objective does; also return what it would report."""
     if config.is_of_pairs:
         if isinstance(rows[0], TokenScores):
             raise ConfigError(f"objective {config.objective} learns from records; got token scores, which are for cut")
-        return encode_records_as_pairs(rows, config, encoder, locations)
+        pairs, notices = encode_records_as_pairs(rows, config, encoder, locations)
+        return Dataset.from_list(pairs), notices
     data, _ = encode_dataset(rows, "train_dataset", config, encoder, locations)
-    return data.rows.to_list(), data.notices
+    return data.rows, data.notices
 
 
 def _list_warnings(data: LoadedData) -> Iterator[str]:
-    records = [row.record if isinstance(row, TokenScores) else row for row in data.rows]
-    for doubt in describe_doubts(records, data.locations, _MAX_LOCATIONS_NAMED):
+    for doubt in describe_doubts(data.records, data.locations, _MAX_LOCATIONS_NAMED):
         yield f"warning: {doubt}"
 
 
@@ -98,14 +103,14 @@ def _count_steps(num_rows: int, config: CUTConfig) -> str:
     return f"{num_rows} rows, {size} per optimizer step: {num_steps} steps per epoch, {total} in all"
 
 
-def tabulate_lengths(rows: Sequence[Mapping[str, Any]], max_length: int) -> str:
+def tabulate_lengths(rows: Dataset, max_length: int) -> str:
     """Tabulate the lengths of each part of the rows, in tokens."""
-    columns = {
-        name: [len(row[key]) for row in rows if row.get(key) is not None]
-        for key, name in _PARTS.items()
-        if any(row.get(key) is not None for row in rows)
-    }
-    columns[f"longest sequence (max_length {max_length})"] = [_measure(row) for row in rows]
+    columns = {}
+    for key, name in _PARTS.items():
+        lengths = _count_tokens(rows, key)
+        if lengths.null_count < len(lengths):
+            columns[name] = lengths.drop_null().to_pylist()
+    columns[f"longest sequence (max_length {max_length})"] = _measure(rows)
     cells = []
     for name, lengths in columns.items():
         values = [len(lengths), min(lengths), *_find_percentiles(lengths), max(lengths), sum(lengths)]
@@ -120,26 +125,29 @@ def _find_percentiles(lengths: Sequence[int]) -> list[int]:
     return [round(cuts[percent - 1]) for percent in _PERCENTILES]
 
 
-def _measure(row: Mapping[str, Any]) -> int:
-    """Return the length of the longest sequence of a row."""
-    prompts = (len(row.get(key) or ()) for key in ("prompt_ids", "judged_prompt_ids"))
-    responses = (len(row.get(key) or ()) for key in ("response_ids", "chosen_ids", "rejected_ids"))
-    return max(prompts) + max(responses)
+def _count_tokens(rows: Dataset, name: str) -> pyarrow.ChunkedArray:
+    """Count the tokens in a column of each row; null where it is missing."""
+    if name not in rows.column_names:
+        return pyarrow.chunked_array([pyarrow.nulls(len(rows), pyarrow.int32())])
+    column = rows.select_columns(name).with_format("arrow")[:][name]
+    return compute.list_value_length(column.cast(pyarrow.list_(pyarrow.int64())))
 
 
-def choose_examples(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _measure(rows: Dataset) -> list[int]:
+    """Return the length of the longest sequence of each row."""
+    prompts = (_count_tokens(rows, name) for name in ("prompt_ids", "judged_prompt_ids"))
+    responses = (_count_tokens(rows, name) for name in ("response_ids", "chosen_ids", "rejected_ids"))
+    longest = compute.add(compute.max_element_wise(*prompts), compute.max_element_wise(*responses))
+    return list(longest.to_pylist())
+
+
+def choose_examples(rows: Dataset) -> list[int]:
     """Choose the first unsatisfactory and the first satisfactory row, and the longest; if these are fewer, others."""
-    wanted = [
-        next((row for row in rows if row.get("is_satisfactory") is False), None),
-        next((row for row in rows if row.get("is_satisfactory")), None),
-        max(rows, key=_measure),
-        *rows[:NUM_EXAMPLES],
-    ]
-    chosen: list[dict[str, Any]] = []
-    for row in wanted:
-        if row is not None and not any(row is other for other in chosen):
-            chosen.append(row)
-    return chosen[:NUM_EXAMPLES]
+    is_satisfactory = list(rows["is_satisfactory"]) if "is_satisfactory" in rows.column_names else []
+    lengths = _measure(rows)
+    wanted = [is_satisfactory.index(kind) for kind in (False, True) if kind in is_satisfactory]
+    wanted += [lengths.index(max(lengths)), *range(min(NUM_EXAMPLES, len(rows)))]
+    return list(dict.fromkeys(wanted))[:NUM_EXAMPLES]
 
 
 def render_row(row: Mapping[str, Any], config: CUTConfig, encoder: Encoder) -> Iterator[str]:

@@ -16,11 +16,18 @@ from trl import get_peft_config, get_quantization_config
 
 from cutlm.data.doubts import describe_doubts
 from cutlm.data.files import read_data
-from cutlm.data.records import check_rows, raise_problems
+from cutlm.data.records import JudgedRecord, check_rows, raise_problems
 from cutlm.data.sources import describe_sources, find_local_files
 from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.report import read_sensitivity
-from cutlm.flagging.token_scores import TokenScores, is_token_scores_row, parse_token_scores
+from cutlm.flagging.token_scores import (
+    StoredScores,
+    TokenScores,
+    is_token_scores_row,
+    list_records,
+    open_token_scores,
+    parse_token_scores,
+)
 from cutlm.model.loading import check_bitsandbytes, count_parameters, load_model, load_tokenizer
 from cutlm.training.checkpoints import (
     SCORES_FILE,
@@ -39,19 +46,29 @@ from cutlm.training.trainer import CUTTrainer
 
 _MAX_LOCATIONS_NAMED = 5
 
-Prepare = Callable[[list[Any]], list[Any]]
+Prepare = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+def keep_rows(rows: Sequence[Any]) -> Sequence[Any]:
+    """Train on the rows of a data file as they are."""
+    return rows
 
 
 @dataclass(frozen=True)
 class LoadedData:
     """Files of data: their records or token scores, the locations (`data.jsonl:17`), and a hash of the content."""
 
-    rows: list[Any]
+    rows: Sequence[Any]
     locations: list[str]
     sha256: str
 
+    @property
+    def records(self) -> list[JudgedRecord]:
+        """The records, also of token scores."""
+        return list_records(self.rows)
 
-def train(settings: Settings, options: list[str], command: str = "train", prepare: Prepare = list) -> int:
+
+def train(settings: Settings, options: list[str], command: str = "train", prepare: Prepare = keep_rows) -> int:
     """Train, save, and print how to continue.
 
     Args:
@@ -141,6 +158,8 @@ def load_data(sources: Sequence[str], columns: Mapping[str, str] | None = None) 
     Raises:
         DataError: They cannot be read, or mix the two.
     """
+    if not columns and (stored := open_token_scores(sources)) is not None:
+        return LoadedData(stored, stored.locations, stored.sha256)
     found, name = read_data(sources, columns), describe_sources(sources)
     rows, problems = found.rows, found.problems
     if rows and is_token_scores_row(rows[0].value):
@@ -160,8 +179,7 @@ def load_data(sources: Sequence[str], columns: Mapping[str, str] | None = None) 
 
 def warn_of_doubts(data: LoadedData) -> None:
     """Print which records are valid, but probably wrong."""
-    records = [row.record if isinstance(row, TokenScores) else row for row in data.rows]
-    for doubt in describe_doubts(records, data.locations, _MAX_LOCATIONS_NAMED):
+    for doubt in describe_doubts(data.records, data.locations, _MAX_LOCATIONS_NAMED):
         print(f"warning: {doubt}")
 
 
@@ -174,18 +192,18 @@ def _warn_of_noise(sources: Sequence[str], data: LoadedData) -> None:
             print(f"warning: {path}: {noise}" if len(paths) > 1 else f"warning: {noise}")
 
 
-def build_trainer(settings: Settings, data: LoadedData, prepare: Prepare = list) -> CheckpointingTrainer:
+def build_trainer(settings: Settings, data: LoadedData, prepare: Prepare = keep_rows) -> CheckpointingTrainer:
     """Load the tokenizer and the model and build the trainer of the objective."""
     data_args, model_args, config = settings.parts
     rows = prepare(data.rows)
     train_indices, eval_indices = split_rows(len(rows), data_args.eval_split, config.seed)
-    eval_rows = [rows[index] for index in eval_indices]
+    eval_rows = select_rows(rows, eval_indices)
     if data_args.eval_data:
         eval_data = load_data(data_args.eval_data, data_args.columns)
         if config.process_index == 0:
             warn_of_doubts(eval_data)
         eval_rows = prepare(eval_data.rows)
-    if config.is_of_pairs and eval_rows:
+    if config.is_of_pairs and len(eval_rows):
         raise ConfigError(f"eval_data, eval_split: not used by objective {config.objective}; remove them")
     if model_args.load_in_4bit or model_args.load_in_8bit:
         check_bitsandbytes()
@@ -206,7 +224,7 @@ def build_trainer(settings: Settings, data: LoadedData, prepare: Prepare = list)
     common: dict[str, Any] = {
         "model": model,
         "args": config,
-        "train_dataset": [rows[index] for index in train_indices],
+        "train_dataset": select_rows(rows, train_indices),
         "processing_class": tokenizer,
         "peft_config": peft_config,
         "locations": [data.locations[index] for index in train_indices],
@@ -216,7 +234,7 @@ def build_trainer(settings: Settings, data: LoadedData, prepare: Prepare = list)
     scores_file = None
     if (config.has_frozen_detector or config.has_teacher) and not isinstance(rows[0], TokenScores):
         scores_file = ScoresFile(Path(config.output_dir) / SCORES_FILE, data_args.overwrite_output_dir)
-    return CUTTrainer(**common, eval_dataset=eval_rows or None, scores_file=scores_file)
+    return CUTTrainer(**common, eval_dataset=eval_rows if len(eval_rows) else None, scores_file=scores_file)
 
 
 def split_rows(num_rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -226,6 +244,11 @@ def split_rows(num_rows: int, share: float, seed: int) -> tuple[list[int], list[
         raise DataError(f"eval_split: {share} of {num_rows} records leaves none on one side; set another share")
     chosen = set(random.Random(seed).sample(range(num_rows), num_eval))
     return [index for index in range(num_rows) if index not in chosen], sorted(chosen)
+
+
+def select_rows(rows: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+    """Return some of the rows."""
+    return rows.select(indices) if isinstance(rows, StoredScores) else [rows[index] for index in indices]
 
 
 @contextmanager
