@@ -53,6 +53,8 @@ bench: setup ## measure time and memory (about 45 minutes on an idle machine; RE
 	$(BIN)/python benchmarks/head.py --json benchmarks/results/head.json
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 	$(BIN)/python benchmarks/generation.py --json benchmarks/results/generation.json
+	$(if $(RECORDS),$(BIN)/python benchmarks/preparation.py --records $(RECORDS) --tokenizer $$($(MAKE) -s real-model) \
+		--json benchmarks/results/preparation.json)
 	$(BIN)/python benchmarks/report.py
 
 # Weights of the model: float32 or bfloat16.

@@ -207,8 +207,10 @@ def describe_machine() -> dict[str, Any]:
 def describe_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of a benchmark that affect its results."""
     options = {name: value for name, value in vars(args).items() if name not in ("variant", "folder", "json")}
-    for name in ("records", "model"):
-        if options.get(name):
+    for name in ("records", "model", "tokenizer"):
+        if isinstance(options.get(name), list):
+            options[name] = [Path(path).name for path in options[name]]
+        elif options.get(name):
             options[name] = Path(options[name]).name
     return options
 

@@ -169,3 +169,41 @@ def test_cpu_benchmark_compares_the_dtypes(
     assert known["num_records"] == 2
     seconds = [known["results"][f"blame {dtype}"]["cpu_seconds"] for dtype in ("bfloat16", "float32")]
     assert known["blame_cpu_seconds_bfloat16_over_float32"] == pytest.approx(seconds[0] / seconds[1])
+
+
+def test_preparation_benchmark_compares_with_trl(
+    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = tmp_path / "records.jsonl"
+    rows = [
+        {"instruction": "Add.", "output": "It is 5.", "judgment": "No."},
+        {"instruction": "Name.", "output": "Two.", "judgment": None},
+    ]
+    records.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_tiny_model(tmp_path / "model", chat=True)
+    out = tmp_path / "results.json"
+    options = [f"--records={records}", f"--tokenizer={tmp_path / 'model'}", "--num_records=8", "--repeats=1"]
+    script = load("preparation", *options, f"--json={out}")
+    monkeypatch.setattr("datasets.disable_caching", lambda: None)  # it would last
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run_here(variant: str, folder: str) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()) as printed, monkeypatch.context() as context:
+            context.setattr(sys, "argv", [*sys.argv, "--variant", variant, "--folder", str(folder)])
+            script.main()
+        return json.loads(printed.getvalue().splitlines()[-1])
+
+    monkeypatch.setattr("common.run_alone", run_here)
+    script.main()
+    known = json.loads(out.read_text())
+    # The same texts: of an unsatisfactory record, both contexts are examples.
+    counts = {name: result["num_rows"] for name, result in known["results"].items()}
+    assert counts == {"cutlm 2": 2, "cutlm 4": 4, "cutlm 8": 8, "trl 8": 12, "plain 8": 8, "cached 8": 8}
+    seconds = {name: result["seconds"] for name, result in known["results"].items()}
+    assert known["time_over_trl"] == pytest.approx(seconds["cutlm 8"] / seconds["trl 8"])
+    line = {f"cutlm {size}": {"seconds": 3 + 0.5 * size, "cpu_seconds": 1, "peak": 2e9} for size in (2, 4, 8)}
+    figures = script.compare(line)
+    assert figures["seconds_per_1000_records"] == pytest.approx(500)
+    assert figures["seconds_at_no_records"] == pytest.approx(3)
+    assert figures["largest_deviation_from_line"] == pytest.approx(0, abs=1e-9)
+    assert figures["peak_gb"] == 2
