@@ -64,12 +64,12 @@ def test_a_page_of_many_records_shows_some_and_says_so(tmp_path, capsys):
     for files in ([scores], [scores, scores]):
         options = [option for file in files for option in ("--scores", file)]
         assert main(["inspect", *options, "--out", out, "--max_records", "7", "--overwrite"]) == 0
-        data = read_page_data(Path(out).read_text("utf-8"))
+        data = read_page_data(Path(out))
         assert len(data["records"]) == 7
         assert f"7 of {len(rows)} records" in data["lead"][0]
         assert f"7 of {len(rows)} records" in capsys.readouterr().out
     assert main(["inspect", "--scores", scores, "--out", out, "--max_records", "0", "--overwrite"]) == 0
-    data = read_page_data(Path(out).read_text("utf-8"))
+    data = read_page_data(Path(out))
     assert len(data["records"]) == len(rows)
     assert not data["lead"]
     assert main(["inspect", "--scores", scores, "--out", out, "--max_records", "-1", "--overwrite"]) == 2
