@@ -291,3 +291,42 @@ def test_a_folder_with_the_list_is_read_without_it(logs: Path, tmp_path: Path) -
     folder.mkdir()
     assert convert(logs, folder / "out.jsonl", feedback="rules") == 0
     assert len(load_records(folder)) == 2
+
+
+TOOLS = [{"type": "function", "function": {"name": "find_capital", "parameters": {"type": "object"}}}]
+CALLS = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "find_capital", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+@pytest.mark.parametrize("is_sharegpt", [False, True])
+def test_system_prompts_and_tools_of_logs_are_kept(tmp_path: Path, tools: Any, is_sharegpt: bool) -> None:
+    user, reply = "Name the capital.", "No, it is Canberra."
+    if is_sharegpt:
+        texts = [("human", user), ("function_call", '{"name": "find_capital", "arguments": {}}'), ("observation", "?")]
+        texts += [("gpt", "Sydney."), ("human", reply)]
+        row: dict[str, Any] = {"conversations": [{"from": name, "value": text} for name, text in texts]}
+        row |= {"system": "Be brief."}
+    else:
+        turns = [CALLS, {"role": "tool", "content": "?"}, {"role": "assistant", "content": "Sydney."}]
+        row = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": user}, *turns]}
+        row["messages"].append({"role": "user", "content": reply})
+    logs, out = write_lines(tmp_path / "logs.jsonl", [row | {"tools": tools}]), tmp_path / "out.jsonl"
+    assert convert(logs, out) == 0
+    (record,) = load_records(out)
+    assert [message["role"] for message in record.messages or ()] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert record.messages[2]["tool_calls"][0]["function"]["name"] == "find_capital"  # type: ignore[index]
+    assert (record.tools, record.judgment) == (TOOLS, reply)
+    assert [row["reason"] for row in read_left_out(out)] == ["call of a tool instead of a response"]
+
+
+def test_tools_that_are_no_list_are_an_error(tmp_path: Path) -> None:
+    rows = [say("Hi.", "Hello.", "No.") | {"tools": tools} for tools in ("{", '{"a": 1}', [1])]
+    assert main(["check", str(write_lines(tmp_path / "a.jsonl", rows))]) == 2
+    rows = [say("Hi.", "Hello.") | {"tools": tools} for tools in ("", None, [], "[]")]
+    assert main(["check", str(write_lines(tmp_path / "b.jsonl", rows))]) == 0

@@ -5,6 +5,7 @@ to `instruction` and `output`. `normalize_row` turns all of them into `instructi
 there is more than one turn.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,10 @@ def normalize_row(row: Mapping[str, Any], *, is_answered: bool) -> dict[str, Any
     else:
         return rest
     tools = rest.pop("tools", None)
-    if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
+    if isinstance(tools, str):  # as data sets store schemas that differ from each other
+        tools = _read_json_text(tools)
+    is_list = isinstance(tools, Sequence) and not isinstance(tools, str)
+    if tools is not None and not (is_list and all(isinstance(tool, Mapping) for tool in tools)):
         raise ConversationError("tools", f"expected a list of objects, got {type(tools).__name__}")
     answer = messages.pop() if messages and messages[-1]["role"] == "assistant" else None
     if is_answered and (answer is None or answer.get("tool_calls")):
@@ -153,6 +157,14 @@ def normalize_row(row: Mapping[str, Any], *, is_answered: bool) -> dict[str, Any
         rest["messages"] = [*messages, answer] if is_answered else messages
         rest |= {"tools": list(tools)} if tools else {}
     return rest
+
+
+def _read_json_text(text: str) -> Any:
+    """Return the value of a JSON text, the text itself if it is none, and None for an empty one."""
+    try:
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError):
+        return text
 
 
 def _read_part(value: Any, field: str, role: str) -> Iterator[dict[str, Any]]:

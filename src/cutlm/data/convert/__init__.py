@@ -1,5 +1,6 @@
 """Published judgment data turned into records: one module per source, each with functions from rows to rows."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,8 @@ from cutlm.errors import DataError
 MIN_SCORE, MAX_SCORE = 1.0, 10.0
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "bing": "assistant"}
 _ROLES |= {name: name for name in ("system", "developer", "user", "assistant", "tool")}
+# LLaMA-Factory's names for a call of a tool and its result.
+_ROLES |= {"function_call": "assistant", "observation": "tool"}
 
 
 class Source(BaseModel):
@@ -78,21 +81,44 @@ def scale_rating(rating: float, lowest: float, highest: float) -> float:
 
 
 def read_messages(values: Sequence[Any]) -> list[dict[str, Any]] | None:
-    """Read messages with `role` and `content`, or `from` and `value`; None if they are of another kind."""
+    """Read messages with `role` and `content`, or `from` and `value`; None if they are of another kind.
+
+    Calls of tools and their results keep what belongs to them.
+    """
     messages = []
     for value in values:
         if not isinstance(value, Mapping):
             return None
-        role = _ROLES.get(str(value.get("role", value.get("from"))))
-        content = value.get("content", value.get("value"))
+        name = str(value.get("role", value.get("from")))
+        role, content = _ROLES.get(name), value.get("content", value.get("value"))
+        further = {key: value[key] for key in ("tool_calls", "tool_call_id", "name") if value.get(key)}
+        if name == "function_call":
+            if (calls := _read_calls(content)) is None:
+                return None
+            content, further = "", {"tool_calls": calls}
+        if content is None and "tool_calls" in further:
+            content = ""
         if role is None or not isinstance(content, str):
             return None
-        messages.append({"role": role, "content": content})
+        messages.append({"role": role, "content": content, **further})
     return messages
 
 
-def make_response(messages: Sequence[Mapping[str, Any]], response: str) -> dict[str, Any]:
-    """Return a response to a conversation as a row: with `messages` if there is more than one message by the user."""
-    if len(messages) == 1 and messages[0]["role"] == "user":
+def _read_calls(content: Any) -> list[dict[str, Any]] | None:
+    """Read the JSON text of one or several calls, each with `name` and `arguments`; None if it is something else."""
+    try:
+        value = json.loads(content)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        return None
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def make_response(messages: Sequence[Mapping[str, Any]], response: str, tools: Any = None) -> dict[str, Any]:
+    """Return a response to a conversation as a row: with `messages` unless there is one message, by the user."""
+    if len(messages) == 1 and messages[0]["role"] == "user" and not tools:
         return {"instruction": messages[0]["content"], "output": response}
-    return {"messages": [*map(dict, messages), {"role": "assistant", "content": response}]}
+    row: dict[str, Any] = {"messages": [*map(dict, messages), {"role": "assistant", "content": response}]}
+    return row | ({"tools": tools} if tools else {})

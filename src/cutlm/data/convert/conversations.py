@@ -31,27 +31,32 @@ def convert(rows: Iterable[SourceRow]) -> Conversion:
         if messages is None:
             _leave_out(conversion, row.location, "conversations with messages of another kind than text", {})
             continue
+        system = row.value.get("system")
+        if isinstance(system, str) and system.strip() and not any(each["role"] == "system" for each in messages):
+            messages.insert(0, {"role": "system", "content": system})
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                _add(conversion, row.location, messages, index)
+                _add(conversion, row.location, messages, index, row.value.get("tools"))
     if problems:
         raise DataError(problems)
     return conversion
 
 
-def _add(conversion: Conversion, location: str, messages: list[dict[str, Any]], index: int) -> None:
+def _add(conversion: Conversion, location: str, messages: list[dict[str, Any]], index: int, tools: Any) -> None:
     before, text = messages[:index], messages[index]["content"]
+    response = make_response(before, text, tools)
     following = messages[index + 1] if index + 1 < len(messages) else None
-    if not text.strip():
-        _leave_out(conversion, location, "empty response", make_response(before, text))
+    if messages[index].get("tool_calls"):
+        _leave_out(conversion, location, "call of a tool instead of a response", response)
+    elif not text.strip():
+        _leave_out(conversion, location, "empty response", response)
     elif not any(message["role"] == "user" and message["content"].strip() for message in before):
         reason = "no message by the user before the response"
-        _leave_out(conversion, location, reason, make_response(before, text))
+        _leave_out(conversion, location, reason, response)
     elif following is None or following["role"] != "user" or not following["content"].strip():
-        conversion.unjudged.append(SourceRow(location, make_response(before, text)))
+        conversion.unjudged.append(SourceRow(location, response))
     else:
-        record = make_response(before, text) | {"judgment": following["content"].strip()}
-        conversion.rows.append(SourceRow(location, record))
+        conversion.rows.append(SourceRow(location, response | {"judgment": following["content"].strip()}))
 
 
 def _leave_out(conversion: Conversion, location: str, reason: str, row: dict[str, Any]) -> None:
