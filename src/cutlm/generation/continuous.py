@@ -209,6 +209,7 @@ class SlotCache(Cache):
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first columns of a slot to another."""
         for layer in self.layers:
+            assert isinstance(layer, _SlotLayer)
             for states in (layer.keys, layer.values):
                 if states is not None:
                     states[target, :, :length] = states[source, :, :length]

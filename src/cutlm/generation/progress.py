@@ -24,6 +24,7 @@ class Progress:
     """
 
     def __init__(self, num_responses: int, num_resumed: int = 0, *, is_shown: bool = True) -> None:
+        options: dict[str, Any] = {} if is_shown else {"disable": True}  # TQDM_DISABLE decides without it
         self._bar = tqdm(
             total=num_responses,
             initial=num_resumed,
@@ -32,7 +33,7 @@ class Progress:
             smoothing=0,  # the average rate, because batches differ
             miniters=0,
             mininterval=_SECONDS_BETWEEN_UPDATES,
-            **({} if is_shown else {"disable": True}),  # otherwise TQDM_DISABLE decides
+            **options,
         )
         self._num_done, self._num_tokens = num_resumed, 0
         self._rows: dict[int, Row] = {}

@@ -166,8 +166,8 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
     if train_args.chat_template_kwargs:
         prompt_options.append(f"--chat_template_kwargs={json.dumps(train_args.chat_template_kwargs)}")
     shared = ("threshold", "unlikelihood_weight", "gamma", "max_length", "sensitivity_records")
-    contrast = ("contrast", "num_foreign") if train_args.contrast != "judgment" else ()
-    contrast += ("surprise_weight",) if train_args.surprise_weight else ()
+    contrast = ["contrast", "num_foreign"] if train_args.contrast != "judgment" else []
+    contrast += ["surprise_weight"] if train_args.surprise_weight else []
     blame_options = [*prompt_options] + [f"--{name}={getattr(train_args, name)}" for name in (*shared, *contrast)]
     blame_options += [f"--judgment_role={train_args.judgment_role}"] * (train_args.judgment_role != "user")
     blame_options += ["--bf16"] * bool(train_args.bf16) + ["--device=cpu"] * bool(train_args.use_cpu)
