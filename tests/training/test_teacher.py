@@ -231,6 +231,31 @@ def test_a_run_stores_the_distributions_and_trains_on_its_file_alike(
     assert main(run_step(tmp_path, base, stored, "cut", 6, 1)) == 0
 
 
+@pytest.mark.parametrize("name", ["advice", "sampled", "redirect_only"])
+def test_blame_stores_what_training_would(tmp_path: Path, base: Path, data: Path, name: str) -> None:
+    settings = OBJECTIVES[name] | {"use_unlikelihood_loss": True, "distillation_clip": None, "importance_clip": None}
+    settings = {key: value for key, value in settings.items() if value is not None and key != "use_unlikelihood_loss"}
+    out = tmp_path / "scores.jsonl"
+    blamed = {"threshold": 1.0} if settings["objective"] == "redirect" else {}
+    options = list_options(model=base, data=data, out=out, device="cpu", **settings | blamed)
+    assert main(["blame", *options]) == 0
+    for run, source in (("records", data), ("scores", out)):
+        assert main(run_step(tmp_path, base, source, run, 6, 1, **settings)) == 0
+    first, second = (compute_gradient(base, tmp_path / run) for run in ("records", "scores"))
+    assert (first - second).norm() / first.norm() < 1e-5
+
+
+def test_blame_refuses_options_of_another_objective(base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = {"model": base, "data": data, "out": data.with_name("unused.jsonl")}
+    for options, named in (
+        ({"guidance": 2}, "--guidance"),
+        ({"objective": "redirect", "distillation": "sampled"}, "--distillation"),
+        ({"objective": "redirect", "base_url": "http://localhost:1/v1"}, "local model"),
+    ):
+        assert main(["blame", *list_options(**common | options)]) == 2
+        assert named in capsys.readouterr().err
+
+
 def test_a_resumed_run_reuses_the_distributions(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

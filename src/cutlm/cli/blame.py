@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cutlm.flagging.scoring import Scorer
+    from cutlm.flagging.teacher import TeacherSettings
 
 _OPTIONS = ModelOptions(("base", "dtype", "device", "bf16", "max_tokens_per_batch"), ("tokenizer", *SERVER_OPTIONS))
 
@@ -39,6 +40,7 @@ _OPTIONS = ModelOptions(("base", "dtype", "device", "bf16", "max_tokens_per_batc
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "model", "data", "columns", "out", "overwrite")
     add_scoring_arguments(parser)
+    add_teacher_arguments(parser)
 
 
 def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +93,53 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     _OPTIONS.add(parser)
 
 
+def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a teacher, whose distributions are stored with the flags; all of them as in training."""
+    teacher = parser.add_argument_group("a teacher, by a local model (docs/objectives.md)")
+    objectives = ("cut", "self_distillation", "redirect")
+    stored = (
+        "what the file is for: redirect stores a teacher's distributions for flagged tokens, self_distillation for all"
+    )
+    teacher.add_argument("--objective", choices=objectives, default="cut", help=f"{stored} (default: cut, without any)")
+    teacher.add_argument("--teacher_context", choices=("praise", "advice"), help="its prompt (default: praise)")
+    teacher.add_argument("--teacher_sees_response", action="store_const", const=True, help="show it the response")
+    strength = "how far it is guided away from the judgment, for"
+    teacher.add_argument("--guidance", type=float, metavar="BETA", help=f"{strength} self_distillation (default: 1)")
+    teacher.add_argument("--redirect_strength", type=float, metavar="BETA", help=f"{strength} redirect (default: 1)")
+    teacher.add_argument(
+        "--distillation", choices=("topk", "sampled"), help="for self_distillation: its 20 tokens (default), or one"
+    )
+
+
+def _make_teacher(args: argparse.Namespace) -> "TeacherSettings | None":
+    """Make the settings of the teacher, and refuse options that the objective does not use."""
+    from cutlm.errors import ConfigError
+    from cutlm.flagging.teacher import NUM_COLUMNS, TeacherSettings
+
+    shared = ("teacher_context", "teacher_sees_response")
+    used = {
+        "cut": (),
+        "self_distillation": (*shared, "guidance", "distillation"),
+        "redirect": (*shared, "redirect_strength"),
+    }
+    given = [name for names in used.values() for name in names if getattr(args, name) is not None]
+    unused = [f"--{name}" for name in dict.fromkeys(given) if name not in used[args.objective]]
+    if unused:
+        raise ConfigError(f"{', '.join(unused)}: not used by --objective {args.objective}; leave them out")
+    if args.objective == "cut":
+        return None
+    if args.base_url:
+        raise ConfigError("--objective: a teacher needs a local model, because servers do not return its distributions")
+    strength = args.redirect_strength if args.objective == "redirect" else args.guidance
+    return TeacherSettings(
+        args.teacher_context or "praise",
+        bool(args.teacher_sees_response),
+        1.0 if strength is None else strength,
+        None if args.distillation == "sampled" else NUM_COLUMNS,
+        flagged_only=args.objective == "redirect",
+    )
+
+
 def _read_threshold(text: str) -> float | str:
     try:
         return text if text == "auto" else float(text)
@@ -99,12 +148,12 @@ def _read_threshold(text: str) -> float | str:
 
 
 def run(args: argparse.Namespace) -> int:
-    score_file(args)
+    score_file(args, _make_teacher(args))
     print(f"{args.out} has the token scores; cutlm inspect shows them. Next: {_suggest_training(args)}")
     return 0
 
 
-def score_file(args: argparse.Namespace) -> None:
+def score_file(args: argparse.Namespace, teacher: "TeacherSettings | None" = None) -> None:
     """Score the records of `args.data`, write `args.out` and print counts."""
     _OPTIONS.fill(args)
     check_output(args, args.data)
@@ -121,10 +170,11 @@ def score_file(args: argparse.Namespace) -> None:
         args.contrast,
         args.num_foreign,
         args.surprise_weight,
+        teacher=teacher,
     )
     check = check_records(args.data, args.columns)
     raise_problems(check, describe_sources(args.data))
-    tokenizer, score, detector, backend = _prepare_server(args) if args.base_url else _prepare_model(args)
+    tokenizer, score, detector, backend = _prepare_server(args) if args.base_url else _prepare_model(args, teacher)
     try:
         report = blame_file(
             check.records,
@@ -149,7 +199,9 @@ def score_file(args: argparse.Namespace) -> None:
     print(report.describe())
 
 
-def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
+def _prepare_model(
+    args: argparse.Namespace, teacher: "TeacherSettings | None"
+) -> "tuple[PreTrainedTokenizerBase, Scorer, str, dict[str, Any]]":
     from cutlm.errors import ConfigError
     from cutlm.flagging.scoring import load_scorer
     from cutlm.model.loading import is_adapter_folder
@@ -168,6 +220,7 @@ def _prepare_model(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, 
         is_bf16=args.bf16,
         max_length=args.max_length,
         max_tokens_per_batch=args.max_tokens_per_batch,
+        teacher=teacher,
     )
 
 
@@ -211,6 +264,11 @@ def _suggest_training(args: argparse.Namespace) -> str:
         command += ["--chat_template_kwargs", json.dumps(args.chat_template_kwargs)]
     if args.judgment_role == "system":
         command += ["--judgment_role", "system"]
+    if getattr(args, "objective", "cut") != "cut":
+        command += ["--objective", args.objective]
+        for name in ("teacher_context", "teacher_sees_response", "guidance", "redirect_strength", "distillation"):
+            if (value := getattr(args, name)) is not None:
+                command += [f"--{name}", str(value)]
     if args.max_length != 2048:
         command += ["--max_length", str(args.max_length)]
     return merging + shlex.join(command)

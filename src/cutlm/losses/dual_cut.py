@@ -1,4 +1,6 @@
-"""DualCUT, which also learns from praise (arXiv 2412.20297, eq. 5 to 9).
+"""DualCUT, which also learns from praise: an approximation of arXiv 2412.20297, made from a summary of it.
+
+Its equations have not been checked against the paper's own text.
 
 Unsatisfactory responses get CUT's loss. The mirror image for praise: tokens of a satisfactory response that the praise
 makes more likely get a larger likelihood weight.
@@ -26,7 +28,7 @@ def dual_cut_loss(
     weights_satisfactory: Tensor | None = None,
     can_flag: Tensor | None = None,
 ) -> CutLoss:
-    """DualCUT's loss over the response tokens of a batch (arXiv 2412.20297, eq. 5 to 9).
+    """DualCUT's loss over the response tokens of a batch, an approximation of arXiv 2412.20297.
 
     Praised responses are learned from in both contexts. Without the judgment, a token with p(y_t | x, j, y_<t) >
     threshold * p(y_t | x, y_<t) weighs 1 + praise_weight * p(y_t | x, j, y_<t)^gamma.
