@@ -29,6 +29,7 @@ COMMANDS = {
     "merge": "merge a trained adapter into its base model",
     "generate": "generate responses to a file of instructions",
     "judge": "judge responses: by a model, here or on a server, by rules, or by a person",
+    "studio": "write judgments in a browser, and see what they flag",
     "refine": "rewrite unsatisfactory responses according to their judgments",
     "align": "run the online loop: generate, judge, blame, train, merge, repeat",
     "world": "write the tasks of the tiny world, and mark wrong tokens",

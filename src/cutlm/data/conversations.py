@@ -84,10 +84,11 @@ class Conversation:
         r"""Return the conversation as plain text, "User: Hi.\n\nAssistant: Hi!"; a single message stays as it is."""
         if self.is_single_turn:
             return self.instruction
-        return "\n\n".join(f"{_NAMES[message['role']]}: {_describe(message)}" for message in self.messages)
+        return "\n\n".join(f"{_NAMES[message['role']]}: {describe_message(message)}" for message in self.messages)
 
 
-def _describe(message: Message) -> str:
+def describe_message(message: Message) -> str:
+    """Return the text of a message, and the calls of tools in it."""
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     texts = [f"[calls {call.get('name')}({call.get('arguments', '')})]" for call in calls]
     return "\n".join(filter(None, [message.get("content") or "", *texts]))

@@ -8,5 +8,6 @@ Read in this order:
 - `contrast`: what else the judged context can be compared with, and a threshold that foreign judgments calibrate.
 - `report`: what is written about a file of token scores.
 - `detector`: flags and weights from these log-probabilities; scoring whole files with resume.
+- `live`: scores of one response under changing judgments, on a KV cache.
 - `token_scores`: the JSON Lines format of the result.
 """

@@ -37,6 +37,7 @@ def judge_by_server(
     answer_format: AnswerFormat = "json",
     temperature: float = 0.0,
     max_tokens: int = 1024,
+    show_progress: bool = True,
 ) -> Outcome:
     """Judge responses by a language model on a server; its answers are cached in `cache_file` as they arrive.
 
@@ -51,6 +52,7 @@ def judge_by_server(
         answer_format: What the template asks for.
         temperature: 0 for greedy decoding.
         max_tokens: The maximum length of an answer.
+        show_progress: Show a progress bar.
 
     Raises:
         UserError: The server refuses every request, or the cache cannot be written.
@@ -71,6 +73,7 @@ def judge_by_server(
         response_format=RESPONSE_FORMAT if answer_format == "json" else None,
         temperature=temperature,
         max_tokens=max_tokens,
+        show_progress=show_progress,
     )
     outcome.notes += asked.notes
     for question, failure in asked.failures.items():
@@ -109,6 +112,7 @@ def ask_server(
     response_format: Mapping[str, Any] | None,
     temperature: float,
     max_tokens: int,
+    show_progress: bool = True,
 ) -> Asked[VerdictT]:
     """Ask a language model on a server questions; its answers are cached in `cache_file` as they arrive.
 
@@ -120,6 +124,7 @@ def ask_server(
         response_format: What the server is told to enforce; if it refuses that, the question alone asks for it.
         temperature: 0 for greedy decoding.
         max_tokens: The maximum length of an answer.
+        show_progress: Show a progress bar.
 
     Raises:
         UserError: The server refuses every request, or the cache cannot be written.
@@ -164,7 +169,8 @@ def ask_server(
 
         num_all = sum(map(len, questions.values()))
         num_redacted = num_failed = 0
-        with tqdm(total=num_all, initial=num_cached, desc="judging", unit="response") as progress:
+        options: Any = {} if show_progress else {"disable": True}  # an explicit False would override TQDM_DISABLE
+        with tqdm(total=num_all, initial=num_cached, desc="judging", unit="response", **options) as progress:
             for number, result in requester.client.request_many(
                 ask, [questions[question][0] for question in missing], advice=_ADVICE, is_answering=bool(cached)
             ):

@@ -10,14 +10,16 @@ of a record usually share a prefix. This module, from top to bottom:
 3. *Layouts* run one group: `run_padded` (rows padded on the right, which every causal model supports),
    `run_with_shared_kv` (the plain contexts first, then the judged ones on the KV cache of the shared prefixes) and
    `run_packed_row` (everything in one row, separated by a mask or by position ids).
-4. *The probe*, `choose_layout`, finds out which layouts a model supports before training; `check_head` compares the
+4. `SequenceScorer` scores one sequence after the other on the KV cache of the one before, for a person who waits.
+5. *The probe*, `choose_layout`, finds out which layouts a model supports before training; `check_head` compares the
    log-probabilities with the model's own logits.
-5. `run_inside` runs any of this under DistributedDataParallel, FSDP2 and ZeRO-3.
+6. `run_inside` runs any of this under DistributedDataParallel, FSDP2 and ZeRO-3.
 """
 
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from cutlm.errors import ConfigError, UserError
-from cutlm.model.loading import list_rope_parameters, unwrap_peft
+from cutlm.model.loading import find_layers, list_rope_parameters, unwrap_peft
 from cutlm.model.logprobs import find_head_layer, find_top_columns, get_head, taught_logprobs, token_logprobs
 
 logger = logging.getLogger(__name__)
@@ -514,6 +516,92 @@ def _find_body(model: Any) -> nn.Module:
 
 def get_attention(language_model: nn.Module) -> str:
     return str(getattr(language_model.config, "_attn_implementation", None) or "eager")
+
+
+# ---- One sequence after the other ----
+
+
+class SequenceScorer:
+    """Scores one sequence after the other, each on the KV cache of the prefix that it shares with the one before.
+
+    A response under changing judgments shares what precedes the judgment, and what is typed first of the judgment. A
+    pass can be stopped between two layers.
+
+    Args:
+        model: A causal language model in evaluation mode, with or without an adapter.
+
+    Example:
+
+        >>> scorer = SequenceScorer(model)
+        >>> scorer.score([1, 5, 9], [7, 2])
+        tensor([-3.1, -0.7])
+        >>> scorer.score([1, 5, 6], [7, 2])  # runs the last token of the prompt and the response only
+        tensor([-2.9, -0.8])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = unwrap_peft(model)
+        self._layout = choose_layout(model)
+        self._ids: list[int] = []  # the tokens whose keys and values every layer of the cache has
+        self._cache = DynamicCache()
+
+    def score(
+        self, prompt_ids: Sequence[int], response_ids: Sequence[int], is_stopped: Callable[[], bool] = lambda: False
+    ) -> Tensor:
+        """Score a response, its end-of-turn token included.
+
+        Args:
+            prompt_ids: The tokens before it.
+            response_ids: Its T tokens.
+            is_stopped: Called before each layer.
+
+        Returns:
+            [T] log-probabilities, float32, on the CPU.
+
+        Raises:
+            CancelledError: `is_stopped` returned true.
+        """
+        ids = [*prompt_ids, *response_ids[:-1]]
+        device = self._model.device
+        with evaluation_mode(self._model), torch.inference_mode(), _stopping(self._model, is_stopped):
+            states = self._run(torch.tensor(ids, device=device), ids, len(response_ids))
+            targets = torch.tensor(list(response_ids), device=device)
+            return _apply_head(self._model, token_logprobs, states, targets).cpu().clone()
+
+    def _run(self, tokens: Tensor, ids: list[int], num_last: int) -> Tensor:
+        """The hidden states [num_last, H] at the end of a sequence."""
+        switch = self._layout.rope_switch_length
+        if not self._layout.has_shared_kv or (switch is not None and len(ids) > switch):
+            self._ids = []
+            return _run_body(self._model, input_ids=tokens[None])[0, -num_last:]
+        longest = min(len(self._ids), len(ids) - num_last)
+        num_shared = next((index for index in range(longest) if ids[index] != self._ids[index]), longest)
+        cache = DynamicCache()
+        for index, layer in enumerate(cast(list[Any], self._cache.layers) if num_shared else ()):
+            cache.update(layer.keys[:, :, :num_shared], layer.values[:, :, :num_shared], index)
+        self._ids, self._cache = ids[:num_shared], cache
+        positions = torch.arange(num_shared, len(ids), device=tokens.device)[None]
+        states = _run_body(
+            self._model, input_ids=tokens[None, num_shared:], position_ids=positions, past_key_values=cache
+        )
+        self._ids = ids
+        return states[0, -num_last:]
+
+
+@contextmanager
+def _stopping(model: nn.Module, is_stopped: Callable[[], bool]) -> Iterator[None]:
+    """Raise `CancelledError` before the next layer once `is_stopped` returns true."""
+
+    def check(layer: nn.Module, inputs: Any) -> None:
+        if is_stopped():
+            raise CancelledError
+
+    hooks = [layer.register_forward_pre_hook(check) for layer in find_layers(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # ---- The probe ----
