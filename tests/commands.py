@@ -78,6 +78,11 @@ class Running:
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
 
+    def kill(self) -> None:
+        """Kill it if it still runs, and wait for its end."""
+        self._process.kill()
+        self._process.join()
+
     def wait_for_output(self, text: str, timeout: float = 120) -> None:
         """Wait until the process has printed a text."""
         deadline = time.monotonic() + timeout
@@ -85,6 +90,10 @@ class Running:
             assert time.monotonic() < deadline, self._read("stderr")
             assert self._process.is_alive(), self._read("stderr")
             time.sleep(0.01)
+
+    def read_output(self) -> str:
+        """Return what the process has printed so far."""
+        return self._read("stdout")
 
     def wait(self, timeout: float = 200) -> Result:
         self._process.join(timeout)
