@@ -135,13 +135,21 @@ def wait_until_ready(page: Any) -> None:
     page.wait_for_selector("html[data-ready]", state="attached")
 
 
+def wait_until(page: Any, expression: str, value: Any = True, timeout: float = 60) -> None:
+    """Wait until an expression has a value. The page's policy forbids `wait_for_function`, which evaluates in it."""
+    deadline = time.monotonic() + timeout
+    while (found := page.evaluate(expression)) != value:
+        assert time.monotonic() < deadline, (expression, found)
+        page.wait_for_timeout(20)
+
+
 def wait_until_saved(page: Any) -> None:
-    page.wait_for_function("document.getElementById('saved').className === 'saved'")
+    wait_until(page, "document.getElementById('saved').className === 'saved'")
 
 
 def wait_for_response(page: Any, number: int) -> None:
     """Wait until the page shows the response with this number, from 1."""
-    page.wait_for_function(f"document.getElementById('position').textContent.startsWith('Response {number} of')")
+    wait_until(page, f"document.getElementById('position').textContent.startsWith('Response {number} of')")
 
 
 def press(page: Any, *keys: str) -> None:

@@ -60,12 +60,12 @@ def test_wheel_contains_the_package_and_nothing_else(wheel: Path) -> None:
         names = set(archive.namelist())
         metadata = next(archive.read(name).decode() for name in names if name.endswith("METADATA"))
     package = ROOT / "src" / "cutlm"
-    kinds = {".py", ".css", ".html", ".js", ".json", ".jinja", ".safetensors", ".typed"}
+    kinds = {".py", ".css", ".html", ".js", ".json", ".jinja", ".safetensors", ".svg", ".typed"}
     expected = {str(path.relative_to(ROOT / "src")) for path in package.rglob("*") if path.suffix in kinds}
     assert expected | {"cutlm/py.typed", "cutlm/world/words.json"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert all(name.startswith(("cutlm/", "cutlm-")) for name in names)
-    for extra in ("eval", "serve", "quantization", "dev"):
+    for extra in ("eval", "serve", "studio", "quantization", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "Requires-Python: >=3.11" in metadata
     assert "License-Expression: Apache-2.0" in metadata

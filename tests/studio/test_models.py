@@ -7,7 +7,17 @@ import pytest
 import torch
 from chat_server import ChatServer
 from judged_rows import write_verdict
-from studio_server import browse, make_rows, press, read_lines, running, send, wait_for_response, wait_until_saved
+from studio_server import (
+    browse,
+    make_rows,
+    press,
+    read_lines,
+    running,
+    send,
+    wait_for_response,
+    wait_until,
+    wait_until_saved,
+)
 from tiny import make_model, make_tokenizer, save_tiny_model
 
 from cutlm.data.records import JudgedRecord
@@ -175,7 +185,7 @@ def test_flags_follow_the_wording_and_the_threshold_and_can_be_removed(browser, 
             page.fill("#judgment", judgment)
             expected = list_flagged(blame(model_path, record.model_copy(update={"judgment": judgment})))
             assert len(expected) > 2
-            page.wait_for_function(f"flagged => JSON.stringify({FLAGGED}) === JSON.stringify(flagged)", arg=expected)
+            wait_until(page, FLAGGED, expected)
         page.wait_for_selector("#reaction .gauge")
         assert "1 judgment of other responses" in page.inner_text("#reaction")
         judged = record.model_copy(update={"judgment": judgment})
@@ -188,10 +198,11 @@ def test_flags_follow_the_wording_and_the_threshold_and_can_be_removed(browser, 
         assert page.evaluate(FLAGGED) == expected
         page.locator(".response .flagged").nth(1).click()  # removes the flag
         assert page.evaluate(FLAGGED) == [expected[0], *expected[2:]]
-        page.locator(".response .t", has_text="I").last.focus()
         first = page.locator(".response .flagged").first
-        first.focus()
-        press(page, "Enter", "Enter")  # removes it and puts it back
+        press(page, "r", "Home", *["ArrowRight"] * int(first.get_attribute("data-piece")))
+        press(page, "Enter")
+        assert page.evaluate(FLAGGED) == expected[2:]
+        press(page, "Enter")  # puts it back
         assert page.evaluate(FLAGGED) == [expected[0], *expected[2:]]
         wait_until_saved(page)
         ((start, end),) = server.studio.session.get_verdict(1).unflagged_spans
@@ -201,7 +212,7 @@ def test_flags_follow_the_wording_and_the_threshold_and_can_be_removed(browser, 
 def test_a_response_that_is_too_long_says_so(browser, tmp_path, model_path):
     rows = [{"instruction": "Hi.", "output": "word " * 3000}]
     with running(tmp_path, rows, models=load(model_path)) as server, browse(browser, server.access.url) as page:
-        page.wait_for_function("document.getElementById('scoring').textContent.startsWith('not scored')")
+        wait_until(page, "document.getElementById('scoring').textContent.startsWith('not scored')")
         press(page, "s")
         wait_until_saved(page)
 
@@ -211,7 +222,7 @@ def test_before_and_after_training_both_are_shaded(browser, tmp_path, model_path
     rows = make_rows(1)
     with running(tmp_path, rows, models=load(model_path, after)) as server, browse(browser, server.access.url) as page:
         page.fill("#judgment", "It is wrong.")
-        page.wait_for_function("document.querySelectorAll('.response').length === 2")
+        wait_until(page, "document.querySelectorAll('.response').length === 2")
         page.wait_for_selector(".response .flagged")
         record = JudgedRecord(**rows[0], judgment="It is wrong.")
         for place, path in enumerate((model_path, after)):
@@ -234,10 +245,10 @@ def test_train_on_this(browser, tmp_path, model_path):
         wait_for_response(page, 3)
         press(page, "3")
         page.select_option("#detector", "frozen")
-        page.wait_for_function("document.querySelector('#command code').textContent.includes('scores.jsonl')")
+        wait_until(page, "document.querySelector('#command code').textContent.includes('scores.jsonl')")
         assert f"--model_name_or_path {model_path} --template chat" in page.inner_text("#command")
         page.click("#start")
-        page.wait_for_function("document.getElementById('losses').querySelector('path')", timeout=100_000)
+        wait_until(page, "document.querySelector('#losses path') !== null", timeout=100)
         page.wait_for_selector("#comparison table", timeout=100_000)
         cells = page.locator("#comparison tbody tr").first.locator("th, td").all_inner_texts()
         assert cells[0] == "tokens of satisfactory responses"
@@ -247,7 +258,7 @@ def test_train_on_this(browser, tmp_path, model_path):
         assert server.studio.training.exit_code == 0
         assert (tmp_path / "records.jsonl.trained-1" / "adapter_config.json").exists()
         press(page, "1")
-        page.wait_for_function("document.querySelectorAll('.response').length === 2")
+        wait_until(page, "document.querySelectorAll('.response').length === 2")
         assert server.studio.plan("spans", 1.5).arguments[-1].endswith("trained-2")
 
 

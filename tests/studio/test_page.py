@@ -15,6 +15,7 @@ from studio_server import (
     running,
     started,
     wait_for_response,
+    wait_until,
     wait_until_ready,
     wait_until_saved,
 )
@@ -81,12 +82,12 @@ def test_a_server_killed_between_keystrokes_loses_nothing(browser, tmp_path):
         with open(journal, "a", encoding="utf-8") as file:
             file.write('{"key": "cut off')  # what a kill within a write leaves
         page.keyboard.type("def")
-        page.wait_for_function("document.getElementById('saved').className === 'bad'")
+        wait_until(page, "document.getElementById('saved').className === 'bad'")
         process, url = stack.enter_context(started([*arguments, url.split(":")[2].split("/")[0]]))
         page.goto(url)
         wait_until_ready(page)
         wait_until_saved(page)
-        page.wait_for_function("document.getElementById('judgment').value === 'abcdef'")
+        wait_until(page, "document.getElementById('judgment').value === 'abcdef'")
         page.problems.clear()  # the browser logs requests that no server answered
         press(page, "w", "Control+Enter")
         wait_for_response(page, 2)
@@ -103,7 +104,7 @@ def test_two_tabs_never_overwrite_each_other(browser, tmp_path):
         browse(browser, server.access.url) as other,
     ):
         one.fill("#judgment", "From the first tab.")
-        other.wait_for_function("document.getElementById('judgment').value === 'From the first tab.'")
+        wait_until(other, "document.getElementById('judgment').value === 'From the first tab.'")
         # The other tab is away while the first one changes the verdict again.
         other.context.set_offline(True)
         other.fill("#judgment", "From the second tab.")
@@ -114,7 +115,7 @@ def test_two_tabs_never_overwrite_each_other(browser, tmp_path):
         assert "From the first tab again." in other.inner_text("#notice")
         assert server.studio.session.get_verdict(0).judgment == "From the first tab again."
         other.click("text=Keep mine")
-        one.wait_for_function("document.getElementById('judgment').value === 'From the second tab.'")
+        wait_until(one, "document.getElementById('judgment').value === 'From the second tab.'")
         judgments = [
             row["judgment"]
             for row in read_lines(server.studio.session.out.with_name("records.jsonl.studio") / "ann.jsonl")
@@ -137,8 +138,12 @@ def test_two_reviewers_at_once(browser, tmp_path):
             press(page, "Escape", "r", *["ArrowRight"] * (page is other), "Shift+ArrowRight", "m")
             press(page, "Control+Enter")
             wait_for_response(page, 2)
-        press(one, "s", "s")
-        press(other, "s", "w")
+        press(one, "s")
+        wait_for_response(one, 3)
+        press(one, "s")
+        press(other, "s")
+        wait_for_response(other, 3)
+        press(other, "w")
         other.keyboard.type("Third is wrong.")
         press(other, "Control+Enter")
         wait_until_saved(one)
@@ -168,13 +173,13 @@ def test_five_thousand_responses(browser, tmp_path):
         assert page.locator("#list li").count() == 5000
         press(page, "/")
         page.keyboard.type("NEEDLE")
-        page.wait_for_function("document.querySelectorAll('#list li').length === 1")
+        wait_until(page, "document.querySelectorAll('#list li').length === 1")
         page.click("#list li")
         wait_for_response(page, 4322)
         press(page, "s")
         wait_until_saved(page)
         page.fill("#query", "")
-        page.wait_for_function("document.querySelectorAll('#list li').length === 5000")
+        wait_until(page, "document.querySelectorAll('#list li').length === 5000")
         page.select_option("#filter", "satisfactory")
         assert page.locator("#list li").count() == 1
         page.select_option("#filter", "open")
@@ -212,7 +217,7 @@ def test_marks_by_mouse_are_characters_of_the_record(browser, tmp_path):
     rows = [{"instruction": "Hi.", "output": "Ein \U0001f600 Wort, noch ein \U0001f468\u200d\U0001f469 Wort."}]
     with running(tmp_path, rows) as server, browse(browser, server.access.url) as page:
         words = page.locator(".response .t")
-        first, last = (words.filter(has_text=text).first.bounding_box() for text in ("noch", "ein"))
+        first, last = words.nth(4).bounding_box(), words.nth(5).bounding_box()  # "noch", "ein"
         page.mouse.move(first["x"] + 1, first["y"] + 5)
         page.mouse.down()
         page.mouse.move(last["x"] + last["width"] - 1, last["y"] + 5, steps=4)

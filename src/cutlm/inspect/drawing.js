@@ -6,6 +6,7 @@ function drawResponse(record, sideIndex, ratios, name) {
   const side = record.sides[sideIndex];
   const output = record.outputs[sideIndex];
   const { box, elements } = drawPieces(side, output, ratios, `${name}; arrow keys move between tokens`);
+  for (const element of elements) element.tabIndex = -1;
   record.tokens.push({ sideIndex, isTraining: ratios !== null && ratios === record.training, elements });
   return box;
 }

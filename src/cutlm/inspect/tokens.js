@@ -52,7 +52,6 @@ export function drawPieces(side, output, ratios, label) {
     const lead = /[^ ]/.test(text) ? text.search(/[^ ]/) : 0;
     appendText(box, output, reached, reached + lead);
     const token = make("span", "t");
-    token.tabIndex = -1;
     token.dataset.piece = piece;
     appendText(token, output, reached + lead, reached + text.length);
     reached += text.length;

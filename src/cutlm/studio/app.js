@@ -139,14 +139,20 @@ function showPace({ num_decided, num_left, per_minute }) {
 
 // ---- The way through the list ----
 
+let opening = null; // the response that is being opened; until then, no key decides on the one before
+
 async function open(index, { focus = null } = {}) {
   if (review.item && review.index !== index) leave();
+  opening = index;
   try {
     await review.open(index);
   } catch (error) {
-    if (error.name !== "AbortError") byId("saved").textContent = `response ${index + 1} cannot be read: ${error.message}`;
+    if (error.name === "AbortError") return;
+    byId("saved").textContent = `response ${index + 1} cannot be read: ${error.message}`;
+    opening = null;
     return;
   }
+  opening = null;
   const { item } = review;
   saver.note(index, item.verdict.revision);
   items[index].hasDraft = item.draft !== null;
@@ -181,6 +187,7 @@ function openNext(options) {
 }
 
 function finish() {
+  if (opening !== null) return;
   const isWriting = document.activeElement === byId("judgment");
   if (review.decide()) openNext({ focus: isWriting ? "judgment" : null });
   else {
@@ -191,12 +198,13 @@ function finish() {
 }
 
 function decide(state) {
+  if (opening !== null) return;
   review.change({ state });
   openNext();
 }
 
 function accept() {
-  if (review.acceptDraft()) openNext();
+  if (opening === null && review.acceptDraft()) openNext();
 }
 
 // ---- Views, light and dark ----

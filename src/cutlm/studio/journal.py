@@ -185,7 +185,7 @@ def _read(path: Path) -> tuple[dict[str, Verdict], int]:
     for number, line in enumerate(content[:num_bytes].split(b"\n")[:-1], start=1):
         try:
             key, verdict = _parse(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
                 f"{path}:{number}: not a line of the studio's journal ({error}); restore it from a backup, or remove"
                 " this line"

@@ -379,7 +379,9 @@ export class Review {
   #moveTo(place, piece, isSelecting) {
     const { elements } = this.views[place];
     const target = Math.max(0, Math.min(elements.length - 1, piece));
-    elements[target]?.focus();
+    // Only the focused token can be focused: dragging across others would not select their text.
+    elements[target].tabIndex = -1;
+    elements[target].focus();
     this.#choose(place, isSelecting && this.#anchor !== null ? this.#anchor : target, target);
   }
 
@@ -479,7 +481,10 @@ export class Review {
     });
     sides.addEventListener("focusin", (event) => event.target.matches(".t") && this.#showTip(event.target));
     sides.addEventListener("pointerleave", () => this.hideTip());
-    sides.addEventListener("focusout", () => this.hideTip());
+    sides.addEventListener("focusout", (event) => {
+      this.hideTip();
+      if (event.target.matches(".t")) event.target.removeAttribute("tabindex");
+    });
     addEventListener("scroll", () => this.hideTip(), { passive: true, capture: true });
     document.addEventListener("pointerup", () => setTimeout(() => {
       this.views.forEach(({ box, elements }, place) => {
