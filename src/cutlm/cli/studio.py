@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.studio.session import Session
     from cutlm.studio.worker import Worker
 
-    journal_path = name_journal(args.out, args.reviewer or _find_user())
+    journal_path = name_journal(args.out, _find_user() if args.reviewer is None else args.reviewer)
     if Path(args.out).exists() and not find_folder(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out}: exists; pass another file, or replace it with --overwrite")
     items, num_empty = read_items(args.responses, args.data, args.columns)
