@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 URGENT, NORMAL, BACKGROUND = range(3)
@@ -97,7 +98,7 @@ class Worker:
                 continue
             job.has_started = True
             try:
-                result = job.run(lambda job=job: self._is_to_stop(job))
+                result = job.run(partial(self._is_to_stop, job))
             except CancelledError:
                 if job.is_overtaken.is_set():
                     job.future.set_exception(CancelledError())
