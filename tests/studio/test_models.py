@@ -66,8 +66,8 @@ def test_a_shared_prefix_does_not_change_the_numbers(attention):
     for prompt in prompts:
         for response in ([10, 11, 12], [10]):
             rows = [{"prompt_ids": prompt, "judged_prompt_ids": None, "response_ids": response}]
-            (((_, expected, _),),) = score_rows(model, rows, show_progress=False)
-            assert torch.allclose(scorer.score(prompt, response), expected, atol=1e-5)
+            ((scored,),) = score_rows(model, rows, show_progress=False)
+            assert torch.allclose(scorer.score(prompt, response), scored[1], atol=1e-5)
 
 
 def test_a_stopped_pass_leaves_a_cache_that_is_right():

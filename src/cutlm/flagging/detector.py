@@ -461,7 +461,7 @@ def make_all_scores(
     detector: str,
 ) -> Iterator[TokenScores]:
     """Yield the token scores of all rows, in their order."""
-    marks = _fingerprint(encoder, comparison.settings, detector)
+    marks = describe_marks(encoder, comparison.settings, detector)
     for index, (row, record) in enumerate(zip(rows, records, strict=True)):
         reference = comparison.references.get(index)
         response_ids = row["response_ids"]
@@ -581,7 +581,7 @@ def make_scores(
     )
 
 
-def _fingerprint(encoder: Encoder, settings: FlagSettings, detector: str) -> dict[str, Any]:
+def describe_marks(encoder: Encoder, settings: FlagSettings, detector: str) -> dict[str, Any]:
     """The fields of token scores that all records of a run share."""
     return {
         "threshold": settings.threshold,

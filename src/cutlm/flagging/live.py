@@ -9,10 +9,10 @@ from torch import nn
 
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import DataError
-from cutlm.flagging.detector import FlagSettings, encode_for_scoring, make_scores, round_logps
+from cutlm.flagging.detector import FlagSettings, Logps, describe_marks, encode_for_scoring, make_scores, round_logps
 from cutlm.flagging.report import Sensitivity
 from cutlm.flagging.sensitivity import Contrast, compute_sensitivity
-from cutlm.flagging.token_scores import TokenScores, fingerprint_tokenizer
+from cutlm.flagging.token_scores import TokenScores
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.forward import SequenceScorer, check_head
 from cutlm.model.loading import fingerprint_model, unwrap_peft
@@ -49,15 +49,7 @@ class LiveScorer:
         self.encoder, self.settings = encoder, settings
         self._model, self._scorer = model, SequenceScorer(model)
         self._kept: OrderedDict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = OrderedDict()
-        self._marks = {
-            "threshold": settings.threshold,
-            "unlikelihood_weight": settings.unlikelihood_weight,
-            "gamma": settings.gamma,
-            "detector": fingerprint_model(path),
-            "tokenizer": fingerprint_tokenizer(encoder.tokenizer),
-            "template": encoder.fingerprint,
-            "template_date": encoder.template_date,
-        }
+        self._marks = describe_marks(encoder, settings, fingerprint_model(path))
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +64,7 @@ class LiveScorer:
             CancelledError: `is_stopped` returned true.
         """
         without, judged, response_ids = self._score_both(record, is_stopped)
-        return make_scores(record, response_ids, without, judged, None, self.encoder, self.settings, self._marks)
+        return make_scores(record, response_ids, Logps(without, judged), None, self.encoder, self.settings, self._marks)
 
     def measure_sensitivity(
         self, record: JudgedRecord, foreign: Sequence[str], threshold: float, is_stopped: IsStopped = _never
