@@ -444,7 +444,7 @@ def test_a_damaged_partial_file_is_refused(model: Path, data: Path, tmp_path: Pa
 def test_a_journal_without_finished_lines_may_be_replaced(tmp_path: Path) -> None:
     path = tmp_path / "out.partial"
     path.write_text('{"seed": 1}\n{"index": ')
-    assert Journal(tmp_path / "out", {"seed": 2}).lines == []
+    assert list(Journal(tmp_path / "out", {"seed": 2}).lines) == []
     assert path.read_text() == '{"seed": 2}\n'
     path.write_text('{"of": "another program"}\n')
     with pytest.raises(UserError, match=f"^{path}: "):
@@ -472,7 +472,7 @@ def test_opening_a_journal_only_truncates_an_incomplete_line(tmp_path: Path, mon
 def test_a_journal_is_continued_after_an_incomplete_line(tmp_path: Path) -> None:
     for number in range(3):
         with Journal(tmp_path / "out", {"seed": 1}) as journal:
-            assert journal.lines == [{"index": index} for index in range(number)]
+            assert list(journal.lines) == [{"index": index} for index in range(number)]
             journal.append([{"index": number}])
         with open(journal.path, "a") as file:
             file.write('{"index": ')

@@ -92,8 +92,8 @@ def read_items(
         check = check_records(data, columns)
         raise_problems(check, describe_sources(data))
         for location, record in zip(check.locations, check.records, strict=True):
-            draft = Draft(record.judgment, record.wrong_spans or (), record.i_ans, "the file", record.score)
-            rows.append((location, record.model_dump(mode="json", exclude_unset=True), draft))
+            written = Draft(record.judgment, record.wrong_spans or (), record.i_ans, "the file", record.score)
+            rows.append((location, record.model_dump(mode="json", exclude_unset=True), written))
     if not rows:
         raise DataError(f"{describe_sources(responses or data or ())}: every response is empty; expected one to read")
     seen: Counter[str] = Counter()

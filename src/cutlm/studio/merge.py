@@ -56,7 +56,7 @@ def merge_verdicts(items: Sequence[Item], verdicts: Verdicts) -> Merged:
 def make_row(item: Item, verdict: Verdict) -> dict[str, Any]:
     """Make the record of a decided verdict."""
     is_wrong = verdict.state == "unsatisfactory"
-    row = {name: item.row[name] for name in ("instruction", "input", "output") if name in item.row}
+    row: dict[str, Any] = {name: item.row[name] for name in ("instruction", "input", "output") if name in item.row}
     row["judgment"] = verdict.judgment if is_wrong else None
     if is_wrong and verdict.wrong_spans:
         row["wrong_spans"] = [list(span) for span in verdict.wrong_spans]

@@ -108,7 +108,7 @@ class Models:
     def score(self, item: Item, judgment: str, is_stopped: IsStopped) -> list[dict[str, Any]]:
         """Score a response with a judgment by each model, for the page."""
         record = make_record(item, judgment)
-        scored = []
+        scored: list[dict[str, Any]] = []
         for side in self._sides:
             try:
                 scores = side.scorer.score(record, is_stopped)
@@ -130,7 +130,7 @@ class Models:
             found = self._sides[0].scorer.measure_sensitivity(record, foreign, threshold, is_stopped)
         except UserError:  # the response is too long, which the shading reports
             return None
-        return found and {**vars(found), "is_noise": found.describe_noise() is not None}
+        return None if found is None else {**vars(found), "is_noise": found.describe_noise() is not None}
 
     def write_scores(
         self, path: Path, rows: Sequence[tuple[JudgedRecord, Sequence[Span]]], is_stopped: IsStopped

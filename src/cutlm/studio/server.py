@@ -153,7 +153,9 @@ class Studio:
         }
 
     def _describe_judge(self) -> dict[str, Any] | None:
-        return self.drafter and {"problem": self.drafter.problem, "num_failed": self.drafter.num_failed}
+        if self.drafter is None:
+            return None
+        return {"problem": self.drafter.problem, "num_failed": self.drafter.num_failed}
 
     def describe_item(self, index: int) -> dict[str, Any]:
         """Describe a response, and have the next ones judged."""

@@ -174,10 +174,10 @@ class Session:
         with self._lock:
             decided = [verdict for verdict in self._journal.verdicts.values() if verdict.state != "open"]
         times = sorted(verdict.time for verdict in decided)[-_NUM_FOR_PACE:]
-        gaps = [later - earlier for earlier, later in pairwise(times)]
+        gaps: list[float] = [later - earlier for earlier, later in pairwise(times)]
         gaps = [gap for gap in gaps if gap <= _LONGEST_BREAK]
         is_recent = bool(times) and time.time() - times[-1] <= _LONGEST_BREAK
-        per_minute = 60 * len(gaps) / sum(gaps) if is_recent and len(gaps) > 1 and sum(gaps) else None
+        per_minute = 60 * len(gaps) / sum(gaps, 0.0) if is_recent and len(gaps) > 1 and sum(gaps) else None
         return Pace(len(decided), len(self.items) - len(decided), per_minute)
 
     def search(self, query: str) -> list[int]:
@@ -209,7 +209,8 @@ class Session:
         reviewers = []
         for name, own in verdicts.items():
             states = Counter(own[item.key].state for item in self.items if item.key in own)
-            reviewers.append({"name": name, **{state: states[state] for state in STATES}})
+            counts: dict[str, Any] = {state: states[state] for state in STATES}
+            reviewers.append({"name": name} | counts)
         num_satisfactory = sum(row["judgment"] is None for row in merged.rows)
         doubtful = [
             index
