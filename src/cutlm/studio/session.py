@@ -1,5 +1,6 @@
 """The verdicts of one reviewer on the items: every change is saved at once, and the records follow soon after."""
 
+import math
 import threading
 import time
 from collections import Counter
@@ -177,7 +178,8 @@ class Session:
         gaps: list[float] = [later - earlier for earlier, later in pairwise(times)]
         gaps = [gap for gap in gaps if gap <= _LONGEST_BREAK]
         is_recent = bool(times) and time.time() - times[-1] <= _LONGEST_BREAK
-        per_minute = 60 * len(gaps) / sum(gaps, 0.0) if is_recent and len(gaps) > 1 and sum(gaps) else None
+        seconds = math.fsum(gaps)
+        per_minute = 60 * len(gaps) / seconds if is_recent and len(gaps) > 1 and seconds else None
         return Pace(len(decided), len(self.items) - len(decided), per_minute)
 
     def search(self, query: str) -> list[int]:
