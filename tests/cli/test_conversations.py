@@ -15,8 +15,7 @@ from cutlm.cli.eval_alpaca import _read_references
 from cutlm.data.files import read_rows
 from cutlm.data.records import JudgedRecord, load_records
 from cutlm.evaluation.rouge import list_references, make_prompt_row
-from cutlm.flagging.token_scores import read_token_scores
-from cutlm.inspect.tokens import pair_scores
+from cutlm.inspect.tokens import pair_records
 from cutlm.judges.responses import Response
 from cutlm.loop.stages import _identify
 
@@ -86,17 +85,10 @@ def test_blame_inspect_and_eval_detection(model: Path, records: Path, tmp_path: 
     assert json.loads((tmp_path / "detection" / "result.json").read_text())["num_records"] == 2
 
 
-def test_scores_are_paired_by_the_whole_conversation(model: Path, tmp_path: Path) -> None:
+def test_scores_are_paired_by_the_whole_conversation() -> None:
     other = [TURNS[0], {"role": "user", "content": "My country is Austria."}, *RECORDS[0]["messages"][2:]]
-    both = [RECORDS[0], RECORDS[0] | {"messages": other}]
-    found = []
-    for name, rows in (("one", both), ("two", both[::-1])):
-        data, out = write_lines(tmp_path / f"{name}-data.jsonl", rows), tmp_path / f"{name}.jsonl"
-        assert main(["blame", *list_options(model=model, data=data, out=out, template="chat", device="cpu")]) == 0
-        found.append(read_token_scores(out))
-    pairs, num_unpaired = pair_scores(*found)
-    assert num_unpaired == (0, 0)
-    assert all(one.record.messages == two.record.messages for one, two in pairs)
+    both = [JudgedRecord.model_validate(row) for row in (RECORDS[0], RECORDS[0] | {"messages": other})]
+    assert pair_records(both, both[::-1]) == ([(0, 1), (1, 0)], (0, 0))
 
 
 def test_the_judge_on_a_server_sees_all_turns(tmp_path: Path, server: ChatServer) -> None:

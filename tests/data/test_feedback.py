@@ -15,6 +15,7 @@ from cutlm.cli import main
 from cutlm.data.files import read_rows
 from cutlm.data.records import JudgedRecord, load_records
 from cutlm.flagging.feedback import compute_shift, measure_shifts
+from cutlm.flagging.scoring import Scored
 from cutlm.judges.answers import BadAnswer
 from cutlm.judges.feedback import find_feedback, read_kind
 from cutlm.prompting.encoding import Encoder
@@ -221,7 +222,9 @@ def test_replies_that_shift_the_response_more_than_foreign_ones_are_kept(tmp_pat
             is_even = any(f"Name {number}." in prompt for number in (0, 2, 4))
             own = logps + 1 if is_even else logps + 0.1
             foreign = logps + 0.5
-            yield [(index, foreign if is_foreign else logps, None if row["judged_prompt_ids"] is None else own)]
+            yield [
+                Scored(index, foreign if is_foreign else logps, None if row["judged_prompt_ids"] is None else own, None)
+            ]
 
     locations = [f"a:{number}" for number in range(6)]
     settings: dict[str, Any] = {"num_foreign": 3, "max_length": 500, "detector": "m", "backend": {}}

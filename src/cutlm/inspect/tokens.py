@@ -89,7 +89,7 @@ class Pairing(NamedTuple):
 
 
 def pair_records(first: Sequence[JudgedRecord], second: Sequence[JudgedRecord]) -> Pairing:
-    """Pair the records of two files with the same instruction, input, response and judgment.
+    """Pair the records of two files with the same conversation, response and judgment.
 
     A record that occurs several times is paired as often as it occurs in both files.
     """
