@@ -44,7 +44,8 @@ class RunningStudio:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    # Not splitlines, which also splits at U+2028 within a text.
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.exists() else []
 
 
 @contextmanager

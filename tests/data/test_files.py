@@ -225,7 +225,7 @@ def test_a_file_system_that_cannot_sync_is_written_to(number, tmp_path, monkeypa
     sync_tree(tmp_path)
     with Journal(tmp_path / "b.jsonl", {"seed": 1}) as journal:
         journal.append([{"index": 0}])
-    assert Journal(tmp_path / "b.jsonl", {"seed": 1}).lines == [{"index": 0}]
+    assert list(Journal(tmp_path / "b.jsonl", {"seed": 1}).lines) == [{"index": 0}]
     journal.remove()
 
 

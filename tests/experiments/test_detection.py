@@ -365,7 +365,8 @@ def test_results_of_other_parts_are_kept(tmp_path: Path, monkeypatch: pytest.Mon
         measure(parts, base_path(), tmp_path / "data", tmp_path / "cache", out, size)
     content = json.loads((out / "detection.json").read_text("utf-8"))
     keys = [(row["detector"], row["kind"]) for row in content["results"]]
-    names = ["chat", "chat_foreign", "chat_perfect", "surprise", "words", "alpaca", "alpaca_foreign", "alpaca_perfect"]
+    suffixes = ("", "_foreign", "_perfect", "_perfect_surprise", "_perfect_smooth")
+    names = ["surprise", "words", *(f"{name}{suffix}" for name in ("chat", "alpaca") for suffix in suffixes)]
     assert sorted(keys) == sorted((name, kind) for name in names for kind in ("format", "planted"))
     assert {"average_precision", "chance", "f1", "num_records"} <= set(content["results"][0])
     assert [(row["model"], row["kind"]) for row in content["sensitivity"]] == [
@@ -404,5 +405,7 @@ def test_each_half_is_scored_by_a_detector_that_learned_from_the_other(
 
 def test_rows_of_a_part_have_a_baseline_only_once() -> None:
     rows, sensitivity = measure_detectors("taught_chat", "format", RESPONSES, has_baselines=False)
-    assert [row["detector"] for row in rows] == ["taught_chat", "taught_chat_foreign", "taught_chat_perfect"]
+    assert [row["detector"] for row in rows] == [
+        f"taught_chat{suffix}" for suffix in ("", "_foreign", "_perfect", "_perfect_surprise", "_perfect_smooth")
+    ]
     assert (sensitivity["model"], sensitivity["kind"]) == ("taught_chat", "format")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from datasets import Dataset
 
 import cutlm
 from cutlm.cli import main
@@ -134,10 +135,20 @@ def test_settings_files_name_several_files_and_columns(tmp_path, capsys):
 
 def test_examples_are_of_both_kinds_and_the_longest():
     rows = [{"prompt_ids": [0] * n, "response_ids": [0], "is_satisfactory": n != 3} for n in (1, 2, 3, 9, 4)]
-    assert [len(row["prompt_ids"]) for row in choose_examples(rows)] == [3, 1, 9]
-    assert len(choose_examples(rows[:1])) == 1
+    chosen = choose_examples(Dataset.from_list(rows))
+    assert [len(rows[index]["prompt_ids"]) for index in chosen] == [3, 1, 9]
+    assert choose_examples(Dataset.from_list(rows[:1])) == [0]
 
 
 def test_percentiles_are_those_of_the_lengths():
     rows = [{"prompt_ids": [0] * n, "response_ids": [0]} for n in range(1, 102)]
-    assert read_table(tabulate_lengths(rows, 200))["prompt"] == ["101", "1", "51", "91", "100", "101", "5,151"]
+    table = read_table(tabulate_lengths(Dataset.from_list(rows), 200))
+    assert table["prompt"] == [
+        "101",
+        "1",
+        "51",
+        "91",
+        "100",
+        "101",
+        "5,151",
+    ]

@@ -20,10 +20,14 @@ from transformers import BitsAndBytesConfig
 
 from cutlm import CUTTrainer
 from cutlm.cli import main
+from cutlm.data.files import SourceRow
 from cutlm.data.records import FIELDS
+from cutlm.data.sources import describe_sources
+from cutlm.flagging import token_scores
 from cutlm.model.loading import load_model
 from cutlm.prompting.encoding import Encoder
 from cutlm.prompting.templates import Prompt, render_alpaca_prompt
+from cutlm.training import run
 from cutlm.training.config import OBJECTIVES, CUTConfig, DataArguments, ModelArguments
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -79,14 +83,6 @@ def test_full_fine_tuning_saves_a_whole_model(tmp_path: Path, settings: dict[str
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
-_opened: Counter[str] | None = None
-
-
-def _count_opened(event: str, args: tuple[Any, ...]) -> None:
-    if _opened is not None and event == "open":
-        _opened[str(args[0])] += 1
-
-
 @pytest.mark.parametrize("kind", ["records", "records, frozen", "token scores"])
 def test_a_run_reads_its_data_once_and_tokenizes_each_text_once(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -97,9 +93,19 @@ def test_a_run_reads_its_data_once_and_tokenizes_each_text_once(
         settings |= {"data": str(tmp_path / "scores.jsonl")}
     if kind == "records, frozen":
         settings |= {"detector": "frozen"}
-    if not hasattr(sys, "_cutlm_counts_opened"):
-        sys.addaudithook(_count_opened)  # cannot be removed, so it is added once
-        sys._cutlm_counts_opened = True  # type: ignore[attr-defined]
+    num_read: Counter[str] = Counter()
+    read, parse = run.read_data, token_scores._read_row
+
+    def count_read(sources: Any, *args: Any) -> Any:
+        num_read[describe_sources(sources)] += 1
+        return read(sources, *args)
+
+    def count_parsed(row: SourceRow, *args: Any) -> Any:
+        num_read[row.location] += 1
+        return parse(row, *args)
+
+    monkeypatch.setattr(run, "read_data", count_read)
+    monkeypatch.setattr(token_scores, "_read_row", count_parsed)
     num_encoded: Counter[str] = Counter()
     encode_prompts, encode_responses = Encoder.encode_prompts, Encoder.encode_responses
 
@@ -113,17 +119,18 @@ def test_a_run_reads_its_data_once_and_tokenizes_each_text_once(
 
     monkeypatch.setattr(Encoder, "encode_prompts", count_prompts)
     monkeypatch.setattr(Encoder, "encode_responses", count_responses)
-    opened: Counter[str] = Counter()
-    monkeypatch.setitem(globals(), "_opened", opened)
     assert train(settings | {"eval_split": 0.25, "eval_strategy": "epoch"}) == 0
-    assert opened[settings["data"]] == 1
+    # Records are read once, and each row of token scores is checked once.
+    names = [settings["data"]]
+    if kind == "token scores":
+        names = [f"{settings['data']}:{number + 1}" for number in range(len(ROWS))]
+    assert {name: num_read[name] for name in names} == dict.fromkeys(names, 1)
     for row in ROWS:
         assert num_encoded[render_alpaca_prompt(row["instruction"]).text] == 1
         assert num_encoded[row["output"]] == 1
         # Token scores come with their flags, so the judged prompt is not needed.
         num_judged = row["judgment"] is not None and kind != "token scores"
         assert num_encoded[render_alpaca_prompt(row["instruction"], "It is wrong.").text] == num_judged
-    assert settings["data"] in opened
 
 
 @pytest.mark.parametrize("error", [TypeError, RuntimeError, ValueError, KeyError])

@@ -6,7 +6,8 @@ Settings come from a flat YAML file (--config) and from options, which take prec
   eval_data         file to evaluate on                   output_dir          where the adapter or model is saved
   eval_split        share of data to evaluate on instead  use_peft            LoRA (default); false: all weights
   overwrite_output_dir  start over in a folder that is not empty; its checkpoints are removed
-  objective         cut (default), dual_cut, likelihood, hindsight, forward_prediction, ilf_mle, unlikelihood; with TRL:
+  objective         cut (default), dual_cut, likelihood, hindsight, forward_prediction, ilf_mle, unlikelihood,
+                    self_distillation, redirect (docs/objectives.md); with TRL:
                     dpo (several responses per instruction), ilf_dpo (i_ans over output)
   detector          how CUT flags tokens: current (default; the paper's), frozen (by the model before training, once;
                     also for a file of cutlm blame), spans (the records' wrong_spans), off (all tokens)

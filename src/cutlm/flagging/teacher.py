@@ -7,14 +7,15 @@ the token scores. Training on them needs no further pass of the teacher.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cutlm.data.conversations import Conversation
 from cutlm.data.records import PRAISE, JudgedRecord
 from cutlm.errors import ConfigError
 from cutlm.prompting.encoding import Encoder
+
+if TYPE_CHECKING:
+    from torch import Tensor  # readers of token scores need no torch
 
 TEACHER_CONTEXTS = ("praise", "advice")
 NUM_COLUMNS = 20
@@ -105,7 +106,7 @@ def encode_teacher_prompt(
     return encoder.fit_prompt(encode, record.conversation, num_tokens)
 
 
-def list_columns(ids: Tensor, logps: Tensor) -> Columns:
+def list_columns(ids: "Tensor", logps: "Tensor") -> Columns:
     """Distributions [T, K] as they are stored: log-probabilities are rounded, and tokens without any are left out."""
     columns = Columns([], [])
     for own_ids, own_logps in zip(ids.tolist(), logps.tolist(), strict=True):
