@@ -1,6 +1,6 @@
 """Compares methods on the tiny world: tables, plots and JSON.
 
-  python experiments/compare.py                 all tables, about an hour on 2 cores
+  python experiments/compare.py                 all tables, several hours on 2 cores
   python experiments/compare.py methods         one table
   python experiments/compare.py --quick         one seed and a few steps, to see that everything runs
 
