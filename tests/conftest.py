@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # The models are so small that a second thread costs more than it brings; before torch is imported, and inherited by
 # every process that a test starts.
@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+from browser import open_browser
 from hypothesis import settings
 
 if TYPE_CHECKING:
@@ -85,3 +86,9 @@ def _fake_cpu(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
     for function in (loading._say_float32, loading.warn_of_slow_autocast):
         function.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """One browser for all tests of pages: playwright runs only once in a process."""
+    yield from open_browser()
