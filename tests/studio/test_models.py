@@ -1,11 +1,14 @@
 """What the models say while a judgment is written: the same as `cutlm blame`, and only for the last wording."""
 
+import signal
 import threading
+import time
 from concurrent.futures import CancelledError
 
 import pytest
 import torch
 from chat_server import ChatServer
+from commands import list_options, write_lines
 from judged_rows import write_verdict
 from studio_server import (
     browse,
@@ -30,6 +33,7 @@ from cutlm.prompting.encoding import Encoder
 from cutlm.servers.client import Server
 from cutlm.studio.drafts import DraftJudge
 from cutlm.studio.scoring import Models, ModelSettings, choose_foreign
+from cutlm.studio.training import Plan, Training
 from cutlm.studio.worker import BACKGROUND, URGENT, Worker
 
 FLAGGED = "[...document.querySelectorAll('.response .flagged')].map(e => e.textContent)"
@@ -274,6 +278,20 @@ def test_a_run_that_fails_says_so(tmp_path, model_path):
         status, content, _ = send(access, "GET", "/api/training")
         assert (status, content["run"]["exit_code"], content["comparison"]) == (200, 2, None)
         assert content["run"]["lines"]
+
+
+def test_a_run_saves_when_the_studio_ends(tmp_path, model_path):
+    data = write_lines(tmp_path / "records.jsonl", [row | {"judgment": "It is wrong."} for row in make_rows(4)])
+    folder = tmp_path / "trained"
+    settings = {"model_name_or_path": model_path, "data": data, "output_dir": folder, "max_steps": 100_000}
+    settings |= {"logging_steps": 1, "save_steps": 100_000, "report_to": "none", "use_cpu": "true", "template": "chat"}
+    training = Training(Plan(["train", *list_options(**settings)], folder, None), lambda: None)
+    while not training.losses and training.is_running:
+        time.sleep(0.1)
+    assert training.is_running, training.lines
+    training.close()
+    assert training.exit_code not in (0, -signal.SIGKILL, -signal.SIGTERM)
+    assert len(list(folder.glob("checkpoint-*"))) == 1
 
 
 # ---- Drafts by a judge ----

@@ -108,9 +108,14 @@ class Training:
             self._process.send_signal(number)
 
     def close(self) -> None:
-        """End the run with the studio."""
+        """End the run with the studio: let it save and stop; a further Ctrl-C stops it at once."""
         if self._process.poll() is None:
-            self._process.kill()
+            print("training saves and stops (press Ctrl-C to stop it at once)", flush=True)
+            self.stop()
+            try:
+                self._process.wait()
+            except KeyboardInterrupt:
+                self.stop()
         self._thread.join(timeout=10)
 
     def _read(self) -> None:
