@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import ON_CPU, list_options, run_main, run_ranks
+from commands import ON_CPU, list_options, run_main, run_ranks, write_lines
 from safetensors.torch import load_file
 
 from cutlm import CUTConfig, CUTTrainer, load_records
@@ -302,6 +302,18 @@ def test_a_flag_that_was_added_by_hand_needs_the_teachers_tokens(tmp_path: Path,
     scores[0].is_flagged[place], scores[0].weights[place] = True, 1.0
     with pytest.raises(DataError, match=rf"teacher_ids\[{place}\]"):
         make_trainer(base, tmp_path, scores, objective="redirect", threshold=3.0)
+
+
+def test_a_teachers_token_beyond_the_vocabulary_is_refused(
+    tmp_path: Path, base: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(run_step(tmp_path, base, data, "first", 6, 1, objective="self_distillation")) == 0
+    rows = [json.loads(line) for line in (tmp_path / "first" / "token_scores.jsonl").read_text("utf-8").splitlines()]
+    taught = next(row for row in rows if row["teacher_ids"])
+    next(ids for ids in taught["teacher_ids"] if ids)[0] = 10**6
+    edited = write_lines(tmp_path / "edited.jsonl", rows)
+    assert main(run_step(tmp_path, base, edited, "second", 6, 1, objective="self_distillation")) == 2
+    assert "got 1000000" in capsys.readouterr().err
 
 
 def test_spans_of_a_judge_can_be_redirected(tmp_path: Path, base: Path) -> None:
