@@ -127,7 +127,7 @@ def browse(browser: Any, url: str, *, width: int = 1200, color_scheme: str = "li
         page.goto(url)
         wait_until_ready(page)
         yield page
-        assert problems == []
+        assert problems == [], problems
     finally:
         context.close()
 

@@ -108,6 +108,10 @@ def test_requests_for_what_is_not_there(server):
     assert send(server.access, "PUT", "/api/items/0", b" " * (9 * 2**20))[0] == 413
 
 
+def test_browsers_that_ask_for_an_icon_get_one(server):
+    assert send(server.access, "GET", "/favicon.ico")[0] == 200
+
+
 def test_an_old_revision_is_a_conflict(tmp_path):
     with running(tmp_path, make_rows(1)) as server:
         status, content, _ = send(server.access, "PUT", "/api/items/0", CHANGE)

@@ -329,6 +329,9 @@ def make_app(studio: Studio, access: Access) -> Starlette:
         name = request.path_params["name"]
         return _read_asset(_ASSETS[name], name) if name in _ASSETS else _refuse("no such file", 404)
 
+    async def show_icon(request: Request) -> Response:
+        return _read_asset(_ASSETS["icon.svg"], "icon.svg")
+
     async def show_session(request: Request) -> Response:
         return _Json(await run_in_threadpool(studio.describe_session))
 
@@ -399,6 +402,7 @@ def make_app(studio: Studio, access: Access) -> Starlette:
     routes = [
         Route("/", show_page),
         Route("/static/{name}", show_asset),
+        Route("/favicon.ico", show_icon),  # that browsers ask for while the first page, without an icon, forwards them
         Route("/api/session", show_session),
         Route("/api/items/{index:int}", handle_item, methods=["GET", "PUT"]),
         Route("/api/search", search),
