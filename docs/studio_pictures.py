@@ -91,7 +91,7 @@ def main() -> None:
             judge(page, 3, None)
             judge(page, 4, None)
             page.close()
-            page = open_page(browser, url, viewport={"width": 860, "height": 430}, color_scheme="dark")
+            page = open_page(browser, url, viewport={"width": 860, "height": 460}, color_scheme="dark")
             page.click("nav [data-view=summary]")
             page.wait_for_selector("#summary-content table")
             page.screenshot(path=DOCS / "studio-summary.png")
