@@ -5,11 +5,12 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvicorn
 from commands import Running, start_command, write_lines
 
@@ -146,6 +147,26 @@ def wait_until(page: Any, expression: str, value: Any = True, timeout: float = 6
 
 def wait_until_saved(page: Any) -> None:
     wait_until(page, "document.getElementById('saved').className === 'saved'")
+
+
+@contextmanager
+def held_changes(page: Any) -> Iterator[None]:
+    """Let no change reach the server until the end."""
+    errors = pytest.importorskip("playwright.sync_api").Error
+    held: list[Any] = []
+
+    def hold(route: Any) -> None:
+        if route.request.method == "PUT":
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/api/items/*", hold)
+    yield
+    for route in held:
+        with suppress(errors):  # of a page that was left
+            route.continue_()
+    page.unroute("**/api/items/*")
 
 
 def wait_for_response(page: Any, number: int) -> None:

@@ -9,6 +9,7 @@ from commands import write_lines
 from report_scores import NASTY
 from studio_server import (
     browse,
+    held_changes,
     make_rows,
     press,
     read_lines,
@@ -86,10 +87,12 @@ def test_a_server_killed_between_keystrokes_loses_nothing(browser, tmp_path):
         page.keyboard.type("def")
         wait_until(page, "document.getElementById('saved').className === 'bad'")
         process, url = stack.enter_context(started([*arguments, url.split(":")[2].split("/")[0]]))
-        page.goto(url)
-        wait_until_ready(page)
+        with held_changes(page):  # the server sends what it has before what the browser kept reaches it
+            page.goto(url)
+            wait_until_ready(page)
+            assert page.input_value("#judgment") == "abcdef"
         wait_until_saved(page)
-        wait_until(page, "document.getElementById('judgment').value === 'abcdef'")
+        assert page.input_value("#judgment") == "abcdef"
         page.problems.clear()  # the browser logs requests that no server answered
         press(page, "w", "Control+Enter")
         wait_for_response(page, 2)
@@ -97,6 +100,48 @@ def test_a_server_killed_between_keystrokes_loses_nothing(browser, tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait().exit_code == 0
     assert [row["judgment"] for row in read_lines(out)] == ["abcdef"]
+
+
+def test_what_is_not_saved_yet_is_shown_again(browser, tmp_path):
+    with running(tmp_path, make_rows(2)) as server, browse(browser, server.access.url) as page:
+        with held_changes(page):
+            page.fill("#judgment", "The first")
+            press(page, "Escape", "j")
+            wait_for_response(page, 2)
+            press(page, "k")
+            wait_for_response(page, 1)
+            assert page.input_value("#judgment") == "The first"
+            page.keyboard.press("w")
+            page.keyboard.type(" words")
+        wait_until_saved(page)
+        assert page.input_value("#judgment") == "The first words"
+        assert server.studio.session.get_verdict(0).judgment == "The first words"
+
+
+def test_tabs_keep_their_changes_apart_while_the_server_is_away(browser, tmp_path):
+    with running(tmp_path, make_rows(3)) as server, browse(browser, server.access.url) as one:
+        other = one.context.new_page()
+        other.goto(server.access.url)
+        wait_until_ready(other)
+        press(other, "j")
+        wait_for_response(other, 2)
+        for page in (one, other):
+            page.route("**/api/items/*", lambda route: route.abort())
+        one.fill("#judgment", "From the first tab.")
+        other.fill("#judgment", "From the second tab.")
+        for page in (one, other):
+            wait_until(page, "document.getElementById('saved').className === 'bad'")
+        one.context.storage_state()
+        for page in (one, other):
+            page.close()
+        page = one.context.new_page()
+        page.goto(server.access.url)
+        wait_until_ready(page)
+        wait_until_saved(page)
+        judgments = [server.studio.session.get_verdict(index).judgment for index in range(3)]
+        assert judgments == ["From the first tab.", "From the second tab.", ""]
+        assert page.evaluate("Object.keys(localStorage)") == []
+        one.problems.clear()  # the browser logs the requests that were stopped
 
 
 def test_two_tabs_never_overwrite_each_other(browser, tmp_path):

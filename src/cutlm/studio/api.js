@@ -35,8 +35,9 @@ const wait = (milliseconds) => new Promise((resolve) => setTimeout(resolve, mill
  */
 export class Saver {
   #waiting = new Map(); // by item: the verdict to save
-  #revisions = new Map(); // by item: the revision that the verdict changes
+  #known = new Map(); // by item: the newest verdict that the server is known to have
   #isRunning = false;
+  #isStored = false; // whether changes are in the storage of the browser
 
   /** `handlers`: onState(kind, text), onSaved(index, verdict, pace), onConflict(index, theirs, mine). */
   constructor(storageName, keys, handlers) {
@@ -44,78 +45,86 @@ export class Saver {
     addEventListener("pagehide", () => this.#store());
   }
 
-  /** Sends again what an earlier page could not save. */
+  /** Sends again what earlier pages could not save. A second change of one verdict stays for the page after this. */
   restore() {
-    const stored = JSON.parse(localStorage.getItem(this.storageName) ?? "{}");
-    localStorage.removeItem(this.storageName);
-    for (const [key, { verdict, revision }] of Object.entries(stored)) {
-      const index = this.keys.indexOf(key);
-      if (index < 0) continue;
-      this.#revisions.set(index, revision);
-      this.save(index, verdict);
+    const names = Object.keys(localStorage).filter((name) => name.startsWith(`${this.storageName} `));
+    for (const name of names) {
+      const left = {};
+      for (const [key, { verdict, revision }] of Object.entries(JSON.parse(localStorage.getItem(name)))) {
+        const index = this.keys.indexOf(key);
+        if (index < 0 || this.#waiting.has(index)) {
+          left[key] = { verdict, revision };
+          continue;
+        }
+        this.#known.set(index, { revision });
+        this.#waiting.set(index, verdict);
+      }
+      if (Object.keys(left).length) localStorage.setItem(name, JSON.stringify(left));
+      else localStorage.removeItem(name);
     }
+    if (!this.#waiting.size) return;
+    this.#store();
+    this.#run();
   }
 
-  /** Notes the revision that the server has. */
-  note(index, revision) {
-    if (!this.#waiting.has(index)) this.#revisions.set(index, revision);
+  /** The newest of a verdict that the server sent, what it has saved meanwhile, and a change that waits. */
+  reconcile(index, verdict) {
+    if (this.#waiting.has(index)) return { ...verdict, ...this.#waiting.get(index) };
+    if (verdict.revision >= this.#revise(index)) this.#known.set(index, verdict);
+    return this.#known.get(index);
   }
 
   isSaving(index) {
     return this.#waiting.has(index);
   }
 
-  /** Drops a change, as after a conflict. */
-  drop(index, revision) {
-    this.#waiting.delete(index);
-    this.#revisions.set(index, revision);
-  }
-
   save(index, verdict) {
     const { state, judgment, wrong_spans, unflagged_spans, i_ans } = verdict;
     this.#waiting.set(index, { state, judgment, wrong_spans, unflagged_spans, i_ans });
-    this.handlers.onState("saving", "saving \u2026");
+    if (this.#isStored) this.#store();
     this.#run();
   }
 
+  #revise(index) {
+    return this.#known.get(index)?.revision ?? 0;
+  }
+
   #store() {
-    if (!this.#waiting.size) {
-      localStorage.removeItem(this.storageName);
-      return;
-    }
+    const name = `${this.storageName} ${TAB}`;
     const entries = [...this.#waiting].map(([index, verdict]) => [
       this.keys[index],
-      { verdict, revision: this.#revisions.get(index) ?? 0 },
+      { verdict, revision: this.#revise(index) },
     ]);
-    localStorage.setItem(this.storageName, JSON.stringify(Object.fromEntries(entries)));
+    this.#isStored = entries.length > 0;
+    if (this.#isStored) localStorage.setItem(name, JSON.stringify(Object.fromEntries(entries)));
+    else localStorage.removeItem(name);
   }
 
   async #run() {
+    this.handlers.onState("saving", "saving \u2026");
     if (this.#isRunning) return;
     this.#isRunning = true;
-    let isAway = false;
     while (this.#waiting.size) {
       const [index, verdict] = this.#waiting.entries().next().value;
-      const body = { ...verdict, revision: this.#revisions.get(index) ?? 0, tab: TAB };
+      const body = { ...verdict, revision: this.#revise(index), tab: TAB };
       const keepalive = JSON.stringify(body).length < MAX_KEPT_ALIVE;
       try {
         const answer = await request(`/api/items/${index}`, { method: "PUT", body, keepalive });
-        this.#revisions.set(index, answer.verdict.revision);
+        this.#known.set(index, answer.verdict);
         if (this.#waiting.get(index) === verdict) this.#waiting.delete(index);
-        if (isAway) this.#store();
-        isAway = false;
         this.handlers.onSaved(index, answer.verdict, answer.pace);
       } catch (error) {
         if (error instanceof Refusal && error.status === 409) {
           const mine = this.#waiting.get(index);
-          this.drop(index, error.content.verdict.revision);
+          this.#waiting.delete(index);
+          this.#known.set(index, error.content.verdict);
           this.handlers.onConflict(index, error.content.verdict, mine);
         } else if (error instanceof Refusal && error.status === 422) {
           this.#waiting.delete(index);
           this.handlers.onState("bad", `not saved: ${error.message}`);
+          if (this.#isStored) this.#store();
           continue;
         } else {
-          isAway = true;
           this.#store();
           const reason = error instanceof Refusal && error.status !== 403 ? error.message : "the server has stopped";
           this.handlers.onState("bad", `not saved: ${reason}. Start it again; what you wrote is kept in this browser.`);
@@ -123,6 +132,7 @@ export class Saver {
           continue;
         }
       }
+      if (this.#isStored) this.#store();
       if (!this.#waiting.size) this.handlers.onState("saved", "saved");
     }
     this.#isRunning = false;

@@ -20,9 +20,12 @@ let listed = items;
 let found = null; // the indices that match the search; null without one
 const conflicts = new Map(); // by item: { theirs, mine }
 
-const review = new Review(session.models.length > 0, session.threshold, (index, verdict) => {
-  saver.save(index, verdict);
-  setState(index, verdict.state);
+const review = new Review(session.models.length > 0, session.threshold, {
+  onChange: (index, verdict) => {
+    saver.save(index, verdict);
+    setState(index, verdict.state);
+  },
+  reconcile: (index, verdict) => saver.reconcile(index, verdict),
 });
 const saver = new Saver(`cutlm studio ${session.out} ${session.reviewer}`, items.map(({ key }) => key), {
   onState: (kind, text) => {
@@ -154,7 +157,6 @@ async function open(index, { focus = null } = {}) {
   }
   opening = null;
   const { item } = review;
-  saver.note(index, item.verdict.revision);
   items[index].hasDraft = item.draft !== null;
   byId("position").textContent = `Response ${index + 1} of ${items.length} \u00b7 ${item.location}`;
   if (conflicts.has(index)) showConflict();
@@ -343,15 +345,14 @@ function listen() {
 function watch() {
   const events = new EventSource("/api/events");
   events.addEventListener("saved", async (event) => {
-    const { index, state, revision, tab } = JSON.parse(event.data);
+    const { index, state, tab } = JSON.parse(event.data);
     if (tab === TAB) return;
     setState(index, state);
     if (saver.isSaving(index)) return; // the server refuses it, and the person chooses
-    saver.note(index, revision);
     if (index !== review.index) return;
-    const item = await request(`/api/items/${index}`);
+    const { verdict } = await request(`/api/items/${index}`);
     if (index !== review.index || saver.isSaving(index)) return;
-    review.setVerdict(item.verdict);
+    review.setVerdict(saver.reconcile(index, verdict));
     review.scoreAgain();
   });
   events.addEventListener("draft", async (event) => {

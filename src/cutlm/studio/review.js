@@ -30,9 +30,12 @@ export class Review {
   #pointed = null;
   #judgmentOfScores = null;
 
-  /** `hasModel`: whether responses are scored; onChange(index, verdict): called after each change. */
-  constructor(hasModel, threshold, onChange) {
-    Object.assign(this, { hasModel, threshold, onChange });
+  /**
+   * `hasModel`: whether responses are scored. `handlers`: onChange(index, verdict), called after each change, and
+   * reconcile(index, verdict), which returns the newest verdict.
+   */
+  constructor(hasModel, threshold, handlers) {
+    Object.assign(this, { hasModel, threshold, handlers });
     byId("model").hidden = byId("legend").hidden = !hasModel;
     byId("slider").max = THRESHOLDS.length - 1;
     this.setThreshold(threshold);
@@ -52,7 +55,7 @@ export class Review {
     const item = await request(`/api/items/${index}`, { signal: this.#opening.signal });
     this.item = item;
     this.#stopScoring();
-    this.setVerdict(item.verdict);
+    this.setVerdict(this.handlers.reconcile(index, item.verdict));
     this.#judgmentOfScores = null;
     this.#anchor = this.#caret = null;
     byId("scoring").textContent = "";
@@ -99,7 +102,7 @@ export class Review {
 
   change(changes) {
     this.verdict = { ...this.verdict, ...changes };
-    this.onChange(this.index, this.verdict);
+    this.handlers.onChange(this.index, this.verdict);
   }
 
   /** Decides by what was written; returns whether there is a decision. */
