@@ -81,6 +81,21 @@ METHODS = (
         about='likelihood given the judgment; prompted with "Perfect."',
     ),
     Method("cut", about="CUT as in the paper"),
+    Method(
+        "cut_perfect",
+        {"detector": "frozen", "contrast": "perfect"},
+        about='CUT, tokens flagged once against the judgment "Perfect."',
+    ),
+    Method(
+        "redirect_spans",
+        {"objective": "redirect", "detector": "spans", "teacher_context": "advice"},
+        about="tokens marked by the rules, redirected to what the model says when advised",
+    ),
+    Method(
+        "self_distillation",
+        {"objective": "self_distillation", "teacher_context": "advice"},
+        about="what the model says when advised, guided away from what it says when judged",
+    ),
 )
 
 
