@@ -8,7 +8,7 @@ JOBS ?= 2
 # If this is set to a value, every process that a test starts compiles torch and transformers again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup demo test check format lint types bench real-model clean
+.PHONY: help setup demo test check format lint types docs bench real-model clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cutlm needs Python 3.11 or newer; name one with: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,quantization,serve,eval]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,docs,quantization,serve,eval]'
 	touch $@
 
 demo: setup ## train a tiny model on judgments of its answers (CPU, under two minutes)
@@ -31,7 +31,7 @@ demo: setup ## train a tiny model on judgments of its answers (CPU, under two mi
 test: setup ## run the tests
 	$(BIN)/pytest -n $(JOBS) --dist loadfile
 
-check: format lint types test ## run everything that must pass before a change lands
+check: format lint types docs test ## run everything that must pass before a change lands
 
 format: setup ## check the formatting
 	$(BIN)/ruff format --check
@@ -42,6 +42,9 @@ lint: setup ## check for lint
 
 types: setup ## check the types
 	$(BIN)/mypy
+
+docs: setup ## build the documentation site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Judged records for the training benchmark; synthetic ones if empty.
 RECORDS ?=
@@ -64,4 +67,4 @@ real-model: setup ## make a folder of a small real model (SmolLM2-135M-Instruct)
 	@PYTHONPATH=tests $(BIN)/python -m real.smollm2 --dtype $(DTYPE)
 
 clean: ## remove the environment and all build and test output
-	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist demo site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -6,11 +6,22 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+import cutlm
+
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").glob("*.md")])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "experiments").rglob("*.md"),
+        *(ROOT / "recipes").rglob("*.md"),
+    ]
+)
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A file of the repository. An output file after --json is not in the repository.
@@ -65,12 +76,57 @@ def test_code_names_in_the_paper_page_resolve() -> None:
         pkgutil.resolve_name(f"cutlm.{name}")
 
 
-def test_settings_tables_match_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = str(ROOT / "docs" / "settings.py")
+@pytest.mark.parametrize("name", ["settings.py", "commands.py"])
+def test_generated_pages_match_the_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = str(ROOT / "docs" / name)
     monkeypatch.setattr(sys, "argv", [script, "--check"])
     with pytest.raises(SystemExit) as finished:
         runpy.run_path(script, run_name="__main__")
     assert finished.value.code is None
+
+
+def test_the_page_of_the_python_api_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    assert sorted(re.findall(r"^::: cutlm\.(\w+)$", text, re.MULTILINE)) == sorted(cutlm.__all__)
+
+
+def test_every_page_is_in_the_menu_of_the_site() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")[2]
+    listed = re.findall(r": ([\w/-]+\.md)$", menu, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    in_site = {str(page.relative_to(ROOT)).removeprefix("docs/") for page in PAGES} - {"AGENTS.md"}
+    assert in_site <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("source", "link", "expected"),
+    [
+        ("README.md", "docs/data.md", "data.md"),
+        ("docs/data.md", "../README.md", "README.md"),
+        ("docs/data.md", "world.md", "world.md"),
+        ("docs/data.md", "../recipes/online/a.yaml", "recipes/online/a.yaml"),
+        ("experiments/real/detection.md", "../../docs/data.md", "../../data.md"),
+        ("experiments/README.md", "methods.md", "methods.md"),
+    ],
+)
+def test_links_of_the_site(source: str, link: str, expected: str) -> None:
+    hooks = load_hooks()
+    assert hooks["rewrite_link"](link, source) == expected
+
+
+def test_the_site_warns_of_what_other_servers_would_send(caplog: pytest.LogCaptureFixture) -> None:
+    hooks = load_hooks()
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="data.md"))
+    hooks["on_post_page"]('<a href="https://a.org">a</a><link rel="icon" href="assets/a.png">', page=page, config=None)
+    assert not caplog.records
+    for tag in ('<script src="//cdn.org/a.js">', '<link rel="stylesheet" href="https://fonts.org/a.css">'):
+        hooks["on_post_page"](tag, page=page, config=None)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+
+
+def load_hooks() -> dict[str, Any]:
+    pytest.importorskip("mkdocs")
+    return runpy.run_path(str(ROOT / "docs" / "site_hooks.py"))
 
 
 def test_readme_links_to_every_page() -> None:

@@ -1,6 +1,6 @@
 """The Python API next to `CUTTrainer`: generate, judge, blame and merge, each a few lines over what the commands use.
 
-Example:
+Examples:
     >>> responses = generate("Qwen/Qwen3-1.7B", ["Name the capital of Australia."])
     >>> records, failures = judge(responses, base_url="http://localhost:8000/v1", judge_model="my-judge")
     >>> scores = blame("Qwen/Qwen3-1.7B", records, template="chat")
@@ -76,7 +76,7 @@ def generate(
     Raises:
         UserError: A prompt or setting is not valid, the model cannot be loaded, or it gave no final answer to a prompt.
 
-    Example:
+    Examples:
         >>> generate("runs/first-merged", ["Name the capital of Australia."])[0]["output"]
         'Canberra.'
     """
@@ -137,7 +137,7 @@ def judge(
     Raises:
         UserError: A response or a setting is not valid, or the server refuses every request.
 
-    Example:
+    Examples:
         >>> judge([{"instruction": "2 + 2?", "output": "5"}], rules=lambda _, text: None if text == "4" else "Wrong.")
         Judged(records=[JudgedRecord(instruction='2 + 2?', ..., judgment='Wrong.', ...)], failures={})
     """
@@ -202,7 +202,7 @@ def blame(
     Raises:
         UserError: A record or a setting is not valid, or the model cannot be loaded.
 
-    Example:
+    Examples:
         >>> scores = blame("runs/base", [JudgedRecord(instruction="2 + 2?", output="5", judgment="Wrong.")])
         >>> scores[0].is_flagged
         [True, False]
@@ -252,7 +252,7 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | None = None, over
     Raises:
         UserError: The adapter or its base model cannot be loaded, they do not fit, or the folder is not empty.
 
-    Example:
+    Examples:
         >>> merge("runs/first", "runs/first-merged")
         PosixPath('runs/first-merged')
     """

@@ -28,21 +28,28 @@ def _read_bool(text: str) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", help="a folder or a name on the hub, of which only the config is read")
+    model.add_argument(
+        "--model", metavar="MODEL", help="a folder or a name on the hub, of which only the config is read"
+    )
     model.add_argument("--config", metavar="FILE", help="a config.json")
     model.add_argument("--shape", choices=_SHAPES, help="a known model")
     model.add_argument("--table", action="store_true", help="print the table of docs/scale.md")
     truth: dict[str, Any] = {"type": _read_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
     parser.add_argument("--use_peft", default=True, **truth, help="train LoRA (default), or with false all weights")
-    parser.add_argument("--lora_r", type=int, default=16)
-    parser.add_argument("--lora_target_modules", nargs="+", default=["gate_proj", "down_proj", "up_proj"])
-    parser.add_argument("--load_in_4bit", default=False, **truth)
-    parser.add_argument("--load_in_8bit", default=False, **truth)
+    parser.add_argument("--lora_r", type=int, metavar="N", default=16, help="LoRA rank (default: 16)")
+    modules = "modules that LoRA adapts (default: gate_proj down_proj up_proj)"
+    default = ["gate_proj", "down_proj", "up_proj"]
+    parser.add_argument("--lora_target_modules", nargs="+", metavar="NAME", default=default, help=modules)
+    parser.add_argument("--load_in_4bit", default=False, **truth, help="base model in 4 bits (default: false)")
+    parser.add_argument("--load_in_8bit", default=False, **truth, help="base model in 8 bits (default: false)")
     parser.add_argument("--bf16", default=True, **truth, help="compute in bfloat16 (default)")
     parser.add_argument("--activation_checkpointing", default=True, **truth, help="default: true")
-    parser.add_argument("--max_length", type=int, default=2048)
-    parser.add_argument("--max_tokens_per_batch", type=int, help="tokens in one forward and backward pass")
-    parser.add_argument("--num_gpus", type=int, default=1)
+    parser.add_argument(
+        "--max_length", type=int, metavar="N", default=2048, help="of prompt and response (default: 2048)"
+    )
+    tokens = "tokens in one forward and backward pass (default: one unsatisfactory record of --max_length)"
+    parser.add_argument("--max_tokens_per_batch", type=int, metavar="N", help=tokens)
+    parser.add_argument("--num_gpus", type=int, metavar="N", default=1, help="number of GPUs (default: 1)")
     parser.add_argument("--fsdp", action="store_true", help="shard weights over the GPUs (FSDP2 or ZeRO-3)")
 
 

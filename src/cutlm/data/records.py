@@ -58,7 +58,7 @@ class JudgedRecord(BaseModel):
 
     Other fields of a row are kept unchanged, but a misspelling of a field above is an error.
 
-    Example:
+    Examples:
 
         >>> JudgedRecord(instruction="Add 1 and 2.", output="4", judgment="The sum is 3.").is_satisfactory
         False
@@ -202,7 +202,7 @@ def load_records(
     Raises:
         DataError: The file cannot be read or has no records, or rows are not valid; all of them are named.
 
-    Example:
+    Examples:
 
         >>> records = load_records("records.jsonl")
     """

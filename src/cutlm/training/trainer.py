@@ -99,7 +99,7 @@ class CUTTrainer(CheckpointingTrainer):
         ConfigError: Settings that do not fit the data, the tokenizer or the model.
         NonFiniteError: By `train`, before the optimizer step, if the loss or the gradient norm is not finite.
 
-    Example:
+    Examples:
         >>> trainer = CUTTrainer(
         ...     model="Qwen/Qwen3-1.7B",
         ...     args=CUTConfig(output_dir="runs/first", template="chat"),
