@@ -15,9 +15,10 @@ from cutlm.inspect.tables import escape_cell
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Commands
 
-    cutlm COMMAND --option value ...
+    cutlm --help
+    cutlm train --help
 
-`cutlm COMMAND --help` prints what this page says of a command. Exit codes: 0 for success; 1 if a result is incomplete,
+The help of a command says what this page does. Exit codes: 0 for success; 1 if a result is incomplete,
 such as responses without a judgment, or for a bug in cutlm, with a traceback; 2 for an error that you can correct, in
 one sentence; 130 after Ctrl-C. Every long step shows its progress on standard error; `TQDM_DISABLE=1` turns that off.
 

@@ -15,10 +15,10 @@ data, and
   server_timeout    seconds to wait for the server's first answer (default 1800)
   launcher          a command that starts training, such as "torchrun --nproc_per_node 8"
 
-  cutlm align --config my.yaml                     start, or resume
-  cutlm align --config my.yaml --until 1.judge     stop after a stage, to look at its files
-  cutlm align --config my.yaml --from 1.blame      run a stage and all later ones again
-  cutlm align --config my.yaml --status            show the progress
+  cutlm align --config my.yaml                     # start, or resume
+  cutlm align --config my.yaml --until 1.judge     # stop after a stage, to look at its files
+  cutlm align --config my.yaml --from 1.blame      # run a stage and all later ones again
+  cutlm align --config my.yaml --status            # show the progress
 
 Each stage is another cutlm command and leaves its file in output_dir/iteration-N, where manifest.json lists the
 complete stages. The loop can be killed at any time: started again, it neither repeats nor loses complete work."""

@@ -2,7 +2,7 @@
 
   cutlm estimate --model MODEL --load_in_4bit
   cutlm estimate --shape llama-2-70b --use_peft false --num_gpus 8 --fsdp
-  cutlm estimate --table          LLaMA 2 with 7B, 13B and 70B weights, as in docs/scale.md
+  cutlm estimate --table          # LLaMA 2 with 7B, 13B and 70B weights, as in docs/scale.md
 
 No weights are loaded. The defaults are those of the recipes of `cutlm train`: LoRA of rank 16 on the MLP, bfloat16,
 activation checkpointing. A pass has --max_tokens_per_batch tokens, by default those of one unsatisfactory record of

@@ -3,7 +3,7 @@
   cutlm judge --responses FILE --judge http --base_url URL --judge_model NAME --out FILE
   cutlm judge --responses FILE --judge local --judge_model MODEL --out FILE
   cutlm judge --responses FILE --judge rules --rules package.module:function --out FILE
-  cutlm judge --responses FILE --judge human --out FILE        writes lists to fill in; then again with --labels
+  cutlm judge --responses FILE --judge human --out FILE        # writes lists to fill in; then again with --labels
 
 Responses have the fields that `cutlm generate` writes: instruction, input, output; other fields are kept. A
 satisfactory response gets the judgment null. A response whose judgment fails is left out, counted, and listed with the

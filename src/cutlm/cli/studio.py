@@ -2,7 +2,7 @@
 
   cutlm studio --responses responses.jsonl --out records.jsonl
   cutlm studio --responses responses.jsonl --model MODEL --out records.jsonl
-  cutlm studio --data records.jsonl --out reviewed.jsonl            review judgments
+  cutlm studio --data records.jsonl --out reviewed.jsonl            # review judgments
   cutlm studio --responses responses.jsonl --before MODEL --after runs/first --out records.jsonl
   cutlm studio --responses responses.jsonl --judge http --base_url URL --judge_model NAME --out records.jsonl
 

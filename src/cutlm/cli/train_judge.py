@@ -55,14 +55,19 @@ def run(args: argparse.Namespace) -> int:
     return train(settings, options, args.command, make_training_records)
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def make_evaluation_parser() -> argparse.ArgumentParser:
+    """Build the parser of the options after --evaluate MODEL."""
     parser = argparse.ArgumentParser(prog="cutlm train-judge --evaluate MODEL", allow_abbrev=False)
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="held-out records")
     add_options(parser, "columns")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
     parser.add_argument("--overwrite", action="store_true", help="replace its contents")
     add_local_arguments(parser)
-    options = parser.parse_args(args.rest)
+    return parser
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    options = make_evaluation_parser().parse_args(args.rest)
     if args.config is not None or args.dry_run:
         raise ConfigError("--config, --dry_run: not used with --evaluate; remove these, or --evaluate")
     folder = Path(options.out)

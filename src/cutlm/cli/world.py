@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tasks",
         help="write instructions whose answers the oracle knows",
         description="Write the instructions of a split to a file. To judge responses to them:\n"
-        "  cutlm judge --judge rules --rules cutlm.world.judge:judge",
+        "  cutlm judge --responses FILE --judge rules --rules cutlm.world.judge:judge --out FILE",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
