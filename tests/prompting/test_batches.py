@@ -99,9 +99,9 @@ def test_rows_are_stored_once_for_the_same_content(monkeypatch: pytest.MonkeyPat
     num_encoded: Counter[str] = Counter()
     encode_batch = rows_module.encode_batch
 
-    def count(records: Any, *args: Any) -> Any:
-        num_encoded["records"] += len(records)
-        return encode_batch(records, *args)
+    def count(texts: Any, *args: Any) -> Any:
+        num_encoded["records"] += len(texts.records)
+        return encode_batch(texts, *args)
 
     monkeypatch.setattr(rows_module, "encode_batch", count)
     assert encode() == encode() == expected

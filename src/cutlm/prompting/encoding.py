@@ -603,6 +603,18 @@ def encode_rendered(rendered: Sequence[RenderedRecord], encoder: Encoder) -> lis
 
 
 @dataclass
+class RenderedBatch:
+    """The texts of a batch of records."""
+
+    records: Sequence[Any]
+    locations: Sequence[str]
+    view: View
+    rendered: dict[int, RenderedRecord] = field(default_factory=dict)  # by the index of the record in the batch
+    skipped: dict[int, str] = field(default_factory=dict)  # why a view leaves records out
+    problems: dict[int, list[str]] = field(default_factory=dict)  # of records that cannot be rendered
+
+
+@dataclass
 class EncodedBatch:
     """The rows of a batch of records, and the records left out; see `cutlm.prompting.rows.EncodedRecords`."""
 
@@ -630,42 +642,53 @@ def _describe_too_long(record: JudgedRecord, max_length: int) -> str:
     return f"{what} max_length {max_length}"
 
 
-def encode_batch(
-    records: Sequence[Any], locations: Sequence[str], encoder: Encoder, max_length: int, view: View
-) -> EncodedBatch:
+def render_batch(records: Sequence[Any], locations: Sequence[str], encoder: Encoder, view: View) -> RenderedBatch:
+    """Render the texts of a batch of records, without the tokenizer: another thread may use that meanwhile."""
+    batch = RenderedBatch(records, locations, view)
+    for index, item in enumerate(records):
+        try:
+            encoder.check_conversation(get_record(item).conversation, get_record(item).output)
+        except RenderError as error:
+            batch.problems[index] = error.problems
+        else:
+            _render(batch, index, item, encoder)
+    return batch
+
+
+def _render(batch: RenderedBatch, index: int, item: Any, encoder: Encoder) -> None:
+    """Render a record of a batch, or what is left of its conversation."""
+    try:
+        viewed = batch.view(item, encoder)
+    except RenderError as error:
+        batch.problems[index] = error.problems
+        return
+    if isinstance(viewed, str):
+        batch.skipped[index] = viewed
+    else:
+        batch.rendered[index] = viewed
+
+
+def encode_batch(texts: RenderedBatch, encoder: Encoder, max_length: int) -> EncodedBatch:
     """Encode one batch of records; see `cutlm.prompting.rows.encode_records`.
 
     Prompts that do not fit are truncated, those of conversations by whole turns, so that their system prompts stay.
     """
+    records, locations, skipped, problems = texts.records, texts.locations, texts.skipped, texts.problems
     batch = EncodedBatch()
     rows: dict[int, EncodedRecord | None] = {}
-    skipped: dict[int, str] = {}
-    problems: dict[int, list[str]] = {}
-    pending = dict(enumerate(records))
-    while pending:
-        rendered: dict[int, RenderedRecord] = {}
-        for index, item in pending.items():
-            try:
-                if item is records[index]:
-                    encoder.check_conversation(get_record(item).conversation, get_record(item).output)
-                viewed = view(item, encoder)
-            except RenderError as error:
-                problems[index] = error.problems
-                continue
-            if isinstance(viewed, str):
-                skipped[index] = viewed
-            else:
-                rendered[index] = viewed
-        shortened = {}
+    shortened: dict[int, Any] = {}  # what is left of conversations that were too long
+    while texts.rendered:
+        rendered, texts.rendered = texts.rendered, {}
         for index, row in zip(rendered, encode_rendered([*rendered.values()], encoder), strict=True):
-            item, fitted = pending[index], encoder.fit(row, max_length)
+            item, fitted = shortened.get(index, records[index]), encoder.fit(row, max_length)
             if get_record(item).messages is None or (fitted is not None and not fitted.is_truncated):
-                is_shortened = item is not records[index]
+                is_shortened = index in shortened
                 rows[index] = replace(fitted, is_truncated=True) if fitted is not None and is_shortened else fitted
             elif (shorter := item.drop_oldest_turn()) is None:
                 rows[index] = None
             else:
                 shortened[index] = shorter
+                _render(texts, index, shorter, encoder)
                 continue
             annotate = rendered[index].annotate
             try:
@@ -678,7 +701,6 @@ def encode_batch(
                 del rows[index]
             elif (found := rows[index]) is not None:
                 rows[index] = replace(found, extra=found.extra | extra)
-        pending = shortened
     batch.problems = [f"{locations[index]}: {problem}" for index in sorted(problems) for problem in problems[index]]
     batch.skipped.update(skipped[index] for index in sorted(skipped))
     for index in sorted(rows):
