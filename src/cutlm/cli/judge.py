@@ -23,6 +23,13 @@ understood is a failure.
 local: a model trained by cutlm train-judge, an adapter or a whole model. A run that was stopped resumes when started
 again with the same settings. The same model on a server is asked by --judge http --trained.
 
+--compare_prompts: measure what a model could learn from a teacher (objectives self_distillation and redirect), before
+training. FILE has judged records. For a sample of the unsatisfactory ones, the model answers again under the plain
+prompt and under the teacher's, the judge judges both, and OUT gets the gain of the teacher's prompt with its interval,
+and the lengths of the responses; OUT.records.jsonl gets the judged responses.
+
+  cutlm judge --compare_prompts --model MODEL --responses FILE --judge rules --rules NAME --out gain.json
+
 Exit codes: 0 if every response has a judgment, 2 if something must be fixed first, 1 if judgments are missing although
 the input is correct, so that another try may succeed."""
 
@@ -30,12 +37,25 @@ import argparse
 import shlex
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cutlm.cli.model_options import DEFAULTS, SERVER_OPTIONS, SOURCES, add_options, check_output, make_server
+from cutlm.cli.model_options import (
+    DEFAULTS,
+    SERVER_OPTIONS,
+    SOURCES,
+    add_options,
+    check_output,
+    load_model,
+    make_encoder,
+    make_server,
+)
 from cutlm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cutlm.data.journal import Journal
+    from cutlm.data.records import JudgedRecord
+    from cutlm.flagging.teacher import TeacherSettings
     from cutlm.judges import Outcome, Response
     from cutlm.servers.client import Server
 
@@ -51,6 +71,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "rules": {"rules": None},
     "human": {"labels": None},
 }
+# Options of --compare_prompts and their defaults, besides those of the judge.
+_COMPARISON: dict[str, Any] = {"model": None, "teacher_context": "praise", "teacher_sees_response": False}
+_COMPARISON |= {"template": None, "chat_template_kwargs": None, "template_date": None, "judgment_role": None}
+_COMPARISON |= {"num_records": 64, "max_response_tokens": None, "seed": 42}
 _REQUIRED = {"http": ("base_url", "judge_model"), "local": ("judge_model",), "rules": ("rules",), "human": ()}
 
 
@@ -79,6 +103,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rules.add_argument("--rules", metavar="NAME", help="a function of instruction and response: module:function")
     human = parser.add_argument_group("--judge human")
     human.add_argument("--labels", metavar="FILE", help="OUT.todo.csv or OUT.todo.jsonl with every judgment filled in")
+    _add_comparison_arguments(parser.add_argument_group("--compare_prompts, by a local model"))
+
+
+def _add_comparison_arguments(parser: "argparse._ActionsContainer") -> None:
+    """Add the options of comparing prompts; those of the judge are added before."""
+    teacher = "compare responses under the teacher's prompt with plain ones"
+    parser.add_argument("--compare_prompts", action="store_true", help=teacher)
+    parser.add_argument("--model", metavar="MODEL", help="model or adapter folder, GGUF file, or hub name")
+    parser.add_argument("--teacher_context", choices=("praise", "advice"), help="the prompt (default: praise)")
+    shown = "show the response with the advice"
+    parser.add_argument("--teacher_sees_response", action="store_const", const=True, help=shown)
+    add_options(parser, "template", "chat_template_kwargs", "template_date", "judgment_role")
+    records = "unsatisfactory records to compare on, drawn by the seed (default: 64)"
+    parser.add_argument("--num_records", type=int, metavar="N", help=records)
+    longest = "longest response (default: 2048, or half of the context)"
+    parser.add_argument("--max_response_tokens", type=int, metavar="N", help=longest)
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the records and the responses (default: 42)")
 
 
 def add_local_arguments(parser: "argparse._ActionsContainer") -> None:
@@ -91,25 +132,16 @@ def add_local_arguments(parser: "argparse._ActionsContainer") -> None:
 def run(args: argparse.Namespace) -> int:
     fill_options(args)
     check_output(args, [*args.responses, *filter(None, (args.labels, args.prompt_file))])
+    if args.compare_prompts:
+        return _compare_prompts(args)
 
-    from cutlm.judges.responses import describe_outcome, read_responses, write_outcome
+    from cutlm.judges.responses import read_responses
 
     server = _make_server(args) if args.judge == "http" else None
     responses = read_responses(args.responses, args.columns)
     if args.judge == "human" and args.labels is None:
         return _write_todo(args, responses)
-    journal = None
-    if args.judge == "local":
-        from cutlm.judges.local import judge_locally
-
-        options = {name: getattr(args, name) for name in ("max_new_tokens", *_LOCAL)}
-        outcome, journal = judge_locally(responses, args.judge_model, args.out, **options)
-    else:
-        outcome = _judge(args, responses, server)
-    write_outcome(responses, outcome, args.out)
-    if journal is not None:
-        journal.remove()
-    print(describe_outcome(outcome, args.out))
+    outcome = _judge_into(args, responses, server, args.out)
     if not outcome.failures:
         return 0
     if server is not None:
@@ -117,9 +149,78 @@ def run(args: argparse.Namespace) -> int:
     return 1
 
 
+def _judge_into(args: argparse.Namespace, responses: "list[Response]", server: "Server | None", out: str) -> "Outcome":
+    """Judge responses, write the records and print the counts."""
+    from cutlm.judges.responses import describe_outcome, write_outcome
+
+    journal = None
+    if args.judge == "local":
+        from cutlm.judges.local import judge_locally
+
+        options = {name: getattr(args, name) for name in ("max_new_tokens", *_LOCAL)}
+        outcome, journal = judge_locally(responses, args.judge_model, out, **options)
+    else:
+        outcome = _judge(args, responses, server)
+    write_outcome(responses, outcome, out)
+    if journal is not None:
+        journal.remove()
+    print(describe_outcome(outcome, out))
+    return outcome
+
+
+def _compare_prompts(args: argparse.Namespace) -> int:
+    """Write how the responses under a teacher's prompt compare with plain ones."""
+    from cutlm.data.records import check_records, raise_problems
+    from cutlm.data.sources import describe_sources
+    from cutlm.flagging.teacher import TeacherSettings
+    from cutlm.judges.comparison import compare_verdicts, draw_records, write_comparison
+
+    teacher = TeacherSettings(args.teacher_context, args.teacher_sees_response)
+    server = _make_server(args) if args.judge == "http" else None
+    check = check_records(args.responses, args.columns)
+    raise_problems(check, describe_sources(args.responses))
+    drawn = draw_records(check.records, args.num_records, args.seed)
+    records, locations = ([items[index] for index in drawn] for items in (check.records, check.locations))
+    responses, journal = _answer_under_both(args, records, locations, teacher)
+    outcome = _judge_into(args, responses, server, f"{args.out}.records.jsonl")
+    comparison = compare_verdicts(responses, outcome)
+    is_retried = server is not None and (comparison is None or comparison.num_missing > 0)
+    if comparison is None:
+        print(f"no pair of responses has both verdicts; {args.out} was not written")
+    else:
+        settings = {"model": args.model, "seed": args.seed}
+        write_comparison(args.out, comparison, teacher, settings)
+        print("\n".join([comparison.describe(), *(f"warning: {text}" for text in comparison.list_warnings())]))
+    if is_retried:
+        print("run it again with the same options and --overwrite to request only the missing judgments")
+    else:
+        journal.remove()
+    return 1 if comparison is None or comparison.num_missing else 0
+
+
+def _answer_under_both(
+    args: argparse.Namespace, records: "Sequence[JudgedRecord]", locations: Sequence[str], teacher: "TeacherSettings"
+) -> "tuple[list[Response], Journal]":
+    """Let the model answer under the plain prompt and the teacher's; also return the journal of its responses."""
+    from cutlm.data.journal import Journal
+    from cutlm.generation.local import Sampling, choose_max_new_tokens
+    from cutlm.judges.comparison import answer_under_both, describe_answers
+    from cutlm.model.loading import fingerprint_model
+
+    model, tokenizer, template = load_model(args)
+    encoder = make_encoder(args, tokenizer, template)
+    max_new_tokens = args.max_response_tokens or choose_max_new_tokens(model)
+    sampling = Sampling(max_new_tokens, temperature=1.0, seed=args.seed, batch_size=args.batch_size)
+    header = describe_answers(records, teacher, sampling, encoder, fingerprint_model(args.model))
+    journal = Journal(args.out, header, overwrite=args.overwrite)
+    return answer_under_both(model, tokenizer, encoder, records, locations, teacher, sampling, journal), journal
+
+
 def fill_options(args: argparse.Namespace) -> None:
     """Refuse options of other judges, require those of this one, and fill in the defaults."""
-    own, given = _OPTIONS[args.judge], defaultdict(list)
+    own, given = dict(_OPTIONS[args.judge]), defaultdict(list)
+    if args.compare_prompts:  # the model that answers has these options, too
+        own |= {name: DEFAULTS[name] for name in _LOCAL}
     for name in {name: None for options in _OPTIONS.values() for name in options}:
         if getattr(args, name) is None:
             setattr(args, name, own.get(name))
@@ -129,6 +230,7 @@ def fill_options(args: argparse.Namespace) -> None:
         f"{', '.join(names)}: expected only with --judge {judges}; leave them out or change --judge"
         for judges, names in given.items()
     ]
+    problems += _fill_comparison_options(args)
     missing = [f"--{name}" for name in _REQUIRED[args.judge] if getattr(args, name) is None]
     if missing:
         problems.append(f"--judge {args.judge}: expected {' and '.join(missing)} too, got none; set them")
@@ -138,6 +240,26 @@ def fill_options(args: argparse.Namespace) -> None:
         problems.append("--answer_format, --trained: expected one, got both; a trained judge has its own format")
     if problems:
         raise ConfigError(problems)
+
+
+def _fill_comparison_options(args: argparse.Namespace) -> list[str]:
+    """Fill in the defaults of the options of --compare_prompts, and return a sentence for each problem."""
+    given = [f"--{name}" for name in _COMPARISON if getattr(args, name) is not None]
+    for name, default in _COMPARISON.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if not args.compare_prompts:
+        return [f"{', '.join(given)}: expected only with --compare_prompts; leave them out"] if given else []
+    problems = []
+    if args.judge == "human":
+        problems.append("--compare_prompts: expected a judge that needs no person, got human; set rules, http or local")
+    if args.model is None:
+        problems.append("--compare_prompts: expected --model too, got none; set it")
+    if args.num_records < 1:
+        problems.append(f"--num_records: expected a whole number of at least 1, got {args.num_records}")
+    if args.teacher_sees_response and args.teacher_context != "advice":
+        problems.append(f"--teacher_sees_response: expected --teacher_context advice, got {args.teacher_context}")
+    return problems
 
 
 def _make_server(args: argparse.Namespace) -> "Server":

@@ -98,12 +98,29 @@ def encode_teacher_prompt(
     """Encode the teacher's prompt for a record, truncated to a number of tokens as the record's own prompts are."""
 
     def encode(conversation: Conversation) -> list[int]:
-        if settings.context == "praise":
-            return encoder.encode_prompt(conversation, PRAISE)
-        draft = record.output if settings.sees_response else None
-        return encoder.encode_advised_prompt(conversation, record.stated_judgment, draft)
+        return _encode(record, conversation, encoder, settings, for_generation=False)
 
     return encoder.fit_prompt(encode, record.conversation, num_tokens)
+
+
+def encode_teacher_generation_prompt(record: JudgedRecord, encoder: Encoder, settings: TeacherSettings) -> list[int]:
+    """Encode the teacher's prompt for a record as it is fed to a model for generation."""
+    return _encode(record, record.conversation, encoder, settings, for_generation=True)
+
+
+def _encode(
+    record: JudgedRecord,
+    conversation: Conversation,
+    encoder: Encoder,
+    settings: TeacherSettings,
+    *,
+    for_generation: bool,
+) -> list[int]:
+    if settings.context == "praise":
+        encode = encoder.encode_generation_prompt if for_generation else encoder.encode_prompt
+        return encode(conversation, PRAISE)
+    draft = record.output if settings.sees_response else None
+    return encoder.encode_advised_prompt(conversation, record.stated_judgment, draft, for_generation=for_generation)
 
 
 def list_columns(ids: "Tensor", logps: "Tensor") -> Columns:
