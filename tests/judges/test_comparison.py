@@ -12,7 +12,8 @@ from cutlm.cli import main
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import DataError
 from cutlm.judges import Failure, Outcome, Response
-from cutlm.judges.comparison import compare_verdicts, compute_p_value, draw_records, find_interval
+from cutlm.judges.comparison import compare_verdicts, compute_p_value, find_interval
+from cutlm.judges.paired import draw_records
 from cutlm.judges.responses import EMPTY_RESPONSE
 from cutlm.world.base import base_path
 from cutlm.world.tasks import list_tasks

@@ -267,3 +267,58 @@ def test_eval_command_evaluates(workplace: Path) -> None:
         {"win_rate": 12.5},
         {"win_rate": 12.5},
     ]
+
+
+# ---- A teacher's prompt ----
+
+
+def with_teacher(**further: Any) -> dict[str, Any]:
+    own = {"objective": "self_distillation", "detector": None, "num_iterations": 1, "eval_instructions": ""}
+    return own | further
+
+
+def test_teachers_prompt_is_compared_by_the_judge_and_reported(workplace: Path) -> None:
+    plan = make_plan(workplace, "gain", **with_teacher(teacher_gain_records=3, teacher_context="advice"))
+    assert list_stages(plan, 1)[:4] == ["sample", "generate", "judge", "compare"]
+    assert run_loop(plan, run=run_in_process) is True
+    found = json.loads((workplace / "gain" / "iteration-1" / "teacher_gain.json").read_text())
+    assert (found["num_records"], found["teacher_context"]) == (3, "advice")
+    (row,) = json.loads((workplace / "gain" / "report.json").read_text())
+    assert (row["teacher_gain"], row["gain_low"]) == (found["teacher_gain"], found["interval"][0])
+    report = (workplace / "gain" / "report.md").read_text()
+    assert "teacher's gain" in report
+    assert all(warning in report for warning in found["warnings"])
+    assert found["warnings"]
+
+
+@pytest.mark.parametrize("further", [{"teacher_gain_records": 0}, {"judge": "human"}])
+def test_comparison_of_prompts_is_left_out_if_it_is_off_or_a_person_judges(
+    workplace: Path, further: dict[str, Any]
+) -> None:
+    assert "compare" in list_stages(make_plan(workplace, "off", **with_teacher()), 1)
+    assert "compare" not in list_stages(make_plan(workplace, "off", **with_teacher(**further)), 1)
+
+
+def test_comparison_without_verdicts_or_unsatisfactory_records_does_not_stop_the_loop(
+    workplace: Path, server: ChatServer
+) -> None:
+    settings = with_teacher(teacher_gain_records=2) | {"judge": judged_by(server)["judge"]}
+    plan = make_plan(workplace, "silent", **settings)
+    assert run_loop(plan, until=StageRef(1, "judge"), run=run_in_process) is False
+
+    def fail(handler: Handler, number: int) -> bool:
+        handler.answer(200, make_completion("", "stop"))
+        return True
+
+    server.fault = fail
+    assert run_loop(plan, until=StageRef(1, "compare"), run=run_in_process) is False
+    metrics = collect_metrics(plan)[0]["stages"]["compare"]["metrics"]
+    assert (metrics["teacher_gain"], metrics["num_records"]) == (None, 0)
+    server.fault, server.reply = None, lambda prompt: "Perfect."
+    (workplace / "silent" / "judge.cache.sqlite").unlink()
+    assert run_loop(plan, start=StageRef(1, "judge"), until=StageRef(1, "judge"), run=run_in_process) is False
+    num_requests = len(server.requests)
+    assert run_loop(plan, until=StageRef(1, "compare"), run=run_in_process) is False
+    assert collect_metrics(plan)[0]["stages"]["judge"]["metrics"]["num_satisfactory"] == NUM_RESPONSES
+    assert collect_metrics(plan)[0]["stages"]["compare"]["metrics"]["teacher_gain"] is None
+    assert len(server.requests) == num_requests

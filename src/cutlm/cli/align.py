@@ -11,6 +11,9 @@ data, and
                     answer (default 0.02)
   eval_instructions held-out instructions; every model's answers to them are judged by eval_judge (default: judge)
   eval_command      a shell command; {model} is the model, {out} a JSON file of metrics that it writes
+  teacher_gain_records
+                    for objectives with a teacher: unsatisfactory records on which each iteration compares its prompt
+                    with the plain one by the judge (default 64; 0: off)
   server_command    a shell command that serves {model} while responses are generated (generate has --base_url)
   server_timeout    seconds to wait for the server's first answer (default 1800)
   launcher          a command that starts training, such as "torchrun --nproc_per_node 8"
@@ -37,7 +40,7 @@ _LOOP_OPTIONS = {
         *("model", "prompts", "out", "seed", "overwrite", "template", "tokenizer", "max_failure_rate"),
         *("chat_template_kwargs", "template_date", "judgment_role"),
     ),
-    "judge": ("responses", "judge", "out", "overwrite", "labels"),
+    "judge": ("responses", "judge", "out", "overwrite", "labels", "compare_prompts"),
 }
 
 

@@ -173,14 +173,15 @@ def _compare_prompts(args: argparse.Namespace) -> int:
     from cutlm.data.records import check_records, raise_problems
     from cutlm.data.sources import describe_sources
     from cutlm.flagging.teacher import TeacherSettings
-    from cutlm.judges.comparison import compare_verdicts, draw_records, write_comparison
+    from cutlm.judges.comparison import compare_verdicts, write_comparison
+    from cutlm.judges.paired import draw_records
 
     teacher = TeacherSettings(args.teacher_context, args.teacher_sees_response)
     server = _make_server(args) if args.judge == "http" else None
     check = check_records(args.responses, args.columns)
     raise_problems(check, describe_sources(args.responses))
     drawn = draw_records(check.records, args.num_records, args.seed)
-    records, locations = ([items[index] for index in drawn] for items in (check.records, check.locations))
+    records, locations = [check.records[index] for index in drawn], [check.locations[index] for index in drawn]
     responses, journal = _answer_under_both(args, records, locations, teacher)
     outcome = _judge_into(args, responses, server, f"{args.out}.records.jsonl")
     comparison = compare_verdicts(responses, outcome)
@@ -204,7 +205,7 @@ def _answer_under_both(
     """Let the model answer under the plain prompt and the teacher's; also return the journal of its responses."""
     from cutlm.data.journal import Journal
     from cutlm.generation.local import Sampling, choose_max_new_tokens
-    from cutlm.judges.comparison import answer_under_both, describe_answers
+    from cutlm.judges.paired import answer_under_both, describe_answers
     from cutlm.model.loading import fingerprint_model
 
     model, tokenizer, template = load_model(args)

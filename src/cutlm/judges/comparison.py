@@ -1,32 +1,20 @@
 """Whether a teacher's prompt helps: a judge's verdicts on responses under it and on responses under the plain prompt.
 
-The gain bounds what a model can learn from the teacher. Responses are sampled at temperature 1, the distribution that
-is taught. Greedy plain responses would be those that are known to be unsatisfactory.
+The gain bounds what a model can learn from the teacher. This module imports no torch, so that tables are quick.
 """
 
 import json
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
 from cutlm.data.files import write_text
-from cutlm.data.journal import Journal
-from cutlm.data.records import JudgedRecord
-from cutlm.errors import DataError
-from cutlm.flagging.teacher import TeacherSettings, encode_teacher_generation_prompt
-from cutlm.generation.files import describe_run
-from cutlm.generation.local import Sampling, generate_with_journal
+from cutlm.flagging.teacher import TeacherSettings
 from cutlm.judges.responses import EMPTY_RESPONSE, Outcome, Response
-from cutlm.prompting.encoding import Encoder, encode_each
 
-NUM_RECORDS = 64
 # Responses are said to shrink or grow strongly beyond this ratio of the mean lengths.
 _MAX_LENGTH_RATIO = 1.5
 
@@ -74,84 +62,31 @@ class Comparison:
 
     def list_warnings(self) -> list[str]:
         """Return a sentence for each reason not to learn from this teacher."""
-        warnings = []
-        low, high = self.interval
-        if low <= 0:
-            warnings.append(
-                f"no gain is shown under the teacher's prompt: {self.teacher_gain:+.2f}, 95 % interval {low:+.2f} to"
-                f" {high:+.2f}; a model learns little from such a teacher: try another teacher_context, or more records"
-            )
-        plain, teacher = self.mean_length_plain, self.mean_length_teacher
-        if teacher * _MAX_LENGTH_RATIO < plain or plain * _MAX_LENGTH_RATIO < teacher:
-            change = "shrink" if teacher < plain else "grow"
-            warnings.append(
-                f"responses {change} under the teacher's prompt, from {plain:.0f} to {teacher:.0f} characters on"
-                " average; so will those of a model that learns from it"
-            )
-        return warnings
+        return list_warnings(self.teacher_gain, self.interval, self.mean_length_plain, self.mean_length_teacher)
 
 
-def draw_records(records: Sequence[JudgedRecord], num_records: int, seed: int) -> list[int]:
-    """Draw unsatisfactory records, whose responses a teacher corrects; return their indices in order.
-
-    Raises:
-        DataError: There is none.
-    """
-    unsatisfactory = [index for index, record in enumerate(records) if not record.is_satisfactory]
-    if not unsatisfactory:
-        raise DataError("expected an unsatisfactory record to compare prompts on, got satisfactory ones only")
-    rng = random.Random(f"compare {seed}")
-    return sorted(rng.sample(unsatisfactory, min(num_records, len(unsatisfactory))))
-
-
-def answer_under_both(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
-    records: Sequence[JudgedRecord],
-    locations: Sequence[str],
-    teacher: TeacherSettings,
-    sampling: Sampling,
-    journal: Journal,
-) -> list[Response]:
-    """Sample a response to each record's instruction under the plain prompt, then one to each under the teacher's.
-
-    A response that cannot be separated from its thoughts is empty.
+def list_warnings(gain: float, interval: tuple[float, float], plain: float, teacher: float) -> list[str]:
+    """Return a sentence for each reason not to learn from a teacher.
 
     Args:
-        model: A causal language model in evaluation mode.
-        tokenizer: Its tokenizer.
-        encoder: Encodes the prompts.
-        records: Unsatisfactory records.
-        locations: The location of each.
-        teacher: What the teacher's prompt says.
-        sampling: How to sample.
-        journal: Keeps finished batches.
+        gain: Of its prompt.
+        interval: Of the gain.
+        plain: Mean length of responses under the plain prompt.
+        teacher: Mean length of responses under the teacher's prompt.
     """
-    plain = encode_each(lambda one: encoder.encode_generation_prompt(one.conversation), records, locations)
-    taught = encode_each(lambda one: encode_teacher_generation_prompt(one, encoder, teacher), records, locations)
-    generated = generate_with_journal(model, tokenizer, encoder, [*plain, *taught], sampling, journal)
-    return [
-        _make_response(records[index % len(records)], locations[index % len(records)], kind, text)
-        for index, kind in enumerate(["plain"] * len(records) + ["teacher"] * len(records))
-        for text in [generated.responses.get(index, "")]
-    ]
-
-
-def _make_response(record: JudgedRecord, location: str, kind: str, text: str) -> Response:
-    row: dict[str, Any] = {"prompt_kind": kind}
-    if record.messages is not None:
-        row["messages"] = [*record.messages[:-1], {"role": "assistant", "content": text}]
-        row |= {"tools": record.tools} if record.tools else {}
-    return Response(f"{location} ({kind} prompt)", record.instruction, record.input, text, row)
-
-
-def describe_answers(
-    records: Sequence[JudgedRecord], teacher: TeacherSettings, sampling: Sampling, encoder: Encoder, fingerprint: str
-) -> dict[str, Any]:
-    """Return the header of the journal of `answer_under_both`: all that its responses depend on."""
-    inputs = [[record.model_dump(mode="json") for record in records], teacher.describe()]
-    return describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date)
+    warnings = []
+    low, high = interval
+    if low <= 0:
+        warnings.append(
+            f"no gain is shown under the teacher's prompt: {gain:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}; a"
+            " model learns little from such a teacher: try another teacher_context, or more records"
+        )
+    if teacher * _MAX_LENGTH_RATIO < plain or plain * _MAX_LENGTH_RATIO < teacher:
+        warnings.append(
+            f"responses {'shrink' if teacher < plain else 'grow'} under the teacher's prompt, from {plain:.0f} to"
+            f" {teacher:.0f} characters on average; so will those of a model that learns from it"
+        )
+    return warnings
 
 
 def compare_verdicts(responses: Sequence[Response], outcome: Outcome) -> Comparison | None:

@@ -8,14 +8,18 @@ from typing import Any
 from cutlm.data.files import open_atomic, write_text
 from cutlm.flagging.report import describe_noise
 from cutlm.inspect.tables import format_table
+from cutlm.judges.comparison import list_warnings
 
 _COLORS = ("#0072b2", "#d55e00")
 _PANELS_PER_ROW = 3
+_COMPARISON = ("teacher_gain", "gain_low", "gain_high", "mean_length_plain", "mean_length_teacher")
 _NOTE = """
 Satisfactory responses and flagged tokens are counted in the responses of the iteration's model before it was trained;
 flagged tokens as a share of the tokens of unsatisfactory responses. The flag signal is 1 if other records' judgments
 flag nothing, and 0 if they flag as much as a record's own; pairwise is the share of records in which the largest log
-ratio is larger under their own judgment. The loss is the mean of the first and of the last logged steps. Held-out
+ratio is larger under their own judgment. The teacher's gain is how much larger the share of satisfactory responses is
+under its prompt than under the plain one, on a sample, with its 95 % interval; length is the mean number of characters
+under both. The loss is the mean of the first and of the last logged steps. Held-out
 metrics are of the model that the iteration ends with. Responses without a judgment are not trained on.
 """
 
@@ -36,6 +40,7 @@ def summarize(iteration: dict[str, Any]) -> dict[str, Any]:
 
     metrics = {stage: known["metrics"] for stage, known in iteration["stages"].items()}
     generate, judge, blame, train = (metrics.get(name, {}) for name in ("generate", "judge", "blame", "train"))
+    comparison = metrics.get("compare", {})
     seconds = [known["seconds"] for known in iteration["stages"].values() if known["seconds"] is not None]
     frozen_share = divide(blame.get("num_flagged"), blame.get("num_tokens"))
     return {
@@ -45,6 +50,7 @@ def summarize(iteration: dict[str, Any]) -> dict[str, Any]:
         "share_satisfactory": divide(judge.get("num_satisfactory"), judge.get("num_judged")),
         "flagged_share": train.get("flagged_share") if frozen_share is None else frozen_share,
         **{name: (blame or train).get(name) for name in ("flag_signal", "pairwise")},
+        **{name: comparison.get(name) for name in _COMPARISON},
         **{name: train.get(name) for name in ("num_steps", "loss_start", "loss_end")},
         "evaluation": metrics.get("evaluate", {}),
         "seconds": sum(seconds) if seconds else None,
@@ -61,6 +67,8 @@ def make_table(rows: list[dict[str, Any]]) -> str:
     held_out = [f"held-out {_name_metric(name)}" for name in names]
     signals = [name for name in ("flag_signal", "pairwise") if any(row.get(name) is not None for row in rows)]
     start = ["iteration", "responses", "no judgment", "satisfactory", "flagged tokens", *map(_name_metric, signals)]
+    has_comparison = any(row.get("teacher_gain") is not None for row in rows)
+    start += ["teacher's gain", "length"] * has_comparison
     header = [*start, "loss", *held_out, "time"]
     cells = []
     for row in rows:
@@ -69,6 +77,7 @@ def make_table(rows: list[dict[str, Any]]) -> str:
         counts = [show(row["num_responses"], ","), show(sum(missing) if missing else None, ",")]
         shares = [show(row[name], ".1%") for name in ("share_satisfactory", "flagged_share")]
         shares += [show(row.get(name), ".2f") for name in signals]
+        shares += _show_comparison(row) * has_comparison
         loss = " → ".join(f"{loss:.3f}" for loss in losses) if None not in losses else ""
         forms = [".1%" if name.startswith("share_") else ".4g" for name in names]
         metrics = [show(row["evaluation"].get(name), form) for name, form in zip(names, forms, strict=True)]
@@ -77,12 +86,27 @@ def make_table(rows: list[dict[str, Any]]) -> str:
     return format_table(header, cells)
 
 
+def _show_comparison(row: dict[str, Any]) -> list[str]:
+    """The cells of a teacher's gain with its interval, and of the lengths of responses without and with its prompt."""
+    if row.get("teacher_gain") is None:
+        return ["", ""]
+    gain = f"{row['teacher_gain']:+.2f} ({row['gain_low']:+.2f} to {row['gain_high']:+.2f})"
+    return [gain, f"{row['mean_length_plain']:.0f} → {row['mean_length_teacher']:.0f}"]
+
+
 def make_summary(rows: list[dict[str, Any]]) -> str:
-    """Make a Markdown table of rows of `summarize`, with a warning below if the last flags are mostly noise."""
-    table = make_table(rows)
+    """Make a Markdown table of rows of `summarize`.
+
+    Below it are warnings, if the last flags are mostly noise, or the last teacher's prompt gains nothing.
+    """
     measured = [row["flag_signal"] for row in rows if row["pairwise"] is not None]
     noise = describe_noise(measured[-1]) if measured else None
-    return f"{table}\n\nwarning: {noise}" if noise else table
+    warnings = [noise] if noise else []
+    compared = [row for row in rows if row.get("teacher_gain") is not None]
+    if compared:
+        gain, low, high, plain, teacher = (compared[-1][name] for name in _COMPARISON)
+        warnings += list_warnings(gain, (low, high), plain, teacher)
+    return "\n\n".join([make_table(rows), *(f"warning: {text}" for text in warnings)])
 
 
 def _list_evaluated(rows: list[dict[str, Any]]) -> list[str]:

@@ -23,7 +23,7 @@ _FREE_SETTINGS = {
     *("instructions", "eval_instructions"),
     *("output_dir", "launcher", "server_command", "server_timeout", "max_failure_rate"),
     *("logging_steps", "report_to", "save_steps", "save_total_limit", "disable_tqdm", "dataloader_num_workers"),
-    "sensitivity_records",
+    *("sensitivity_records", "teacher_gain_records"),
 }
 SETTINGS_FILE = "align.yaml"
 _FREE_OPTIONS = {"concurrency", "timeout", "max_retries", "max_requests", "max_tokens_total", "cache", "device"}
@@ -44,6 +44,8 @@ class AlignArguments:
     # Held-out instructions. Every model answers them greedily, and `eval_judge` judges the answers.
     eval_instructions: str | None = None
     eval_judge: str | None = None  # default: `judge`
+    # For objectives with a teacher: unsatisfactory records on which its prompt is compared with the plain one; 0: off.
+    teacher_gain_records: int = 64
     eval_command: str | None = None  # shell command; {model} is a folder, {out} a JSON file of metrics to write
     server_command: str | None = None  # shell command that serves {model} while responses are generated
     server_timeout: float = 1800.0  # seconds to wait for that server's first answer
@@ -61,6 +63,10 @@ class AlignArguments:
         for name in ("num_iterations", "num_instructions"):
             if (number := getattr(self, name)) < 1:
                 problems.append(f"{name}: expected a whole number of at least 1, got {number}")
+        if self.teacher_gain_records < 0:
+            problems.append(
+                f"teacher_gain_records: expected a whole number of at least 0, got {self.teacher_gain_records}"
+            )
         if not 0 <= self.max_failure_rate < 1:
             problems.append(f"max_failure_rate: expected a share from 0 to below 1, got {self.max_failure_rate}")
         if not self.server_timeout > 0:
@@ -95,11 +101,13 @@ class Plan:
     seed: int  # every stage's seed is derived from it
     server_url: str | None  # of the server that generates; None for a local model
     has_blame: bool  # whether the model before each training flags the tokens
+    has_comparison: bool  # whether a teacher's prompt is compared with the plain one
     has_refine: bool  # whether the objective learns from refined responses
     has_merge: bool  # whether an adapter is trained, rather than the whole model
     train_settings: dict[str, Any]  # of `cutlm train`, shared by all iterations
     prompt_options: list[str]  # for commands that encode prompts here
     blame_options: list[str]  # for `cutlm blame`
+    comparison_options: list[str]  # for `cutlm judge --compare_prompts`
     refine_options: list[str]  # for `cutlm refine`
     prompt_files: dict[str, str]  # of the judges, by the setting that names one
     resolved: dict[str, Any]  # all settings, as they are saved
@@ -175,6 +183,16 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
     generate = parse_options("generate", arguments.generate)
     names = ("max_new_tokens", "temperature", "top_p", "batch_size", "dtype", "device")
     refine_options = [f"--{name}={generate[name]}" for name in names if generate.get(name) is not None]
+    judge = parse_options("judge", str(arguments.judge))["judge"]
+    comparison_options = [*prompt_options, f"--num_records={arguments.teacher_gain_records}"]
+    comparison_options += [f"--teacher_context={train_args.teacher_context}"]
+    comparison_options += ["--teacher_sees_response"] * train_args.teacher_sees_response
+    comparison_options += [f"--judgment_role={train_args.judgment_role}"] * (train_args.judgment_role != "user")
+    if (longest := generate.get("max_new_tokens")) is not None:
+        comparison_options.append(f"--max_response_tokens={longest}")
+    if judge != "local":  # which has these options itself
+        of_model = ("batch_size", "dtype", "device")
+        comparison_options += [f"--{name}={generate[name]}" for name in of_model if generate.get(name) is not None]
     judges = {"judge": arguments.judge, "eval_judge": arguments.eval_judge}
     prompts = {name: parse_options("judge", text).get("prompt_file") for name, text in judges.items() if text}
     return Plan(
@@ -184,10 +202,12 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
         seed=train_args.seed,
         server_url=generate.get("base_url"),
         has_blame=train_args.objective == "cut" and train_args.detector == "frozen",
+        has_comparison=train_args.has_teacher and arguments.teacher_gain_records > 0 and judge != "human",
         has_refine=train_args.objective in ("ilf_mle", "ilf_dpo"),
         has_merge=model_args.use_peft,
         train_settings=training,
         blame_options=blame_options,
+        comparison_options=comparison_options,
         refine_options=[*prompt_options, *refine_options],
         prompt_options=prompt_options,
         prompt_files={name: path for name, path in prompts.items() if path},

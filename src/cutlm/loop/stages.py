@@ -3,6 +3,7 @@
     sample    instructions.jsonl    the next ones of one shuffled order of all instructions
     generate  responses.jsonl       cutlm generate, with the iteration's initial model
     judge     records.jsonl         cutlm judge
+    compare   teacher_gain.json     cutlm judge --compare_prompts, if the objective has a teacher
     refine    refined.jsonl         cutlm refine, if the objective learns from refined responses
     blame     scores.jsonl          cutlm blame, if the detector is frozen
     train     adapter/ or model/    cutlm train, with train.yaml
@@ -112,7 +113,8 @@ def _check_status(status: int, arguments: list[str]) -> None:
 
 def list_stages(plan: Plan, number: int) -> list[str]:
     """List the stages of an iteration in order."""
-    is_used = {"blame": plan.has_blame, "refine": plan.has_refine, "merge": plan.has_merge}
+    is_used = {"compare": plan.has_comparison, "refine": plan.has_refine, "blame": plan.has_blame}
+    is_used["merge"] = plan.has_merge
     is_used["evaluate"] = bool(plan.arguments.eval_instructions or plan.arguments.eval_command)
     return [stage for stage in STAGES if is_used.get(stage, True) and (number or stage == "evaluate")]
 
@@ -124,6 +126,7 @@ def list_outputs(plan: Plan, iteration: Iteration, stage: str) -> list[Path]:
         "sample": ["instructions.jsonl"],
         "generate": ["responses.jsonl", "responses.jsonl.failures.jsonl"],
         "judge": judged,
+        "compare": ["teacher_gain.json", *(f"teacher_gain.json.{name}" for name in judged)],
         "refine": ["refined.jsonl"],
         "blame": ["scores.jsonl", "scores.jsonl.report.json"],
         "train": ["train.yaml", "adapter" if plan.has_merge else "model"],
@@ -140,7 +143,7 @@ def list_leftovers(plan: Plan, iteration: Iteration, stage: str) -> list[Path]:
     outputs = list_outputs(plan, iteration, stage)
     if stage == "generate":  # a person's judgments are of these responses
         outputs += name_todo_files(iteration.folder / "records.jsonl")
-    return [*outputs, *(Path(f"{path}.partial") for path in outputs if path.suffix == ".jsonl")]
+    return [*outputs, *(Path(f"{path}.partial") for path in outputs if path.suffix in (".json", ".jsonl"))]
 
 
 def make_seed(plan: Plan, number: int, stage: str) -> int:
@@ -262,8 +265,7 @@ def _judge_responses(plan: Plan, runner: Runner, judge: str, responses: Path, ca
     if counts is not None and counts["num_missing"] + counts["num_empty"] <= max_missing:
         return counts
     arguments = ["judge", "--responses", str(responses), "--out", str(records), "--judge", *shlex.split(judge)]
-    if kind == "http" and not any(argument.partition("=")[0] == "--cache" for argument in arguments):
-        arguments += ["--cache", str(plan.folder / f"{cache_name}.cache.sqlite")]
+    arguments += _share_cache(plan, shlex.split(judge), cache_name)
     arguments += ["--overwrite"] * records.exists()
     labels = [path for path in name_todo_files(records) if path.exists()] if kind == "human" else []
     if labels:  # of both formats, the one that was edited last
@@ -304,7 +306,32 @@ def _count_judged(records: Path, num_responses: int | None = None) -> dict[str, 
     }
 
 
-# ---- Refine and blame ----
+# ---- Compare, refine and blame ----
+
+
+def _compare(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
+    """Measure what the teacher's prompt gains; without a verdict the loop goes on, because training needs none."""
+    records, out = iteration.folder / "records.jsonl", iteration.folder / "teacher_gain.json"
+    if not out.exists() and not all(record.is_satisfactory for record in check_records(records).records):
+        judge = shlex.split(str(plan.arguments.judge))
+        arguments = ["judge", "--compare_prompts", "--responses", str(records), "--out", str(out)]
+        arguments += ["--model", iteration.model, *plan.comparison_options, "--judge", *judge]
+        arguments += _share_cache(plan, judge, "judge")
+        arguments += ["--seed", str(make_seed(plan, iteration.number, "compare"))]
+        if (status := runner.run(arguments)) not in (0, 1):
+            _check_status(status, arguments)
+    found = json.loads(out.read_text("utf-8")) if out.exists() else {}
+    names = ("teacher_gain", "share_plain", "share_teacher", "mean_length_plain", "mean_length_teacher")
+    low, high = found.get("interval", (None, None))
+    counts = {"num_records": found.get("num_records", 0), "num_missing": found.get("num_missing", 0)}
+    return {**counts, **{name: found.get(name) for name in names}, "gain_low": low, "gain_high": high}
+
+
+def _share_cache(plan: Plan, judge: list[str], name: str) -> list[str]:
+    """The option of a paid judge by which all its runs share one cache, unless it names another one."""
+    if judge[0] != "http" or any(argument.partition("=")[0] == "--cache" for argument in judge):
+        return []
+    return ["--cache", str(plan.folder / f"{name}.cache.sqlite")]
 
 
 def _refine(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
@@ -442,6 +469,7 @@ STAGES: dict[str, Callable[[Plan, Iteration, Runner], dict[str, Any]]] = {
     "sample": _sample,
     "generate": _generate,
     "judge": _judge,
+    "compare": _compare,
     "refine": _refine,
     "blame": _blame,
     "train": _train,
