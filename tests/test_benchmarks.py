@@ -207,3 +207,25 @@ def test_preparation_benchmark_compares_with_trl(
     assert figures["seconds_at_no_records"] == pytest.approx(3)
     assert figures["largest_deviation_from_line"] == pytest.approx(0, abs=1e-9)
     assert figures["peak_gb"] == 2
+
+
+def test_generation_benchmark_compares_with_padded_batches(
+    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "results.json"
+    options = ["--num_prompts=5", "--max_new_tokens=4", "--batch_size=2", "--repeats=1"]
+    script = load("generation", *OPTIONS, *options, "--engines", "cutlm", "padded", f"--json={out}")
+
+    def run_here(variant: str, folder: str) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()) as printed, monkeypatch.context() as context:
+            context.setattr(sys, "argv", [*sys.argv, "--variant", variant, "--folder", str(folder)])
+            script.main()
+        return json.loads(printed.getvalue().splitlines()[-1])
+
+    monkeypatch.setattr("common.run_alone", run_here)
+    script.main()
+    known = json.loads(out.read_text())
+    assert [(row["engine"], row["tokens"]) for row in known["rows"]] == [("cutlm", 20), ("padded", 20)]
+    assert known["share_of_equal_responses"] == 1.0
+    speeds = {row["engine"]: row["tokens a second"] for row in known["rows"]}
+    assert known["speedup_over_padded"] == pytest.approx(speeds["cutlm"] / speeds["padded"])
