@@ -31,13 +31,30 @@ def make_parser(description: str | None, num_repeats: int = 3) -> argparse.Argum
     return parser
 
 
+# Of models with random weights; "smollm2" is SmolLM2-135M's.
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {"vocab_size": 32000, "num_layers": 8, "width": 512, "num_heads": 8, "num_kv_heads": None}
+    | {"mlp_width": 1376, "is_tied": False},
+    "smollm2": {"vocab_size": 49152, "num_layers": 30, "width": 576, "num_heads": 9, "num_kv_heads": 3}
+    | {"mlp_width": 1536, "is_tied": True},
+}
+
+
+class _ChooseShape(argparse.Action):
+    """Sets the numbers of a shape; options after it change them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        vars(namespace).update(SHAPES[values])
+
+
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     shape = parser.add_argument_group("the model, a LLaMA with random weights")
-    shape.add_argument("--vocab_size", type=int, default=32000)
-    shape.add_argument("--num_layers", type=int, default=8)
-    shape.add_argument("--width", type=int, default=512)
-    shape.add_argument("--num_heads", type=int, default=8)
-    shape.add_argument("--mlp_width", type=int, default=1376)
+    shape.add_argument("--shape", choices=SHAPES, action=_ChooseShape, help="all numbers below (default: small)")
+    for name, value in SHAPES["small"].items():
+        if name != "is_tied":
+            shape.add_argument(f"--{name}", type=int)
+        parser.set_defaults(**{name: value})
+    shape.add_argument("--all_linear", action="store_true", help="LoRA on all layers (default: on the MLP)")
 
 
 def make_model(args: argparse.Namespace) -> Any:
@@ -52,6 +69,8 @@ def make_model(args: argparse.Namespace) -> Any:
         intermediate_size=args.mlp_width,
         num_hidden_layers=args.num_layers,
         num_attention_heads=args.num_heads,
+        num_key_value_heads=args.num_kv_heads or args.num_heads,
+        tie_word_embeddings=args.is_tied,
         max_position_embeddings=8192,
         bos_token_id=None,
         eos_token_id=None,

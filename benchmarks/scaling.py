@@ -74,7 +74,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         return time_loop(args, adapt(model, args), list(map(CutCollator(), parts)), find_floor)
     with tempfile.TemporaryDirectory() as folder:
         config = CUTConfig(**make_settings(args, folder), max_length=100_000)
-        return time_trainer(CUTTrainer(model, config, rows, peft_config=make_adapter()))
+        return time_trainer(CUTTrainer(model, config, rows, peft_config=make_adapter(args.all_linear)))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         rows = [add_flags(row) for row in rows]
     detector = "frozen" if args.variant == "frozen" else None
     config = CUTConfig(**make_settings(args, args.folder), detector=detector, max_length=100_000)
-    trainer = CUTTrainer(make_model(args), config, rows, peft_config=make_adapter())
+    trainer = CUTTrainer(make_model(args), config, rows, peft_config=make_adapter(args.all_linear))
     if args.variant == "apart":
         trainer._layout = PADDED
     return time_trainer(trainer)

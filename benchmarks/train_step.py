@@ -11,9 +11,9 @@
                response positions
     dpo, sft   TRL's `DPOTrainer` and `SFTTrainer` on the same prompts and responses (pairs of equal length)
 
-Each variant trains LoRA of rank 16 on the MLP of the same model on the first unsatisfactory records of a file (by
-default synthetic records), one step per micro-batch. Loading and encoding are not measured. Variants take turns;
-results are medians. Runs after the first turn that would exceed --limit are skipped."""
+Each variant trains LoRA of rank 16 on the MLP, or with --all_linear on all layers, of the same model on the first
+unsatisfactory records of a file (by default synthetic records), one step per micro-batch. Loading and encoding are not
+measured. Variants take turns; results are medians. Runs after the first turn that would exceed --limit are skipped."""
 
 import argparse
 import json
@@ -156,13 +156,14 @@ def adapt(model: Any, args: argparse.Namespace) -> Any:
 
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return get_peft_model(model, make_adapter()).train()
+    return get_peft_model(model, make_adapter(args.all_linear)).train()
 
 
-def make_adapter() -> Any:
+def make_adapter(is_on_all_layers: bool = False) -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=_TARGETS, task_type="CAUSAL_LM")
+    targets = "all-linear" if is_on_all_layers else _TARGETS
+    return LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def _encode(args: argparse.Namespace, tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -243,7 +244,9 @@ def run_cutlm(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer, records, model = _load(args)
     with tempfile.TemporaryDirectory() as folder:
         config = CUTConfig(**make_settings(args, folder), **_SETTINGS, template=args.template, max_length=100_000)
-        trainer = CUTTrainer(model, config, records, processing_class=tokenizer, peft_config=make_adapter())
+        trainer = CUTTrainer(
+            model, config, records, processing_class=tokenizer, peft_config=make_adapter(args.all_linear)
+        )
         return time_trainer(trainer)
 
 
@@ -256,7 +259,7 @@ def run_frozen(args: argparse.Namespace) -> dict[str, Any]:
         config = CUTConfig(
             **make_settings(args, folder), **_SETTINGS, detector="frozen", template=args.template, max_length=100_000
         )
-        trainer = CUTTrainer(model, config, rows, peft_config=make_adapter())
+        trainer = CUTTrainer(model, config, rows, peft_config=make_adapter(args.all_linear))
         return time_trainer(trainer)
 
 
@@ -393,7 +396,7 @@ def _run_trl(
             args=config_class(**make_settings(args, folder), max_length=None, **settings),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            peft_config=make_adapter(),
+            peft_config=make_adapter(args.all_linear),
         )
         return time_trainer(trainer)
 
