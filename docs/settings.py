@@ -22,24 +22,7 @@ PAGE = Path(__file__).with_suffix(".md")
 _TABLE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _ATTRIBUTE = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
-# Fields inherited from TRL and transformers. Their own help texts are long and change with the version.
-_MODEL = {
-    "model_name_or_path": "A model folder, a GGUF file (dequantized to float32) or a hub name. Required.",
-    "model_revision": "Revision of the model on the hub.",
-    "attn_implementation": "Attention implementation in transformers, such as sdpa or flash_attention_2.",
-    "lora_r": "LoRA rank.",
-    "lora_dropout": "LoRA dropout.",
-    "lora_target_parameters": "Parameters that LoRA adapts, in addition to modules.",
-    "lora_modules_to_save": "Modules that are fully trained, in addition to LoRA.",
-    "lora_task_type": "Do not change.",
-    "use_rslora": "Rank-stabilized LoRA.",
-    "use_dora": "DoRA.",
-    "load_in_8bit": "Load the base model in 8 bits (bitsandbytes).",
-    "load_in_4bit": "Load the base model in 4 bits (bitsandbytes).",
-    "bnb_4bit_quant_type": "4-bit data type: nf4 or fp4.",
-    "use_bnb_nested_quant": "Quantize the quantization constants too.",
-    "bnb_4bit_quant_storage": "dtype in which 4-bit weights are stored.",
-}
+# Fields inherited from transformers. Their own help texts are long and change with the version.
 _TRAINING = {
     "output_dir": "Output folder for the adapter or model and the checkpoints; none: `trainer_output`.",
     "per_device_train_batch_size": "Records per micro-batch and process.",
@@ -79,11 +62,6 @@ def make_own_table(kind: Any) -> str:
     return make_table(kind, dict.fromkeys(kind.__annotations__, ""))
 
 
-def make_model_table() -> str:
-    """Make a table of all model settings, including TRL's."""
-    return make_table(ModelArguments, {field.name: "" for field in dataclasses.fields(ModelArguments)} | _MODEL)
-
-
 def make_table(kind: Any, meanings: dict[str, str]) -> str:
     """Make a table of fields; an empty meaning is filled from the class docstring or the field's help text."""
     documented = {name: " ".join(text.split()) for name, text in _ATTRIBUTE.findall(inspect.getdoc(kind) or "")}
@@ -112,7 +90,7 @@ def show_default(field: Any) -> str:
 
 TABLES = {
     "data": lambda: make_own_table(DataArguments),
-    "model": make_model_table,
+    "model": lambda: make_own_table(ModelArguments),
     "cut": lambda: make_own_table(CUTConfig),
     "training": lambda: make_table(TrainingArguments, _TRAINING),
 }

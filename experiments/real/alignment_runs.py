@@ -20,7 +20,6 @@ import torch
 from ifeval import Prompt, check_response, find_cache
 from peft import PeftModel
 from transformers import PrinterCallback
-from trl import get_peft_config
 
 from cutlm.cli import main as run_cutlm
 from cutlm.data.files import write_rows, write_text
@@ -169,7 +168,9 @@ def train_adapter(model_folder: Path, records: Sequence[JudgedRecord], training:
                 train_dataset=dataset,
                 processing_class=load_tokenizer(model_folder),
                 # Random numbers for dropout take a tenth of a step on a CPU.
-                peft_config=get_peft_config(ModelArguments(model_name_or_path=str(model_folder), lora_dropout=0.0)),
+                peft_config=ModelArguments(
+                    model_name_or_path=str(model_folder), lora_dropout=0.0
+                ).make_adapter_config(),
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()

@@ -1,5 +1,6 @@
 """Training settings: defaults, ranges, settings without effect, and reading them from files and options."""
 
+import dataclasses
 import importlib.metadata
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ import pytest
 import torch
 import yaml
 from commands import ON_CPU
+from trl import ModelConfig
 
 from cutlm.cli import main
 from cutlm.errors import ConfigError
-from cutlm.training.config import CUTConfig, check_libraries
+from cutlm.training.config import CUTConfig, ModelArguments, check_libraries, read_settings
 
 
 def make_config(**settings: Any) -> CUTConfig:
@@ -24,6 +26,19 @@ def read_names(error: ConfigError) -> list[str]:
 
 
 # ---- Values ----
+
+
+def test_model_settings_have_the_names_of_trl() -> None:
+    ours, trls = ({item.name for item in dataclasses.fields(kind)} for kind in (ModelArguments, ModelConfig))
+    assert ours == trls
+
+
+def test_an_option_that_may_be_none_takes_none() -> None:
+    options = ["--model_name_or_path", "m", "--use_cpu", "--save_total_limit", "none", "--downsample", "NULL"]
+    _, config = read_settings((ModelArguments, CUTConfig), None, options).parts
+    assert (config.save_total_limit, config.downsample) == (None, None)
+    with pytest.raises(ConfigError):
+        read_settings((ModelArguments, CUTConfig), None, [*options, "--seed", "none"])
 
 
 def test_defaults_are_those_of_the_paper() -> None:

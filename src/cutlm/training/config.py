@@ -1,7 +1,7 @@
 """Settings of training: dataclasses, and reading them from a flat YAML file and command-line options.
 
-`CUTConfig` extends `transformers.TrainingArguments`; `ModelArguments` extends TRL's `ModelConfig`. Every problem that
-can be found before a model is loaded is reported here, all at once.
+`CUTConfig` extends `transformers.TrainingArguments`; `ModelArguments` has the fields of TRL's `ModelConfig`. Every
+problem that can be found before a model is loaded is reported here, all at once.
 """
 
 import dataclasses
@@ -12,19 +12,19 @@ import os
 import re
 from argparse import ArgumentTypeError
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
 from accelerate.utils import DynamoBackend
 from torch import nn
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import BitsAndBytesConfig, HfArgumentParser, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_optimizer import is_optimizer_factory
-from trl import ModelConfig, TrlParser
 
 from cutlm.data.sources import check_columns
 from cutlm.errors import ConfigError
@@ -33,6 +33,9 @@ from cutlm.flagging.teacher import NUM_COLUMNS, TEACHER_CONTEXTS, TeacherSetting
 from cutlm.losses import DIVERGENCES, Parts
 from cutlm.model.loading import has_fast_math, warn_of_slow_autocast
 from cutlm.prompting.templates import JUDGMENT_ROLES, TEMPLATES, parse_date
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 NORMALIZATIONS = ("token", "record")
 PAIR_OBJECTIVES = ("dpo", "ilf_dpo")
@@ -119,21 +122,51 @@ class DataArguments:
 
 
 @dataclass
-class ModelArguments(ModelConfig):
-    """The model and its adapter: TRL's fields, with the paper's LoRA as the default.
+class ModelArguments:
+    """The model and its adapter: the fields of TRL's `ModelConfig`, with the paper's LoRA as the default.
 
     Attributes:
+        model_name_or_path: A model folder, a GGUF file (dequantized to float32) or a hub name. Required.
+        model_revision: Revision of the model on the hub.
         dtype: dtype of the weights. None: float32 for full fine-tuning, and under LoRA the checkpoint's ("auto"), or
             float32 on a CPU that is faster in it.
+        attn_implementation: Attention implementation in transformers, such as sdpa or flash_attention_2.
         use_peft: Train a LoRA adapter; false trains all weights.
+        lora_r: LoRA rank.
         lora_alpha: LoRA's alpha.
+        lora_dropout: LoRA dropout.
         lora_target_modules: Modules that LoRA adapts; `all-linear` adapts every linear layer.
+        lora_target_parameters: Parameters that LoRA adapts, in addition to modules.
+        lora_modules_to_save: Modules that are fully trained, in addition to LoRA.
+        lora_task_type: Do not change.
+        use_rslora: Rank-stabilized LoRA.
+        use_dora: DoRA.
+        load_in_8bit: Load the base model in 8 bits (bitsandbytes).
+        load_in_4bit: Load the base model in 4 bits (bitsandbytes).
+        bnb_4bit_quant_type: 4-bit data type: nf4 or fp4.
+        use_bnb_nested_quant: Quantize the quantization constants too.
+        bnb_4bit_quant_storage: dtype in which 4-bit weights are stored.
     """
 
+    model_name_or_path: str | None = None
+    model_revision: str = "main"
     dtype: str | None = field(default=None, metadata={"choices": ["auto", "bfloat16", "float16", "float32"]})
+    attn_implementation: str | None = None
     use_peft: bool = True
+    lora_r: int = 16
     lora_alpha: int = 16
+    lora_dropout: float = 0.05
     lora_target_modules: list[str] | None = field(default_factory=lambda: ["gate_proj", "down_proj", "up_proj"])
+    lora_target_parameters: list[str] | None = None
+    lora_modules_to_save: list[str] | None = None
+    lora_task_type: str = "CAUSAL_LM"
+    use_rslora: bool = False
+    use_dora: bool = False
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"choices": ["nf4", "fp4"]})
+    use_bnb_nested_quant: bool = False
+    bnb_4bit_quant_storage: str | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -158,6 +191,44 @@ class ModelArguments(ModelConfig):
         """The dtype to load the weights in."""
         dtype = self.dtype or ("auto" if self.use_peft else "float32")
         return "bfloat16" if self.load_in_4bit and dtype == "auto" else dtype
+
+    @property
+    def quantization(self) -> BitsAndBytesConfig | None:
+        """How the weights of the base model are quantized; None if they are not."""
+        if self.load_in_4bit:
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_compute_dtype=self.dtype,
+                bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+                bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
+                bnb_4bit_quant_storage=self.bnb_4bit_quant_storage,
+            )
+        return BitsAndBytesConfig(load_in_8bit=True) if self.load_in_8bit else None
+
+    def make_adapter_config(self) -> "LoraConfig | None":
+        """Make the configuration of the adapter; None if all weights are trained.
+
+        Raises:
+            ConfigError: LoRA settings exclude each other.
+        """
+        if not self.use_peft:
+            return None
+        from peft import LoraConfig
+
+        try:
+            return LoraConfig(
+                task_type=self.lora_task_type,
+                r=self.lora_r,
+                lora_alpha=self.lora_alpha,
+                lora_dropout=self.lora_dropout,
+                target_modules=self.lora_target_modules,
+                target_parameters=self.lora_target_parameters,
+                modules_to_save=self.lora_modules_to_save,
+                use_rslora=self.use_rslora,
+                use_dora=self.use_dora,
+            )
+        except ValueError as error:
+            raise ConfigError(f"lora_*, use_dora, use_rslora: {error}") from error
 
 
 @dataclass
@@ -620,7 +691,7 @@ class Settings:
         return yaml.safe_dump(self.resolved, sort_keys=False, allow_unicode=True)
 
 
-class _Parser(TrlParser):
+class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing 200 lines of usage."""
         raise ConfigError(message)
@@ -639,9 +710,12 @@ def read_settings(types: Sequence[Any], config: str | None, options: Sequence[st
         ConfigError: Unknown keys, values of the wrong kind or out of range; all at once.
     """
     parser = _Parser(list(types))
+    hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
     actions: dict[str, Any] = {}
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # a field that is true by default has a second one, `--no_field`
+        if action.type in (int, float) and NoneType in get_args(hints[action.dest]):
+            action.type = _accept_none(action.type)
         if getattr(action.type, "__name__", "") == "dict":
             action.type = _read_json_object
         elif action.dest == "threshold":
@@ -674,8 +748,7 @@ def read_settings(types: Sequence[Any], config: str | None, options: Sequence[st
     if problems:
         raise ConfigError(problems)
     defaults = {dest: action.default for dest, action in actions.items()}
-    # TRL's parse_args_and_config builds one dataclass after the other and so reports the problems of one only.
-    parser.set_defaults_with_config(**{key: _as_default(value, actions[key]) for key, value in values_of_file.items()})
+    parser.set_defaults(**{key: _as_default(value, actions[key]) for key, value in values_of_file.items()})
     values = vars(parser.parse_args([*options]))
     parts = []
     for kind in types:
@@ -699,6 +772,16 @@ def read_settings(types: Sequence[Any], config: str | None, options: Sequence[st
 def _to_plain(value: Any) -> Any:
     """A setting as YAML writes it: members of an enumeration by their values."""
     return [_to_plain(item) for item in value] if isinstance(value, list) else getattr(value, "value", value)
+
+
+def _accept_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let an option that may be None take none and null, too, whose Python type refuses them."""
+
+    def read(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else kind(text)
+
+    read.__name__ = kind.__name__  # argparse and `_check_value` name it
+    return read
 
 
 def _read_json_object(text: str) -> dict[str, Any] | None:

@@ -23,7 +23,6 @@ from cutlm.model.loading import load_tokenizer
 from cutlm.prompting.encoding import Encoder
 from cutlm.training.config import CUTConfig, Settings
 from cutlm.training.dataset import encode_dataset, make_encoder
-from cutlm.training.pairs import encode_records_as_pairs
 from cutlm.training.run import LoadedData, Prepare, keep_rows, load_data, select_rows, split_rows
 
 NUM_EXAMPLES = 3
@@ -85,6 +84,8 @@ def _encode(
     if config.is_of_pairs:
         if isinstance(rows[0], TokenScores):
             raise ConfigError(f"objective {config.objective} learns from records; got token scores, which are for cut")
+        from cutlm.training.pairs import encode_records_as_pairs  # imports TRL
+
         pairs, notices = encode_records_as_pairs(rows, config, encoder, locations)
         return Dataset.from_list(pairs), notices
     data, _ = encode_dataset(rows, "train_dataset", config, encoder, locations)

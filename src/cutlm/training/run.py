@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl import get_peft_config, get_quantization_config
-
 from cutlm.data.doubts import describe_doubts
 from cutlm.data.files import read_data
 from cutlm.data.records import JudgedRecord, check_rows, raise_problems
@@ -41,7 +39,6 @@ from cutlm.training.checkpoints import (
 )
 from cutlm.training.config import Settings, check_libraries
 from cutlm.training.dataset import ScoresFile
-from cutlm.training.pairs import PairTrainer
 from cutlm.training.trainer import CUTTrainer
 
 _MAX_LOCATIONS_NAMED = 5
@@ -214,22 +211,20 @@ def build_trainer(settings: Settings, data: LoadedData, prepare: Prepare = keep_
         revision=model_args.model_revision,
         dtype=model_args.load_dtype,
         attn_implementation=model_args.attn_implementation,
-        quantization=get_quantization_config(model_args),
+        quantization=model_args.quantization,
         device=config.device,
     )
-    try:
-        peft_config = get_peft_config(model_args)
-    except ValueError as error:  # LoRA settings that exclude each other
-        raise ConfigError(f"lora_*, use_dora, use_rslora: {error}") from error
     common: dict[str, Any] = {
         "model": model,
         "args": config,
         "train_dataset": select_rows(rows, train_indices),
         "processing_class": tokenizer,
-        "peft_config": peft_config,
+        "peft_config": model_args.make_adapter_config(),
         "locations": [data.locations[index] for index in train_indices],
     }
     if config.is_of_pairs:
+        from cutlm.training.pairs import PairTrainer  # only this needs TRL, whose import takes half a second
+
         return PairTrainer(**common)
     scores_file = None
     if (config.has_frozen_detector or config.has_teacher) and not isinstance(rows[0], TokenScores):
