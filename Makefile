@@ -55,6 +55,7 @@ bench: setup ## measure time and memory (about 45 minutes on an idle machine; RE
 	$(BIN)/python benchmarks/shared_prefix.py --json benchmarks/results/shared_prefix.json
 	$(BIN)/python benchmarks/head.py --json benchmarks/results/head.json
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/startup.py --json benchmarks/results/startup.json
 	$(BIN)/python benchmarks/generation.py --json benchmarks/results/generation.json
 	$(if $(RECORDS),$(BIN)/python benchmarks/preparation.py --records $(RECORDS) --tokenizer $$($(MAKE) -s real-model) \
 		--json benchmarks/results/preparation.json)

@@ -6,6 +6,7 @@ user error, without a traceback; 130 stopped by Ctrl-C.
 
 import argparse
 import errno
+import gc
 import importlib
 import io
 import os
@@ -117,6 +118,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = " ".join(str(error).split())
         print(f"cutlm {args.command}: cannot write ({text}); free disk space and start again", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def importing_libraries() -> Iterator[None]:
+    """Pause the garbage collector while torch and its like are imported, and exclude their objects from later searches.
+
+    They live as long as the process, and searching them takes a tenth of the time before the first step.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @contextmanager

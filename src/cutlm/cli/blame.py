@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cutlm.cli import importing_libraries
 from cutlm.cli.model_options import (
     SERVER_OPTIONS,
     ModelOptions,
@@ -158,8 +159,9 @@ def score_file(args: argparse.Namespace, teacher: "TeacherSettings | None" = Non
     _OPTIONS.fill(args)
     check_output(args, args.data)
 
-    from cutlm.data.records import check_records, raise_problems
-    from cutlm.flagging.detector import FlagSettings, blame_file
+    with importing_libraries():
+        from cutlm.data.records import check_records, raise_problems
+        from cutlm.flagging.detector import FlagSettings, blame_file
 
     settings = FlagSettings(
         args.threshold,

@@ -19,6 +19,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from cutlm.cli import importing_libraries
 from cutlm.cli.model_options import (
     SERVER_OPTIONS,
     SOURCES,
@@ -91,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     check_options(args)
     check_output(args, args.prompts)
 
-    from cutlm.generation.files import load_prompts
+    with importing_libraries():
+        from cutlm.generation.files import load_prompts
 
     prompts = [row for row in load_prompts(args.prompts, args.columns) for _ in range(args.num_samples)]
     return _answer_locally(args, prompts) if args.base_url is None else _answer_by_server(args, prompts)
@@ -149,11 +151,11 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
 
 def _report(args: argparse.Namespace, generated: Any, sampling: Any) -> int:
     """Print the counts of a run and return the exit code."""
-    from cutlm.generation.files import name_failures_file
-    from cutlm.servers.client import describe_commonest
-
     num_failed, num_prompts = len(generated.failures), len(generated.failures) + len(generated.responses)
     if generated.failures:
+        from cutlm.generation.files import name_failures_file
+        from cutlm.servers.client import describe_commonest
+
         commonest = describe_commonest(generated.failures.values())
         print(f"{num_failed} of {num_prompts} prompts have no answer, {commonest}")
         summary = f"all are listed in {name_failures_file(args.out)}"

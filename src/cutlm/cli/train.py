@@ -39,6 +39,7 @@ docs/settings.md explains each.
 import argparse
 from typing import TYPE_CHECKING
 
+from cutlm.cli import importing_libraries
 from cutlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,7 +71,9 @@ def print_dry_run(settings: "Settings", prepare: "Prepare | None" = None) -> int
 
 
 def run(args: argparse.Namespace) -> int:
-    from cutlm.training.config import CUTConfig, DataArguments, ModelArguments, read_settings
+    with importing_libraries():
+        from cutlm.training.config import CUTConfig, DataArguments, ModelArguments, read_settings
+        from cutlm.training.run import train
 
     settings = read_settings((DataArguments, ModelArguments, CUTConfig), args.config, args.rest)
     if args.dry_run:
@@ -81,7 +84,5 @@ def run(args: argparse.Namespace) -> int:
             "eval_data, eval_split: nothing would be evaluated, as eval_strategy is no; set --eval_strategy epoch (or"
             " steps), or remove them"
         )
-
-    from cutlm.training.run import train
 
     return train(settings, ["--config", args.config, *args.rest] if args.config else args.rest)

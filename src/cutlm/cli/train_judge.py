@@ -25,6 +25,7 @@ evaluation.json, evaluation.md, and judged.jsonl with its judgment of each respo
 import argparse
 from pathlib import Path
 
+from cutlm.cli import importing_libraries
 from cutlm.cli.generate import LOCAL_OPTIONS
 from cutlm.cli.judge import add_local_arguments
 from cutlm.cli.model_options import add_options
@@ -44,9 +45,10 @@ def run(args: argparse.Namespace) -> int:
     if args.evaluate is not None:
         return _evaluate(args)
 
-    from cutlm.judges.local import make_training_records
-    from cutlm.training.config import DataArguments, JudgeConfig, ModelArguments, read_settings
-    from cutlm.training.run import train
+    with importing_libraries():
+        from cutlm.judges.local import make_training_records
+        from cutlm.training.config import DataArguments, JudgeConfig, ModelArguments, read_settings
+        from cutlm.training.run import train
 
     settings = read_settings((DataArguments, ModelArguments, JudgeConfig), args.config, args.rest, args.command)
     if args.dry_run:
