@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from measure import measure_detection
-from noise import add_noise, drop_ineffective, measure_effects
+from noise import add_noise
 from torch import nn
 from transformers import PrinterCallback
 
@@ -52,8 +52,6 @@ class Method:
         data: "greedy": the greedy response to each instruction; "samples": `NUM_SAMPLES` sampled responses each;
             "refined": greedy, and the model's own refinements of unsatisfactory responses.
         is_praised: Whether the trained model is prompted with the judgment "Perfect.".
-        min_rank: Leave out unsatisfactory records whose judgment has a larger effect on the base model than less than
-            this share of other judgments.
         about: A short description for the tables.
     """
 
@@ -61,7 +59,6 @@ class Method:
     settings: dict[str, Any] = field(default_factory=dict)
     data: str = "greedy"
     is_praised: bool = False
-    min_rank: float = 0.0
     about: str = ""
 
 
@@ -115,7 +112,11 @@ ABLATIONS = (
 # What may help if judgments are wrong; each keeps the learning rate of the method without it.
 REMEDIES = (
     Method("cut_frozen_auto", _FROZEN | {"threshold": "auto"}, about="frozen detector, threshold auto"),
-    Method("cut_frozen_dropped", _FROZEN, min_rank=0.75, about="frozen detector, without ineffective judgments"),
+    Method(
+        "cut_frozen_dropped",
+        _FROZEN | {"drop_ineffective": True},
+        about="frozen detector, without ineffective judgments",
+    ),
 )
 
 
@@ -190,9 +191,6 @@ def execute(run: Run) -> dict[str, Any]:
         records = experience.records
         if run.noise_kind is not None:
             records = add_noise(records, run.noise, run.noise_kind, seed)
-        if method.min_rank:
-            effects = measure_effects(base, Encoder(tokenizer, "alpaca"), records, seed)
-            records = drop_ineffective(records, effects, method.min_rank)
         for name, cost in train(model, tokenizer, records, method, run, seed).items():
             costs[name] += cost
         responses = answer_tasks(model, tokenizer, tasks, is_praised=method.is_praised)

@@ -20,7 +20,7 @@ from cutlm.data.files import SourceRow, read_rows
 from cutlm.data.journal import read_header
 from cutlm.data.records import JudgedRecord, as_records
 from cutlm.errors import ConfigError, UserError
-from cutlm.flagging.detector import FlagSettings, blame_file
+from cutlm.flagging.detector import FlagSettings, blame_file, describe_ineffective
 from cutlm.flagging.scoring import load_scorer
 from cutlm.flagging.sensitivity import NUM_RECORDS
 from cutlm.flagging.token_scores import TokenScores, read_token_scores
@@ -168,6 +168,7 @@ def blame(
     contrast: str = "judgment",
     num_foreign: int = 4,
     surprise_weight: float = 0.0,
+    drop_ineffective: bool = False,
     max_length: int = 2048,
     dtype: str = "auto",
     device: str | None = None,
@@ -188,6 +189,8 @@ def blame(
         contrast: What the judgment is compared with: "judgment" for none (eq. 5), "foreign" or "perfect".
         num_foreign: Number of foreign judgments for contrast "foreign".
         surprise_weight: How much it counts for a flag that a token is unlikely; 0 as in eq. 5; see `FlagSettings`.
+        drop_ineffective: Leave out records whose judgment has no larger effect than those of other records; see
+            `FlagSettings`. A warning names them.
         max_length: Maximum tokens in a prompt and its response; prompts are truncated on the left.
         dtype: dtype of the weights; "auto" for the checkpoint's, or float32 on a CPU that is faster in it.
         device: Such as "cuda:1"; None for a GPU if there is one.
@@ -197,7 +200,7 @@ def blame(
             they hardly do, a warning is logged. 0 does not measure it.
 
     Returns:
-        Token scores in the order of the records, without those that are too long.
+        Token scores in the order of the records, without those that are too long or left out.
 
     Raises:
         UserError: A record or a setting is not valid, or the model cannot be loaded.
@@ -215,6 +218,7 @@ def blame(
         contrast=contrast,
         num_foreign=num_foreign,
         surprise_weight=surprise_weight,
+        drop_ineffective=drop_ineffective,
     )
     check = as_records(list(records), "records")
     tokenizer, score, detector, backend = load_scorer(model, dtype=dtype, device=device, max_length=max_length)
@@ -234,6 +238,8 @@ def blame(
         scores = read_token_scores(path)
     if report.sensitivity is not None and (noise := report.sensitivity.describe_noise()):
         logger.warning(noise)
+    if report.ineffective:
+        logger.warning(describe_ineffective(report.ineffective, report.num_judged + len(report.ineffective)))
     return scores
 
 

@@ -72,6 +72,12 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         help="how much it counts for a flag that a token is unlikely, besides its log ratio; with --threshold auto"
         " (default: 0)",
     )
+    parser.add_argument(
+        "--drop_ineffective",
+        action="store_true",
+        help="leave out unsatisfactory records whose judgment has no larger effect on the response than most of four"
+        " judgments of other records; they are listed in OUT.report.json",
+    )
     parser.add_argument("--unlikelihood_weight", type=float, default=1.0, help="alpha of eq. 6 (default: 1)")
     parser.add_argument("--gamma", type=float, default=1.0, help="dynamic weight of eq. 6; 0: off (default: 1)")
     parser.add_argument(
@@ -172,6 +178,7 @@ def score_file(args: argparse.Namespace, teacher: "TeacherSettings | None" = Non
         args.contrast,
         args.num_foreign,
         args.surprise_weight,
+        args.drop_ineffective,
         teacher=teacher,
     )
     check = check_records(args.data, args.columns)

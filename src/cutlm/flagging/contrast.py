@@ -14,7 +14,13 @@ import torch
 
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError
-from cutlm.flagging.sensitivity import ForeignContext, encode_context, normalize_judgment, sample_foreign
+from cutlm.flagging.sensitivity import (
+    NUM_RIVALS,
+    ForeignContext,
+    encode_context,
+    normalize_judgment,
+    sample_foreign,
+)
 from cutlm.prompting.encoding import Encoder
 
 CONTRASTS = ("judgment", "foreign", "perfect")
@@ -27,6 +33,13 @@ class Plan(NamedTuple):
 
     references: dict[int, list[ForeignContext]]  # by row, the contexts that its judged one is compared with
     foreign: list[ForeignContext]  # one context a row with a judgment that is none of its references
+    rivals: dict[int, list[ForeignContext]]  # by row, the contexts with which the effect of its judgment is compared
+
+    @property
+    def contexts(self) -> list[ForeignContext]:
+        """All different contexts."""
+        groups = [self.foreign, *self.references.values(), *self.rivals.values()]
+        return list({(one.target, one.source): one for group in groups for one in group}.values())
 
 
 def plan_contexts(
@@ -38,6 +51,7 @@ def plan_contexts(
     contrast: str,
     num_foreign: int,
     num_records: int,
+    has_rivals: bool = False,
     seed: int = 0,
 ) -> Plan:
     """Choose the contexts to score besides those of eq. 5.
@@ -50,6 +64,7 @@ def plan_contexts(
         contrast: What the judged context is compared with; see `CONTRASTS`.
         num_foreign: Foreign judgments of contrast "foreign", all with different texts.
         num_records: Number of unsatisfactory rows to score with a further foreign judgment.
+        has_rivals: Compare the effect of each judgment with that of judgments of other records.
         seed: Other seeds give other judgments.
 
     Raises:
@@ -57,20 +72,38 @@ def plan_contexts(
     """
     foreign = sample_foreign(rows, records, encoder, max_length, num_records, seed)
     judged = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is not None]
-    if contrast == "judgment":
-        return Plan({}, foreign)
+    sources: dict[int, Sequence[int | None]] = {}
     if contrast == "perfect":
-        sources: dict[int, Sequence[int | None]] = {index: [None] for index in judged}
-    else:
+        sources = {index: [None] for index in judged}
+    elif contrast == "foreign":
         held_out = {context.target: context.source for context in foreign}
         sources = draw_sources(judged, records, held_out, num_foreign, seed)
-    return Plan(
-        {
+    rivals: dict[int, Sequence[int | None]] = {}
+    if has_rivals:
+        rivals = _draw_rivals(records, seed)
+
+    def encode(drawn: Mapping[int, Sequence[int | None]]) -> dict[int, list[ForeignContext]]:
+        return {
             index: [encode_context(index, source, rows, records, encoder, max_length) for source in own]
-            for index, own in sources.items()
-        },
-        foreign,
-    )
+            for index, own in drawn.items()
+        }
+
+    return Plan(encode(sources), foreign, encode(rivals))
+
+
+def _draw_rivals(records: Sequence[JudgedRecord], seed: int) -> dict[int, Sequence[int | None]]:
+    """Draw for each unsatisfactory record the records with whose judgments its own one is compared.
+
+    Raises:
+        ConfigError: All judgments are the same.
+    """
+    judged = [index for index, record in enumerate(records) if not record.is_satisfactory]
+    num_texts = len({normalize_judgment(str(records[index].judgment)) for index in judged})
+    if judged and num_texts < 2:
+        raise ConfigError(
+            "drop_ineffective: needs unsatisfactory records with at least two different judgments, got one; remove it"
+        )
+    return draw_sources(judged, records, {}, min(NUM_RIVALS, num_texts - 1), seed)
 
 
 def draw_sources(

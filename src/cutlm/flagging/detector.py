@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,14 @@ from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.contrast import CONTRASTS, Plan, average_logps, find_threshold, plan_contexts
 from cutlm.flagging.report import Sensitivity, name_report_file
 from cutlm.flagging.scoring import Scored, Scorer
-from cutlm.flagging.sensitivity import NUM_RECORDS, Contrast, ForeignContext, compute_sensitivity
+from cutlm.flagging.sensitivity import (
+    LEAST_RANK,
+    NUM_RECORDS,
+    Contrast,
+    ForeignContext,
+    compute_sensitivity,
+    rank_judgment,
+)
 from cutlm.flagging.teacher import Columns, TeacherSettings, encode_teacher_prompts, find_column_problem
 from cutlm.flagging.token_scores import (
     SCORE_FIELDS,
@@ -39,6 +46,8 @@ from cutlm.flagging.token_scores import (
 from cutlm.losses import flag_tokens
 from cutlm.prompting.encoding import Encoder, RenderedRecord, view_both_contexts
 from cutlm.prompting.rows import EncodedRecords, encode_records
+
+_MAX_LOCATIONS_NAMED = 5
 
 
 class Logps(NamedTuple):
@@ -68,6 +77,8 @@ class FlagSettings:
             are unlikely are more often wrong, so this is the log odds of a token being wrong with a prior.
         with_praise: Score satisfactory records with their judgment too ("Perfect." if they have none), to calibrate
             thresholds. They are never flagged.
+        drop_ineffective: Leave out unsatisfactory records whose judgment has no larger effect on the response than
+            those of other records: less than `LEAST_RANK` of `NUM_RIVALS` of them; see `rank_judgment`.
         teacher: How the distributions of a teacher are made in the same pass; None for flags only.
     """
 
@@ -79,6 +90,7 @@ class FlagSettings:
     contrast: str = "judgment"
     num_foreign: int = 4
     surprise_weight: float = 0.0
+    drop_ineffective: bool = False
     teacher: TeacherSettings | None = None
 
     def __post_init__(self) -> None:
@@ -152,6 +164,7 @@ class BlameReport:
     num_resumed: int = 0  # records taken from an interrupted run
     num_truncated: int = 0  # records with a truncated prompt
     left_out: list[str] = field(default_factory=list)  # a sentence for each record that is too long
+    ineffective: dict[str, float] = field(default_factory=dict)  # by location, the ranks of judgments left out
     sensitivity: Sensitivity | None = None  # None if it was not asked for, or fewer than two judgments differ
     settings: FlagSettings = field(default_factory=FlagSettings)  # with the threshold that was found
     is_threshold_found: bool = False
@@ -175,6 +188,8 @@ class BlameReport:
             f"{num_flagged} of {num_tokens} tokens of unsatisfactory responses flagged"
             f" ({num_flagged / max(1, num_tokens):.1%}); {self.num_without_flag} of these records without any flag",
         ]
+        if self.settings.drop_ineffective:
+            lines.append(describe_ineffective(self.ineffective, num_judged + len(self.ineffective)))
         if self.settings.contrast != "judgment":
             lines.append(f"the flags are against contrast: {self.settings.contrast}")
         if self.is_threshold_found:
@@ -183,6 +198,16 @@ class BlameReport:
             lines.append(self.sensitivity.describe())
             lines += [f"warning: {noise}" for noise in [self.sensitivity.describe_noise()] if noise]
         return "\n".join(lines)
+
+
+def describe_ineffective(locations: Collection[str], num_judged: int) -> str:
+    """Say which of the unsatisfactory records are left out by `drop_ineffective`."""
+    named = ", ".join([*locations][:_MAX_LOCATIONS_NAMED])
+    more = f" and {num_more} more" if (num_more := len(locations) - _MAX_LOCATIONS_NAMED) > 0 else ""
+    return (
+        f"drop_ineffective: {len(locations)} of {num_judged} unsatisfactory records left out, because their judgment"
+        " has no larger effect on the response than those of other records" + (f": {named}{more}" if named else "")
+    )
 
 
 def blame_file(
@@ -240,7 +265,11 @@ def blame_file(
         sensitivity=comparison.sensitivity if sensitivity_records else None,
         settings=comparison.settings,
         is_threshold_found=settings.threshold == "auto",
+        ineffective={encoded.rows[index]["location"]: rank for index, rank in comparison.ineffective.items()},
     )
+    if len(report.ineffective) == len(kept):
+        named = describe_ineffective(report.ineffective, len(kept))
+        raise DataError(f"{named}; no record remains: remove drop_ineffective, or use another model")
     write_scores(out, make_all_scores(encoded.rows, kept, logps, comparison, encoder, detector), report)
     journal.remove()
     return report
@@ -326,11 +355,18 @@ class Comparison:
             those without.
         sensitivity: How far the flags depend on what the judgments say; None if fewer than two judgments differ, or it
             was not asked for.
+        ranks: By unsatisfactory row, the rank of the effect of its judgment, if ineffective ones are left out.
     """
 
     settings: FlagSettings
     references: dict[int, list[float]]
     sensitivity: Sensitivity | None
+    ranks: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def ineffective(self) -> dict[int, float]:
+        """The rows that are left out, with the ranks of their judgments."""
+        return {index: rank for index, rank in self.ranks.items() if rank < LEAST_RANK}
 
 
 def plan_comparison(
@@ -353,6 +389,7 @@ def plan_comparison(
         contrast=settings.contrast,
         num_foreign=settings.num_foreign,
         num_records=len(rows) if settings.threshold == "auto" else num_records,
+        has_rivals=settings.drop_ineffective,
     )
     if settings.threshold == "auto" and not plan.foreign:
         raise ConfigError(
@@ -381,8 +418,7 @@ def compare_contexts(
         settings: Settings of the flags.
         journal: Holds what a stopped run has finished and gets what is new.
     """
-    contexts = [*plan.foreign, *(context for own in plan.references.values() for context in own)]
-    scored = score_contexts(rows, contexts, score, journal)
+    scored = score_contexts(rows, plan.contexts, score, journal)
     references = {
         index: round_logps(average_logps([scored[context.target, context.source] for context in own]))
         for index, own in plan.references.items()
@@ -391,6 +427,12 @@ def compare_contexts(
     def count_template_tokens(index: int) -> int:
         return rows[index].get("num_template_tokens") or 0
 
+    ranks = {}
+    for index, own in plan.rivals.items():
+        without, judged, _ = logps[index]
+        assert judged is not None
+        rivals = [scored[context.target, context.source] for context in own]
+        ranks[index] = rank_judgment(without, judged, rivals, count_template_tokens(index))
     contrasts = []
     for context in plan.foreign:
         without, own, _ = logps[context.target]
@@ -410,7 +452,7 @@ def compare_contexts(
                 ratios["praise"] += _subtract(judged, reference)[count_template_tokens(index) :]
         settings = replace(settings, threshold=find_threshold(ratios))
     assert settings.threshold != "auto"
-    return Comparison(settings, references, compute_sensitivity(contrasts, settings.threshold))
+    return Comparison(settings, references, compute_sensitivity(contrasts, settings.threshold), ranks)
 
 
 def _subtract(ones: Sequence[float], others: Sequence[float]) -> list[float]:
@@ -460,17 +502,20 @@ def make_all_scores(
     encoder: Encoder,
     detector: str,
 ) -> Iterator[TokenScores]:
-    """Yield the token scores of all rows, in their order."""
-    marks = describe_marks(encoder, comparison.settings, detector)
+    """Yield the token scores of all rows, in their order, without those whose judgment is ineffective."""
+    marks, ineffective = describe_marks(encoder, comparison.settings, detector), comparison.ineffective
     for index, (row, record) in enumerate(zip(rows, records, strict=True)):
+        if index in ineffective:
+            continue
         reference = comparison.references.get(index)
         response_ids = row["response_ids"]
-        yield make_scores(record, response_ids, logps[index], reference, encoder, comparison.settings, marks)
+        scores = make_scores(record, response_ids, logps[index], reference, encoder, comparison.settings, marks)
+        yield replace(scores, judgment_rank=comparison.ranks.get(index))
 
 
 def write_report(scores: str | Path, report: BlameReport) -> None:
     """Write the report of a file of token scores next to it."""
-    content = {
+    content: dict[str, Any] = {
         "num_records": report.num_records,
         "threshold": report.settings.threshold,
         "contrast": report.settings.contrast,
@@ -479,6 +524,9 @@ def write_report(scores: str | Path, report: BlameReport) -> None:
         "flagged_share": report.num_flagged / report.num_tokens if report.num_tokens else None,
         "sensitivity": report.sensitivity and asdict(report.sensitivity),
     }
+    if report.settings.drop_ineffective:
+        ranks = [{"location": location, "judgment_rank": rank} for location, rank in report.ineffective.items()]
+        content |= {"num_ineffective": len(ranks), "ineffective": ranks}
     write_text(name_report_file(scores), json.dumps(content, indent=2) + "\n")
 
 

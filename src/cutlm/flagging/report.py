@@ -66,6 +66,14 @@ def name_report_file(scores: str | Path) -> Path:
     return Path(f"{scores}.report.json")
 
 
+def count_ineffective(scores: str | Path) -> int | None:
+    """Count the records that `drop_ineffective` left out of a file of token scores; None if it was not asked for."""
+    try:
+        return json.loads(read_bytes(name_report_file(scores))).get("num_ineffective")
+    except (ValueError, RecursionError, AttributeError):  # including DataError, if the file is missing
+        return None
+
+
 def read_sensitivity(scores: str | Path) -> Sensitivity | None:
     """Read the sensitivity from the report next to a file of token scores; None if there is none that can be used."""
     try:

@@ -17,6 +17,9 @@ from cutlm.losses import flag_tokens
 from cutlm.prompting.encoding import Encoder
 
 NUM_RECORDS = 64
+# A judgment is effective if its effect is larger than that of this share of the judgments it is compared with.
+LEAST_RANK = 0.75
+NUM_RIVALS = 4
 
 
 class Contrast(NamedTuple):
@@ -124,6 +127,37 @@ def sample_foreign(
     return [
         encode_context(judged[place], judged[foreign[place]], rows, records, encoder, max_length) for place in drawn
     ]
+
+
+def rank_judgment(
+    without: Sequence[float], own: Sequence[float], foreign: Sequence[Sequence[float]], num_template_tokens: int = 0
+) -> float:
+    """Rank the effect of a record's judgment on its response among those of judgments of other records.
+
+    The effect is the largest log ratio of a token. A judgment that says nothing about this response, such as one that
+    belongs to another record, has no larger effect than others.
+
+    Args:
+        without: [T] log p(y_t | x, y_<t).
+        own: [T] log p(y_t | x, j, y_<t) with the record's own judgment.
+        foreign: [N][T] the same with judgments of other records.
+        num_template_tokens: Tokens at the start that the chat template writes, which do not count.
+
+    Returns:
+        The share of the other judgments whose effect is smaller.
+
+    Example:
+
+        >>> rank_judgment([-2.0, -2.0], [-1.0, -3.0], [[-2.0, -2.0], [-2.0, -0.5]])  # 1 against 0 and 1.5
+        0.5
+    """
+
+    def find_effect(logps: Sequence[float]) -> float:
+        pairs = zip(logps[num_template_tokens:], without[num_template_tokens:], strict=True)
+        return max(judged - plain for judged, plain in pairs)
+
+    effect = find_effect(own)
+    return sum(find_effect(logps) < effect for logps in foreign) / len(foreign)
 
 
 def compute_sensitivity(contrasts: Sequence[Contrast], threshold: float) -> Sensitivity | None:

@@ -69,6 +69,8 @@ class TokenScores:
         logps_reference: [T] the log-probabilities under foreign judgments, averaged, or under "Perfect."; None if not
             scored.
         surprise_weight: kappa: how much a token's surprise counts besides its log ratio; 0 for eq. 5.
+        judgment_rank: Share of judgments of other records that have a smaller effect on the response than its own one;
+            None without `drop_ineffective`, and of satisfactory records.
         teacher: How the distributions of a teacher were made (`cutlm.flagging.teacher.TeacherSettings`); None without.
         teacher_ids: [T][K] the tokens that the teacher finds most likely in the place of each token; empty where it is
             not asked, as for satisfactory records and, under objective redirect, tokens that are not flagged.
@@ -93,6 +95,7 @@ class TokenScores:
     contrast: str = "judgment"
     logps_reference: list[float] | None = None
     surprise_weight: float = 0.0
+    judgment_rank: float | None = None
     teacher: dict[str, Any] | None = None
     teacher_ids: list[list[int]] | None = None
     teacher_logps: list[list[float]] | None = None
@@ -154,6 +157,7 @@ class _Columns(BaseModel):
     contrast: Literal["judgment", "foreign", "perfect"] = "judgment"
     logps_reference: list[_Logp] | None = None
     surprise_weight: _Weight = 0.0
+    judgment_rank: Annotated[float, Field(ge=0, le=1)] | None = None
     teacher: dict[str, Any] | None = None
     teacher_ids: list[list[_Token]] | None = None
     teacher_logps: list[list[_Logp]] | None = None

@@ -50,6 +50,7 @@ def summarize(iteration: dict[str, Any]) -> dict[str, Any]:
         "share_satisfactory": divide(judge.get("num_satisfactory"), judge.get("num_judged")),
         "flagged_share": train.get("flagged_share") if frozen_share is None else frozen_share,
         **{name: (blame or train).get(name) for name in ("flag_signal", "pairwise")},
+        "num_ineffective": blame.get("num_ineffective"),
         **{name: comparison.get(name) for name in _COMPARISON},
         **{name: train.get(name) for name in ("num_steps", "loss_start", "loss_end")},
         "evaluation": metrics.get("evaluate", {}),

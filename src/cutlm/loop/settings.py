@@ -178,6 +178,7 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
     contrast += ["surprise_weight"] if train_args.surprise_weight else []
     blame_options = [*prompt_options] + [f"--{name}={getattr(train_args, name)}" for name in (*shared, *contrast)]
     blame_options += [f"--judgment_role={train_args.judgment_role}"] * (train_args.judgment_role != "user")
+    blame_options += ["--drop_ineffective"] * train_args.drop_ineffective
     blame_options += ["--bf16"] * bool(train_args.bf16) + ["--device=cpu"] * bool(train_args.use_cpu)
     blame_options += [f"--dtype={model_args.dtype}"] if model_args.dtype else []
     generate = parse_options("generate", arguments.generate)

@@ -31,7 +31,7 @@ import yaml
 from cutlm.data.files import SourceRow, read_rows, write_rows, write_text
 from cutlm.data.records import InstructionRow, check_records, validate_row
 from cutlm.errors import DataError, UserError
-from cutlm.flagging.report import read_sensitivity
+from cutlm.flagging.report import count_ineffective, read_sensitivity
 from cutlm.judges.human import name_todo_files
 from cutlm.judges.responses import EMPTY_RESPONSE, name_failures_file
 from cutlm.loop.processes import run_shell, serve
@@ -352,7 +352,8 @@ def _count_flagged(scores: Path) -> dict[str, Any]:
     counts = {"num_tokens": sum(map(len, flags)), "num_flagged": sum(map(sum, flags))}
     sensitivity = read_sensitivity(scores)
     known = {} if sensitivity is None else {"flag_signal": sensitivity.flag_signal, "pairwise": sensitivity.pairwise}
-    return counts | known
+    num_ineffective = count_ineffective(scores)
+    return counts | known | ({} if num_ineffective is None else {"num_ineffective": num_ineffective})
 
 
 # ---- Train and merge ----

@@ -53,6 +53,7 @@ _USED_BY = {
     "unlikelihood_weight": ("cut", "dual_cut", "redirect", "unlikelihood"),
     "detector": ("cut", "redirect"),
     "map_spans": ("cut",),
+    "drop_ineffective": ("cut", *TEACHER_OBJECTIVES),
     "use_contrast_loss": ("cut",),
     **dict.fromkeys(("use_satisfactory_loss", "use_judged_loss"), ("cut", *TEACHER_OBJECTIVES)),
     "praise_weight": ("dual_cut",),
@@ -277,6 +278,9 @@ class CUTConfig(TrainingArguments):
         num_foreign: Number of these judgments of other records.
         surprise_weight: How much it counts for a flag of detector "frozen" that a token is unlikely, besides its log
             ratio; 0 as in eq. 5. Combine it with threshold "auto".
+        drop_ineffective: For noisy judges, with detector "frozen" or a teacher: leave out unsatisfactory records whose
+            judgment has no larger effect on the response, for the model before training, than most of four judgments of
+            other records. They are counted and listed.
         unlikelihood_weight: alpha of eq. 6: 0.25, 0.5 or 1 in the paper.
         gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6: 0.25, 0.5, 1 or 2 in the paper; 0 turns
             it off, as in the released code.
@@ -318,6 +322,7 @@ class CUTConfig(TrainingArguments):
     surprise_weight: float = 0.0
     unlikelihood_weight: float = 1.0
     gamma: float = 1.0
+    drop_ineffective: bool = False  # also self_distillation
     map_spans: bool = False  # cut
 
     # Parts of the loss: cut; all but the first also self_distillation and redirect
@@ -426,6 +431,8 @@ class CUTConfig(TrainingArguments):
             problems.append(
                 f"{', '.join(frozen_only)}: expected objective cut or redirect and detector frozen, got {got}"
             )
+        if self.drop_ineffective and self.objective == "cut" and self.detector != "frozen":
+            problems.append(f"drop_ineffective: expected detector frozen, got {self.detector or 'current'}")
         if self.objective == "redirect" and self.detector not in (None, "frozen", "spans"):
             problems.append(f"detector: expected frozen or spans under objective redirect, got {self.detector}")
         if self.teacher_sees_response and self.teacher_context != "advice":
@@ -617,6 +624,7 @@ class JudgeConfig(CUTConfig):
     use_unlikelihood_loss: bool = field(default=True, init=False)
     praise_weight: float = field(default=1.0, init=False)
     dpo_beta: float = field(default=0.1, init=False)
+    drop_ineffective: bool = field(default=False, init=False)
     map_spans: bool = field(default=False, init=False)
     threshold: float = field(default=1.1, init=False)
     judgment_role: str = field(default="user", init=False)

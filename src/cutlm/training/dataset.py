@@ -31,6 +31,7 @@ from cutlm.flagging.detector import (
     Logps,
     compare_contexts,
     count_resumed,
+    describe_ineffective,
     describe_run,
     flag_response,
     make_all_scores,
@@ -330,6 +331,10 @@ def _check_scores(dataset: Sequence[TokenScores], args: CUTConfig) -> None:
                 f"the token scores were made without a teacher or with other settings ({', '.join(sorted(differing))}"
                 f" differ); run cutlm blame again with --objective {args.objective} and the settings of training"
             )
+    if args.drop_ineffective and any(scores.judgment_rank is None for scores in judged):
+        problems.append(
+            "drop_ineffective: the token scores were made without it; run cutlm blame again with --drop_ineffective"
+        )
     if problems:
         raise ConfigError(problems)
 
@@ -470,6 +475,7 @@ def _flag_rows(
         contrast=args.contrast,
         num_foreign=args.num_foreign,
         surprise_weight=args.surprise_weight,
+        drop_ineffective=args.drop_ineffective and name == "train_dataset",
         teacher=args.teacher_settings,
     )
     rows = data.rows
@@ -481,6 +487,7 @@ def _flag_rows(
     flagged = set(judged)
     unknown = _list_flags(None, None, args) | _list_taught(None, None, None, args)
     columns = _RowColumns(list(unknown))
+    ineffective: dict[int, float] = {}
 
     def score(rows: Any, done: Any) -> Any:
         options: Any = {"is_bf16": bool(args.bf16), "show_progress": not args.disable_tqdm}
@@ -488,8 +495,9 @@ def _flag_rows(
 
     if scores_file is not None and encoder is not None:
         # Only the training data have a file.
-        scored = _score_once(data, rows, args, model, records, encoder, score, settings, scores_file)
-        for index, one in enumerate(scored):
+        scored, ineffective = _score_once(data, rows, args, model, records, encoder, score, settings, scores_file)
+        kept = [index for index in range(len(rows)) if index not in ineffective]
+        for index, one in zip(kept, scored, strict=True):
             if index not in flagged:
                 columns.add(unknown)
                 continue
@@ -504,8 +512,10 @@ def _flag_rows(
         if encoder is not None:
             num_records = args.sensitivity_records if name == "train_dataset" else 0
             plan = plan_comparison(rows, records, encoder, settings, num_records)
-        elif settings.threshold == "auto" or settings.contrast != "judgment":
-            raise ConfigError(f"{name}: contrast, threshold: auto: expected records, got encoded rows; pass records")
+        elif settings.threshold == "auto" or settings.contrast != "judgment" or settings.drop_ineffective:
+            raise ConfigError(
+                f"{name}: contrast, drop_ineffective, threshold: auto: expected records, got encoded rows; pass records"
+            )
         logps: dict[int, Logps] = {
             judged[number]: one
             for batch in score(rows.select(judged), ())
@@ -513,8 +523,10 @@ def _flag_rows(
         }
         if plan is not None:
             comparison = compare_contexts(rows, records, logps, plan, score, settings)
-            data.sensitivity = comparison.sensitivity
+            data.sensitivity, ineffective = comparison.sensitivity, comparison.ineffective
         for index in range(len(rows)):
+            if index in ineffective:
+                continue
             if index not in flagged:
                 columns.add(unknown)
                 continue
@@ -530,6 +542,12 @@ def _flag_rows(
         data.threshold = comparison.settings.threshold
     if settings.threshold == "auto":
         data.notices.append(f"{name}: threshold: auto found {data.threshold:g}")
+    if settings.drop_ineffective:
+        named = [rows[index]["location"] for index in ineffective]
+        data.notices.append(f"{name}: {describe_ineffective(named, len(judged))}")
+        data.num_left_out += len(ineffective)
+        data.rows = data.rows.select([index for index in range(len(rows)) if index not in ineffective])
+        _refuse_empty(data, name)
     for key, values in columns.finish().items():
         data.rows = _set_column(data.rows, key, values)
 
@@ -595,10 +613,11 @@ def _score_once(
     score: Scorer,
     settings: FlagSettings,
     scores_file: ScoresFile,
-) -> Sequence[TokenScores]:
+) -> tuple[Sequence[TokenScores], dict[int, float]]:
     """Token scores of the rows: those stored by an earlier start of the same run, or made now and stored.
 
-    Their sensitivity is stored likewise, and set in `data`.
+    Rows whose judgment is ineffective have none; they are returned with the ranks of their judgments. The sensitivity
+    is stored likewise, and set in `data`.
     """
     refuse_clashes(records, list(rows["location"]))
     language_model: Any = unwrap_peft(model)
@@ -614,6 +633,7 @@ def _score_once(
     }
     run = describe_run(records, encoder, settings, detector, backend)
     keys = ("threshold", "unlikelihood_weight", "gamma", "contrast", "num_foreign", "surprise_weight")
+    keys = (*keys, "drop_ineffective")
     header = {key: getattr(settings, key) for key in keys} | run
     path = scores_file.path
     header_path = path.with_suffix(".json")
@@ -624,7 +644,8 @@ def _score_once(
         if difference is None:
             data.notices.append(f"{path}: reusing the token scores of these records by this model")
             data.sensitivity = read_sensitivity(path)
-            return _open_scores(path)
+            stored = json.loads(read_bytes(header_path)).get("ineffective", [])
+            return _open_scores(path), dict(stored)
         if args.process_index:
             raise UserError(
                 f"{path}: expected the token scores of the first process, found none; see its own error, or share the"
@@ -644,13 +665,23 @@ def _score_once(
         comparison = compare_contexts(rows, records, logps, plan, score, settings, journal)
         data.sensitivity = comparison.sensitivity if args.sensitivity_records else None
         header_path.unlink(missing_ok=True)
-        report = BlameReport(sensitivity=data.sensitivity, settings=comparison.settings)
+        ineffective = comparison.ineffective
+        if len(ineffective) == len(rows):
+            named = describe_ineffective(list(rows["location"]), len(rows))
+            raise DataError(f"{named}; nothing remains to train on: set drop_ineffective: false")
+        report = BlameReport(
+            sensitivity=data.sensitivity,
+            settings=comparison.settings,
+            ineffective={rows[index]["location"]: rank for index, rank in ineffective.items()},
+        )
         write_scores(path, make_all_scores(rows, records, logps, comparison, encoder, detector), report)
         with open_atomic(header_path) as file:
-            file.write(json.dumps(header | {"sha256": hash_file(path)}, indent=2).encode())
+            stored = [[index, rank] for index, rank in ineffective.items()]
+            content = header | {"ineffective": stored, "sha256": hash_file(path)}
+            file.write(json.dumps(content, indent=2).encode())
         journal.remove()
         data.notices.append(f"{path}: {len(rows)} records scored ({num_resumed} of them by an interrupted run)")
-        return _open_scores(path)
+        return _open_scores(path), ineffective
 
 
 def _open_scores(path: Path) -> Sequence[TokenScores]:
@@ -670,7 +701,8 @@ def _compare_scores(path: Path, header_path: Path, header: Mapping[str, Any]) ->
     if not isinstance(found, dict):
         return f"without a readable {header_path.name} next to it, it is not known how it was made"
     # As before there was a choice.
-    found = {"contrast": "judgment", "num_foreign": FlagSettings.num_foreign, "surprise_weight": 0.0} | found
+    earlier = {"contrast": "judgment", "num_foreign": FlagSettings.num_foreign, "surprise_weight": 0.0}
+    found = earlier | {"drop_ineffective": False} | found
     differing = [key for key in header if found.get(key) != header[key]]
     if differing:
         return f"made with other settings ({', '.join(differing)} differ)"
