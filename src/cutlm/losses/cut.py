@@ -33,6 +33,7 @@ class CutLoss:
     likelihood: Tensor  # [] L2 (eq. 7), over satisfactory responses and, with the judgment, unsatisfactory ones
     is_flagged: Tensor  # [U] bool, the inappropriate tokens (eq. 5)
     log_ratios: Tensor  # [U] log p(y_t | x, j, y_<t) - log p(y_t | x, y_<t), without gradient
+    critique: Tensor | None = None  # [] -log p of the judgments, given instruction and response, if they are learned
 
 
 @dataclass(frozen=True)

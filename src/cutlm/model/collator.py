@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow
@@ -17,6 +18,7 @@ from cutlm.model.loading import list_rope_parameters, unwrap_peft
 _NUM_CHECKED = 10_000
 
 
+@dataclass(frozen=True)
 class CutCollator:
     """Concatenates the sequences of a micro-batch into one tensor.
 
@@ -44,6 +46,10 @@ class CutCollator:
     - `can_flag`: for each token of the unsatisfactory records in one context, whether it may be flagged, if any row
       has `num_template_tokens`, which the chat template writes at the start of the response.
     - `is_praised`: for each unsatisfactory record whether its judgment is praise, if any row has `is_praised`.
+    - `critique_owners`: for each critique the index of its record in `locations`. Critiques are the last sequences.
+
+    Args:
+        has_critiques: Also learn to write judgments: of rows that have `critique_ids`, after `critique_prompt_ids`.
 
     Example:
 
@@ -61,6 +67,8 @@ class CutCollator:
          'locations': ['record 0 of the batch', 'record 1 of the batch']}
     """
 
+    has_critiques: bool = False
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         judged = [row for row in rows if row["judged_prompt_ids"] is not None]
         satisfactory = [row for row in rows if row["judged_prompt_ids"] is None]
@@ -69,6 +77,9 @@ class CutCollator:
             *((row["judged_prompt_ids"], row["response_ids"]) for row in judged),
             *((row["prompt_ids"], row["response_ids"]) for row in satisfactory),
         ]
+        ordered = [*judged, *satisfactory]
+        owners = [index for index, row in enumerate(ordered) if self.has_critiques and row.get("critique_ids")]
+        sequences += [(ordered[index]["critique_prompt_ids"], ordered[index]["critique_ids"]) for index in owners]
         inputs = [[*prompt, *response[:-1]] for prompt, response in sequences]
         names = [row.get("location") or f"record {index} of the batch" for index, row in enumerate(rows)]
         is_judged = [row["judged_prompt_ids"] is not None for row in rows]
@@ -83,14 +94,15 @@ class CutCollator:
                 name for kind in (True, False) for name, flag in zip(names, is_judged, strict=True) if flag == kind
             ],
         }
+        if self.has_critiques:
+            batch["critique_owners"] = owners
         if any(row.get("is_flagged") is not None for row in rows):
-            ordered = [*judged, *satisfactory]
             flags = [row.get("is_flagged") or [False] * len(row["response_ids"]) for row in ordered]
             weights = [row.get("weights") or [0.0] * len(row["response_ids"]) for row in ordered]
             batch["is_flagged"] = torch.tensor([flag for part in flags for flag in part], dtype=torch.bool)
             batch["flag_weights"] = torch.tensor([weight for part in weights for weight in part])
         if any("teacher_ids" in row for row in rows):
-            batch |= _collate_teacher([*judged, *satisfactory])
+            batch |= _collate_teacher(ordered)
         if any(row.get("num_template_tokens") for row in judged):
             numbers = [row.get("num_template_tokens") or 0 for row in judged]
             can_flag = [
@@ -144,8 +156,12 @@ def split_batch(batch: Mapping[str, Any], max_tokens: int) -> list[dict[str, Any
         max_tokens: Maximum number of tokens of all sequences of a part; a record with more gets its own part.
     """
     lengths, num_judged = batch["sequence_lengths"], batch["num_unsatisfactory"]
+    owners = batch.get("critique_owners", [])
+    first_critique = len(lengths) - len(owners)
     owned = [[index, num_judged + index] for index in range(num_judged)]
-    owned += [[index] for index in range(2 * num_judged, len(lengths))]
+    owned += [[index] for index in range(2 * num_judged, first_critique)]
+    for critique, owner in enumerate(owners, first_critique):
+        owned[owner].append(critique)
     sizes = [sum(lengths[index] for index in indices) for indices in owned]
     parts: list[list[int]] = []
     room = 0
@@ -164,6 +180,8 @@ def _take_records(batch: Mapping[str, Any], records: list[int], owned: list[list
     # Plain contexts, judged contexts, satisfactory records: the order of `CutCollator`.
     indices = [*(owned[record][0] for record in judged), *(owned[record][1] for record in judged)]
     indices += [owned[record][0] for record in records if record >= num_judged]
+    critiques = {record: owned[record][1 + (record < num_judged) :] for record in records}
+    indices += [index for own in critiques.values() for index in own]
     part: dict[str, Any] = {
         name: torch.cat([batch[name].split(batch[lengths])[index] for index in indices])
         for name, lengths in (("input_ids", "sequence_lengths"), ("target_ids", "response_lengths"))
@@ -172,6 +190,8 @@ def _take_records(batch: Mapping[str, Any], records: list[int], owned: list[list
     part["num_unsatisfactory"] = len(judged)
     part["shared_lengths"] = [batch["shared_lengths"][record] for record in judged]
     part["locations"] = [batch["locations"][record] for record in records]
+    if "critique_owners" in batch:
+        part["critique_owners"] = [place for place, record in enumerate(records) if critiques[record]]
     # One response for each record, without the judged contexts.
     sizes = [batch["response_lengths"][indices[0]] for indices in owned]
     if "is_flagged" in batch:
@@ -194,8 +214,19 @@ def _take_records(batch: Mapping[str, Any], records: list[int], owned: list[list
 
 def split_lengths(batch: Mapping[str, Any]) -> tuple[int, int]:
     """Count the response tokens of unsatisfactory records (in one context) and of satisfactory records."""
-    num_unsatisfactory, lengths = batch["num_unsatisfactory"], batch["response_lengths"]
+    num_unsatisfactory, lengths = batch["num_unsatisfactory"], _list_lengths(batch)
     return sum(lengths[:num_unsatisfactory]), sum(lengths[2 * num_unsatisfactory :])
+
+
+def list_critique_lengths(batch: Mapping[str, Any]) -> list[int]:
+    """List the numbers of tokens of the critiques of a batch."""
+    return batch["response_lengths"][len(_list_lengths(batch)) :]
+
+
+def _list_lengths(batch: Mapping[str, Any]) -> list[int]:
+    """The lengths of the responses in all contexts, without those of critiques."""
+    lengths = batch["response_lengths"]
+    return lengths[: len(lengths) - len(batch.get("critique_owners", []))]
 
 
 def find_non_finite(logps: Tensor, batch: Mapping[str, Any]) -> list[str]:
@@ -207,7 +238,7 @@ def find_non_finite(logps: Tensor, batch: Mapping[str, Any]) -> list[str]:
     """
     num_unsatisfactory = batch["num_unsatisfactory"]
     # Both contexts of an unsatisfactory record belong to the same record.
-    records = [*range(num_unsatisfactory), *range(len(batch["locations"]))]
+    records = [*range(num_unsatisfactory), *range(len(batch["locations"])), *batch.get("critique_owners", [])]
     bad = {
         record
         for record, part in zip(records, logps.split(batch["response_lengths"]), strict=True)

@@ -161,6 +161,8 @@ def score_taught_batch(
     num_judged = sum(batch["response_lengths"][: batch["num_unsatisfactory"]])
     is_taught = batch["is_taught"]
     is_taught = torch.cat([is_taught[:num_judged], torch.zeros_like(is_taught[:num_judged]), is_taught[num_judged:]])
+    # Critiques, at the end, have no teacher.
+    is_taught = torch.cat([is_taught, is_taught.new_zeros(len(batch["target_ids"]) - len(is_taught))])
     arguments = (torch.cat(states), batch["target_ids"], is_taught, batch["teacher_ids"])
     return TaughtLogps(*_apply_head(model, taught_logprobs, *arguments, chunk_size=chunk_size))
 

@@ -64,6 +64,7 @@ _USED_BY = {
     ),
     **dict.fromkeys(("redirect_strength", "use_unlikelihood_loss"), ("redirect",)),
     "dpo_beta": PAIR_OBJECTIVES,
+    "critique_weight": tuple(name for name in OBJECTIVES if name not in ("forward_prediction", *PAIR_OBJECTIVES)),
     **dict.fromkeys(
         ("downsample", "normalization", "dataset_num_proc", "head_chunk_size", "max_tokens_per_batch"),
         tuple(name for name in OBJECTIVES if name not in PAIR_OBJECTIVES),
@@ -71,7 +72,7 @@ _USED_BY = {
 }
 # Metrics of an evaluation; the best checkpoint may be chosen by any of these.
 METRICS = (
-    *("loss", "loss_likelihood", "loss_contrast", "mean_log_ratio"),
+    *("loss", "loss_likelihood", "loss_contrast", "loss_critique", "mean_log_ratio"),
     *("flagged_share", "flagged_share_q10", "flagged_share_q50", "flagged_share_q90"),
 )
 # Of torch.utils.checkpoint, and the last two of transformers.
@@ -284,6 +285,9 @@ class CUTConfig(TrainingArguments):
         unlikelihood_weight: alpha of eq. 6: 0.25, 0.5 or 1 in the paper.
         gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6: 0.25, 0.5, 1 or 2 in the paper; 0 turns
             it off, as in the released code.
+        critique_weight: Weight of a further term, of which 0 is none: the likelihood of the record's judgment, given
+            instruction, response and the request to judge it, as in "forward_prediction", so that the model also learns
+            to judge. RLTF uses 0.1.
         normalization: "token": each part of the loss is a mean over the tokens of the optimizer step; "record": a mean
             over its records of each record's mean over its tokens, the paper's 1/N.
         template: Prompt template: "alpaca", or "chat" for the tokenizer's own chat template.
@@ -347,6 +351,9 @@ class CUTConfig(TrainingArguments):
     satisfactory_only: bool = False
     praise_weight: float = 1.0
     dpo_beta: float = 0.1
+
+    # All objectives but forward_prediction, dpo and ilf_dpo
+    critique_weight: float = 0.0
 
     # All objectives
     normalization: str = field(default="token", metadata={"choices": list(NORMALIZATIONS)})
@@ -450,6 +457,7 @@ class CUTConfig(TrainingArguments):
                 f"threshold: expected a number of at least 1 (the paper uses 1.1 or 1.2) or auto, got {self.threshold}"
             )
         numbers = ("unlikelihood_weight", "gamma", "surprise_weight", "praise_weight", "guidance", "redirect_strength")
+        numbers = (*numbers, "critique_weight")
         for name in (*numbers, "learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 problems.append(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
@@ -623,6 +631,7 @@ class JudgeConfig(CUTConfig):
     redirect_strength: float = field(default=1.0, init=False)
     use_unlikelihood_loss: bool = field(default=True, init=False)
     praise_weight: float = field(default=1.0, init=False)
+    critique_weight: float = field(default=0.0, init=False)
     dpo_beta: float = field(default=0.1, init=False)
     drop_ineffective: bool = field(default=False, init=False)
     map_spans: bool = field(default=False, init=False)

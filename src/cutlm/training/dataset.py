@@ -63,6 +63,7 @@ from cutlm.prompting.templates import TEMPLATES, parse_date, set_arguments
 from cutlm.training.config import CUTConfig
 
 _ID_COLUMNS = ("prompt_ids", "judged_prompt_ids", "response_ids")
+_NUM_ENCODED = 1000
 _FORWARD_MARK = "\n\n### Judgment:\n"
 
 
@@ -142,6 +143,10 @@ def prepare_data(
         # The other processes of this machine then find the rows in the cache.
         with args.main_process_first(desc="encoding"):
             data, records = encode_dataset(dataset, name, args, encoder, locations)
+        if args.critique_weight:
+            _add_critiques(data, name, records, encoder, args.max_length)
+            columns: Any = {"prompts": ("critique_prompt_ids",), "responses": ("critique_ids",)}
+            check_rows_fit_model(model, data.rows, args.max_length, **columns)
     check_rows_fit_model(model, data.rows, args.max_length)
     if args.has_known_flags:
         is_known = ("teacher_ids" if args.has_teacher else "is_flagged") in data.rows.column_names
@@ -260,6 +265,40 @@ def _view_forward(record: JudgedRecord, encoder: Encoder) -> RenderedRecord:
     """
     judgment = encoder.render_response(_FORWARD_MARK + record.stated_judgment)
     return replace(_view_response(record, encoder), continuation=judgment)
+
+
+def _add_critiques(
+    data: PreparedData, name: str, records: Sequence[JudgedRecord], encoder: Encoder, max_length: int
+) -> None:
+    """Add the judgment of each record as `critique_ids`, to be learned after `critique_prompt_ids`.
+
+    The context is that of forward prediction: instruction, response, and the request to judge it.
+    """
+    columns = _RowColumns(["critique_prompt_ids", "critique_ids"])
+    num_left_out = 0
+    for start in range(0, len(records), _NUM_ENCODED):
+        part = records[start : start + _NUM_ENCODED]
+        prompts = encoder.encode_prompts([encoder.render(record.conversation) for record in part])
+        responses = encoder.encode_responses([encoder.render_response(record.output) for record in part])
+        texts = [_FORWARD_MARK + record.stated_judgment for record in part]
+        critiques = encoder.encode_responses([encoder.render_response(text) for text in texts])
+        for prompt_ids, response_ids, text, ids in zip(prompts, responses, texts, critiques, strict=True):
+            num_template = encoder.count_template_tokens(ids)
+            spans = encoder.locate_tokens(text, ids)[num_template:]
+            ids = ids[num_template:]
+            num_asked = sum(end <= len(_FORWARD_MARK) for _, end in spans)
+            # The response and the request stay whole, as the response does before its judgment.
+            shown, learned = [*response_ids, *ids[:num_asked]], ids[num_asked:]
+            num_tokens = max_length - len(shown) - len(learned)
+            prompt = [*encoder.truncate(prompt_ids, num_tokens), *shown] if num_tokens > 0 else None
+            num_left_out += prompt is None
+            columns.add({"critique_prompt_ids": prompt, "critique_ids": prompt and learned})
+    for key, values in columns.finish().items():
+        data.rows = _set_column(data.rows, key, values)
+    data.notices.append(
+        f"{name}: {len(records) - num_left_out} judgments to learn (critique_weight); {num_left_out} left out, because"
+        f" they do not fit max_length {max_length} with their response"
+    )
 
 
 def _view_refinement(record: JudgedRecord, encoder: Encoder) -> RenderedRecord | str:
@@ -554,6 +593,8 @@ def _flag_rows(
 
 # Given because a column may hold nothing but None.
 _TYPES = {
+    "critique_prompt_ids": pyarrow.list_(pyarrow.int32()),
+    "critique_ids": pyarrow.list_(pyarrow.int32()),
     "is_flagged": pyarrow.list_(pyarrow.bool_()),
     "weights": pyarrow.list_(pyarrow.float64()),
     "teacher_ids": pyarrow.list_(pyarrow.list_(pyarrow.int32())),
@@ -757,6 +798,8 @@ def _set_column(rows: Dataset, name: str, values: pyarrow.Array) -> Dataset:
 
 def _check_encoded(dataset: Dataset | Sequence[Any], name: str, args: CUTConfig) -> Dataset:
     """Check rows of token ids that were made elsewhere; all bad rows are named."""
+    if args.critique_weight:
+        raise ConfigError(f"{name}: critique_weight needs the judgments of records, got encoded rows; pass records")
     if args.objective not in ("cut", "dual_cut"):
         raise ConfigError(
             f"{name}: encoded rows are for objectives cut and dual_cut; pass records for objective {args.objective}"

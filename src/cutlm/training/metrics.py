@@ -19,27 +19,37 @@ class RunningMetrics:
 
     Args:
         device: Device of the losses.
+        critique_weight: Weight of the critiques in `loss`.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, critique_weight: float = 0.0) -> None:
         self.num_batches = 0
+        self._critique_weight = critique_weight
         self._device = device
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
-        # contrast, likelihood, flagged tokens, sum of log ratios
-        self._sums = torch.zeros(4, dtype=self._dtype, device=device)
-        # denominators of contrast and likelihood, tokens of unsatisfactory responses, tokens in all sequences
-        self._counts = [0.0, 0.0, 0.0, 0.0]
+        # contrast, likelihood, critique, flagged tokens, sum of log ratios
+        self._sums = torch.zeros(5, dtype=self._dtype, device=device)
+        # denominators of the first three, tokens of unsatisfactory responses, tokens in all sequences
+        self._counts = [0.0, 0.0, 0.0, 0.0, 0.0]
         self._flagged_shares: list[Tensor] = []
 
-    def add(self, loss: CutLoss, batch: Mapping[str, Any], num_contrast: float, num_likelihood: float) -> None:
+    def add(
+        self,
+        loss: CutLoss,
+        batch: Mapping[str, Any],
+        num_contrast: float,
+        num_likelihood: float,
+        num_critique: float = 0.0,
+    ) -> None:
         """Add a micro-batch."""
         self.num_batches += 1
-        sums = (loss.contrast, loss.likelihood, loss.is_flagged.sum(), loss.log_ratios.sum())
+        critique = torch.zeros_like(loss.likelihood) if loss.critique is None else loss.critique
+        sums = (loss.contrast, loss.likelihood, critique, loss.is_flagged.sum(), loss.log_ratios.sum())
         self._sums += torch.stack([part.detach().to(self._dtype) for part in sums])
         lengths = batch["response_lengths"][: batch["num_unsatisfactory"]]
         praised = batch.get("is_praised") or [False] * len(lengths)
         num_judged = sum(length for length, is_praised in zip(lengths, praised, strict=True) if not is_praised)
-        counts = (num_contrast, num_likelihood, num_judged, len(batch["input_ids"]))
+        counts = (num_contrast, num_likelihood, num_critique, num_judged, len(batch["input_ids"]))
         self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
         parts = loss.is_flagged.split(lengths) if lengths else ()
         shares = [part.float().mean() for part, is_praised in zip(parts, praised, strict=True) if not is_praised]
@@ -50,9 +60,10 @@ class RunningMetrics:
         """Compute means over everything that was added, on all ranks.
 
         Returns:
-            `loss_contrast` (L1) and `loss_likelihood` (L2) per token or record, and their combination `loss`;
-            `flagged_share` of the tokens of unsatisfactory responses; `mean_log_ratio` in nats; quantiles over records
-            of the share of flagged tokens; `num_tokens`. A metric without any value is absent.
+            `loss_contrast` (L1), `loss_likelihood` (L2) and, if critiques are learned, `loss_critique` per token or
+            record, and their combination `loss`; `flagged_share` of the tokens of unsatisfactory responses;
+            `mean_log_ratio` in nats; quantiles over records of the share of flagged tokens; `num_tokens`. A metric
+            without any value is absent.
         """
         totals = torch.cat([self._sums, torch.tensor(self._counts, dtype=self._dtype, device=self._device)])
         shares = torch.cat(self._flagged_shares) if self._flagged_shares else torch.zeros(0, device=self._device)
@@ -60,12 +71,14 @@ class RunningMetrics:
             totals = accelerator.reduce(totals, "sum")
             shares = accelerator.gather(accelerator.pad_across_processes(shares, pad_index=-1))
             shares = shares[shares >= 0]
-        contrast, likelihood, flagged, log_ratios, num_contrast, num_likelihood, num_judged, num_tokens = (
-            totals.tolist()
-        )
+        contrast, likelihood, critique, flagged, log_ratios, *counts = totals.tolist()
+        num_contrast, num_likelihood, num_critique, num_judged, num_tokens = counts
         metrics = {"num_tokens": num_tokens}
         if num_contrast or num_likelihood:
             metrics["loss"] = combine_parts(contrast, likelihood, num_contrast, num_likelihood)
+        if num_critique:
+            metrics["loss_critique"] = critique / num_critique
+            metrics["loss"] = metrics.get("loss", 0.0) + self._critique_weight * critique / num_critique
         if num_likelihood:
             metrics["loss_likelihood"] = likelihood / num_likelihood
         if num_contrast:

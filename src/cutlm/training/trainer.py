@@ -42,7 +42,7 @@ from cutlm.losses import (
     self_distillation_loss,
     sum_terms,
 )
-from cutlm.model.collator import CutCollator, find_non_finite, split_batch, split_lengths
+from cutlm.model.collator import CutCollator, find_non_finite, list_critique_lengths, split_batch, split_lengths
 from cutlm.model.forward import (
     check_head,
     choose_layout,
@@ -74,6 +74,7 @@ class StepCounts(NamedTuple):
 
     num_contrast: float
     num_likelihood: float
+    num_critique: float = 0.0
 
 
 class CUTTrainer(CheckpointingTrainer):
@@ -184,7 +185,7 @@ class CUTTrainer(CheckpointingTrainer):
             eval_dataset=prepared["eval_dataset"].rows if "eval_dataset" in prepared else None,
             processing_class=processing_class,
             end_of_turn_id=prepared["train_dataset"].end_of_turn_id if "train_dataset" in prepared else None,
-            **{"data_collator": CutCollator()} | kwargs,
+            **{"data_collator": CutCollator(has_critiques=args.critique_weight > 0)} | kwargs,
         )
         for name, data in prepared.items():
             batch_size = args.train_batch_size if name == "train_dataset" else args.eval_batch_size
@@ -209,7 +210,7 @@ class CUTTrainer(CheckpointingTrainer):
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             compile_layers(model, args.torch_compile_backend, args.torch_compile_mode)
         self._max_tokens = args.max_tokens_per_batch or choose_tokens_per_pass(args.device)
-        self._metrics = RunningMetrics(args.device)
+        self._metrics = RunningMetrics(args.device, args.critique_weight)
         self._eval_metrics: RunningMetrics | None = None
         self._step_logps: list[tuple[Tensor, Mapping[str, Any]]] = []
         self._last_log_time = time.perf_counter()
@@ -244,13 +245,20 @@ class CUTTrainer(CheckpointingTrainer):
         """Fetch the micro-batches of an optimizer step and count their tokens over all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_logps = []
-        counts = torch.zeros(2, dtype=torch.float64)
+        counts = torch.zeros(3, dtype=torch.float64)
         for batch in batches:
-            counts += torch.tensor(count_batch(batch, self.args.normalization, self.args.parts))
+            counts += torch.tensor(self._count(batch), dtype=torch.float64)
         if self.args.world_size > 1:
             # Some accelerators have no float64; counts of a step are exact in float32 up to 16 million.
             counts = self.accelerator.reduce(counts.float().to(device), "sum").cpu().double()
-        return batches, StepCounts(counts[0].item(), counts[1].item())
+        return batches, StepCounts(*counts.tolist())
+
+    def _count(self, batch: Mapping[str, Any]) -> StepCounts:
+        """A batch's share of the denominators of the step."""
+        normalization = self.args.normalization
+        critiques = list_critique_lengths(batch)
+        num_critique = len(critiques) if normalization == "record" else sum(critiques)
+        return StepCounts(*count_batch(batch, normalization, self.args.parts), num_critique)
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: StepCounts | None = None
@@ -291,8 +299,11 @@ class CUTTrainer(CheckpointingTrainer):
         with self.accelerator.autocast():
             logps, columns = run_inside(model, inner, self._score, inputs)
         outputs = compute_batch_loss(logps, inputs, self.args, columns)
-        own_counts = count_batch(inputs, self.args.normalization, self.args.parts)
-        loss = combine_parts(outputs.contrast, outputs.likelihood, *(num_items_in_batch or own_counts))
+        own_counts = self._count(inputs)
+        counts = num_items_in_batch or own_counts
+        loss = combine_parts(outputs.contrast, outputs.likelihood, counts.num_contrast, counts.num_likelihood)
+        if outputs.critique is not None and counts.num_critique:
+            loss = loss + self.args.critique_weight * outputs.critique / counts.num_critique
         if num_items_in_batch is not None:
             # Ranks average their gradients, but their losses are shares of one sum.
             loss = loss * self.args.world_size
@@ -352,7 +363,7 @@ class CUTTrainer(CheckpointingTrainer):
             metrics = self._metrics.reduce(self.accelerator)
             num_tokens = metrics.pop("num_tokens")
             logs |= metrics | {"tokens_per_second": num_tokens / seconds, "records_left_out": self.num_left_out}
-            self._metrics = RunningMetrics(self.args.device)
+            self._metrics = RunningMetrics(self.args.device, self.args.critique_weight)
             self._last_log_time = time.perf_counter()
         super().log(logs, start_time)
 
@@ -360,7 +371,7 @@ class CUTTrainer(CheckpointingTrainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """Evaluate one micro-batch in parts; `compute_loss` adds each to the metrics."""
-        counts = StepCounts(*count_batch(inputs, self.args.normalization, self.args.parts))
+        counts = self._count(inputs)
         losses = []
         for part in self._split(inputs):
             with torch.no_grad():
@@ -381,7 +392,7 @@ class CUTTrainer(CheckpointingTrainer):
 
         On several processes the records that complete the last batches count twice; `notices` says so.
         """
-        self._eval_metrics = RunningMetrics(self.args.device)
+        self._eval_metrics = RunningMetrics(self.args.device, self.args.critique_weight)
         self._num_evaluated = 0
         start = time.perf_counter()
         try:
@@ -465,6 +476,13 @@ def compute_batch_loss(
         args: Settings of the objective.
         columns: [M, K + 1] log-probabilities of the tokens of the M distributions of a teacher, and of all others.
     """
+    if critique_lengths := list_critique_lengths(batch):
+        own, critiques = logps.split([len(logps) - sum(critique_lengths), sum(critique_lengths)])
+        if args.normalization == "record":
+            critiques = critiques * _repeat([1 / n for n in critique_lengths], critique_lengths, logps.device)
+        rest = {name: value for name, value in batch.items() if name != "critique_owners"}
+        rest["response_lengths"] = batch["response_lengths"][: -len(critique_lengths)]
+        return dataclasses.replace(compute_batch_loss(own, rest, args, columns), critique=-critiques.sum())
     num_tokens, num_satisfactory_tokens = split_lengths(batch)
     without, with_judgment, satisfactory = logps.split([num_tokens, num_tokens, num_satisfactory_tokens])
     num_unsatisfactory, lengths = batch["num_unsatisfactory"], batch["response_lengths"]
