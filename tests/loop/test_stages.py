@@ -15,7 +15,9 @@ from judged_rows import write_verdict
 from loop_plans import make_plan, make_settings, make_workplace, run_in_process
 
 from cutlm.cli import main
+from cutlm.data.records import load_records
 from cutlm.errors import ConfigError
+from cutlm.flagging.token_scores import read_token_scores
 from cutlm.loop.loop import Manifest, StageRef, collect_metrics, run_loop
 from cutlm.loop.settings import Plan
 from cutlm.loop.stages import StageFailed, WaitingForPerson, list_stages
@@ -289,6 +291,37 @@ def test_teachers_prompt_is_compared_by_the_judge_and_reported(workplace: Path) 
     assert "teacher's gain" in report
     assert all(warning in report for warning in found["warnings"])
     assert found["warnings"]
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"objective": "self_distillation", "distillation": "sampled", "guidance": 0.5},
+        {"objective": "redirect", "teacher_context": "advice", "teacher_sees_response": True, "threshold": 1.01},
+    ],
+    ids=["self_distillation", "redirect"],
+)
+def test_distributions_of_a_teacher_come_from_the_blame_stage(workplace: Path, further: dict[str, Any]) -> None:
+    """Under FSDP and DeepSpeed, training cannot make them itself."""
+    name = f"taught-{further['objective']}"
+    plan = make_plan(workplace, name, **with_teacher(teacher_gain_records=0, drop_ineffective=True, **further))
+    assert list_stages(plan, 1) == ["sample", "generate", "judge", "blame", "train", "merge"]
+    assert run_loop(plan, run=run_in_process) is True
+    folder = workplace / name / "iteration-1"
+    scores = [one for one in read_token_scores(folder / "scores.jsonl") if not one.record.is_satisfactory]
+    assert all(one.teacher is not None and one.judgment_rank is not None for one in scores)
+    assert not (folder / "adapter" / "token_scores.jsonl").exists()  # training makes none
+    metrics = collect_metrics(plan)[0]["stages"]["blame"]["metrics"]
+    assert metrics["num_ineffective"] + len(scores) == NUM_RESPONSES - _count_satisfactory(folder)
+
+
+def _count_satisfactory(folder: Path) -> int:
+    return sum(record.is_satisfactory for record in load_records(folder / "records.jsonl"))
+
+
+def test_marked_spans_need_no_blame_stage(workplace: Path) -> None:
+    plan = make_plan(workplace, "spans", **with_teacher(objective="redirect", detector="spans"))
+    assert "blame" not in list_stages(plan, 1)
 
 
 @pytest.mark.parametrize("further", [{"teacher_gain_records": 0}, {"judge": "human"}])

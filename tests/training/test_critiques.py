@@ -94,7 +94,7 @@ def test_parts_of_a_batch_add_up(settings: dict[str, Any]) -> None:
     assert sum(len(part["critique_owners"]) for part in parts) == len(RECORDS)
     counts = trainer._count(batch)
     total = sum(compute_loss(trainer, part, counts) for part in parts)
-    assert total == pytest.approx(compute_loss(trainer, batch, counts), rel=1e-9)
+    assert total == pytest.approx(compute_loss(trainer, batch, counts), rel=1e-6)
 
 
 def test_training_logs_the_term() -> None:
@@ -110,10 +110,8 @@ def test_judgment_that_does_not_fit_is_counted() -> None:
     long = RECORDS[0] | {"judgment": "It is wrong. " * 60}
     trainer = make_trainer(records=[long, *RECORDS[1:]], critique_weight=WEIGHT, max_length=200, detector="off")
     assert [row["critique_ids"] is None for row in trainer.train_dataset] == [True, *[False] * 5]
-    longest = max(
-        len(row["critique_prompt_ids"] or ()) + len(row["critique_ids"] or ()) for row in trainer.train_dataset
-    )
-    assert longest <= 200
+    rows = [row for row in trainer.train_dataset if row["critique_ids"]]
+    assert max(len(row["critique_prompt_ids"]) + len(row["critique_ids"]) for row in rows) <= 200
     assert any("5 judgments to learn" in notice and "1 left out" in notice for notice in trainer.notices)
     compute_loss(trainer)
 

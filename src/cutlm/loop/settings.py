@@ -100,7 +100,7 @@ class Plan:
     model: str  # the initial one
     seed: int  # every stage's seed is derived from it
     server_url: str | None  # of the server that generates; None for a local model
-    has_blame: bool  # whether the model before each training flags the tokens
+    has_blame: bool  # whether the model before each training flags the tokens, or teaches
     has_comparison: bool  # whether a teacher's prompt is compared with the plain one
     has_refine: bool  # whether the objective learns from refined responses
     has_merge: bool  # whether an adapter is trained, rather than the whole model
@@ -178,6 +178,13 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
     contrast += ["surprise_weight"] if train_args.surprise_weight else []
     blame_options = [*prompt_options] + [f"--{name}={getattr(train_args, name)}" for name in (*shared, *contrast)]
     blame_options += [f"--judgment_role={train_args.judgment_role}"] * (train_args.judgment_role != "user")
+    if train_args.has_teacher:
+        strength = "redirect_strength" if train_args.objective == "redirect" else "guidance"
+        blame_options += [
+            f"--{name}={getattr(train_args, name)}" for name in ("objective", "teacher_context", strength)
+        ]
+        blame_options += ["--teacher_sees_response"] * train_args.teacher_sees_response
+        blame_options += ["--distillation=sampled"] * (train_args.distillation == "sampled")
     blame_options += ["--drop_ineffective"] * train_args.drop_ineffective
     blame_options += ["--bf16"] * bool(train_args.bf16) + ["--device=cpu"] * bool(train_args.use_cpu)
     blame_options += [f"--dtype={model_args.dtype}"] if model_args.dtype else []
@@ -202,7 +209,8 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
         model=model_args.model_name_or_path,
         seed=train_args.seed,
         server_url=generate.get("base_url"),
-        has_blame=train_args.objective == "cut" and train_args.detector == "frozen",
+        # Under FSDP and DeepSpeed, training cannot ask the model before it for flags or the teacher's distributions.
+        has_blame=train_args.has_frozen_detector or train_args.objective == "self_distillation",
         has_comparison=train_args.has_teacher and arguments.teacher_gain_records > 0 and judge != "human",
         has_refine=train_args.objective in ("ilf_mle", "ilf_dpo"),
         has_merge=model_args.use_peft,

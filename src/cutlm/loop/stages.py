@@ -5,7 +5,7 @@
     judge     records.jsonl         cutlm judge
     compare   teacher_gain.json     cutlm judge --compare_prompts, if the objective has a teacher
     refine    refined.jsonl         cutlm refine, if the objective learns from refined responses
-    blame     scores.jsonl          cutlm blame, if the detector is frozen
+    blame     scores.jsonl          cutlm blame, if the detector is frozen or there is a teacher
     train     adapter/ or model/    cutlm train, with train.yaml
     merge     model/                cutlm merge, unless the whole model is trained
     evaluate  evaluation/           generate and judge on held-out instructions, and the user's eval_command
