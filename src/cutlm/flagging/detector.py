@@ -428,10 +428,10 @@ def compare_contexts(
         return rows[index].get("num_template_tokens") or 0
 
     ranks = {}
-    for index, own in plan.rivals.items():
+    for index, rival_contexts in plan.rivals.items():
         without, judged, _ = logps[index]
         assert judged is not None
-        rivals = [scored[context.target, context.source] for context in own]
+        rivals = [scored[context.target, context.source] for context in rival_contexts]
         ranks[index] = rank_judgment(without, judged, rivals, count_template_tokens(index))
     contrasts = []
     for context in plan.foreign:

@@ -457,8 +457,7 @@ class CUTConfig(TrainingArguments):
                 f"threshold: expected a number of at least 1 (the paper uses 1.1 or 1.2) or auto, got {self.threshold}"
             )
         numbers = ("unlikelihood_weight", "gamma", "surprise_weight", "praise_weight", "guidance", "redirect_strength")
-        numbers = (*numbers, "critique_weight")
-        for name in (*numbers, "learning_rate"):
+        for name in (*numbers, "critique_weight", "learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 problems.append(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
         for name in ("dpo_beta", "distillation_clip", "importance_clip"):

@@ -674,8 +674,7 @@ def _score_once(
     }
     run = describe_run(records, encoder, settings, detector, backend)
     keys = ("threshold", "unlikelihood_weight", "gamma", "contrast", "num_foreign", "surprise_weight")
-    keys = (*keys, "drop_ineffective")
-    header = {key: getattr(settings, key) for key in keys} | run
+    header = {key: getattr(settings, key) for key in (*keys, "drop_ineffective")} | run
     path = scores_file.path
     header_path = path.with_suffix(".json")
     partial = path.with_name(f"{path.name}.partial")
