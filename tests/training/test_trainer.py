@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import ON_CPU
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PrefixTuningConfig
 from reference import score_response
 from safetensors import safe_open
@@ -503,11 +504,11 @@ def test_bfloat16_autocast_covers_body_and_head(tmp_path: Path) -> None:
 
 def test_the_card_of_an_adapter_is_filled_in(tmp_path: Path) -> None:
     CUTTrainer(make_model(32), make_config(tmp_path), [JUDGED], peft_config=LORA).save_model()
-    card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\n")
-    assert "library_name: peft\n" in card.split("---\n")[1]
-    assert card.split("---\n")[2].startswith("\n# An adapter trained by cutlm\n")
-    assert "More Information Needed" not in card
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.cutlm["lora"]["target_modules"] == ["down_proj"]
+    assert "It was trained on token ids" in card.text
+    assert "More Information Needed" not in card.text
 
 
 def test_the_saved_model_has_the_prompt_of_training(tmp_path: Path) -> None:

@@ -70,6 +70,12 @@ def find_local_files(source: str) -> list[Path]:
     return _match(source)
 
 
+def find_hub_names(sources: Sequence[str]) -> list[str]:
+    """Return the names of the data sets of the hub among sources, each once."""
+    names = [_split(source.removeprefix(_HUB_SCHEME))[0] for source in sources if not find_local_files(source)]
+    return list(dict.fromkeys(name for name in names if _is_hub_name(name)))
+
+
 def find_missing(sources: Sequence[str]) -> list[str]:
     """Return the sources that name neither existing files nor a data set of the hub."""
     return [source for source in sources if not find_local_files(source) and not _is_hub_name(_split(source)[0])]

@@ -38,6 +38,7 @@ from cutlm.loop.stages import (
     recount_metrics,
     write_yaml,
 )
+from cutlm.model.card import CARD_FILE
 
 _PACKAGES = ("cutlm", "torch", "transformers", "peft", "trl", "accelerate")
 
@@ -116,7 +117,8 @@ class Manifest:
         """Mark a stage as complete, with checksums of its files and anything else to remember."""
         files: list[Path] = []
         for path in outputs:
-            files += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+            inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+            files += [file for file in inside if file.name != CARD_FILE]  # gets results of later stages
         self.stages[stage] = {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": read_versions(),

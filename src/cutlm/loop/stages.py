@@ -36,6 +36,7 @@ from cutlm.judges.human import name_todo_files
 from cutlm.judges.responses import EMPTY_RESPONSE, name_failures_file
 from cutlm.loop.processes import run_shell, serve
 from cutlm.loop.settings import Plan
+from cutlm.model.card import update_card
 
 _NUM_AVERAGED = 3
 _ADVICE = "see its output above, fix the problem and run the same command again: complete work is kept"
@@ -387,6 +388,10 @@ def _train(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
         assert state is not None
     for path in target.glob("checkpoint-*"):
         shutil.rmtree(path)
+    judge = plan.parse_options("judge", str(plan.arguments.judge))
+    about = {"iteration": iteration.number, "judge": judge["judge"], "judge_model": judge.get("judge_model")}
+    name = f"{plan.folder.resolve().name}-iteration-{iteration.number}"
+    update_card(target, name=name, iteration={name: value for name, value in about.items() if value is not None})
     logged = [line for line in state["log_history"] if "loss" in line]
     losses = [line["loss"] for line in logged]
     shares = [line["flagged_share"] for line in logged if "flagged_share" in line]
@@ -433,6 +438,9 @@ def _evaluate(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any
         metrics |= counts | {"share_satisfactory": counts["num_satisfactory"] / max(1, counts["num_judged"])}
     if arguments.eval_command:
         metrics |= _run_eval_command(arguments.eval_command, iteration.new_model, folder / "metrics.json", runner)
+    if iteration.number:  # the initial model is not ours
+        measured = {name: value for name, value in metrics.items() if not name.startswith("num_")}
+        update_card(iteration.new_model, evaluation=measured)
     return metrics
 
 

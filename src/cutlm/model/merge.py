@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cutlm.data.files import sync_directory, sync_tree
 from cutlm.errors import UserError
+from cutlm.model.card import Facts, describe_base, read_facts, write_card
 from cutlm.model.generation_config import find_end_of_turn_id, stopping_at
 from cutlm.model.loading import find_base_model, load_adapter, load_model, load_own_tokenizer, read_stored_dtypes
 from cutlm.model.saving import (
@@ -88,7 +89,8 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | None = No
         weight.data = weight.data.to(dtypes.get(name, weight.dtype))  # other buffers, as RoPE's, are not saved
     for field in repair_generation_config(merged):
         logger.warning("generation_config: %s is not valid, and left out of the merged model", field)
-    with _saving(merged, tokenizer, out) as folder:
+    facts = _describe_merge(adapter, base, dtype)
+    with _saving(merged, tokenizer, out, facts) as folder:
         del base_model, model, merged  # the memory is needed to load the saved model
         logits = compute_logits(load_model(folder), ids).float()
         is_recorded, quantization = probe is not None, probe.quantization if probe is not None else None
@@ -114,6 +116,15 @@ def merge_adapter(adapter: str | Path, out: str | Path, *, base: str | None = No
     return Merge(base, dtype, difference, is_recorded, quantization, bool(tokenizer.chat_template))
 
 
+def _describe_merge(adapter: str | Path, base: str, dtype: torch.dtype) -> Facts:
+    """The facts for the card of a merged model: those of the adapter, of whose base the license is asked if unknown."""
+    facts = read_facts(adapter)
+    found = facts.get("base") or {}
+    if not found.get("license") or Path(base).exists():
+        found = describe_base(base)
+    return facts | {"kind": "merged", "base": found, "merge": {"dtype": str(dtype).removeprefix("torch.")}}
+
+
 def _check_out(out: Path, overwrite: bool) -> None:
     if out.is_file():
         raise UserError(f"{out}: expected a folder, got a file")
@@ -125,7 +136,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _saving(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -> Iterator[Path]:
+def _saving(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path, facts: Facts) -> Iterator[Path]:
     """Save into a temporary folder next to `out`, and rename it at the end of the context."""
     saving = out.with_name(f".{out.name}.saving")
     shutil.rmtree(saving, ignore_errors=True)
@@ -134,6 +145,7 @@ def _saving(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -> Iterat
         with stopping_at(model, tokenizer.eos_token_id, find_end_of_turn_id(tokenizer)):
             model.save_pretrained(saving)
         tokenizer.save_pretrained(saving)
+        write_card(saving, facts, out.resolve().name)
         del model
         yield saving
         sync_tree(saving)

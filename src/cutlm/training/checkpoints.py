@@ -8,6 +8,7 @@ and compare a resumed run with the one that it continues.
 import json
 import logging
 import os
+import shlex
 import shutil
 import time
 import zipfile
@@ -18,7 +19,9 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
+from datasets import Dataset
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -31,6 +34,7 @@ from cutlm.data.files import open_atomic, sync_directory, sync_tree
 from cutlm.data.sources import describe_sources
 from cutlm.errors import ConfigError, NonFiniteError, UserError
 from cutlm.flagging.report import name_report_file
+from cutlm.model.card import describe_base, write_card
 from cutlm.model.forward import run_inside
 from cutlm.model.generation_config import stopping_at
 from cutlm.model.loading import check_saved_tokenizer, unwrap_peft
@@ -44,6 +48,7 @@ from cutlm.model.saving import (
     write_probe,
 )
 from cutlm.training.config import Settings
+from cutlm.training.facts import describe_progress, hash_rows
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +80,10 @@ _SETTINGS_OF_A_RUN = (
     *("chat_template_kwargs", "judgment_role"),
     *("train_sampling_strategy", "use_contrast_loss", "use_dora", "use_peft", "use_rslora", "use_satisfactory_loss"),
 )
-_CARD = """# An adapter trained by cutlm
-
-`cutlm_train.yaml` has the settings, if `cutlm train` made it. To merge it into its base model:
-
-    cutlm merge --adapter FOLDER --out MODEL
-"""
-
+# What is not pushed to the hub: checkpoints, hidden files, and the records in token scores.
+_NOT_PUSHED = [f"{PREFIX_CHECKPOINT_DIR}-*", ".*", f"{SCORES_FILE}*", SCORES_HEADER_FILE, RUN_FILE, SETTINGS_FILE]
+# What huggingface_hub raises without a network, in offline mode, without a key, or for a name that it refuses.
+_HUB_ERRORS = (OSError, HTTPError, HFValidationError)
 
 # The private methods of transformers' and TRL's trainers that cutlm's trainers override, with the start of the SHA-256
 # of their source in the versions that the overrides were checked against: transformers 5.23.0, trl 1.16.0. If
@@ -92,6 +94,7 @@ TRAINER_OVERRIDES = {
     "Trainer._get_grad_norm": "913ba6f52f07",
     "Trainer._get_output_dir": "97172085342a",
     "Trainer._get_train_sampler": "1580d7493244",
+    "Trainer._push_from_checkpoint": "2523da925347",
     "Trainer._run_epoch": "31aff00f34c3",
     "Trainer._save": "b136889e8792",
     "Trainer._save_checkpoint": "a9111e30faa9",
@@ -104,6 +107,8 @@ class CheckpointingTrainer(Trainer):
     # The first weights of an adapter that were subtracted from its base model.
     initial_adapter: Mapping[str, Tensor] | None = None
     template_date: str | None = None  # the date in the prompts, if they have one
+    facts: Mapping[str, Any] = {}  # what the model card says of the run, besides its progress
+    _base: Mapping[str, Any] | None = None  # what the card says of the base model
     _stop_requested = _is_stopping = _has_tried_saving = False
     _staging: str | None = None
     _num_done = _num_in_step = 0  # tokens of the optimizer step
@@ -209,8 +214,13 @@ class CheckpointingTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter or model so that a kill leaves either the previous files or the new ones."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False, push: bool = True) -> None:
+        """Save the adapter or model so that a kill leaves either the previous files or the new ones.
+
+        Args:
+            output_dir: The folder; None for that of the settings.
+            push: Push it, if the settings have `push_to_hub`.
+        """
         if _internal_call:  # part of a checkpoint, which is renamed as a whole
             super().save_model(output_dir, _internal_call)
             self._save_probe(str(output_dir))
@@ -226,8 +236,86 @@ class CheckpointingTrainer(Trainer):
                     convert_to_plain_lora(staging, self.initial_adapter)
                 publish_files(staging, target)
             self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        if self.args.push_to_hub and push:
+            self.push_saved("Model save")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository to push to, before training.
+
+        Raises:
+            UserError: The hub cannot be reached, or refuses it.
+        """
+        try:
+            super().init_hf_repo(token, private)
+        except _HUB_ERRORS as error:
+            raise UserError(
+                f"push_to_hub: the repository cannot be created on the hub ({_first_line(error)}); check the network,"
+                f" hub_model_id and your login (hf auth login), or leave out push_to_hub and upload"
+                f" {self.args.output_dir} later"
+            ) from error
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the adapter or model and push it, without its checkpoints and training data.
+
+        Args:
+            commit_message: The message of the commit.
+            blocking: Must be true.
+            token: A key of the hub; None for that of the settings, or of the login.
+            revision: The branch to push to; None for that of the settings.
+            private: Whether a new repository is private.
+            **kwargs: Not used; the model card is cutlm's own.
+
+        Returns:
+            The `CommitInfo`; None on other processes than the first.
+
+        Raises:
+            UserError: The hub cannot be reached, or refuses it; what was saved stays.
+        """
+        if not blocking:
+            raise ConfigError("push_to_hub: expected blocking=True, got False; push in a thread of yours")
+        self.save_model(push=False)
+        return self.push_saved(commit_message, token, revision, private)
+
+    def push_saved(
+        self,
+        commit_message: str | None = "End of training",
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> Any:
+        """Push what `save_model` has saved; see `push_to_hub`."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        if not self.is_world_process_zero():
+            return None
+        folder, name = str(self.args.output_dir), str(self.hub_model_id)
+        try:
+            return HfApi().upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                commit_message=commit_message,
+                token=token or self.args.hub_token,
+                revision=revision or self.args.hub_revision,
+                ignore_patterns=_NOT_PUSHED,
+            )
+        except _HUB_ERRORS as error:
+            raise UserError(
+                f"push_to_hub: {folder} is saved, but was not pushed ({_first_line(error)}); push it later with:"
+                f" hf upload {shlex.quote(name)} {shlex.quote(folder)} ."
+                f" --exclude '{PREFIX_CHECKPOINT_DIR}-*' '{SCORES_FILE}*'"
+            ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push nothing: checkpoints would be copied into the output folder without protection from a kill."""
 
     def try_saving(self) -> None:
         """Save everything but the weights of a full model to a temporary folder, so that errors come before training.
@@ -303,15 +391,21 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save and folder:
             # A pickle that nothing reads; the command line saves its settings as YAML.
             (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            _fill_card(Path(folder) / "README.md")
+            self._write_card(folder, language_model)
+
+    def _write_card(self, folder: str, language_model: PreTrainedModel) -> None:
+        """Write the model card, in place of the empty form that PEFT writes next to an adapter."""
+        if self._base is None:
+            self._base = describe_base(getattr(language_model, "name_or_path", ""))
+        data = self.facts.get("data", {})
+        if "sha256" not in data and isinstance(self.train_dataset, Dataset):
+            self.facts = {**self.facts, "data": data | {"sha256": hash_rows(self.train_dataset)}}
+        name = self.args.hub_model_id or Path(str(self.args.output_dir)).resolve().name
+        write_card(folder, {"base": self._base, **describe_progress(self.state), **self.facts}, name)
 
 
-def _fill_card(path: Path) -> None:
-    """Replace the empty form that PEFT writes next to an adapter; its header stays."""
-    if not path.is_file() or "[More Information Needed]" not in (text := path.read_text("utf-8")):
-        return
-    header = text.split("---\n", 2)[1] if text.startswith("---\n") else ""
-    path.write_text(f"---\n{header}---\n\n{_CARD}", "utf-8")
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # ---- Writing ----

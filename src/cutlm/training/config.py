@@ -25,6 +25,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, HfArgumentParser, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.trainer_utils import HubStrategy
 
 from cutlm.data.sources import check_columns
 from cutlm.errors import ConfigError
@@ -519,6 +520,9 @@ class CUTConfig(TrainingArguments):
                     f"activation_checkpointing_kwargs: expected some of {', '.join(_CHECKPOINTING_OPTIONS)}, got"
                     f" {', '.join(unknown)}"
                 )
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            strategy = HubStrategy(self.hub_strategy).value
+            problems.append(f"hub_strategy: expected end, because checkpoints are not pushed, got {strategy}")
         metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
         if not self.is_of_pairs and metric not in METRICS:
             problems.append(f"metric_for_best_model: expected one of {', '.join(METRICS)}, got {metric!r}")

@@ -25,6 +25,7 @@ from cutlm.prompting.encoding import Encoder, encode_each
 from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import CUTConfig
 from cutlm.training.dataset import describe_replaced_template, make_encoder
+from cutlm.training.facts import describe_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -209,6 +210,10 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
             end_of_turn_id=encoder.end_of_turn_id,
             **kwargs,
         )
+        self.facts = describe_config(args, self.model) | {
+            "template": args.template,
+            "data": {"num_records": len(train_dataset), "num_pairs": len(rows)},
+        }
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # already encoded

@@ -1,5 +1,6 @@
 """One run of `cutlm train`: load the data and the model, build the trainer, train, save, and print the next command."""
 
+import dataclasses
 import logging
 import os
 import random
@@ -16,7 +17,7 @@ from cutlm.data.doubts import describe_doubts
 from cutlm.data.files import read_data
 from cutlm.data.records import JudgedRecord, check_rows, raise_problems
 from cutlm.data.sources import describe_sources, find_local_files
-from cutlm.errors import ConfigError, DataError
+from cutlm.errors import ConfigError, DataError, UserError
 from cutlm.flagging.report import read_sensitivity
 from cutlm.flagging.token_scores import (
     StoredScores,
@@ -26,6 +27,7 @@ from cutlm.flagging.token_scores import (
     open_token_scores,
     parse_token_scores,
 )
+from cutlm.model.card import Facts
 from cutlm.model.loading import check_bitsandbytes, count_parameters, load_model, load_tokenizer
 from cutlm.training.checkpoints import (
     SCORES_FILE,
@@ -39,6 +41,7 @@ from cutlm.training.checkpoints import (
 )
 from cutlm.training.config import Settings, check_libraries
 from cutlm.training.dataset import ScoresFile
+from cutlm.training.facts import describe_settings
 from cutlm.training.trainer import CUTTrainer
 
 _MAX_LOCATIONS_NAMED = 5
@@ -75,7 +78,7 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
         prepare: Turns the rows of a data file into training rows; by default they are used unchanged.
 
     Returns:
-        The exit code: 0, or 128 plus the signal that stopped the run.
+        The exit code: 0; 1 if the model was saved, but not pushed; or 128 plus the signal that stopped the run.
     """
     data_args, model_args, config = settings.parts
     is_main = int(os.environ.get("RANK", "0")) == 0
@@ -102,6 +105,7 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
             config.template_date = read_run_facts(Path(checkpoint).parent).get("template_date")
     with _log_to_stdout():
         trainer = build_trainer(settings, data, prepare)
+    trainer.facts = _add_facts(trainer.facts, settings, data)
     if not len(trainer.get_train_dataloader()):
         raise ConfigError("dataloader_drop_last: the records fill no batch; set a smaller per_device_train_batch_size")
     trainer.try_saving()
@@ -133,8 +137,17 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
         return 128 + signals[0]
     if not state.global_step:
         raise ConfigError("num_train_epochs, max_steps: expected at least one step, got none; nothing was saved")
-    trainer.save_model()
+    trainer.save_model(push=False)
     trainer.save_state()
+    status = 0
+    if config.push_to_hub:
+        try:
+            pushed = trainer.push_saved()
+            if is_main:
+                print(f"Pushed to {pushed.repo_url}")
+        except UserError as error:  # what was trained is saved
+            print(f"cutlm {command}: {error}", file=sys.stderr)
+            status = 1
     if is_main:
         out = shlex.quote(config.output_dir)
         kind = "adapter" if model_args.use_peft else "model"
@@ -146,7 +159,21 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
         elif not model_args.use_peft:
             then = f"cutlm generate --model {out} --prompts FILE --out FILE"
         print(f"Trained {state.global_step} steps; the {kind} is in {config.output_dir}. Next:\n  {then}")
-    return 0
+    return status
+
+
+def _add_facts(facts: Mapping[str, Any], settings: Settings, data: LoadedData) -> Facts:
+    """Add to the facts of a model card what only a run of files knows."""
+    known = describe_settings(settings)
+    paths = [path for source in settings.parts[0].data for path in find_local_files(source)]
+    measured = [found for path in paths if isinstance(data.rows[0], TokenScores) and (found := read_sensitivity(path))]
+    return {
+        "sensitivity": dataclasses.asdict(measured[0]) if len(measured) == 1 else None,
+        **facts,
+        "data": {**facts.get("data", {}), "sha256": data.sha256},
+        "settings": {**known["settings"], **facts["settings"]},
+        "datasets": known["datasets"],
+    }
 
 
 def load_data(sources: Sequence[str], columns: Mapping[str, str] | None = None) -> LoadedData:

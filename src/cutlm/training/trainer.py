@@ -58,6 +58,7 @@ from cutlm.model.saving import changes_base, check_base_change, collect_initial_
 from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import CUTConfig
 from cutlm.training.dataset import PreparedData, ScoresFile, describe_replaced_template, prepare_data
+from cutlm.training.facts import describe_config, describe_rows
 from cutlm.training.metrics import RunningMetrics
 from cutlm.training.sampling import BalancedSampler
 
@@ -187,6 +188,15 @@ class CUTTrainer(CheckpointingTrainer):
             end_of_turn_id=prepared["train_dataset"].end_of_turn_id if "train_dataset" in prepared else None,
             **{"data_collator": CutCollator(has_critiques=args.critique_weight > 0)} | kwargs,
         )
+        self.facts = describe_config(args, model)
+        if "train_dataset" in prepared:
+            data = prepared["train_dataset"]
+            self.facts |= {
+                "data": describe_rows(data.rows, data.num_left_out),
+                "template": None if data.chat_template is None else args.template,
+            }
+            if data.sensitivity is not None:
+                self.facts["sensitivity"] = dataclasses.asdict(data.sensitivity)
         for name, data in prepared.items():
             batch_size = args.train_batch_size if name == "train_dataset" else args.eval_batch_size
             num_repeats = -len(data.rows) % (batch_size * args.world_size)
