@@ -242,8 +242,10 @@ def test_options_in_the_text_exist(page: str) -> None:
     problems = []
     for block in list_of_kind(page, "inline"):
         options = set(_OPTION.findall(re.sub(r"'[^']*'", "", block.text)))
-        command = re.match(r"cutlm ((?:eval |world )?[a-z-]+)", block.text)
-        if command and command[1] not in OPTIONS:
+        command = re.match(r"cutlm ((?:eval |world )?[a-z][a-z-]*)", block.text)
+        if re.match(r"cutlm --\w+$", block.text):
+            options -= OPTIONS[""]
+        elif command and command[1] not in OPTIONS:
             problems.append(f"{block.place}: no command: {block.text}")
         elif command:
             options -= OPTIONS[command[1]]
