@@ -5,7 +5,7 @@ from real.manifest import Family
 from tiny import make_model
 from transformers import PreTrainedTokenizerBase
 
-from cutlm.generation.local import Answer, AnswerReader
+from cutlm.generation.local import Answer, AnswerReader, make_reader
 from cutlm.prompting.encoding import Encoder
 
 ANSWER = "Canberra.\n\n    It isn't Sydney, is it?"
@@ -13,7 +13,7 @@ ANSWER = "Canberra.\n\n    It isn't Sydney, is it?"
 
 @pytest.fixture
 def reader(encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> AnswerReader:
-    return AnswerReader(make_model(8), tokenizer, encoder)
+    return make_reader(make_model(8), tokenizer, encoder)
 
 
 def test_a_learned_response_is_read_as_its_text(encoder: Encoder, reader: AnswerReader) -> None:

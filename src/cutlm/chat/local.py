@@ -27,6 +27,7 @@ from cutlm.generation.local import (
     generate_ids,
     make_generation_config,
     make_logits_processors,
+    make_reader,
 )
 from cutlm.model.collator import check_rows_fit_model
 from cutlm.model.forward import check_head
@@ -75,7 +76,7 @@ class LocalEngine:
         )
 
     def answer(self, prompt: list[int], seed_offset: int, show: Callable[[str], None]) -> bool:
-        reader = AnswerReader(self._model, self._tokenizer, self._encoder)
+        reader = make_reader(self._model, self._tokenizer, self._encoder)
         streamer = _Streamer(reader, show)
         if opening := reader.find_open_thoughts(prompt):
             show(opening)

@@ -1,6 +1,7 @@
 """Answer a file of instructions and write AlpacaEval's format (instruction, output, generator, dataset).
 
   cutlm generate --model MODEL --prompts FILE --out FILE
+  cutlm generate --model MODEL --engine vllm --prompts FILE --out FILE
   cutlm generate --base_url http://localhost:8000/v1 --model NAME --prompts FILE --out FILE
 
 Greedy by default. A run that was stopped resumes when started again with the same settings.
@@ -31,8 +32,9 @@ from cutlm.cli.model_options import (
     make_encoder,
     make_sampling,
     make_server,
+    read_json_object,
 )
-from cutlm.errors import ConfigError
+from cutlm.errors import ConfigError, UserError
 
 LOCAL_OPTIONS = ModelOptions(("batch_size", "dtype", "device"))
 ANSWERING_OPTIONS = ModelOptions(LOCAL_OPTIONS.local, ("tokenizer", *SERVER_OPTIONS))
@@ -43,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = f"rows with 'instruction', or alpaca_eval: {SOURCES}"
     parser.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=prompts)
     add_options(parser, "columns")
+    engine = "what runs a local model: transformers (default), or vllm, on GPUs (pip install 'cutlm[vllm]')"
+    parser.add_argument("--engine", choices=("transformers", "vllm"), help=engine)
+    arguments = """further arguments of vllm.LLM: '{"tensor_parallel_size": 2, "max_model_len": 8192}'"""
+    parser.add_argument("--engine_args", metavar="JSON", help=arguments)
     samples = "responses to each instruction, in successive rows (default: 1)"
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help=samples)
     add_answering_arguments(parser)
@@ -83,6 +89,16 @@ def check_options(args: argparse.Namespace) -> None:
         for name in ("tokenizer", "template_date"):
             if getattr(args, name) is not None:
                 problems.append(f"--{name}: expected only with --template; set that too, or leave this out")
+    if args.engine == "vllm":
+        if args.base_url is not None:
+            problems.append("--engine vllm: expected only without --base_url; leave one of them out")
+        problems += [
+            f"--{name}: not used by --engine vllm; leave it out, or see --engine_args"
+            for name in ("batch_size", "device")
+            if getattr(args, name) is not None
+        ]
+    elif args.engine_args is not None:
+        problems.append("--engine_args: expected only with --engine vllm; set that too, or leave this out")
     if problems:
         raise ConfigError(problems)
     ANSWERING_OPTIONS.fill(args)
@@ -96,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
         from cutlm.generation.files import load_prompts
 
     prompts = [row for row in load_prompts(args.prompts, args.columns) for _ in range(args.num_samples)]
+    if args.engine == "vllm":
+        return _answer_by_vllm(args, prompts)
     return _answer_locally(args, prompts) if args.base_url is None else _answer_by_server(args, prompts)
 
 
@@ -114,6 +132,28 @@ def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
     names |= {"fingerprint": fingerprint_model(args.model)}
     options = names | {"judgment": args.judgment, "max_failure_rate": args.max_failure_rate}
     generated = generate_file(model, tokenizer, encoder, prompts, args.out, sampling, **options)
+    return _report(args, generated, sampling)
+
+
+def _answer_by_vllm(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:
+    from cutlm.generation.files import generate_file
+    from cutlm.generation.local import Sampling, choose_max_new_tokens_in
+    from cutlm.generation.vllm import load_engine
+    from cutlm.model.loading import find_base_model, fingerprint_model, is_adapter_folder, load_own_tokenizer
+    from cutlm.prompting.encoding import choose_template
+
+    arguments = read_json_object(args.engine_args or "{}", "--engine_args")
+    tokenizer = load_own_tokenizer(args.model, find_base_model(args.model) if is_adapter_folder(args.model) else None)
+    if args.template is None and not tokenizer.chat_template:
+        raise UserError(f"{args.model}: its tokenizer has no chat template; set --template alpaca")
+    encoder = make_encoder(args, tokenizer, args.template or choose_template(tokenizer))
+    engine = load_engine(args.model, dtype=args.dtype, arguments=arguments)
+    max_new_tokens = args.max_new_tokens or choose_max_new_tokens_in(engine.context_limit)
+    sampling = Sampling(max_new_tokens, args.temperature, args.top_p, args.seed)
+    options = _name_output(args) | {"fingerprint": fingerprint_model(args.model), "judgment": args.judgment}
+    generated = generate_file(
+        engine, tokenizer, encoder, prompts, args.out, sampling, max_failure_rate=args.max_failure_rate, **options
+    )
     return _report(args, generated, sampling)
 
 

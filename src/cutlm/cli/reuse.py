@@ -34,7 +34,8 @@ def check_source(args: argparse.Namespace, problems: Sequence[str] = (), *, also
         problems.append(f"{', '.join(given)}: expected only with --model, not with --outputs; leave out")
     if args.model is not None:
         try:
-            generate.check_options(argparse.Namespace(**vars(args), num_samples=1, max_failure_rate=0.0))
+            others = {"num_samples": 1, "max_failure_rate": 0.0, "engine": None, "engine_args": None}
+            generate.check_options(argparse.Namespace(**vars(args), **others))
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,9 @@ from cutlm.data.sources import as_sources, describe_sources
 from cutlm.errors import DataError, UserError
 from cutlm.generation.local import Generated, Sampling, generate_with_journal
 from cutlm.prompting.encoding import Encoder, encode_each
+
+if TYPE_CHECKING:
+    from cutlm.generation.vllm import Engine
 
 ALPACA_EVAL = "alpaca_eval"
 
@@ -83,7 +86,7 @@ def describe_run(
 
 
 def generate_file(
-    model: nn.Module,
+    model: "nn.Module | Engine",
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder,
     prompts: Sequence[dict[str, Any]],
@@ -99,7 +102,7 @@ def generate_file(
     """Answer prompts with a local model and write AlpacaEval's format, see `write_answers`.
 
     Args:
-        model: A causal language model in evaluation mode.
+        model: A causal language model in evaluation mode, or one that vLLM has loaded.
         tokenizer: Its tokenizer.
         encoder: Encodes the prompts.
         prompts: See `load_prompts`.
@@ -118,8 +121,14 @@ def generate_file(
     inputs = [list_inputs(conversations), judgment]
     header = describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date)
     encoded = encode_prompts(conversations, judgment, encoder)
-    journal = Journal(out, header)
-    generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
+    if isinstance(model, nn.Module):
+        journal = Journal(out, header)
+        generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
+    else:
+        from cutlm.generation.vllm import generate_with_vllm
+
+        journal = Journal(out, header | {"engine": "vllm"})
+        generated = generate_with_vllm(model, tokenizer, encoder, encoded, sampling, journal)
     write_answers(prompts, generated, journal, out, generator, dataset, max_failure_rate)
     return generated
 

@@ -174,21 +174,28 @@ def generate_batches(
     Yield the journal's lines of each batch, those of new responses only. Raise a `UserError` if the model's context has
     no room for a prompt.
     """
-    room = find_room(model, sampling.max_new_tokens)
-    if room is not None:
-        generated.num_truncated = sum(len(ids) > room for ids in prompts)
-        prompts = [encoder.truncate(ids, room) for ids in prompts]
+    prompts = fit_prompts(prompts, find_room(model, sampling.max_new_tokens), encoder, generated)
     missing = [
         index for index in range(len(prompts)) if index not in generated.responses and index not in generated.failures
     ]
     missing.sort(key=lambda index: (-len(prompts[index]), index))
-    reader = AnswerReader(model, tokenizer, encoder)
+    reader = make_reader(model, tokenizer, encoder)
     rows = [Row(index, prompts[index]) for index in missing]
     for batch in _generate_rows(model, reader, rows, sampling, progress or Progress(len(prompts), is_shown=False)):
         lines = [reader.read(row.prompt, row.new_ids, sampling.max_new_tokens).to_line(row.index) for row in batch]
         for line in lines:
             generated.add(line)
         yield lines
+
+
+def fit_prompts(
+    prompts: Sequence[list[int]], room: int | None, encoder: Encoder, generated: Generated
+) -> Sequence[list[int]]:
+    """Truncate prompts on the left to the room of a context, and count them in `generated`; None for no limit."""
+    if room is None:
+        return prompts
+    generated.num_truncated = sum(len(ids) > room for ids in prompts)
+    return [encoder.truncate(ids, room) for ids in prompts]
 
 
 def _generate_rows(
@@ -267,7 +274,11 @@ class SampledTokens(LogitsProcessor):
 
 def choose_max_new_tokens(model: nn.Module) -> int:
     """Return 2048 as in the paper, or half of the model's context if that is less."""
-    limit = find_context_limit(model)
+    return choose_max_new_tokens_in(find_context_limit(model))
+
+
+def choose_max_new_tokens_in(limit: int | None) -> int:
+    """Return the same for a context of `limit` tokens; None for no limit."""
     return MAX_NEW_TOKENS if limit is None else max(1, min(MAX_NEW_TOKENS, limit // 2))
 
 
@@ -278,7 +289,11 @@ def find_context_limit(model: nn.Module) -> int | None:
 
 def find_room(model: nn.Module, max_new_tokens: int) -> int | None:
     """Return how many tokens of the model's context are left for a prompt, at least 1; None if it has no limit."""
-    limit = find_context_limit(model)
+    return find_room_in(find_context_limit(model), max_new_tokens)
+
+
+def find_room_in(limit: int | None, max_new_tokens: int) -> int | None:
+    """Return how many of `limit` tokens are left for a prompt, at least 1; None if there is no limit."""
     if limit is not None and limit <= max_new_tokens:
         raise UserError(f"max_new_tokens: expected fewer than the model's context of {limit}, got {max_new_tokens}")
     return None if limit is None else limit - max_new_tokens
@@ -348,10 +363,8 @@ class AnswerReader:
         pad_id: The token for padding; any would do, because it is masked.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> None:
-        language_model = unwrap_peft(model)
-        self.end_ids = list_end_ids(language_model, tokenizer.eos_token_id, encoder.end_of_turn_id)
-        self.pad_id = _choose_pad_id(language_model, tokenizer, self.end_ids)
+    def __init__(self, end_ids: list[int], pad_id: int, tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> None:
+        self.end_ids, self.pad_id = end_ids, pad_id
         self._tokenizer, self._encoder = tokenizer, encoder
         special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
@@ -379,6 +392,13 @@ class AnswerReader:
         if split.problem:
             return Answer("", failure=split.problem)
         return Answer(split.output, split.reasoning, is_unfinished)
+
+
+def make_reader(model: nn.Module, tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> AnswerReader:
+    """Return the reader of a local model's answers."""
+    language_model = unwrap_peft(model)
+    end_ids = list_end_ids(language_model, tokenizer.eos_token_id, encoder.end_of_turn_id)
+    return AnswerReader(end_ids, _choose_pad_id(language_model, tokenizer, end_ids), tokenizer, encoder)
 
 
 def _choose_pad_id(language_model: Any, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> int:
