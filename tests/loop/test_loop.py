@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from loop_plans import make_plan, make_settings, make_workplace, run_in_process
 from safetensors.torch import load_file
 
@@ -94,6 +95,14 @@ def test_run_leaves_all_files_and_learns(workplace: Path, uninterrupted: Plan) -
     settings = yaml.safe_load((folder / "iteration-2" / "train.yaml").read_text())
     assert settings["model_name_or_path"] == str(folder / "iteration-1" / "model")
     assert [row["iteration"] for row in results["report"]] == [0, 1, 2]
+    for number in (1, 2):
+        facts = ModelCard.load(folder / f"iteration-{number}" / "model" / "README.md").data.cutlm
+        assert (facts["kind"], facts["iteration"]["iteration"], facts["name"]) == (
+            "merged",
+            number,
+            f"uninterrupted-iteration-{number}",
+        )
+        assert 0 <= facts["evaluation"]["share_satisfactory"] <= 1
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     drawn = [row["instruction"] for number in (1, 2) for row in results[f"iteration-{number}/instructions.jsonl"]]
     assert len(drawn) == len(set(drawn)) == 12

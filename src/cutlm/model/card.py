@@ -187,7 +187,8 @@ def _introduce(facts: Mapping[str, Any]) -> str:
     kind = {
         "adapter": f"A LoRA adapter of {name}",
         "merged": f"{name} with a LoRA adapter merged into it",
-    }.get(str(facts.get("kind")), f"A fine-tuned {name}")
+    }.get(str(facts.get("kind")), f"A fine-tuned version of {name}")
+    kind = kind[0].upper() + kind[1:]
     role = {
         "judge": "It judges responses: it writes what is wrong with one, and whether it is satisfactory.",
         "detector": "It reads judgments, for `cutlm blame` to flag the tokens that they object to.",
