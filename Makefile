@@ -8,7 +8,7 @@ JOBS ?= 2
 # If this is set to a value, every process that a test starts compiles torch and transformers again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup demo test check format lint types docs bench real-model clean
+.PHONY: help setup demo test check format lint types docs bench real-model wheel-test lowest-test clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -66,6 +66,25 @@ DTYPE ?= float32
 
 real-model: setup ## make a folder of a small real model (SmolLM2-135M-Instruct) in the test cache, and print its path
 	@PYTHONPATH=tests $(BIN)/python -m real.smollm2 --dtype $(DTYPE)
+
+# In fresh environments, both with whatever torch the index offers; a CPU build is found by PIP_FIND_LINKS or pip.conf.
+wheel-test: setup ## build the wheel, check it, install it without extras in a new environment and run the demo
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	build/wheel/bin/pip install --quiet -c constraints.txt dist/*.whl
+	cd build && wheel/bin/cutlm --version --verbose && wheel/bin/cutlm demo --quick --out wheel/demo
+
+# Several minutes and gigabytes: the lowest torch comes with CUDA.
+lowest-test: setup ## run a part of the tests with the lowest versions of the dependencies
+	$(BIN)/pip install --quiet 'uv>=0.8'
+	$(BIN)/uv venv --quiet --clear build/lowest
+	$(BIN)/uv pip install --quiet --resolution lowest-direct --python build/lowest/bin/python '.[studio,gguf]'
+	$(BIN)/uv pip install --quiet --python build/lowest/bin/python 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
+	build/lowest/bin/python -m pytest tests/losses tests/data tests/model tests/training/test_invariance.py \
+		tests/training/test_config.py
 
 clean: ## remove the environment and all build and test output
 	rm -rf $(VENV) build dist demo site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

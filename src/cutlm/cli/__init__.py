@@ -59,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     description = "Align language models with written judgments of their responses."
     parser = argparse.ArgumentParser(prog="cutlm", description=description)
     parser.add_argument("--version", action="version", version=f"cutlm {__version__}")
+    parser.add_argument(
+        "--verbose", action="store_true", help="with --version: also libraries and devices, for a report"
+    )
     add_commands(parser, COMMANDS, "command")
     return parser
 
@@ -90,8 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console that is not UTF-8 shows escapes
+    if {*(sys.argv[1:] if argv is None else argv)} == {"--version", "--verbose"}:
+        from cutlm.cli.installation import describe_installation
+
+        print(describe_installation())
+        return 0
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
+    if args.verbose:
+        parser.error("--verbose: expected only with --version, and no command")
     if rest and args.command not in _COMMANDS_WITH_SETTINGS:
         parser.error(f"{args.command}: unknown arguments: {' '.join(rest)}")
     args.rest = rest
