@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cutlm.errors import UserError
 from cutlm.flagging.teacher import Columns, TeacherSettings, list_columns
-from cutlm.model.collator import CutCollator, check_rows_fit_model, find_non_finite
+from cutlm.model.collator import CutCollator, check_rows_fit_model, find_non_finite, view_teacher
 from cutlm.model.forward import (
     check_head,
     choose_layout,
@@ -88,7 +88,7 @@ def score_rows(
             # A half-finished batch is scored again as a whole, because its numbers may depend on its composition.
             asked = [index for index in batch if teacher and rows[index].get("teacher_prompt_ids") is not None]
             tensors = CutCollator()(
-                [*(rows[index] for index in batch), *(_view_teacher(rows[index]) for index in asked)]
+                [*(rows[index] for index in batch), *(view_teacher(rows[index]) for index in asked)]
             )
             tensors |= {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=is_bf16)
@@ -175,16 +175,6 @@ def load_scorer(
         )
 
     return tokenizer, score, fingerprint, backend
-
-
-def _view_teacher(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The teacher's context of a row, as a row of one context."""
-    return {
-        "prompt_ids": row["teacher_prompt_ids"],
-        "judged_prompt_ids": None,
-        "response_ids": row["response_ids"],
-        "location": f"{row.get('location') or 'a record'} with the prompt of the teacher",
-    }
 
 
 def count_tokens(row: Mapping[str, Any]) -> int:

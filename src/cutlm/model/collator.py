@@ -14,8 +14,20 @@ from torch import Tensor, nn
 from cutlm.errors import ConfigError
 from cutlm.model.loading import list_rope_parameters, unwrap_peft
 
+_PROMPTS = ("prompt_ids", "judged_prompt_ids")
 # Rows that are checked at a time.
 _NUM_CHECKED = 10_000
+
+
+@dataclass(frozen=True)
+class TeacherRow:
+    """The contexts in which a teacher that changes during training is asked about a response."""
+
+    prompt_ids: list[int]
+    judged_prompt_ids: list[int]
+    teacher_prompt_ids: list[int]
+    response_ids: list[int]
+    location: str
 
 
 @dataclass(frozen=True)
@@ -46,10 +58,12 @@ class CutCollator:
     - `can_flag`: for each token of the unsatisfactory records in one context, whether it may be flagged, if any row
       has `num_template_tokens`, which the chat template writes at the start of the response.
     - `is_praised`: for each unsatisfactory record whether its judgment is praise, if any row has `is_praised`.
+    - `teacher_rows`: for each record its `TeacherRow`, or None.
     - `critique_owners`: for each critique the index of its record in `locations`. Critiques are the last sequences.
 
     Args:
         has_critiques: Also learn to write judgments: of rows that have `critique_ids`, after `critique_prompt_ids`.
+        has_teacher_rows: Keep the contexts of the teacher of rows that have `teacher_prompt_ids`.
 
     Example:
 
@@ -68,6 +82,7 @@ class CutCollator:
     """
 
     has_critiques: bool = False
+    has_teacher_rows: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         judged = [row for row in rows if row["judged_prompt_ids"] is not None]
@@ -94,6 +109,8 @@ class CutCollator:
                 name for kind in (True, False) for name, flag in zip(names, is_judged, strict=True) if flag == kind
             ],
         }
+        if self.has_teacher_rows:
+            batch["teacher_rows"] = [_make_teacher_row(row) for row in ordered]
         if self.has_critiques:
             batch["critique_owners"] = owners
         if any(row.get("is_flagged") is not None for row in rows):
@@ -114,6 +131,33 @@ class CutCollator:
         if any("is_praised" in row for row in rows):
             batch["is_praised"] = [bool(row.get("is_praised")) for row in judged]
         return batch
+
+
+def _make_teacher_row(row: Mapping[str, Any]) -> TeacherRow | None:
+    if row.get("teacher_prompt_ids") is None:
+        return None
+    prompts = (row["prompt_ids"], row["teacher_judged_ids"], row["teacher_prompt_ids"])
+    return TeacherRow(*prompts, row["response_ids"], row.get("location") or "a record")
+
+
+def collate_teacher_rows(rows: Sequence[TeacherRow]) -> dict[str, Any]:
+    """Collate the contexts of a teacher, which `score_teacher` scores."""
+    return CutCollator()(
+        [
+            *({name: getattr(row, name) for name in (*_PROMPTS, "response_ids", "location")} for row in rows),
+            *(view_teacher(vars(row)) for row in rows),
+        ]
+    )
+
+
+def view_teacher(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher's context of a row, as a row of one context."""
+    return {
+        "prompt_ids": row["teacher_prompt_ids"],
+        "judged_prompt_ids": None,
+        "response_ids": row["response_ids"],
+        "location": f"{row.get('location') or 'a record'} with the prompt of the teacher",
+    }
 
 
 def _collate_teacher(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -190,6 +234,8 @@ def _take_records(batch: Mapping[str, Any], records: list[int], owned: list[list
     part["num_unsatisfactory"] = len(judged)
     part["shared_lengths"] = [batch["shared_lengths"][record] for record in judged]
     part["locations"] = [batch["locations"][record] for record in records]
+    if "teacher_rows" in batch:
+        part["teacher_rows"] = [batch["teacher_rows"][record] for record in records]
     if "critique_owners" in batch:
         part["critique_owners"] = [place for place, record in enumerate(records) if critiques[record]]
     # One response for each record, without the judged contexts.

@@ -48,6 +48,7 @@ OBJECTIVES = (
 )
 DETECTORS = ("current", "frozen", "spans", "off")
 DISTILLATIONS = ("topk", "sampled")
+TEACHERS = ("frozen", "ema")
 # The objectives that use a setting; settings that are not listed are used by all of them.
 _USED_BY = {
     **dict.fromkeys(("threshold", "gamma"), ("cut", "dual_cut", "redirect")),
@@ -59,7 +60,7 @@ _USED_BY = {
     **dict.fromkeys(("use_satisfactory_loss", "use_judged_loss"), ("cut", *TEACHER_OBJECTIVES)),
     "praise_weight": ("dual_cut",),
     "satisfactory_only": ("likelihood",),
-    **dict.fromkeys(("teacher_context", "teacher_sees_response"), TEACHER_OBJECTIVES),
+    **dict.fromkeys(("teacher", "teacher_ema_rate", "teacher_context", "teacher_sees_response"), TEACHER_OBJECTIVES),
     **dict.fromkeys(
         ("guidance", "distillation", "divergence", "distillation_clip", "importance_clip"), ("self_distillation",)
     ),
@@ -254,6 +255,9 @@ class CUTConfig(TrainingArguments):
             except for flags known before training ("frozen", "spans"), which then need the plain context only.
         satisfactory_only: Leave unsatisfactory records out of objective "likelihood".
         praise_weight: Extra weight of praised tokens under "dual_cut".
+        teacher: "frozen": the model before training, whose distributions are computed once; "ema": the moving average
+            of the trained weights, which is asked in every training step. Not available under FSDP and DeepSpeed.
+        teacher_ema_rate: How far the average moves to the trained weights at each optimizer step.
         teacher_context: What tells the teacher of "self_distillation" and "redirect" what a better response is like:
             "praise" for the prompt with the judgment "Perfect."; "advice" for the request of a response without the
             problem that the judgment names.
@@ -336,6 +340,8 @@ class CUTConfig(TrainingArguments):
     use_judged_loss: bool | None = None
 
     # A teacher: self_distillation and redirect
+    teacher: str = field(default="frozen", metadata={"choices": list(TEACHERS)})
+    teacher_ema_rate: float = 0.05
     teacher_context: str = field(default="praise", metadata={"choices": list(TEACHER_CONTEXTS)})
     teacher_sees_response: bool = False
     # self_distillation
@@ -400,6 +406,7 @@ class CUTConfig(TrainingArguments):
             "template": TEMPLATES,
             "judgment_role": JUDGMENT_ROLES,
             "contrast": CONTRASTS,
+            "teacher": TEACHERS,
             "teacher_context": TEACHER_CONTEXTS,
             "distillation": DISTILLATIONS,
             "divergence": DIVERGENCES,
@@ -443,6 +450,8 @@ class CUTConfig(TrainingArguments):
             problems.append(f"drop_ineffective: expected detector frozen, got {self.detector or 'current'}")
         if self.objective == "redirect" and self.detector not in (None, "frozen", "spans"):
             problems.append(f"detector: expected frozen or spans under objective redirect, got {self.detector}")
+        if self.teacher != "ema" and self.teacher_ema_rate != _default("teacher_ema_rate"):
+            problems.append(f"teacher_ema_rate: expected teacher ema, got {self.teacher}")
         if self.teacher_sees_response and self.teacher_context != "advice":
             problems.append(f"teacher_sees_response: expected teacher_context advice, got {self.teacher_context}")
         if not (self.use_contrast_loss or self.use_satisfactory_loss or self.use_judged_loss is not False):
@@ -461,6 +470,8 @@ class CUTConfig(TrainingArguments):
         for name in (*numbers, "critique_weight", "learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 problems.append(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        if not 0 <= self.teacher_ema_rate <= 1:
+            problems.append(f"teacher_ema_rate: expected a number from 0 to 1, got {self.teacher_ema_rate}")
         for name in ("dpo_beta", "distillation_clip", "importance_clip"):
             if (number := getattr(self, name)) is not None and not 0 < number < float("inf"):
                 problems.append(f"{name}: expected a number above 0, got {number}")
@@ -486,6 +497,10 @@ class CUTConfig(TrainingArguments):
     def _check_unsupported(self) -> list[str]:
         """Settings of transformers that cutlm cannot honor."""
         problems = []
+        if self.teacher == "ema" and self.is_sharded:
+            problems.append(
+                "teacher: expected frozen under FSDP and DeepSpeed, which shard the weights to average, got ema"
+            )
         if self.max_tokens_per_batch is not None and self.is_sharded:
             problems.append(
                 "max_tokens_per_batch: expected none under FSDP and DeepSpeed, where every micro-batch is one pass on"
@@ -624,6 +639,8 @@ class JudgeConfig(CUTConfig):
     use_satisfactory_loss: bool = field(default=True, init=False)
     use_judged_loss: bool | None = field(default=None, init=False)
     satisfactory_only: bool = field(default=False, init=False)
+    teacher: str = field(default="frozen", init=False)
+    teacher_ema_rate: float = field(default=0.05, init=False)
     teacher_context: str = field(default="praise", init=False)
     teacher_sees_response: bool = field(default=False, init=False)
     guidance: float = field(default=1.0, init=False)

@@ -44,7 +44,7 @@ from cutlm.flagging.detector import (
 from cutlm.flagging.report import Sensitivity, read_sensitivity
 from cutlm.flagging.scoring import Scorer, score_rows
 from cutlm.flagging.sensitivity import sample_foreign
-from cutlm.flagging.teacher import Columns, encode_teacher_prompts, match_teacher
+from cutlm.flagging.teacher import Columns, encode_teacher_prompt, encode_teacher_prompts, match_teacher
 from cutlm.flagging.token_scores import (
     SETTINGS,
     TokenScores,
@@ -143,6 +143,8 @@ def prepare_data(
         # The other processes of this machine then find the rows in the cache.
         with args.main_process_first(desc="encoding"):
             data, records = encode_dataset(dataset, name, args, encoder, locations)
+        if args.teacher == "ema":
+            _add_teacher_prompts(data, records, encoder, args)
         if args.critique_weight:
             _add_critiques(data, name, records, encoder, args.max_length)
             columns: Any = {"prompts": ("critique_prompt_ids",), "responses": ("critique_ids",)}
@@ -299,6 +301,24 @@ def _add_critiques(
         f"{name}: {len(records) - num_left_out} judgments to learn (critique_weight); {num_left_out} left out, because"
         f" they do not fit max_length {max_length} with their response"
     )
+
+
+def _add_teacher_prompts(
+    data: PreparedData, records: Sequence[JudgedRecord], encoder: Encoder, args: CUTConfig
+) -> None:
+    """Add the prompts of a teacher that is asked in every training step: its own, and the one with the judgment."""
+    assert args.teacher_settings is not None
+    columns = _RowColumns(["teacher_prompt_ids", "teacher_judged_ids"])
+    for response_ids, record in zip(data.rows["response_ids"], records, strict=True):
+        prompt_ids = judged_ids = None
+        if not record.is_satisfactory:
+            num_tokens = args.max_length - len(response_ids)
+            prompt_ids = encode_teacher_prompt(record, encoder, args.teacher_settings, num_tokens)
+            encode = partial(encoder.encode_prompt, judgment=record.judgment)
+            judged_ids = encoder.fit_prompt(encode, record.conversation, num_tokens)
+        columns.add({"teacher_prompt_ids": prompt_ids, "teacher_judged_ids": judged_ids})
+    for key, values in columns.finish().items():
+        data.rows = _set_column(data.rows, key, values)
 
 
 def _view_refinement(record: JudgedRecord, encoder: Encoder) -> RenderedRecord | str:
@@ -593,6 +613,8 @@ def _flag_rows(
 
 # Given because a column may hold nothing but None.
 _TYPES = {
+    "teacher_prompt_ids": pyarrow.list_(pyarrow.int32()),
+    "teacher_judged_ids": pyarrow.list_(pyarrow.int32()),
     "critique_prompt_ids": pyarrow.list_(pyarrow.int32()),
     "critique_ids": pyarrow.list_(pyarrow.int32()),
     "is_flagged": pyarrow.list_(pyarrow.bool_()),

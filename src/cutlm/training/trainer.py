@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from cutlm.errors import ConfigError, NonFiniteError
 from cutlm.flagging.report import Sensitivity
@@ -42,7 +42,14 @@ from cutlm.losses import (
     self_distillation_loss,
     sum_terms,
 )
-from cutlm.model.collator import CutCollator, find_non_finite, list_critique_lengths, split_batch, split_lengths
+from cutlm.model.collator import (
+    CutCollator,
+    collate_teacher_rows,
+    find_non_finite,
+    list_critique_lengths,
+    split_batch,
+    split_lengths,
+)
 from cutlm.model.forward import (
     check_head,
     choose_layout,
@@ -51,6 +58,7 @@ from cutlm.model.forward import (
     run_inside,
     score_batch,
     score_taught_batch,
+    score_teacher,
 )
 from cutlm.model.loading import check_lora_targets, compile_layers, load_model, unwrap_peft
 from cutlm.model.logprobs import get_head
@@ -58,6 +66,7 @@ from cutlm.model.saving import changes_base, check_base_change, collect_initial_
 from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import CUTConfig
 from cutlm.training.dataset import PreparedData, ScoresFile, describe_replaced_template, prepare_data
+from cutlm.training.ema import AveragedWeights
 from cutlm.training.facts import describe_config, describe_rows
 from cutlm.training.metrics import RunningMetrics
 from cutlm.training.sampling import BalancedSampler
@@ -186,7 +195,7 @@ class CUTTrainer(CheckpointingTrainer):
             eval_dataset=prepared["eval_dataset"].rows if "eval_dataset" in prepared else None,
             processing_class=processing_class,
             end_of_turn_id=prepared["train_dataset"].end_of_turn_id if "train_dataset" in prepared else None,
-            **{"data_collator": CutCollator(has_critiques=args.critique_weight > 0)} | kwargs,
+            **{"data_collator": CutCollator(args.critique_weight > 0, args.teacher == "ema")} | kwargs,
         )
         self.facts = describe_config(args, model)
         if "train_dataset" in prepared:
@@ -232,6 +241,11 @@ class CUTTrainer(CheckpointingTrainer):
         self._frozen_sensitivity = prepared["train_dataset"].sensitivity if "train_dataset" in prepared else None
         self._is_noise_reported = False
         self.add_callback(_LogSensitivity(self))
+        # A teacher that follows the trained weights.
+        self.averaged: AveragedWeights | None = None
+        if args.teacher == "ema":
+            self.averaged = AveragedWeights(self.accelerator.unwrap_model(self.model), args.teacher_ema_rate)
+            self.add_callback(_UpdateTeacher(self))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """The order of the records; on several processes, each gets similar numbers of tokens."""
@@ -246,6 +260,41 @@ class CUTTrainer(CheckpointingTrainer):
         sizes = [count_tokens(row) for row in rows]
         accumulated = self.args.gradient_accumulation_steps
         return BalancedSampler(sampler, sizes, self.args.world_size, self.args.train_batch_size, accumulated)
+
+    # ---- A teacher that follows the trained weights ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from the averaged weights of a checkpoint if training resumes from one."""
+        if self.averaged is not None and resume_from_checkpoint:
+            found = resume_from_checkpoint
+            self.averaged.load(str(get_last_checkpoint(str(self.args.output_dir)) if found is True else found))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False, push: bool = True) -> None:
+        """Save the adapter or model; in a checkpoint, also the averaged weights."""
+        super().save_model(output_dir, _internal_call, push)
+        if _internal_call and self.averaged is not None and self.args.should_save:
+            self.averaged.save(str(output_dir))
+
+    def _ask_teacher(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The distributions of the averaged model at the taught tokens, in place of those from before training."""
+        assert self.averaged is not None
+        settings = self.args.teacher_settings
+        assert settings is not None
+        num_judged, lengths = batch["num_unsatisfactory"], batch["response_lengths"]
+        num_records = len(batch["locations"])
+        sizes = [*lengths[:num_judged], *lengths[2 * num_judged : num_judged + num_records]]
+        masks = batch["is_taught"].split(sizes)
+        asked = [index for index, row in enumerate(batch["teacher_rows"]) if row is not None and masks[index].any()]
+        if not asked:
+            return {}
+        rows = collate_teacher_rows([batch["teacher_rows"][index] for index in asked])
+        rows = self._prepare_inputs(rows)
+        numbers: Any = {"guidance": settings.guidance, "num_columns": settings.num_columns}
+        with self.averaged.applied(model), evaluation_mode(model), self.accelerator.autocast():
+            _, ids, logps = score_teacher(model, rows, layout=self._layout, **numbers)
+        is_taught = torch.cat([masks[index] for index in asked])
+        return {"teacher_ids": ids[is_taught], "teacher_logps": logps[is_taught]}
 
     # ---- Loss ----
 
@@ -306,6 +355,8 @@ class CUTTrainer(CheckpointingTrainer):
         """
         inputs = self._prepare_inputs(dict(inputs))
         inner = self.accelerator.unwrap_model(model)
+        if self.averaged is not None:
+            inputs |= self._ask_teacher(inner, inputs)
         with self.accelerator.autocast():
             logps, columns = run_inside(model, inner, self._score, inputs)
         outputs = compute_batch_loss(logps, inputs, self.args, columns)
@@ -465,6 +516,17 @@ class _LogSensitivity(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.global_step:  # a resumed run has logged it
             self.trainer.log_sensitivity()
+
+
+class _UpdateTeacher(TrainerCallback):
+    """Moves the averaged weights after each optimizer step."""
+
+    def __init__(self, trainer: CUTTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        assert self.trainer.averaged is not None
+        self.trainer.averaged.update(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
 
 def _list_metrics(sensitivity: Sensitivity | None) -> dict[str, float]:
