@@ -49,15 +49,19 @@ docs: setup ## build the documentation site in site/; a broken link is an error
 # Judged records for the training benchmark; synthetic ones if empty.
 RECORDS ?=
 
-bench: setup ## measure time and memory (about 45 minutes on an idle machine; RECORDS=FILE uses your own records)
+bench: setup ## measure time and memory (about 80 minutes on an idle machine; RECORDS=FILE uses your own records)
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/train_step.py $(if $(RECORDS),--records $(RECORDS)) --json benchmarks/results/train_step.json
+	$(BIN)/python benchmarks/train_step.py --shape smollm2 --all_linear --batch_size 8 --num_records 16 --num_tokens 140 \
+		--variants cutlm frozen floor --json benchmarks/results/train_step_smollm2.json
 	$(BIN)/python benchmarks/shared_prefix.py --json benchmarks/results/shared_prefix.json
 	$(BIN)/python benchmarks/head.py --json benchmarks/results/head.json
 	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/startup.py --json benchmarks/results/startup.json
 	$(BIN)/python benchmarks/generation.py --json benchmarks/results/generation.json
-	$(if $(RECORDS),$(BIN)/python benchmarks/preparation.py --records $(RECORDS) --tokenizer $$($(MAKE) -s real-model) \
+	$(if $(RECORDS),$(BIN)/python benchmarks/generation.py --model "$$($(MAKE) -s real-model)" --records $(RECORDS) \
+		--num_prompts 128 --max_new_tokens 256 --engines cutlm padded --json benchmarks/results/generation_smollm2.json)
+	$(if $(RECORDS),$(BIN)/python benchmarks/preparation.py --records $(RECORDS) --tokenizer "$$($(MAKE) -s real-model)" \
 		--json benchmarks/results/preparation.json)
 	$(BIN)/python benchmarks/report.py
 
