@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,10 +46,12 @@ def trace_training(folder: Path) -> list[tuple[str, str]]:
             called.setdefault((module, frame.f_code.co_name))
 
     sys.setprofile(record_call)
+    threading.setprofile(record_call)
     try:
         assert main(["train", *(text for key, value in options.items() for text in (f"--{key}", str(value)))]) == 0
     finally:
         sys.setprofile(None)
+        threading.setprofile(None)
     return list(called)
 
 
