@@ -1,5 +1,6 @@
 """Texts in a batch get the ids that each has alone; batches, processes and the cache change nothing in the rows."""
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,25 @@ def test_any_texts_have_the_same_ids_in_a_batch(kind: str, template: str, texts:
     assert encode_together(encoder, records) == [encode_alone(encoder, record) for record in records]
 
 
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+def test_ids_are_those_of_the_tokenizer_however_it_was_called_before(kind: str) -> None:
+    encoder = Encoder(copy.deepcopy(get_encoder(kind, "chat").tokenizer), "chat")
+    tokenizer, texts = encoder.tokenizer, ["Hello world, 12 + 34.", "\n a", "🙂"]
+    expected = [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
+    response = encoder.encode_response("Hello world")
+    tokenizer.pad_token = tokenizer.eos_token
+    calls: list[dict[str, Any]] = [
+        {},
+        {"truncation": True, "max_length": 2},
+        {"padding": "max_length", "max_length": 9},
+    ]
+    for options in [*calls, {"split_special_tokens": True}]:
+        tokenizer(["One", "Two three four."], **options)
+        assert [encoder._tokenize_plain(text) for text in texts] == expected
+        tokenizer(["One", "Two three four."], **options)
+        assert encoder.encode_response("Hello world") == response
+
+
 TURNS = [{"role": role, "content": f"{role} {index}"} for index in range(4) for role in ("user", "assistant")]
 RECORDS = [
     JudgedRecord(instruction="Hello", output="x" * 100, judgment="No."),
@@ -99,9 +119,9 @@ def test_rows_are_stored_once_for_the_same_content(monkeypatch: pytest.MonkeyPat
     num_encoded: Counter[str] = Counter()
     encode_batch = rows_module.encode_batch
 
-    def count(texts: Any, *args: Any) -> Any:
-        num_encoded["records"] += len(texts.records)
-        return encode_batch(texts, *args)
+    def count(records: Any, *args: Any) -> Any:
+        num_encoded["records"] += len(records)
+        return encode_batch(records, *args)
 
     monkeypatch.setattr(rows_module, "encode_batch", count)
     assert encode() == encode() == expected

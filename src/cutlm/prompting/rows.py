@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,15 +31,7 @@ from cutlm.data import records as data_records
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import DataError, UserError
 from cutlm.prompting import encoding, spans, templates
-from cutlm.prompting.encoding import (
-    EncodedBatch,
-    Encoder,
-    RenderedBatch,
-    View,
-    encode_batch,
-    render_batch,
-    view_both_contexts,
-)
+from cutlm.prompting.encoding import EncodedBatch, Encoder, View, encode_batch, view_both_contexts
 
 # Records that are rendered, then tokenized together: enough for every thread of a tokenizer.
 _BATCH_SIZE = 1000
@@ -155,14 +147,10 @@ class _Job(NamedTuple):
         """The index of the first record of each batch."""
         return range(0, len(self.records), _BATCH_SIZE)
 
-    def render(self, start: int) -> RenderedBatch:
-        """Render the batch that starts at a record."""
-        part = slice(start, start + _BATCH_SIZE)
-        return render_batch(self.records[part], self.locations[part], self.encoder, self.view)
-
-    def encode(self, rendered: RenderedBatch) -> tuple[pyarrow.Table, EncodedBatch]:
+    def encode(self, start: int) -> tuple[pyarrow.Table, EncodedBatch]:
         """Encode a batch; return its rows as a table and its counts."""
-        batch = encode_batch(rendered, self.encoder, self.max_length)
+        part = slice(start, start + _BATCH_SIZE)
+        batch = encode_batch(self.records[part], self.locations[part], self.encoder, self.max_length, self.view)
         names = dict.fromkeys(name for row in batch.rows for name in row)
         types = dict.fromkeys(_ID_COLUMNS, pyarrow.list_(pyarrow.int32()))
         columns = {name: pyarrow.array([row.get(name) for row in batch.rows], types.get(name)) for name in names}
@@ -170,7 +158,7 @@ class _Job(NamedTuple):
         return pyarrow.table(columns), batch
 
 
-# ---- A thread that renders, or several processes ----
+# ---- Threads and processes ----
 
 _job: _Job | None = None  # of a process that encodes batches for another
 
@@ -178,14 +166,7 @@ _job: _Job | None = None  # of a process that encodes batches for another
 def _encode_batches(job: _Job, num_processes: int | None) -> Iterator[tuple[pyarrow.Table, EncodedBatch]]:
     num_processes = min(num_processes or 1, len(job.starts))
     if num_processes < 2:
-        # While a batch is tokenized, outside of Python, the next one is rendered.
-        with ThreadPoolExecutor(1) as thread:
-            starts = iter(job.starts)
-            ahead = [thread.submit(job.render, start) for start in islice(starts, 1)]
-            while ahead:
-                rendered = ahead.pop().result()
-                ahead += [thread.submit(job.render, start) for start in islice(starts, 1)]
-                yield job.encode(rendered)
+        yield from _encode_in_threads(job)
         return
     with _tokenize_in_one_thread():
         pool = ProcessPoolExecutor(num_processes, initializer=_receive_job, initargs=(job,))
@@ -198,6 +179,18 @@ def _encode_batches(job: _Job, num_processes: int | None) -> Iterator[tuple[pyar
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _encode_in_threads(job: _Job) -> Iterator[tuple[pyarrow.Table, EncodedBatch]]:
+    """Encode two batches at a time: one is tokenized, outside of Python, while the other one is rendered or packed."""
+    starts = iter(job.starts)
+    with ThreadPoolExecutor(2) as pool:
+        # A third batch waits, so that no thread does.
+        running = deque(pool.submit(job.encode, start) for start in islice(starts, 3))
+        while running:
+            encoded = running.popleft().result()
+            running.extend(pool.submit(job.encode, start) for start in islice(starts, 1))
+            yield encoded
 
 
 @contextmanager
@@ -222,7 +215,7 @@ def _receive_job(job: _Job) -> None:
 
 def _encode_in_process(start: int) -> tuple[pyarrow.Table, EncodedBatch]:
     assert _job is not None
-    return _job.encode(_job.render(start))
+    return _job.encode(start)
 
 
 # ---- The cache ----
