@@ -18,6 +18,7 @@ from cutlm import CUTConfig, blame
 from cutlm.cli import main
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError
+from cutlm.flagging import detector
 from cutlm.flagging.contrast import average_logps, find_threshold, plan_contexts
 from cutlm.flagging.detector import FlagSettings, encode_for_scoring, flag_response
 from cutlm.flagging.token_scores import TokenScores, read_token_scores
@@ -210,6 +211,16 @@ def test_at_most_one_percent_is_flagged_under_foreign_judgments(
     report = json.loads((tmp_path / "lower.jsonl.report.json").read_text("utf-8"))
     assert report["sensitivity"]["flagged_share_foreign"] > 0
     assert lower[0].threshold < threshold
+
+
+def test_a_sample_of_the_records_calibrates_the_threshold(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detector, "_NUM_CALIBRATED", 3)
+    blame_scores(model, data, tmp_path / "out.jsonl", threshold="auto", sensitivity_records=2)
+    report = json.loads((tmp_path / "out.jsonl.report.json").read_text("utf-8"))
+    assert report["sensitivity"]["num_records"] == 3
+    assert report["num_records"] == len(data.read_text("utf-8").splitlines())
 
 
 def test_praise_of_satisfactory_records_counts_for_the_threshold(model: Path, data: Path, tmp_path: Path) -> None:

@@ -49,6 +49,9 @@ from cutlm.prompting.rows import EncodedRecords, encode_records
 
 _MAX_LOCATIONS_NAMED = 5
 
+# Unsatisfactory records with foreign judgments for threshold "auto": a hundred thousand tokens give a share of 1 %.
+_NUM_CALIBRATED = 1000
+
 
 class Logps(NamedTuple):
     """What a model says about a response of T tokens."""
@@ -388,7 +391,7 @@ def plan_comparison(
         settings.max_length,
         contrast=settings.contrast,
         num_foreign=settings.num_foreign,
-        num_records=len(rows) if settings.threshold == "auto" else num_records,
+        num_records=max(num_records, _NUM_CALIBRATED) if settings.threshold == "auto" else num_records,
         has_rivals=settings.drop_ineffective,
     )
     if settings.threshold == "auto" and not plan.foreign:
