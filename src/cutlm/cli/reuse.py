@@ -16,6 +16,8 @@ _SETTINGS = (
     *("template", "judgment", "judgment_role", "max_new_tokens", "temperature", "top_p", "seed", "batch_size", "dtype"),
     *("base_url", "extra_body", "tokenizer", "generator", "chat_template_kwargs", "template_date"),
 )
+# The options of `cutlm generate` that evaluations do not have.
+_FIXED = {"num_samples": 1, "max_failure_rate": 0.0, "engine": None, "engine_args": None}
 
 
 def check_source(args: argparse.Namespace, problems: Sequence[str] = (), *, also_used: Sequence[str] = ()) -> None:
@@ -34,8 +36,7 @@ def check_source(args: argparse.Namespace, problems: Sequence[str] = (), *, also
         problems.append(f"{', '.join(given)}: expected only with --model, not with --outputs; leave out")
     if args.model is not None:
         try:
-            others = {"num_samples": 1, "max_failure_rate": 0.0, "engine": None, "engine_args": None}
-            generate.check_options(argparse.Namespace(**vars(args), **others))
+            generate.check_options(argparse.Namespace(**vars(args), **_FIXED))
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -77,8 +78,6 @@ def answer_once(
         "prompts": list(prompts),
         "columns": columns,
         "out": str(out),
-        "num_samples": 1,
-        "max_failure_rate": 0.0,
         "overwrite": False,
     }
-    return None if generate.run(argparse.Namespace(**vars(args) | own)) else out
+    return None if generate.run(argparse.Namespace(**vars(args) | _FIXED | own)) else out
