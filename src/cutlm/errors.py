@@ -4,8 +4,9 @@ The command line prints these errors without a traceback and exits with 2; any o
 with 1.
 """
 
+import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 MAX_PROBLEMS_SHOWN = 50
@@ -40,6 +41,23 @@ class ConfigError(UserError):
 
 class NonFiniteError(UserError):
     """The loss or the gradient is not finite; raised before the optimizer step."""
+
+
+def suggest_name(name: str, names: Iterable[str]) -> str:
+    """Ask for the names that a user probably meant: one spelled alike, or up to three that extend or shorten it.
+
+    Returns:
+        A question, or an empty string if there is no such name.
+
+    Example:
+
+        >>> suggest_name("model", ["model_revision", "model_name_or_path", "data"])
+        "did you mean 'model_revision' or 'model_name_or_path'?"
+    """
+    names = list(names)
+    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    similar = similar or [each for each in names if each.startswith(name) or name.startswith(each)][:3]
+    return f"did you mean {' or '.join(map(repr, similar))}?" if similar else ""
 
 
 @contextmanager

@@ -102,11 +102,54 @@ def test_a_missing_file_and_a_folder_give_exit_code_2(tmp_path, capsys):
     "argv",
     [[], ["chekc"], ["check"], ["check", "a", "--nope"], ["convert", "alpaca", "a", "--ou", "b"]],
 )
-def test_a_wrong_command_line_gives_exit_code_2_and_the_usage(argv, capsys):
+def test_a_wrong_command_line_gives_exit_code_2_and_one_line(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2
-    assert "usage: cutlm" in capsys.readouterr().err
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "suggested"),
+    [
+        (["check", "a.jsonl", "--column", "{}"], ["--columns"]),
+        (["blame", "--model_name_or_path", "m", "--data", "a.jsonl", "--out", "b.jsonl"], ["--model"]),
+        (["generate", "--model", "m", "--prompts", "a.jsonl", "--output", "b.jsonl"], ["--out"]),
+        (["eval", "rouge", "--model", "m", "--reference", "a.jsonl", "--out", "b"], ["--references"]),
+        (["merge", "--adapters=a", "--ut", "b"], ["--adapter", "--out"]),
+    ],
+)
+def test_a_misspelled_option_is_answered_by_the_one_that_was_meant(argv, suggested, capsys):
+    with pytest.raises(SystemExit):
+        main(argv)
+    error = capsys.readouterr().err
+    assert all(f"did you mean '{option}'?" in error for option in suggested)
+
+
+def test_a_judgment_under_another_name_is_not_ignored(tmp_path, capsys):
+    rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "critique": "No."}]
+    file = write(tmp_path / "a.jsonl", rows * 3)
+    assert main(["check", file]) == 2
+    assert capsys.readouterr().err.startswith(f"{file}:1 and 2 more rows: ")
+    assert main(["check", file, "--columns", '{"critique": "judgment"}']) == 0
+    assert "0 satisfactory, 3 unsatisfactory" in capsys.readouterr().out
+    # Beside a column of judgments, such a field is a remark.
+    assert main(["check", write(tmp_path / "b.jsonl", [*rows, GOOD])]) == 0
+    # And so it is if it says nothing.
+    assert main(["check", write(tmp_path / "c.jsonl", [{"instruction": "x", "output": "y", "critique": ""}])]) == 0
+
+
+def test_conversations_in_a_table_with_other_columns_are_named_once(tmp_path, capsys):
+    messages = json.dumps([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
+    cell = messages.replace('"', '""')
+    file = tmp_path / "a.csv"
+    file.write_text("dialog,critique\n" + f'"{cell}",No.\n' * 2)
+    assert main(["check", str(file)]) == 2
+    (problem,) = capsys.readouterr().err.splitlines()
+    columns = problem.partition("--columns '")[2].rstrip("'")
+    assert json.loads(columns) == {"dialog": "messages", "critique": "judgment"}
+    assert main(["check", str(file), "--columns", columns]) == 0
+    assert "2 records: 0 satisfactory, 2 unsatisfactory" in capsys.readouterr().out
 
 
 def test_one_invalid_row_among_many_is_found(tmp_path, capsys):

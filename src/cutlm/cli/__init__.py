@@ -14,9 +14,10 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from cutlm import __version__
-from cutlm.errors import UserError, log_errors_only
+from cutlm.errors import UserError, log_errors_only, suggest_name
 
 COMMANDS = {
     "demo": "see a tiny model answer, be judged and learn from it, on a CPU",
@@ -54,10 +55,35 @@ _DISK_FULL = (
 )
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the options that were probably meant, instead of the whole usage."""
+
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):
+            message += "".join(f"; {sentence}" for sentence in self.describe_unknown(self._given))
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def describe_unknown(self, given: Sequence[str]) -> list[str]:
+        """Name the options among words that this parser does not have, and those that were probably meant."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        options = [word.partition("=")[0] for word in given if word.startswith("--") and word != "--"]
+        return [
+            f"option {option} is unknown; {suggest_name(option, known)}".rstrip("; ")
+            for option in options
+            if option not in known
+        ]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands without importing their heavy parts."""
     description = "Align language models with written judgments of their responses."
-    parser = argparse.ArgumentParser(prog="cutlm", description=description)
+    parser = _CommandParser(prog="cutlm", description=description)
     parser.add_argument("--version", action="version", version=f"cutlm {__version__}")
     parser.add_argument(
         "--verbose", action="store_true", help="with --version: also libraries and devices, for a report"
@@ -81,6 +107,7 @@ def add_commands(
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        command.set_defaults(parser=command)
         module.add_arguments(command)
         if hasattr(module, "run"):  # not of a group such as `cutlm eval`
             command.set_defaults(run=module.run)
@@ -103,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verbose:
         parser.error("--verbose: expected only with --version, and no command")
     if rest and args.command not in _COMMANDS_WITH_SETTINGS:
-        parser.error(f"{args.command}: unknown arguments: {' '.join(rest)}")
+        args.parser.error("; ".join(args.parser.describe_unknown(rest)) or f"unknown arguments: {' '.join(rest)}")
     args.rest = rest
     try:
         with _quiet_libraries():

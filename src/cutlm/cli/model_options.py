@@ -28,18 +28,18 @@ SOURCES = "JSON, CSV, Parquet or Arrow files, globs, folders or hub data sets (d
 SERVER_OPTIONS = ("concurrency", "timeout", "max_retries", "extra_body", "requests_per_minute", "tokens_per_minute")
 
 
-def _parse_json_object(text: str) -> dict[str, Any]:
+def _parse_json_object(text: str, example: str = '{"enable_thinking": false}') -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"""expected a JSON object such as '{{"name": true}}', got {text!r}""")
+        raise argparse.ArgumentTypeError(f"expected a JSON object such as '{example}', got {text!r}")
     return value
 
 
 def _parse_columns(text: str) -> dict[str, str]:
-    columns = _parse_json_object(text)
+    columns = _parse_json_object(text, '{"critique": "judgment"}')
     try:
         check_columns(columns)
     except ConfigError as error:

@@ -162,7 +162,32 @@ def describe_row_format(row: Any) -> str | None:
         return (
             f"an error of the server from which the file was downloaded ({str(row['error'])[:100]}); download it again"
         )
+    if messages := next((name for name in row if _holds_messages(row[name])), None):
+        renamed = {messages: "messages"}
+        if "judgment" not in fields and (judgment := find_judgment_column(row)):
+            renamed[judgment] = "judgment"
+        columns = json.dumps(renamed, ensure_ascii=False)
+        return f"the fields {', '.join(map(repr, row))}; pass --columns '{columns}'"
     return None
+
+
+def find_judgment_column(row: Mapping[str, Any]) -> str | None:
+    """Return the field of a row that probably holds its judgment under another name."""
+    return next((name for name in _OTHER_NAMES["judgment"] if isinstance(row.get(name), str) and row[name]), None)
+
+
+def _holds_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, or such a list as JSON, as in a table."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value)
+    )
 
 
 def _find_converter(row: Any) -> str | None:

@@ -1,6 +1,7 @@
 """Judged records: an instruction, a response to it, and a judgment of that response in words."""
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from cutlm.data.conversations import Conversation, ConversationError, normalize_row
 from cutlm.data.files import SourceRow, read_rows
-from cutlm.data.formats import describe_row_format
+from cutlm.data.formats import describe_row_format, find_judgment_column
 from cutlm.data.sources import describe_sources
 from cutlm.errors import DataError
 
@@ -243,6 +244,7 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
     check = RecordCheck()
     first_locations: dict[tuple[Any, ...], str] = {}
     foreign: dict[str, list[str]] = {}
+    unread: dict[str, list[str]] = {}  # the records with a judgment under another name, by that name
     for row in rows:
         check.num_rows += 1
         if found := describe_row_format(row.value):
@@ -251,6 +253,8 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
         record = row.value if isinstance(row.value, JudgedRecord) else _validate_record(row, check.problems)
         if record is None:
             continue
+        if "judgment" not in record.model_fields_set and (name := find_judgment_column(record.model_extra or {})):
+            unread.setdefault(name, []).append(row.location)
         key = (record.full_instruction, record.output, record.judgment)
         if first := first_locations.get(key):
             check.duplicates.append(f"{row.location}: the same instruction, response and judgment as {first}")
@@ -258,9 +262,22 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
         check.records.append(record)
         check.locations.append(row.location)
     for found, locations in foreign.items():
-        more = f" and {len(locations) - 1} more rows" if len(locations) > 1 else ""
-        check.problems.append(f"{locations[0]}{more}: expected a record with instruction and output, got {found}")
+        expected = "expected a record with instruction and output"
+        check.problems.append(f"{_name_first(locations)}: {expected}, got {found}")
+    if not any("judgment" in record.model_fields_set for record in check.records):
+        for name, locations in unread.items():
+            columns = json.dumps({name: "judgment"})
+            check.problems.append(
+                f"{_name_first(locations)}: field 'judgment' is missing, and {name!r} would be ignored; pass --columns"
+                f" '{columns}', or remove {name!r} if nothing is wrong with the responses"
+            )
     return check
+
+
+def _name_first(locations: Sequence[str]) -> str:
+    """Name the first of some rows, and say how many more there are."""
+    num_more = len(locations) - 1
+    return locations[0] + (f" and {num_more} more row{'s' * (num_more > 1)}" if num_more else "")
 
 
 def _validate_record(row: SourceRow, problems: list[str]) -> JudgedRecord | None:

@@ -5,7 +5,6 @@ problem that can be found before a model is loaded is reported here, all at once
 """
 
 import dataclasses
-import difflib
 import importlib.util
 import json
 import os
@@ -28,7 +27,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import HubStrategy
 
 from cutlm.data.sources import check_columns
-from cutlm.errors import ConfigError
+from cutlm.errors import ConfigError, suggest_name
 from cutlm.flagging.contrast import CONTRASTS
 from cutlm.flagging.teacher import NUM_COLUMNS, TEACHER_CONTEXTS, TeacherSettings
 from cutlm.losses import DIVERGENCES, Parts
@@ -762,8 +761,7 @@ def read_settings(types: Sequence[Any], config: str | None, options: Sequence[st
     def describe_unknown(what: str, name: str, names: Iterable[str]) -> str:
         if name in fixed:
             return f"{what} is not a setting of cutlm {command}; remove it"
-        nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-        return f"{what} is unknown; " + (f"did you mean {nearest[0]!r}?" if nearest else f"see cutlm {command} --help")
+        return f"{what} is unknown; {suggest_name(name, names) or f'see cutlm {command} --help'}"
 
     values_of_file, misread = ({}, {}) if config is None else _load_yaml(config, actions)
     problems = list(misread.values())
