@@ -77,6 +77,11 @@ def test_judge_needs_one_kind_of_judge(options: dict[str, Any]) -> None:
         judge([{"instruction": "a", "output": "b"}], **options)
 
 
+def test_judge_refuses_the_name_of_a_function() -> None:
+    with pytest.raises(ConfigError, match="expected a function, got 'my_rules:judge'"):
+        judge([{"instruction": "a", "output": "b"}], rules="my_rules:judge")  # type: ignore[arg-type]
+
+
 def test_blame_returns_what_the_command_writes(model: Path, tmp_path: Path) -> None:
     data = write_lines(tmp_path / "records.jsonl", RECORDS)
     options = ["--model", str(model), "--data", str(data), "--out", str(tmp_path / "scores.jsonl"), "--device", "cpu"]

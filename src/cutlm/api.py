@@ -57,7 +57,7 @@ def generate(
 
     Args:
         model: A model or adapter folder, a GGUF file, or a hub name.
-        prompts: Instructions, or rows with `instruction` and optional `input`.
+        prompts: Instructions, or rows with `instruction` and optional `input`, or with `messages`.
         template: "alpaca" or "chat"; None for the chat template that is saved with the model.
         chat_template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`.
         max_new_tokens: Maximum tokens per response; None: 2048, or half of the model's context if that is less.
@@ -126,9 +126,9 @@ def judge(
     """Judge responses by a function of yours, or by a model on an OpenAI-compatible server (`cutlm judge`).
 
     Args:
-        responses: Rows with `instruction`, optional `input`, and `output`, as `generate` returns them.
-        rules: Called with the instruction and the response; returns what is wrong, or None, or a pair of that and the
-            wrong spans.
+        responses: Rows with `instruction`, optional `input`, and `output`, or `messages`, as `generate` returns them.
+        rules: A function, called with the instruction (or the conversation as text) and the response; returns what is
+            wrong, or None, or a pair of that and the wrong spans.
         base_url: Address of a server, such as "http://localhost:8000/v1"; its key is read from OPENAI_API_KEY.
         judge_model: Name of the model on the server.
         cache: SQLite file of the server's judgments, which are then paid for once; None keeps no file.
@@ -143,6 +143,8 @@ def judge(
     """
     rows = [SourceRow(f"responses[{index}]", dict(row)) for index, row in enumerate(responses)]
     parsed = parse_responses(rows, [], "responses")
+    if rules is not None and not callable(rules):
+        raise ConfigError(f"judge: rules: expected a function, got {rules!r}; import it and pass the function itself")
     if rules is not None and base_url is None:
         outcome = judge_by_rules(parsed, rules)
     elif base_url is not None and judge_model is not None and rules is None:

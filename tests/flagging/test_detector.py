@@ -141,7 +141,7 @@ def test_counts_and_the_next_command_are_printed(
     counts += rf"{num_flagged} of {num_tokens} tokens .*; {num_without} of these records without any flag"
     assert re.search(counts, printed)
     next_command = ["cutlm train", *list_options(data=out, model_name_or_path=model, template="chat")]
-    assert f"{' '.join(next_command)} --max_length {lengths[2]}\n" in printed
+    assert f"{' '.join(next_command)} --max_length {lengths[2]} --output_dir runs/NAME\n" in printed
 
 
 def test_the_next_command_after_an_adapter_merges_it_first(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from datasets import Dataset
+from tiny import make_tokenizer
 
 import cutlm
 from cutlm.cli import main
@@ -45,6 +46,16 @@ def test_counts_lengths_and_steps_are_shown(tmp_path, capsys):
     num, smallest, median, *_, largest, total = table["response"]
     assert [num, smallest, median, largest, total] == [str(n) for n in (3, *lengths, sum(lengths))]
     assert table["prompt with the judgment"][0] == "1"
+
+
+def test_a_chat_template_that_is_not_used_is_named(tmp_path, capsys):
+    make_tokenizer(chat=True).save_pretrained(tmp_path / "tokenizer")
+    for template, is_named in (("alpaca", True), ("chat", False)):
+        options = ("--model_name_or_path", str(tmp_path / "tokenizer"), "--template", template)
+        assert run(tmp_path, [BAD, GOOD], *options) == 0
+        assert ("warning: this model has a chat template" in capsys.readouterr().out) == is_named
+    assert run(tmp_path, [BAD, GOOD]) == 0  # a model that was trained with the alpaca prompt
+    assert "has a chat template" not in capsys.readouterr().out
 
 
 def test_trained_tokens_are_marked_with_the_end_of_the_turn(tmp_path, capsys):

@@ -168,6 +168,7 @@ def score_file(args: argparse.Namespace, teacher: "TeacherSettings | None" = Non
     with importing_libraries():
         from cutlm.data.records import check_records, raise_problems
         from cutlm.flagging.detector import FlagSettings, blame_file
+        from cutlm.prompting.encoding import describe_unused_template
 
     settings = FlagSettings(
         args.threshold,
@@ -184,6 +185,8 @@ def score_file(args: argparse.Namespace, teacher: "TeacherSettings | None" = Non
     check = check_records(args.data, args.columns)
     raise_problems(check, describe_sources(args.data))
     tokenizer, score, detector, backend = _prepare_server(args) if args.base_url else _prepare_model(args, teacher)
+    if unused := describe_unused_template(tokenizer, args.template):
+        print(f"warning: {unused}")
     try:
         report = blame_file(
             check.records,
@@ -280,4 +283,4 @@ def _suggest_training(args: argparse.Namespace) -> str:
                 command += [f"--{name}", str(value)]
     if args.max_length != 2048:
         command += ["--max_length", str(args.max_length)]
-    return merging + shlex.join(command)
+    return merging + shlex.join([*command, "--output_dir", "runs/NAME"])

@@ -42,7 +42,7 @@ ANSWERING_OPTIONS = ModelOptions(LOCAL_OPTIONS.local, ("tokenizer", *SERVER_OPTI
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "model", "out", "overwrite")
-    prompts = f"rows with 'instruction', or alpaca_eval: {SOURCES}"
+    prompts = f"rows with 'instruction' or 'messages', or alpaca_eval: {SOURCES}"
     parser.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=prompts)
     add_options(parser, "columns")
     engine = "what runs a local model: transformers (default), or vllm, on GPUs (pip install 'cutlm[vllm]')"

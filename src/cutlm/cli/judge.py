@@ -20,6 +20,9 @@ wrong_spans) and "satisfactory". A prompt of your own may ask for the same (--an
 "Satisfactory: no". Without this line, only text that clearly names a fault is an objection. An answer that is not
 understood is a failure.
 
+rules: a function in a module on Python's path or in the current directory. It gets the instruction (for a conversation,
+all turns as text) and the response, and returns what is wrong, or None; or a pair of that and the wrong spans.
+
 local: a model trained by cutlm train-judge, an adapter or a whole model. A run that was stopped resumes when started
 again with the same settings. The same model on a server is asked by --judge http --trained.
 
@@ -38,6 +41,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cutlm.cli.model_options import (
@@ -145,8 +149,16 @@ def run(args: argparse.Namespace) -> int:
     if not outcome.failures:
         return 0
     if server is not None:
-        print("run it again with the same options and --overwrite to request only the missing judgments")
+        print(_suggest_retry(args))
     return 1
+
+
+def _suggest_retry(args: argparse.Namespace) -> str:
+    overwrite = " and --overwrite" if Path(args.out).exists() and not args.overwrite else ""
+    return (
+        f"run it again with the same options{overwrite} to request only the missing judgments; if no request reaches"
+        f" the server, check --base_url {args.base_url}"
+    )
 
 
 def _judge_into(args: argparse.Namespace, responses: "list[Response]", server: "Server | None", out: str) -> "Outcome":
@@ -193,7 +205,7 @@ def _compare_prompts(args: argparse.Namespace) -> int:
         write_comparison(args.out, comparison, teacher, settings)
         print("\n".join([comparison.describe(), *(f"warning: {text}" for text in comparison.list_warnings())]))
     if is_retried:
-        print("run it again with the same options and --overwrite to request only the missing judgments")
+        print(_suggest_retry(args))
     else:
         journal.remove()
     return 1 if comparison is None or comparison.num_missing else 0

@@ -56,8 +56,9 @@ def describe_noise(flag_signal: float | None) -> str | None:
         finding = f"flag_signal is {flag_signal:.2f}, below {LEAST_FLAG_SIGNAL}"
     return (
         f"{finding}: this model hardly reads these judgments, so its flags are mostly noise; flag with a larger model"
-        " or a server (cutlm blame, then cutlm train --map_spans true), with a detector that was taught on judged"
-        " records (objective: hindsight), or by spans that the judge marks (detector: spans)"
+        " (cutlm blame, then cutlm train --map_spans true) or a taught detector (cutlm train-detector), or train on"
+        " passages that the judge marks (detector: spans) or without flags (objective: likelihood, satisfactory_only:"
+        " true)"
     )
 
 

@@ -192,7 +192,7 @@ def _introduce(facts: Mapping[str, Any]) -> str:
     role = {
         "judge": "It judges responses: it writes what is wrong with one, and whether it is satisfactory.",
         "detector": "It reads judgments, for `cutlm blame` to flag the tokens that they object to.",
-    }.get(str(facts.get("role")), "It was trained on judgments: what was said about responses, in words.")
+    }.get(str(facts.get("role")), "It was trained on judgments: written critiques of responses.")
     if "objective" not in facts:  # an adapter that another program has trained
         return f"{kind} by cutlm."
     version = (facts.get("versions") or {}).get("cutlm")
@@ -316,7 +316,7 @@ def _describe_license(base: Mapping[str, Any]) -> str:
         name = f" ({_escape(base['license_name'])})" if "license_name" in base else ""
         link = f" at {_as_code(base['license_link'])}" if "license_link" in base else ""
         return f"That of the base model: {_as_code(license_id)}{name}{link}."
-    return f"That of the base model, {_name_base(base)}, which was not known when this card was written."
+    return f"That of the base model, {_name_base(base)}; it was not known when this card was written."
 
 
 # ---- Text ----

@@ -567,6 +567,13 @@ def choose_template(tokenizer: "PreTrainedTokenizerBase") -> TemplateName:
     return "alpaca" if is_alpaca and tokenizer.chat_template else "chat"
 
 
+def describe_unused_template(tokenizer: "PreTrainedTokenizerBase", template: TemplateName) -> str | None:
+    """Say that a model has a chat template, but is prompted as in the paper; None if it has none or it is used."""
+    if template != "alpaca" or not tokenizer.chat_template or choose_template(tokenizer) == "alpaca":
+        return None
+    return "this model has a chat template, which is not used (template: alpaca); to use it, set template: chat"
+
+
 @dataclass(frozen=True)
 class RenderedRecord:
     """The texts of one record that are to be tokenized.

@@ -915,6 +915,6 @@ def describe_replaced_template(tokenizer: PreTrainedTokenizerBase, template: str
     if name == "chat" or template is None or tokenizer.chat_template in (None, template):
         return []
     return [
-        f"the saved tokenizer gets the chat template of training (template: {name}), which replaces its previous"
-        " one; to keep that, set template: chat"
+        f"this model has a chat template, which is not used (template: {name}); the saved tokenizer gets the prompt of"
+        " training as its chat template instead. To train in the model's own format, set template: chat"
     ]

@@ -20,7 +20,7 @@ from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.tables import format_table
 from cutlm.inspect.terminal import make_printable
 from cutlm.model.loading import load_tokenizer
-from cutlm.prompting.encoding import Encoder
+from cutlm.prompting.encoding import Encoder, describe_unused_template
 from cutlm.training.config import CUTConfig, Settings
 from cutlm.training.dataset import encode_dataset, make_encoder
 from cutlm.training.run import LoadedData, Prepare, keep_rows, load_data, select_rows, split_rows
@@ -57,6 +57,8 @@ def preview_run(settings: Settings, prepare: Prepare = keep_rows) -> Iterator[st
     encoder = make_encoder(tokenizer, config, train_rows)
     encoded, notices = _encode(train_rows, config, encoder, [data.locations[index] for index in train_indices])
     yield from _list_warnings(data)
+    if unused := describe_unused_template(tokenizer, config.template):
+        yield f"warning: {unused}"
     yield from notices[:MAX_PROBLEMS_SHOWN]
     if len(notices) > MAX_PROBLEMS_SHOWN:
         yield f"... and {len(notices) - MAX_PROBLEMS_SHOWN} more sentences"
