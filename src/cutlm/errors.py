@@ -56,7 +56,8 @@ def suggest_name(name: str, names: Iterable[str]) -> str:
     """
     names = list(names)
     similar = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    similar = similar or [each for each in names if each.startswith(name) or name.startswith(each)][:3]
+    extended = (each for each in names if each.startswith(name) or name.startswith(each))
+    similar = similar or sorted(extended, key=lambda each: (len(each), each))[:3]
     return f"did you mean {' or '.join(map(repr, similar))}?" if similar else ""
 
 
