@@ -65,7 +65,7 @@ def test_wheel_contains_the_package_and_nothing_else(wheel: Path) -> None:
     assert expected | {"cutlm/py.typed", "cutlm/world/words.json"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert all(name.startswith(("cutlm/", "cutlm-")) for name in names)
-    for extra in ("eval", "serve", "studio", "quantization", "docs", "dev"):
+    for extra in ("eval", "serve", "studio", "quantization", "gguf", "vllm", "docs", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "Requires-Python: >=3.11" in metadata
     assert "License-Expression: Apache-2.0" in metadata
