@@ -334,7 +334,7 @@ def test_a_bfloat16_recipe_without_a_gpu_says_what_to_add(capsys: pytest.Capture
 
 def test_unknown_keys_and_wrong_types_are_all_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = {"thresold": 1.2, "num_train_epochs": "many", "lora_r": [1], "template": "alpca", "bf16": "maybe"}
-    assert dry_run(tmp_path, "--gama", "1", **bad) == 2
+    assert dry_run(tmp_path, "--gama", "1", "--model", "x", "--packing", **bad) == 2
     message = capsys.readouterr().err
     for part in (
         "key 'thresold' is unknown; did you mean 'threshold'?",
@@ -343,6 +343,8 @@ def test_unknown_keys_and_wrong_types_are_all_reported(tmp_path: Path, capsys: p
         "template: ",
         "bf16: ",
         "option --gama is unknown; did you mean 'gamma'?",
+        "option --model is unknown; did you mean 'model_revision' or 'model_name_or_path'?",
+        "option --packing is unknown; see cutlm train --help",
     ):
         assert part in message
 

@@ -761,7 +761,8 @@ def read_settings(types: Sequence[Any], config: str | None, options: Sequence[st
     def describe_unknown(what: str, name: str, names: Iterable[str]) -> str:
         if name in fixed:
             return f"{what} is not a setting of cutlm {command}; remove it"
-        return f"{what} is unknown; {suggest_name(name, (each for each in names if '-' not in each)) or f'see cutlm {command} --help'}"
+        suggestion = suggest_name(name, (each for each in names if "-" not in each))
+        return f"{what} is unknown; {suggestion or f'see cutlm {command} --help'}"
 
     values_of_file, misread = ({}, {}) if config is None else _load_yaml(config, actions)
     problems = list(misread.values())
