@@ -268,8 +268,8 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
         for name, locations in unread.items():
             columns = json.dumps({name: "judgment"})
             check.problems.append(
-                f"{_name_first(locations)}: field 'judgment' is missing, and {name!r} would be ignored; pass --columns"
-                f" '{columns}', or remove {name!r} if nothing is wrong with the responses"
+                f"{_name_first(locations)}: field 'judgment' is missing, and {name!r} would be ignored; rename it"
+                f" (--columns '{columns}'), or remove it if nothing is wrong with the responses"
             )
     return check
 
