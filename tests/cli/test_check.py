@@ -139,6 +139,17 @@ def test_a_judgment_under_another_name_is_not_ignored(tmp_path, capsys):
     assert main(["check", write(tmp_path / "c.jsonl", [{"instruction": "x", "output": "y", "critique": ""}])]) == 0
 
 
+def test_a_conversation_that_ends_with_a_reply_is_referred_to_its_converter(tmp_path, capsys):
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "y"},
+        {"role": "user", "content": "No."},
+    ]
+    for count, is_named in ((3, True), (1, False)):
+        assert main(["check", write(tmp_path / "a.jsonl", [{"messages": messages[:count]}])]) == 2
+        assert ("cutlm convert conversations" in capsys.readouterr().err) == is_named
+
+
 def test_conversations_in_a_table_with_other_columns_are_named_once(tmp_path, capsys):
     messages = json.dumps([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
     cell = messages.replace('"', '""')

@@ -138,7 +138,10 @@ def normalize_row(row: Mapping[str, Any], *, is_answered: bool) -> dict[str, Any
         raise ConversationError("tools", f"expected a list of objects, got {type(tools).__name__}")
     answer = messages.pop() if messages and messages[-1]["role"] == "assistant" else None
     if is_answered and (answer is None or answer.get("tool_calls")):
-        raise ConversationError("messages", "expected a message with text by the assistant at the end, the response")
+        problem = "expected a message with text by the assistant at the end, the response"
+        if answer is None and any(message["role"] == "assistant" for message in messages):
+            problem += "; if the last message is what the user says of it, run: cutlm convert conversations"
+        raise ConversationError("messages", problem)
     if not any(message["role"] == "user" for message in messages):
         raise ConversationError("messages", "expected a message by the user before the response, got none")
     conversation = Conversation(tuple(messages), tuple(tools or ()))
