@@ -360,7 +360,7 @@ def describe_rows(rows: Sequence[dict[str, Any]], content: dict[str, Any]) -> st
     """Make the table in Markdown."""
     size, num_runs = content["size"], content["num_test_runs"]
     header = ["method", "instructions followed", "gain over base", "prompts followed", "retention", "lr", "seeds"]
-    header += ["seconds", "responses judged"]
+    header += ["responses judged"]
     cells = [
         [
             f"`{row['method']}` {row['about']}",
@@ -372,7 +372,6 @@ def describe_rows(rows: Sequence[dict[str, Any]], content: dict[str, Any]) -> st
             f"{mean(row['retention']):.3f}",
             "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
             str(len(row["instruction_strict"])),
-            f"{mean(row['seconds']):.0f}" if row["num_judged"] else "",
             str(row["num_judged"]),
         ]
         for row in sorted(rows, key=lambda row: -mean(row["instruction_strict"]))
@@ -383,7 +382,7 @@ def describe_rows(rows: Sequence[dict[str, Any]], content: dict[str, Any]) -> st
         f"Strict accuracy on {num_prompts} IFEval prompts{drawn}, {size['max_new_tokens']} new tokens, greedy, means"
         " over the seeds; in brackets 95 % intervals from drawing the prompts again. Retention: mean log-likelihood per"
         f" token of {size['num_held_out']} satisfactory responses of the published judgments, in nats. Every method"
-        f" makes {size['num_steps']} steps of {size['batch_size']} responses. Seconds of training with the detector.",
+        f" makes {size['num_steps']} steps of {size['batch_size']} responses.",
         f"Measured on {content['date']} in {content['dtype']} with `{content['command']}`.",
     ]
     if num_runs["finished"] < num_runs["planned"]:
