@@ -83,7 +83,7 @@ def _start_training(args: argparse.Namespace) -> NoReturn:
     def stop(*_: Any) -> NoReturn:
         raise _FirstStepError
 
-    CUTTrainer.training_step = stop  # type: ignore[method-assign]
+    CUTTrainer.training_step = stop  # type: ignore[assignment, method-assign]
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
         options = ["--data", f"{args.folder}/records.jsonl", "--output_dir", f"{out}/run", "--max_length", "256"]
         base = str(Path(sys.modules["cutlm"].__path__[0]) / "world" / "base_model")

@@ -29,7 +29,13 @@ from common import add_shape_arguments, make_model, make_parser, make_tokenizer,
 
 VARIANTS = ("released", "cutlm", "frozen", "floor", "dpo", "sft")
 _TARGETS = ["gate_proj", "up_proj", "down_proj"]
-_SETTINGS: dict[str, Any] = {"threshold": 1.1, "unlikelihood_weight": 1.0, "gamma": 0.0}
+# Without the sensitivity of the model, which is measured once before training.
+_SETTINGS: dict[str, Any] = {
+    "threshold": 1.1,
+    "unlikelihood_weight": 1.0,
+    "gamma": 0.0,
+    "sensitivity_records": 0,
+}
 
 
 def main() -> None:

@@ -161,16 +161,21 @@ class Film:
 
 def film_session(browser: Any, folder: Path, model: str) -> None:
     write_responses(folder, FILMED_ROWS)
-    with run_studio(folder, "ann", "--model", model) as url:
-        page = open_page(browser, url, viewport={"width": 960, "height": 600})
+    with run_studio(folder, "ann", "--model", model, "--threshold", "3") as url:
+        page = open_page(browser, url, viewport={"width": 960, "height": 720})
         page.wait_for_selector("#scoring:empty", state="attached")
         film = Film(page)
         film.watch(2)
         page.keyboard.press("w")
         film.type("It says that it is also summer in Australia. It is winter there.")
-        film.watch(4)
+        film.watch(2)
+        page.keyboard.press("Escape")
+        for _ in range(3):
+            page.keyboard.press("]")
+            film.watch(0.6)
         page.locator(".response .flagged").first.hover()
         film.watch(3)
+        page.mouse.move(2, 2)
         page.keyboard.press("Control+Enter")
         film.watch(2)
         film.type("\u201cthe harder it is to keep the balance\u201d is wrong: it is easier.")

@@ -7,6 +7,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import pyarrow
 from datasets import Dataset
 from pyarrow import compute
 
@@ -93,7 +94,8 @@ def hash_rows(rows: Dataset) -> str:
     names = [name for name in _ID_COLUMNS if name in rows.column_names]
     for table in rows.select_columns(names).with_format("arrow").iter(1000):
         for name in names:
-            lists = table.column(name).combine_chunks()
+            # A column that holds nothing but None has no type of its own.
+            lists = table.column(name).combine_chunks().cast(pyarrow.list_(pyarrow.int64()))
             lengths = compute.fill_null(compute.list_value_length(lists), -1)
             for values in (lengths, lists.flatten()):
                 digest.update(values.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
