@@ -34,7 +34,6 @@ ROWS = [
     ("Name the capital of Canada.", "The capital of Canada is Ottawa."),
     ("Give me a line concerning a wooden castle.", "The wooden castle is old. The castle is wooden."),
 ]
-TRAINING = "num_train_epochs: 16\nlogging_steps: 1\nlearning_rate: 5.0e-4\nper_device_train_batch_size: 4\n"
 FILMED_ROWS = [
     (
         "Why do we have seasons?",
@@ -101,8 +100,7 @@ def take_screenshots(browser: Any, folder: Path) -> None:
         for number, judgment in enumerate(("Kyoto is wrong.", "It is Canberra.", None), start=1):
             judge(page, number, judgment)
         page.close()
-    (folder / "train.yaml").write_text(TRAINING, "utf-8")
-    with run_studio(folder, "ann", "--model", str(MODEL), "--train_config", "train.yaml") as url:
+    with run_studio(folder, "ann", "--model", str(MODEL)) as url:
         page = open_page(browser, url, viewport={"width": 1120, "height": 720})
         judge(page, 1, "The answer says Kyoto, which is the wrong city.")
         page.wait_for_selector("#position:text('Response 2 of')")
@@ -114,10 +112,6 @@ def take_screenshots(browser: Any, folder: Path) -> None:
         page.click("#done")
         judge(page, 3, None)
         judge(page, 4, None)
-        page.click("nav [data-view=train]")
-        page.click("#start")
-        page.wait_for_selector("#comparison table", timeout=300_000)
-        page.screenshot(path=DOCS / "studio-train.png")
         page.close()
         page = open_page(browser, url, viewport={"width": 860, "height": 460}, color_scheme="dark")
         page.click("nav [data-view=summary]")
