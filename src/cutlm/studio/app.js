@@ -27,7 +27,7 @@ const review = new Review(session.models.length > 0, session.threshold, {
   },
   reconcile: (index, verdict) => saver.reconcile(index, verdict),
 });
-const saver = new Saver(`cutlm studio ${session.out} ${session.reviewer}`, items.map(({ key }) => key), {
+const saver = new Saver(`cutlm studio ${JSON.stringify([session.out, session.reviewer])}`, items.map(({ key }) => key), {
   onState: (kind, text) => {
     byId("saved").className = kind;
     byId("saved").textContent = text;
