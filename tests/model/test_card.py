@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from cutlm.model import card as card_module
-from cutlm.model.card import describe_base, read_facts, render_card, update_card, write_card
+from cutlm.model.card import describe_base, name_model, read_facts, render_card, update_card, write_card
 
 FACTS: dict[str, Any] = {
     "kind": "adapter",
@@ -33,6 +33,7 @@ HOSTILE = [
     "a\n---\nlicense: mit\n---\n# Owned",
     '<script>alert("x")</script>',
     "a | b `c` ``d`` [e](https://evil.org) ![f](https://evil.org/f.png)",
+    "[e](https://evil.org) \\| <b> \\\\| c",
     "# heading\u2028\u202e\x1b[31m\x00",
     "*" * 5000,
     "'; rm -rf ~; echo '",
@@ -120,7 +121,7 @@ def test_a_model_is_linked_to_the_parent_of_its_local_base() -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_shown_and_not_interpreted(text: str, tmp_path: Path) -> None:
     facts: dict[str, Any] = FACTS | {
-        "base": {"name": text, "license": text, "license_name": text, "license_link": text},
+        "base": {"name": text, "trained_from": text, "license": text, "license_name": text, "license_link": text},
         "objective": text,
         "template": text,
         "settings": {"output": text, text: [text]},
@@ -145,7 +146,7 @@ def test_hostile_text_is_shown_and_not_interpreted(text: str, tmp_path: Path) ->
     headings = [following.content for token, following in itertools.pairwise(tokens) if token.type == "heading_open"]
     assert len(headings) == 6
     for row in re.findall(r"^\| .*$", card.text, re.MULTILINE):
-        assert len(re.findall(r"(?<!\\)\|", row)) == 3
+        assert len(re.findall(r"(?:^|[^\\])(?:\\\\)*\|", row)) == 3
     assert not re.search(r"[\x00\x1b\u2028\u202e]", card.text)
 
 
@@ -175,7 +176,38 @@ def test_a_card_by_others_has_no_facts_and_is_not_replaced(content: str, tmp_pat
     assert describe_base(tmp_path)["name"] == tmp_path.name
 
 
+@pytest.mark.parametrize("key", ["base", "settings", "lora", "datasets", "data", "objective", "kind", "versions"])
+def test_facts_of_another_type_are_left_out(key: str, tmp_path: Path) -> None:
+    facts = FACTS | {"name": "first", key: 3 if key in FACTS and isinstance(FACTS[key], str) else "text"}
+    (tmp_path / "README.md").write_text(f"---\n{json.dumps({'cutlm': facts | {'role': [1]}})}\n---\n")
+    known = read_facts(tmp_path)
+    assert known == {name: value for name, value in facts.items() if name != key}
+    write_card(tmp_path, known)
+    assert read_facts(tmp_path) == known
+
+
+def test_a_base_that_no_hub_can_have_is_not_linked() -> None:
+    name = "a/b) <img src=x> [c](https://evil.org"
+    card = ModelCard(render_card("first", FACTS | {"base": {"name": "b", "hub_name": name}}))
+    tokens = [child for token in MarkdownIt().parse(card.text) for child in token.children or ()]
+    assert not [token for token in tokens if "html" in token.type]
+    assert not [token for token in tokens if "evil" in str(token.attrs)]
+
+
 # ---- The base model ----
+
+
+def test_a_model_is_named_without_its_path(tmp_path: Path) -> None:
+    assert name_model(tmp_path) == tmp_path.name
+    assert [name_model(name) for name in ("/gone/judge", "org/judge", "a/b/judge")] == [
+        "judge",
+        "org/judge",
+        "a/b/judge",
+    ]
+
+
+def test_a_base_that_is_gone_is_named_without_its_path(tmp_path: Path) -> None:
+    assert describe_base(tmp_path / "gone") == {"name": "gone"}
 
 
 def test_a_local_base_has_the_license_and_the_parent_of_its_card(tmp_path: Path) -> None:

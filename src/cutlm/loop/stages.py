@@ -36,7 +36,7 @@ from cutlm.judges.human import name_todo_files
 from cutlm.judges.responses import EMPTY_RESPONSE, name_failures_file
 from cutlm.loop.processes import run_shell, serve
 from cutlm.loop.settings import Plan
-from cutlm.model.card import update_card
+from cutlm.model.card import name_model, update_card
 
 _NUM_AVERAGED = 3
 _ADVICE = "see its output above, fix the problem and run the same command again: complete work is kept"
@@ -389,9 +389,11 @@ def _train(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
     for path in target.glob("checkpoint-*"):
         shutil.rmtree(path)
     judge = plan.parse_options("judge", str(plan.arguments.judge))
-    about = {"iteration": iteration.number, "judge": judge["judge"], "judge_model": judge.get("judge_model")}
+    about = {"iteration": iteration.number, "judge": judge["judge"]}
+    if judge.get("judge_model"):
+        about["judge_model"] = name_model(judge["judge_model"])
     name = f"{plan.folder.resolve().name}-iteration-{iteration.number}"
-    update_card(target, name=name, iteration={name: value for name, value in about.items() if value is not None})
+    update_card(target, name=name, iteration=about)
     logged = [line for line in state["log_history"] if "loss" in line]
     losses = [line["loss"] for line in logged]
     shares = [line["flagged_share"] for line in logged if "flagged_share" in line]

@@ -53,6 +53,12 @@ _EVALUATIONS = {
 }
 
 Facts = dict[str, Any]
+# The type of each fact that is not text.
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("base", "settings", "lora", "data", "training", "sensitivity", "evaluation"), dict),
+    **dict.fromkeys(("iteration", "merge", "versions"), dict),
+    "datasets": list,
+}
 
 
 def write_card(folder: str | Path, facts: Mapping[str, Any], name: str | None = None) -> None:
@@ -68,10 +74,12 @@ def write_card(folder: str | Path, facts: Mapping[str, Any], name: str | None = 
 
 
 def read_facts(folder: str | Path) -> Facts:
-    """Read the facts of the card in a folder; empty if it has none, or one by another program."""
+    """Read the facts of the card in a folder, without those of another type; empty if it is not by cutlm."""
     card = _load_card(Path(folder) / CARD_FILE)
     facts = getattr(card.data, "cutlm", None) if card is not None else None
-    return _clean(facts) if isinstance(facts, dict) else {}
+    if not isinstance(facts, dict):
+        return {}
+    return {key: value for key, value in _clean(facts).items() if isinstance(value, _TYPES.get(key, str))}
 
 
 def update_card(folder: str | Path, **facts: Any) -> None:
@@ -89,6 +97,12 @@ def _load_card(path: Path) -> ModelCard | None:
         return None
 
 
+def name_model(name: str | Path) -> str:
+    """Return the name of a model for a card: that of a folder is without its path."""
+    path = Path(name)
+    return path.resolve().name if path.exists() or path.is_absolute() else str(name)
+
+
 def describe_base(name: str | Path) -> Facts:
     """Say what is known about a base model: where it comes from, and its license.
 
@@ -99,14 +113,14 @@ def describe_base(name: str | Path) -> Facts:
         return {"name": "unknown"}  # a model that was made in memory
     if path.exists():
         card = _load_card(path / CARD_FILE) if path.is_dir() else None
-        facts: Facts = {"name": path.resolve().name}
+        facts: Facts = {"name": name_model(path)}
         own = read_facts(path).get("base") or {} if card is not None else {}
         parent = own.get("hub_name") or own.get("trained_from") or getattr(card and card.data, "base_model", None)
         if isinstance(parent, str) and _HUB_NAME.fullmatch(parent):
             facts["trained_from"] = parent
         return facts | _list_license(card.data if card is not None else None)
     if not _HUB_NAME.fullmatch(str(name)):
-        return {"name": str(name)}
+        return {"name": name_model(name)}
     try:
         data = HfApi().model_info(str(name), timeout=_HUB_TIMEOUT).card_data
     except (OSError, HTTPError, HFValidationError):  # no network, offline mode, or no such model
@@ -201,10 +215,15 @@ def _introduce(facts: Mapping[str, Any]) -> str:
 
 def _name_base(base: Mapping[str, Any]) -> str:
     if hub_name := base.get("hub_name"):
-        return f"[{_escape(hub_name)}](https://huggingface.co/{hub_name})"
+        return _link_model(hub_name)
     parent = base.get("trained_from")
-    origin = f", which was made from [{_escape(parent)}](https://huggingface.co/{parent})" if parent else ""
+    origin = f", which was made from {_link_model(parent)}" if parent else ""
     return f"the model {_as_code(base.get('name') or 'unknown')}{origin}"
+
+
+def _link_model(name: str) -> str:
+    """Link a model of the hub; a name that none can have, from a card by others, is shown as code."""
+    return f"[{_escape(name)}](https://huggingface.co/{name})" if _HUB_NAME.fullmatch(str(name)) else _as_code(name)
 
 
 def _explain_use(name: str, facts: Mapping[str, Any]) -> str:
@@ -361,8 +380,8 @@ def _escape(text: object) -> str:
 
 
 def _as_code(text: object) -> str:
-    """Show text as code; a vertical bar would end the cell of a table."""
-    line = _shorten(text).replace("|", "\\|")
+    """Show text as code; a vertical bar would end the cell of a table, also behind an escaped backslash."""
+    line = re.sub(r"(\\*)\|", r"\1\1\|", _shorten(text))
     ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     pad = " " if len(ticks) > 1 or not line.strip() else ""
     return f"{ticks}{pad}{line}{pad}{ticks}"
