@@ -1,4 +1,4 @@
-"""`cutlm generate --engine vllm`: what it asks of vLLM, by a stand-in with the interface of vLLM 0.11, and resuming.
+"""`cutlm generate --engine vllm`: what it asks of vLLM, by a stand-in with the interface of vLLM 0.19, and resuming.
 
 The names and kinds of arguments are those of `LLM.__init__` and `LLM.generate` (vllm/entrypoints/llm.py),
 `SamplingParams` (vllm/sampling_params.py), `LoRARequest` (vllm/lora/request.py), `TokensPrompt` (vllm/inputs) and
@@ -71,7 +71,11 @@ def install(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
             max_model_len: int | None = None,
         ) -> None:  # fmt: skip
             assert max_lora_rank in (8, 16, 32, 64, 128, 256, 320, 512)
+            if max_model_len == 0:
+                raise RuntimeError("Engine core initialization failed. See root cause above.")
             calls.loaded.append({"model": model, "dtype": dtype, "enable_lora": enable_lora, "rank": max_lora_rank})
+            length = max_model_len or json.loads((base_path() / "config.json").read_text())["max_position_embeddings"]
+            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=length))
 
         def generate(
             self, prompts: Sequence[TokensPrompt], sampling_params: Sequence[SamplingParams], *,
@@ -198,10 +202,14 @@ def test_an_adapter_that_vllm_cannot_run_is_refused(calls: Calls, prompts: Path,
         ["--engine_args", "{}"],
         ["--engine", "vllm", "--engine_args", "[]"],
         ["--engine", "vllm", "--engine_args", '{"no_such_argument": 1}'],
+        ["--engine", "vllm", "--engine_args", '{"max_model_len": 0}'],
+        ["--engine", "vllm", "--max_new_tokens", "0"],
+        ["--engine", "vllm", "--temperature", "-1"],
     ],
 )
-def test_options_that_do_not_fit_are_refused(calls: Calls, prompts: Path, options: list[str]) -> None:
+def test_options_that_do_not_fit_are_refused_before_loading(calls: Calls, prompts: Path, options: list[str]) -> None:
     assert generate(prompts, "out.json", *options)[0] == 2
+    assert not calls.loaded
 
 
 def test_a_missing_package_is_named(

@@ -17,6 +17,7 @@ written without them if their share of all prompts is no larger.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from cutlm.cli.model_options import (
     add_options,
     add_sampling_options,
     check_output,
+    choose_own_template,
     load_model,
     make_encoder,
     make_sampling,
     make_server,
     read_json_object,
 )
-from cutlm.errors import ConfigError, UserError
+from cutlm.errors import ConfigError
 
 LOCAL_OPTIONS = ModelOptions(("batch_size", "dtype", "device"))
 ANSWERING_OPTIONS = ModelOptions(LOCAL_OPTIONS.local, ("tokenizer", *SERVER_OPTIONS))
@@ -137,19 +139,17 @@ def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
 
 def _answer_by_vllm(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:
     from cutlm.generation.files import generate_file
-    from cutlm.generation.local import Sampling, choose_max_new_tokens_in
+    from cutlm.generation.local import choose_max_new_tokens_in
     from cutlm.generation.vllm import load_engine
     from cutlm.model.loading import find_base_model, fingerprint_model, is_adapter_folder, load_own_tokenizer
-    from cutlm.prompting.encoding import choose_template
 
     arguments = read_json_object(args.engine_args or "{}", "--engine_args")
+    sampling = make_sampling(args)  # loading takes minutes, so options are checked before
     tokenizer = load_own_tokenizer(args.model, find_base_model(args.model) if is_adapter_folder(args.model) else None)
-    if args.template is None and not tokenizer.chat_template:
-        raise UserError(f"{args.model}: its tokenizer has no chat template; set --template alpaca")
-    encoder = make_encoder(args, tokenizer, args.template or choose_template(tokenizer))
+    encoder = make_encoder(args, tokenizer, choose_own_template(args, tokenizer))
     engine = load_engine(args.model, dtype=args.dtype, arguments=arguments)
-    max_new_tokens = args.max_new_tokens or choose_max_new_tokens_in(engine.context_limit)
-    sampling = Sampling(max_new_tokens, args.temperature, args.top_p, args.seed)
+    if args.max_new_tokens is None:
+        sampling = dataclasses.replace(sampling, max_new_tokens=choose_max_new_tokens_in(engine.context_limit))
     options = _name_output(args) | {"fingerprint": fingerprint_model(args.model), "judgment": args.judgment}
     generated = generate_file(
         engine, tokenizer, encoder, prompts, args.out, sampling, max_failure_rate=args.max_failure_rate, **options

@@ -200,14 +200,20 @@ def make_sampling(args: argparse.Namespace, model: Any = None) -> "Sampling":
 def load_model(args: argparse.Namespace) -> "tuple[Any, PreTrainedTokenizerBase, TemplateName]":
     """Load the local model and its tokenizer, and choose the prompt template."""
     from cutlm.model.loading import load_trained
-    from cutlm.prompting.encoding import choose_template
     from cutlm.prompting.templates import set_arguments
 
     model, tokenizer = load_trained(args.model, dtype=args.dtype, device=args.device)
     tokenizer = set_arguments(tokenizer, args.chat_template_kwargs or {})
+    return model, tokenizer, choose_own_template(args, tokenizer)
+
+
+def choose_own_template(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "TemplateName":
+    """Choose the prompt template: that of the options, or that of the chat template saved with the model."""
+    from cutlm.prompting.encoding import choose_template
+
     if args.template is None and not tokenizer.chat_template:
         raise UserError(f"{args.model}: its tokenizer has no chat template; set --template alpaca")
-    return model, tokenizer, args.template or choose_template(tokenizer)
+    return args.template or choose_template(tokenizer)
 
 
 def make_encoder(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", template: "TemplateName") -> "Encoder":

@@ -121,6 +121,10 @@ class Generated:
             self.unfinished.add(index)
         self.num_redacted += line.get("is_redacted", False)
 
+    def list_missing(self, num_prompts: int) -> list[int]:
+        """Return the indices of the prompts that have neither a response nor a failure."""
+        return [index for index in range(num_prompts) if index not in self.responses and index not in self.failures]
+
     def has_too_many_failures(self, max_failure_rate: float) -> bool:
         """Whether more than this share of the prompts has no response, or none has one."""
         num_prompts = len(self.responses) + len(self.failures)
@@ -175,10 +179,7 @@ def generate_batches(
     no room for a prompt.
     """
     prompts = fit_prompts(prompts, find_room(model, sampling.max_new_tokens), encoder, generated)
-    missing = [
-        index for index in range(len(prompts)) if index not in generated.responses and index not in generated.failures
-    ]
-    missing.sort(key=lambda index: (-len(prompts[index]), index))
+    missing = sorted(generated.list_missing(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     reader = make_reader(model, tokenizer, encoder)
     rows = [Row(index, prompts[index]) for index in missing]
     for batch in _generate_rows(model, reader, rows, sampling, progress or Progress(len(prompts), is_shown=False)):

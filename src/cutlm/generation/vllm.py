@@ -1,6 +1,7 @@
 """Generate responses with vLLM in this process: the same prompts, end tokens, journal and answers as `local`.
 
-The interface is that of vLLM 0.11: `vllm.LLM`, `SamplingParams`, `TokensPrompt` and `LoRARequest`.
+The interface is that of vLLM 0.19.1, the first version that can be installed with transformers 5.23: `vllm.LLM`,
+`SamplingParams`, `TokensPrompt` and `LoRARequest`.
 """
 
 import json
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from cutlm.data.journal import Journal
 from cutlm.errors import UserError
@@ -34,14 +35,14 @@ class Engine:
     Attributes:
         llm: The engine.
         adapter: The LoRA adapter of its requests.
-        own_end_ids: The tokens at which the model's own `generation_config` stops.
-        context_limit: The length of its context in tokens; None if its config does not state one.
+        generation_config: The model's own; None if it has none.
+        context_limit: The length of its context in tokens.
     """
 
     llm: "LLM"
     adapter: "LoRARequest | None"
-    own_end_ids: list[int]
-    context_limit: int | None
+    generation_config: GenerationConfig | None
+    context_limit: int
 
 
 def load_engine(path: str | Path, *, dtype: str = "auto", arguments: Mapping[str, Any] | None = None) -> Engine:
@@ -72,12 +73,9 @@ def load_engine(path: str | Path, *, dtype: str = "auto", arguments: Mapping[str
         adapter = LoRARequest("adapter", 1, str(Path(path).resolve()))
     try:
         llm = LLM(model=model, **options | dict(arguments or {}))
-    except (ValueError, TypeError) as error:  # an architecture or an argument that vLLM does not know
+    except (ValueError, TypeError, RuntimeError) as error:  # what vLLM does not know, or a failure of its own process
         raise UserError(f"--engine vllm: {model} cannot be loaded ({' '.join(str(error).split())})") from error
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    limits = (getattr(config, "max_position_embeddings", None), (arguments or {}).get("max_model_len"))
-    limit = min((limit for limit in limits if limit is not None), default=None)
-    return Engine(llm, adapter, _read_end_ids(model), limit)
+    return Engine(llm, adapter, _read_generation_config(model), llm.llm_engine.model_config.max_model_len)
 
 
 def _choose_max_rank(folder: Path) -> int:
@@ -94,13 +92,11 @@ def _choose_max_rank(folder: Path) -> int:
     return ranks[0]
 
 
-def _read_end_ids(model: str) -> list[int]:
+def _read_generation_config(model: str) -> GenerationConfig | None:
     try:
-        config = GenerationConfig.from_pretrained(model)
+        return GenerationConfig.from_pretrained(model)
     except OSError:  # it has none
-        return []
-    ids = config.eos_token_id
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        return None
 
 
 def generate_with_vllm(
@@ -116,11 +112,9 @@ def generate_with_vllm(
 
     generated = Generated.resume(journal)
     prompts = fit_prompts(prompts, find_room_in(engine.context_limit, sampling.max_new_tokens), encoder, generated)
-    end_ids = list_end_ids(None, *engine.own_end_ids, tokenizer.eos_token_id, encoder.end_of_turn_id)
+    end_ids = list_end_ids(engine, tokenizer.eos_token_id, encoder.end_of_turn_id)
     reader = AnswerReader(end_ids, end_ids[0], tokenizer, encoder)
-    missing = [
-        index for index in range(len(prompts)) if index not in generated.responses and index not in generated.failures
-    ]
+    missing = generated.list_missing(len(prompts))
     with journal:
         for start in range(0, len(missing), _NUM_PROMPTS):
             part = missing[start : start + _NUM_PROMPTS]
