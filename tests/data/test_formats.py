@@ -93,6 +93,11 @@ def test_json_is_not_taken_for_another_format(text, tmp_path):
             ['{"prompt": "instruction", "response": "output"}', "cutlm judge"],
         ),
         ({"instruction": "Hi.", "response": "Ho."}, ['--columns \'{"response": "output"}\'']),
+        ({"user's": [{"role": "user", "content": "Hi."}], "review": 3}, ["""'{"user'"'"'s": "messages"}'"""]),
+        (
+            {"log": '[{"role": "user", "content": "Hi."}]', "review": "No."},
+            ['{"log": "messages", "review": "judgment"}'],
+        ),
         ({"question": "Hi.", "answer": "Ho.", "critique": "No."}, ['"critique": "judgment"']),
         ({"prompt": "Hi.", "chosen": "a", "rejected": "b"}, ["cutlm convert pairs"]),
         ({"instruction": "Hi.", "input": "", "chosen": "a", "rejected": "b"}, ["cutlm convert pairs"]),

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from cutlm.data.files import check_out_file, hash_sources, read_data, read_rows, write_rows
-from cutlm.data.sources import check_columns, find_files
+from cutlm.data.sources import check_columns, find_files, find_hub_names
 from cutlm.errors import ConfigError, DataError
 
 ROW = {"instruction": "Name a colour.", "output": 'Blue,\nor "navy".', "judgment": "Name one."}
@@ -303,6 +303,13 @@ def test_a_new_name_that_is_taken_is_refused(kind, tmp_path):
     else:
         with pytest.raises(DataError, match="the column 'instruction' occurs twice"):
             read_rows(path, {"prompt": "instruction"})
+
+
+def test_data_sets_of_the_hub_are_named_once_and_files_not(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}")
+    sources = [str(path), "org/data:config@main[train]", "hf://org/data", "org/other"]
+    assert find_hub_names(sources) == ["org/data", "org/other"]
 
 
 @pytest.mark.parametrize("columns", [{"a": "x", "b": "x"}, {"a": 1}, {"a": ""}, ["a"], "a"])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -153,9 +154,9 @@ def describe_row_format(row: Any) -> str | None:
         if ours not in fields and (theirs := next((name for name in names if name in fields), None))
     }
     if {"instruction", "output"} <= fields | renamed.keys():
-        columns = json.dumps({theirs: ours for ours, theirs in renamed.items()}, ensure_ascii=False)
+        columns = shlex.quote(json.dumps({theirs: ours for ours, theirs in renamed.items()}, ensure_ascii=False))
         has_judgment = "judgment" in fields | renamed.keys()
-        return f"the fields {', '.join(map(repr, row))}; pass --columns '{columns}'" + (
+        return f"the fields {', '.join(map(repr, row))}; pass --columns {columns}" + (
             "" if has_judgment else f"; {_NO_JUDGMENTS}"
         )
     if set(row) == {"error"} or ("error" in fields and len(fields) <= 2):
@@ -166,8 +167,8 @@ def describe_row_format(row: Any) -> str | None:
         renamed = {messages: "messages"}
         if "judgment" not in fields and (judgment := find_judgment_column(row)):
             renamed[judgment] = "judgment"
-        columns = json.dumps(renamed, ensure_ascii=False)
-        return f"the fields {', '.join(map(repr, row))}; pass --columns '{columns}'"
+        columns = shlex.quote(json.dumps(renamed, ensure_ascii=False))
+        return f"the fields {', '.join(map(repr, row))}; pass --columns {columns}"
     return None
 
 
