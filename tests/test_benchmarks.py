@@ -33,6 +33,24 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
 
 
 @pytest.fixture
+def run_in_process(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Runs a script of benchmarks/ with its variants in this process, after a look at the folder of each."""
+
+    def run(script: Any, look: Callable[[str, Path], None] = lambda variant, folder: None) -> None:
+        def run_here(variant: str, folder: str) -> Any:
+            look(variant, Path(folder))
+            with contextlib.redirect_stdout(io.StringIO()) as printed, monkeypatch.context() as context:
+                context.setattr(sys, "argv", [*sys.argv, "--variant", variant, "--folder", str(folder)])
+                script.main()
+            return json.loads(printed.getvalue().splitlines()[-1])
+
+        monkeypatch.setattr("common.run_alone", run_here)
+        script.main()
+
+    return run
+
+
+@pytest.fixture
 def train_step(load: Load, monkeypatch: pytest.MonkeyPatch) -> Load:
     """Runs train_step.py with its variants in this process."""
     script = load("train_step")
@@ -140,9 +158,7 @@ def test_scaling_benchmark_runs(
     assert scaling.find_exponent((1, 2, 4), [3.0, 6.0, 12.0]) == pytest.approx(1)
 
 
-def test_cpu_benchmark_compares_the_dtypes(
-    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cpu_benchmark_compares_the_dtypes(load: Load, run_in_process: Load, tmp_path: Path) -> None:
     records = tmp_path / "records.jsonl"
     rows = [
         {"instruction": "Add.", "output": "It is 5.", "judgment": "No."},
@@ -155,15 +171,10 @@ def test_cpu_benchmark_compares_the_dtypes(
     script = load("cpu_dtype", *options, f"--json={out}")
     dtypes = []
 
-    def run_here(variant: str, folder: str) -> Any:
-        dtypes.append(json.loads((Path(folder) / variant.split()[1] / "config.json").read_text())["dtype"])
-        with contextlib.redirect_stdout(io.StringIO()) as printed, monkeypatch.context() as context:
-            context.setattr(sys, "argv", [*sys.argv, "--variant", variant, "--folder", str(folder)])
-            script.main()
-        return json.loads(printed.getvalue().splitlines()[-1])
+    def read_dtype(variant: str, folder: Path) -> None:
+        dtypes.append(json.loads((folder / variant.split()[1] / "config.json").read_text())["dtype"])
 
-    monkeypatch.setattr("common.run_alone", run_here)
-    script.main()
+    run_in_process(script, read_dtype)
     known = json.loads(out.read_text())
     assert sorted(dtypes) == ["bfloat16", "bfloat16", "float32", "float32"]
     assert known["num_records"] == 2
@@ -172,7 +183,7 @@ def test_cpu_benchmark_compares_the_dtypes(
 
 
 def test_preparation_benchmark_compares_with_trl(
-    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    load: Load, run_in_process: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     records = tmp_path / "records.jsonl"
     rows = [
@@ -187,14 +198,7 @@ def test_preparation_benchmark_compares_with_trl(
     monkeypatch.setattr("datasets.disable_caching", lambda: None)  # it would last
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
-    def run_here(variant: str, folder: str) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()) as printed, monkeypatch.context() as context:
-            context.setattr(sys, "argv", [*sys.argv, "--variant", variant, "--folder", str(folder)])
-            script.main()
-        return json.loads(printed.getvalue().splitlines()[-1])
-
-    monkeypatch.setattr("common.run_alone", run_here)
-    script.main()
+    run_in_process(script)
     known = json.loads(out.read_text())
     # The same texts: of an unsatisfactory record, both contexts are examples.
     counts = {name: result["num_rows"] for name, result in known["results"].items()}
@@ -209,21 +213,12 @@ def test_preparation_benchmark_compares_with_trl(
     assert figures["peak_gb"] == 2
 
 
-def test_generation_benchmark_compares_with_padded_batches(
-    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_generation_benchmark_compares_with_padded_batches(load: Load, run_in_process: Load, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     options = ["--num_prompts=5", "--max_new_tokens=4", "--batch_size=2", "--repeats=1"]
     script = load("generation", *OPTIONS, *options, "--engines", "cutlm", "padded", f"--json={out}")
 
-    def run_here(variant: str, folder: str) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()) as printed, monkeypatch.context() as context:
-            context.setattr(sys, "argv", [*sys.argv, "--variant", variant, "--folder", str(folder)])
-            script.main()
-        return json.loads(printed.getvalue().splitlines()[-1])
-
-    monkeypatch.setattr("common.run_alone", run_here)
-    script.main()
+    run_in_process(script)
     known = json.loads(out.read_text())
     assert [(row["engine"], row["tokens"]) for row in known["rows"]] == [("cutlm", 20), ("padded", 20)]
     assert known["share_of_equal_responses"] == 1.0
