@@ -116,7 +116,7 @@ def _make_table() -> list[str]:
 
     lora = Plan(num_tokens=4096)
     ways = {"LoRA": lora, "QLoRA (4 bits)": replace(lora, load_in=4), "full": replace(lora, lora_r=None, weight_size=4)}
-    lines = ["| model | what is trained | 1 GPU | 8 GPUs | 8 GPUs, `--fsdp` |", "|---|---|---:|---:|---:|"]
+    lines = ["| model | trained weights | 1 GPU | 8 GPUs | 8 GPUs, `--fsdp` |", "|---|---|---:|---:|---:|"]
     for name in _SHAPES:
         for way, plan in ways.items():
             cells = []
