@@ -79,7 +79,7 @@ def _check_options(args: argparse.Namespace) -> None:
         if is_adapter_folder(args.model):
             problems.append(f"--model {args.model}: expected a whole model for vLLM, got an adapter; use cutlm merge")
         if find_spec("vllm") is None:
-            problems.append("--backend vllm: vLLM is not installed; install it with: pip install vllm")
+            problems.append("--backend vllm: vLLM is not installed; run: pip install 'cutlm[vllm]'")
     if problems:
         raise ConfigError(problems)
 
