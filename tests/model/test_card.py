@@ -190,7 +190,7 @@ def test_a_base_that_no_hub_can_have_is_not_linked() -> None:
     name = "a/b) <img src=x> [c](https://evil.org"
     card = ModelCard(render_card("first", FACTS | {"base": {"name": "b", "hub_name": name}}))
     tokens = [child for token in MarkdownIt().parse(card.text) for child in token.children or ()]
-    assert not [token for token in tokens if "html" in token.type]
+    assert {token.content for token in tokens if "html" in token.type} == {"<br>"}
     assert not [token for token in tokens if "evil" in str(token.attrs)]
 
 
