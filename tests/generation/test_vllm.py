@@ -6,6 +6,7 @@ The names and kinds of arguments are those of `LLM.__init__` and `LLM.generate` 
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -146,6 +147,13 @@ def test_the_sampling_is_passed_on(calls: Calls, prompts: Path) -> None:
     assert [each.seed for each in calls.params] == [5, 6, 7, 8]
     _, tokenizer = load_base(base_path())
     assert all(tokenizer.eos_token_id in (each.stop_token_ids or ()) for each in calls.params)
+
+
+def test_responses_end_where_the_model_itself_stops(calls: Calls, prompts: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(base_path(), tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert generate(prompts, "out.json", "--max_new_tokens", 3, "--engine", "vllm", model=model)[0] == 0
+    assert all({7, 9} <= set(each.stop_token_ids or ()) for each in calls.params)
 
 
 def test_prompts_are_truncated_to_the_length_that_vllm_is_given(calls: Calls, prompts: Path) -> None:
