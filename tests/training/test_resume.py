@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from commands import ON_CPU, KillPoint, list_options, start_command
 from safetensors.torch import load_file
 
@@ -260,6 +261,21 @@ def test_data_and_checkpoint_may_move_and_changed_settings_are_named(
     data.write_bytes(gzip.compress((workplace.folder / "records.json").read_bytes()))
     assert workplace.resume(run, data=data, threshold=1.2) == 0
     assert "threshold was 1.1 before this resume, and is 1.2 now" in capsys.readouterr().out
+
+
+def test_setting_that_an_earlier_version_lacked_has_its_default(
+    workplace: Workplace, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "cutlm_train.yaml"
+    settings = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(settings | {"drop_ineffective": True}))
+    assert workplace.resume(run) == 2  # other records
+    assert capsys.readouterr().err.startswith("cutlm train: drop_ineffective: ")
+    del settings["drop_ineffective"], settings["judgment_role"], settings["threshold"]
+    path.write_text(yaml.safe_dump(settings))
+    assert workplace.resume(run) == 0
+    named = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "before this resume" in line]
+    assert named == ["output_dir"]  # it is a copy
 
 
 def test_a_checkpoint_of_another_run_is_compared_with_that_run(

@@ -5,6 +5,7 @@ A checkpoint is written to a hidden folder, synced and renamed, so a kill at any
 and compare a resumed run with the one that it continues.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -64,7 +65,7 @@ _STAGING = ".saving"
 _REPLACED = ".replaced"
 # The files of a complete checkpoint; DeepSpeed keeps most of them in a separate folder.
 _PARTS = {
-    "weights": ("*.safetensors", "pytorch_model*", "global_step*"),
+    "weights": ("*model*.safetensors", "pytorch_model*", "global_step*"),
     "optimizer state": ("optimizer*", "global_step*"),
     "scheduler state": (SCHEDULER_NAME, "global_step*"),
     "random state": ("rng_state*.pth",),
@@ -74,9 +75,9 @@ _PARTS = {
 _MARKERS = ("config.json", "adapter_config.json")
 # If one of these changed, a resumed run would skip records, see others, or not fit its checkpoint.
 _SETTINGS_OF_A_RUN = (
-    *("data_seed", "detector", "downsample", "eval_split", "gradient_accumulation_steps", "load_in_4bit"),
-    *("load_in_8bit", "lora_alpha", "lora_modules_to_save", "lora_r", "lora_target_modules", "max_length"),
-    *("objective", "optim", "per_device_train_batch_size", "satisfactory_only", "seed", "template"),
+    *("data_seed", "detector", "downsample", "drop_ineffective", "eval_split", "gradient_accumulation_steps"),
+    *("load_in_4bit", "load_in_8bit", "lora_alpha", "lora_modules_to_save", "lora_r", "lora_target_modules"),
+    *("max_length", "objective", "optim", "per_device_train_batch_size", "satisfactory_only", "seed", "template"),
     *("chat_template_kwargs", "judgment_role"),
     *("train_sampling_strategy", "use_contrast_loss", "use_dora", "use_peft", "use_rslora", "use_satisfactory_loss"),
 )
@@ -545,6 +546,9 @@ def compare_settings(settings: Settings, run_facts: Mapping[str, Any], folder: P
         run = read_run_facts(folder)
     except (ValueError, TypeError, yaml.YAMLError):
         raise UserError(f"{path}, {run_path.name}: damaged, so the run cannot be resumed; restore them") from None
+    # A setting that an earlier version did not have has its default.
+    fields = [item for part in settings.parts for item in dataclasses.fields(part) if item.name in settings.resolved]
+    before = {item.name: item.default for item in fields if item.default is not dataclasses.MISSING} | before
     pairs = {name: (before.get(name), settings.resolved.get(name)) for name in before | settings.resolved}
     changed = {name: pair for name, pair in sorted(pairs.items()) if pair[0] != pair[1]}
     fixed = _SETTINGS_OF_A_RUN if "data_sha256" in run else ("data", *_SETTINGS_OF_A_RUN)
