@@ -10,7 +10,7 @@ from tiny import make_model, make_tokenizer
 
 from cutlm import CUTConfig, CUTTrainer
 from cutlm.errors import ConfigError
-from cutlm.model.collator import split_batch
+from cutlm.model.collator import find_non_finite, split_batch
 
 TOKENIZERS = {"alpaca": make_tokenizer("bpe"), "chat": make_tokenizer("bpe_bos", chat=True)}
 RECORDS: list[dict[str, Any]] = [
@@ -114,6 +114,22 @@ def test_judgment_that_does_not_fit_is_counted() -> None:
     assert max(len(row["critique_prompt_ids"]) + len(row["critique_ids"]) for row in rows) <= 200
     assert any("5 judgments to learn" in notice and "1 left out" in notice for notice in trainer.notices)
     compute_loss(trainer)
+
+
+def test_processes_are_balanced_by_the_tokens_of_critiques_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(critique_weight=WEIGHT)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    monkeypatch.setattr(CUTConfig, "world_size", 2)
+    # The last token of a sequence is no input.
+    assert sum(trainer._get_train_sampler()._sizes) == len(batch["input_ids"]) + len(batch["sequence_lengths"])
+
+
+def test_record_of_a_judgment_without_finite_log_probability_is_named() -> None:
+    trainer = make_trainer(critique_weight=WEIGHT)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    logps = torch.zeros(len(batch["target_ids"]))
+    logps[-1] = float("nan")
+    assert find_non_finite(logps, batch) == [batch["locations"][-1]]
 
 
 def test_nothing_is_added_by_default() -> None:

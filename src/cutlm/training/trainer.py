@@ -257,7 +257,8 @@ class CUTTrainer(CheckpointingTrainer):
             # Accelerate would do this, but it only sees the outer sampler: the same order on all processes.
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             sampler = SeedableRandomSampler(rows, data_seed=seed, generator=torch.Generator())
-        sizes = [count_tokens(row) for row in rows]
+        critique = ("critique_prompt_ids", "critique_ids")
+        sizes = [count_tokens(row) + sum(len(row.get(name) or ()) for name in critique) for row in rows]
         accumulated = self.args.gradient_accumulation_steps
         return BalancedSampler(sampler, sizes, self.args.world_size, self.args.train_batch_size, accumulated)
 
@@ -265,9 +266,11 @@ class CUTTrainer(CheckpointingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from the averaged weights of a checkpoint if training resumes from one."""
-        if self.averaged is not None and resume_from_checkpoint:
-            found = resume_from_checkpoint
-            self.averaged.load(str(get_last_checkpoint(str(self.args.output_dir)) if found is True else found))
+        found = resume_from_checkpoint
+        if found is True:
+            found = get_last_checkpoint(str(self.args.output_dir))
+        if self.averaged is not None and found:
+            self.averaged.load(str(found))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False, push: bool = True) -> None:
