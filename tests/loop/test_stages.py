@@ -332,6 +332,16 @@ def test_comparison_of_prompts_is_left_out_if_it_is_off_or_a_person_judges(
     assert "compare" not in list_stages(make_plan(workplace, "off", **with_teacher(**further)), 1)
 
 
+def test_comparison_that_fails_before_any_verdict_stops_the_loop(workplace: Path) -> None:
+    plan = make_plan(workplace, "broken", **with_teacher())
+
+    def run(arguments: list[str], **options: Any) -> int:
+        return 1 if "--compare_prompts" in arguments else run_in_process(arguments, **options)
+
+    with pytest.raises(StageFailed):
+        run_loop(plan, until=StageRef(1, "compare"), run=run)
+
+
 def test_comparison_without_verdicts_or_unsatisfactory_records_does_not_stop_the_loop(
     workplace: Path, server: ChatServer
 ) -> None:

@@ -319,7 +319,10 @@ def _compare(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]
         arguments += ["--model", iteration.model, *plan.comparison_options, "--judge", *judge]
         arguments += _share_cache(plan, judge, "judge")
         arguments += ["--seed", str(make_seed(plan, iteration.number, "compare"))]
-        if (status := runner.run(arguments)) not in (0, 1):
+        status = runner.run(arguments)
+        # Without any verdict there are no records, but a list of failures.
+        judged = Path(f"{out}.records.jsonl")
+        if status not in (0, 1) or not (judged.exists() or name_failures_file(judged).exists()):
             _check_status(status, arguments)
     found = json.loads(out.read_text("utf-8")) if out.exists() else {}
     names = ("teacher_gain", "share_plain", "share_teacher", "mean_length_plain", "mean_length_teacher")
