@@ -133,6 +133,7 @@ def test_world_judge_compares_prompts(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         ["--teacher_sees_response"],  # without advice
         ["--num_records", "0"],
+        ["--max_response_tokens", "0"],
         ["--judge", "human"],
     ],
 )

@@ -268,8 +268,9 @@ def _fill_comparison_options(args: argparse.Namespace) -> list[str]:
         problems.append("--compare_prompts: expected a judge that needs no person, got human; set rules, http or local")
     if args.model is None:
         problems.append("--compare_prompts: expected --model too, got none; set it")
-    if args.num_records < 1:
-        problems.append(f"--num_records: expected a whole number of at least 1, got {args.num_records}")
+    for name in ("num_records", "max_response_tokens"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            problems.append(f"--{name}: expected a whole number of at least 1, got {number}")
     if args.teacher_sees_response and args.teacher_context != "advice":
         problems.append(f"--teacher_sees_response: expected --teacher_context advice, got {args.teacher_context}")
     return problems
