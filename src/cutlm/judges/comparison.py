@@ -84,7 +84,7 @@ def list_warnings(gain: float, interval: tuple[float, float], plain: float, teac
     if teacher * _MAX_LENGTH_RATIO < plain or plain * _MAX_LENGTH_RATIO < teacher:
         warnings.append(
             f"responses {'shrink' if teacher < plain else 'grow'} under the teacher's prompt, from {plain:.0f} to"
-            f" {teacher:.0f} characters on average; so will those of a model that learns from it"
+            f" {teacher:.0f} characters on average; a model that learns from it may do so, too"
         )
     return warnings
 
