@@ -135,12 +135,13 @@ def test_world_judge_compares_prompts(tmp_path: Path, capsys: pytest.CaptureFixt
         ["--num_records", "0"],
         ["--max_response_tokens", "0"],
         ["--judge", "human"],
+        ["--rules", "cutlm.world.judge:no_such_function"],
     ],
 )
-def test_wrong_options_are_refused(tmp_path: Path, options: list[str]) -> None:
+def test_wrong_options_are_refused_before_anything_is_generated(tmp_path: Path, options: list[str]) -> None:
     write_records(tmp_path)
     assert compare(tmp_path, *options) == 2
-    assert not (tmp_path / "gain.json").exists()
+    assert not any(tmp_path.glob("gain.json*"))
 
 
 def test_options_of_comparison_need_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,9 +187,16 @@ def _compare_prompts(args: argparse.Namespace) -> int:
     from cutlm.flagging.teacher import TeacherSettings
     from cutlm.judges.comparison import compare_verdicts, write_comparison
     from cutlm.judges.paired import draw_records
+    from cutlm.judges.prompt import read_prompt_file
+    from cutlm.judges.rules import load_rules
 
     teacher = TeacherSettings(args.teacher_context, args.teacher_sees_response)
     server = _make_server(args) if args.judge == "http" else None
+    # What is wrong with the judge comes out before responses are generated.
+    if args.rules is not None:
+        load_rules(args.rules)
+    if args.prompt_file is not None:
+        read_prompt_file(args.prompt_file)
     check = check_records(args.responses, args.columns)
     raise_problems(check, describe_sources(args.responses))
     drawn = draw_records(check.records, args.num_records, args.seed)
