@@ -34,13 +34,13 @@ def make_pairs(plain: list[str], teacher: list[str]) -> tuple[list[Response], Ou
 
 
 def test_gain_counts_pairs() -> None:
-    compared = compare_verdicts(*make_pairs(["bad", "bad", "ok", "bad"], ["ok", "ok", "bad", "bad"]))
+    compared = compare_verdicts(*make_pairs(["bad", "bad", "ok", "bad", "bad"], ["ok", "ok", "bad", "bad", "bad"]))
     assert compared is not None
-    assert (compared.share_plain, compared.share_teacher, compared.teacher_gain) == (0.25, 0.5, 0.25)
+    assert (compared.share_plain, compared.share_teacher, compared.teacher_gain) == (0.2, 0.4, 0.2)
     low, high = compared.interval
-    # (2 + 1) / 6 - (1 + 1) / 6, with the standard error sqrt((5 / 6 - 1 / 36) / 6)
-    half_width = 1.959964 * ((5 / 6 - 1 / 36) / 6) ** 0.5
-    assert (low, high) == pytest.approx((1 / 6 - half_width, 1 / 6 + half_width))
+    # (2 + 1) / 7 - (1 + 1) / 7, with the standard error sqrt((5 / 7 - 1 / 49) / 7)
+    half_width = 1.959964 * ((5 / 7 - 1 / 49) / 7) ** 0.5
+    assert (low, high) == pytest.approx((1 / 7 - half_width, 1 / 7 + half_width))
     assert compared.p_value == 1.0
     assert len(compared.list_warnings()) == 1
 
