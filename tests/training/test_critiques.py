@@ -106,6 +106,16 @@ def test_training_logs_the_term() -> None:
     assert second["loss_critique"] < first["loss_critique"]
 
 
+def test_logged_losses_contain_the_term() -> None:
+    settings = {"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "objective": "likelihood"}
+    trainer = make_trainer(critique_weight=WEIGHT, **settings)
+    trainer.train()
+    logged = trainer.state.log_history[0] | trainer.evaluate(trainer.train_dataset)
+    for prefix in ("", "eval_"):
+        parts = logged[f"{prefix}loss_likelihood"], logged[f"{prefix}loss_critique"]
+        assert logged[f"{prefix}loss"] == pytest.approx(parts[0] + WEIGHT * parts[1], rel=1e-6)
+
+
 def test_judgment_that_does_not_fit_is_counted() -> None:
     long = RECORDS[0] | {"judgment": "It is wrong. " * 60}
     trainer = make_trainer(records=[long, *RECORDS[1:]], critique_weight=WEIGHT, max_length=200, detector="off")
