@@ -24,8 +24,9 @@ from statistics import mean
 from typing import Any
 
 import torch
-from method_runs import ABLATIONS, BASES, METHODS, REMEDIES, Method, Run, execute, find_method
+from method_runs import Run, execute
 from method_tables import write_results
+from methods import ABLATIONS, BASES, METHODS, REMEDIES, TEACHERS, Method, find_method
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -34,11 +35,19 @@ from cutlm.data.files import open_atomic
 from cutlm.world.base import base_path
 
 FOLDER = Path(__file__).parent
-ONLINE = ("cut", "cut_frozen", "hindsight", "dpo")
+ONLINE = ("cut", "cut_frozen", "cut_frozen_threshold_1.05", "redirect", "self_distillation", "dpo")
 REWARDS = ("cut", "cut_frozen", "dpo")
-# Methods that learn from judgments; DPO, which learns from verdicts, gets flipped ones.
-NOISY = ("cut", "cut_frozen", "redirect", "self_distillation", "likelihood_satisfactory")
 NOISES = ("foreign", "praise", "vague")
+# Methods with wrong judgments, and of which kinds. Two learn from verdicts only: praise of a wrong response is the only
+# kind that changes one, and pairs, which have two verdicts each, get flipped ones.
+NOISY = {
+    "cut": NOISES,
+    "cut_frozen": NOISES,
+    "redirect": NOISES,
+    "self_distillation": NOISES,
+    "likelihood_satisfactory": ("praise",),
+    "dpo": ("flipped",),
+}
 _DEV_SEED = 0
 _SAMPLES_FOR_REWARDS = 4
 
@@ -141,6 +150,14 @@ def compare_ablations(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
     return _test_methods(run_all, size, ABLATIONS, rates)
 
 
+def compare_teachers(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
+    """What self-distillation and redirection depend on, and controls that learn nothing from what judgments say."""
+    names = ("self_distillation", "redirect", "cut_frozen")
+    rates = dict(zip(names, choose_rates(run_all, [size.make_run(name) for name in names], size), strict=True))
+    chosen = [next(rates[name] for name in names if method.name.startswith(name)) for method in TEACHERS]
+    return _test_methods(run_all, size, TEACHERS, chosen)
+
+
 def compare_iterations(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
     """Table 6 of the paper: rounds of answering new instructions, judging and training."""
     num_steps = max(1, 2 * size.num_steps // 5)
@@ -197,15 +214,15 @@ def compare_detectors(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
 
 def compare_noise(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
     """Wrong judgments: methods and remedies with growing shares of them. Learning rates are those for clean data."""
-    names = (*NOISY, "dpo")
-    rates = dict(zip(names, choose_rates(run_all, [size.make_run(name) for name in names], size), strict=True))
+    rates = dict(zip(NOISY, choose_rates(run_all, [size.make_run(name) for name in NOISY], size), strict=True))
     rates |= {method.name: rates["cut_frozen"] for method in REMEDIES}
     templates = []
     for name, rate in rates.items():
         run = size.make_run(name, learning_rate=rate)
-        kinds = ("flipped",) if name == "dpo" else NOISES
         templates.append(run)
-        templates += [replace(run, noise=share, noise_kind=kind) for kind in kinds for share in size.noise]
+        templates += [
+            replace(run, noise=share, noise_kind=kind) for kind in NOISY.get(name, NOISES) for share in size.noise
+        ]
     return [
         {
             "method": run.method,
@@ -221,6 +238,7 @@ def compare_noise(run_all: RunAll, size: Size) -> list[dict[str, Any]]:
 TABLES: dict[str, Callable[[RunAll, Size], list[dict[str, Any]]]] = {
     "methods": compare_methods,
     "ablations": compare_ablations,
+    "teachers": compare_teachers,
     "iterations": compare_iterations,
     "rewards": compare_rewards,
     "detection": compare_detectors,
@@ -264,7 +282,7 @@ def _test_methods(
 def _describe(method: Method, rate: float | None, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A row of results. Costs except the seconds are means over seeds."""
     families = [name for name in results[0]["accuracy"][-1] if name != "macro"]
-    costs = ("num_responses", "tokens_generated", "tokens_trained", "tokens_blamed")
+    costs = ("num_responses", "tokens_generated", "tokens_trained", "tokens_scored")
     return {
         "method": method.name,
         "about": method.about,
@@ -336,8 +354,9 @@ def _start_worker() -> None:
 
 
 def _hash_code() -> str:
-    """Identify the code: results of other code are not reused."""
-    return _hash_files(sorted([*Path(cutlm.__file__).parent.rglob("*.py"), *FOLDER.glob("*.py")]))
+    """Identify the code that a result depends on; the settings of its method are part of its name."""
+    own = [FOLDER / name for name in ("measure.py", "method_runs.py", "noise.py")]
+    return _hash_files(sorted([*Path(cutlm.__file__).parent.rglob("*.py"), *own]))
 
 
 def _hash_files(paths: Iterable[Path]) -> str:

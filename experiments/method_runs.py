@@ -9,11 +9,13 @@ import random
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from measure import measure_detection
+from methods import NUM_SAMPLES, Method, find_method
 from noise import add_noise
 from torch import nn
 from transformers import PrinterCallback
@@ -33,96 +35,9 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 BATCH_SIZE = 32  # responses
-NUM_SAMPLES = 8  # responses per instruction, for DPO
 TRAIN_SHARE = 2 / 3  # of the training tasks; each seed draws its own
 THRESHOLDS = (1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0)
 _GENERATION_BATCH_SIZE = 128
-
-
-# ---- Methods ----
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to learn from judged responses.
-
-    Attributes:
-        name: Its name in the tables.
-        settings: Settings of `CUTConfig` that differ from the defaults.
-        data: "greedy": the greedy response to each instruction; "samples": `NUM_SAMPLES` sampled responses each;
-            "refined": greedy, and the model's own refinements of unsatisfactory responses.
-        is_praised: Whether the trained model is prompted with the judgment "Perfect.".
-        about: A short description for the tables.
-    """
-
-    name: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    data: str = "greedy"
-    is_praised: bool = False
-    about: str = ""
-
-
-_FROZEN = {"detector": "frozen"}
-BASES = (
-    Method("base", about="the model before alignment"),
-    Method("base_perfect", is_praised=True, about='the same, prompted with "Perfect."'),
-)
-METHODS = (
-    Method("cut", about="CUT as in the paper"),
-    Method("cut_frozen", _FROZEN, about="CUT, tokens flagged once by the frozen base model"),
-    Method("cut_frozen_threshold_1.05", _FROZEN | {"threshold": 1.05}, about="the same at threshold 1.05"),
-    Method("cut_true_spans", {"detector": "spans"}, about="CUT, the truly wrong tokens given by the oracle"),
-    Method("redirect", {"objective": "redirect"}, about="CUT, flagged tokens redirected by a frozen teacher, too"),
-    Method("self_distillation", {"objective": "self_distillation"}, about="guided self-distillation, frozen teacher"),
-    Method("dual_cut", {"objective": "dual_cut"}, about="DualCUT, which also learns from praise"),
-    Method("likelihood", {"objective": "likelihood"}, about="likelihood of every response"),
-    Method(
-        "likelihood_satisfactory",
-        {"objective": "likelihood", "satisfactory_only": True},
-        about="likelihood of satisfactory responses",
-    ),
-    Method(
-        "hindsight",
-        {"objective": "hindsight"},
-        is_praised=True,
-        about='likelihood given the judgment; prompted with "Perfect."',
-    ),
-    Method("forward_prediction", {"objective": "forward_prediction"}, about="likelihood of response, then judgment"),
-    Method("ilf_mle", {"objective": "ilf_mle"}, data="refined", about="likelihood of the model's own refinements"),
-    Method("unlikelihood", {"objective": "unlikelihood"}, about="every token of unsatisfactory responses unlearned"),
-    Method("dpo", {"objective": "dpo"}, data="samples", about="DPO, pairs from 8 samples per instruction"),
-    Method("ilf_dpo", {"objective": "ilf_dpo"}, data="refined", about="DPO, refinement over response"),
-)
-ABLATIONS = (
-    Method("cut", about="CUT as in the paper"),
-    Method("cut_without_l1", {"use_contrast_loss": False}, about="without L1"),
-    Method(
-        "cut_without_l2_satisfactory", {"use_satisfactory_loss": False}, about="without L2 of satisfactory responses"
-    ),
-    Method("cut_without_l2_unsatisfactory", {"use_judged_loss": False}, about="without L2 of unsatisfactory responses"),
-    Method("cut_without_detection", {"detector": "off"}, about="every token of an unsatisfactory response flagged"),
-    Method("cut_gamma_0", {"gamma": 0.0}, about="without dynamic weight"),
-    Method("cut_threshold_1.05", {"threshold": 1.05}, about="threshold 1.05"),
-    Method("cut_threshold_1.2", {"threshold": 1.2}, about="threshold 1.2"),
-    Method("cut_frozen", _FROZEN, about="frozen detector"),
-    Method("cut_frozen_with_l2", _FROZEN | {"use_judged_loss": True}, about="frozen detector, with all of L2"),
-    Method("cut_frozen_threshold_1.05", _FROZEN | {"threshold": 1.05}, about="frozen detector, threshold 1.05"),
-    Method("cut_frozen_threshold_1.2", _FROZEN | {"threshold": 1.2}, about="frozen detector, threshold 1.2"),
-)
-# What may help if judgments are wrong; each keeps the learning rate of the method without it.
-REMEDIES = (
-    Method("cut_frozen_auto", _FROZEN | {"threshold": "auto"}, about="frozen detector, threshold auto"),
-    Method(
-        "cut_frozen_dropped",
-        _FROZEN | {"drop_ineffective": True},
-        about="frozen detector, without ineffective judgments",
-    ),
-)
-
-
-def find_method(name: str) -> Method:
-    """The method with a name."""
-    return next(method for method in (*BASES, *METHODS, *ABLATIONS, *REMEDIES) if method.name == name)
 
 
 # ---- Runs ----
@@ -169,14 +84,15 @@ def execute(run: Run) -> dict[str, Any]:
     Returns:
         `accuracy` by family and as "macro", one for each iteration; `seconds` of training (including the frozen
         detector) and `seconds_generating`; `tokens_generated`, `tokens_trained` (passed through the model in training
-        steps), `tokens_blamed` (in the frozen detector's one pass), `num_responses`, `num_satisfactory`.
+        steps), `tokens_scored` (passed through it without gradients, padding included: for flags, by a frozen teacher
+        or reference), `num_responses`, `num_satisfactory`.
     """
     method = find_method(run.method)
     base, tokenizer = _load_base()
     model = copy.deepcopy(base)
     tasks = list_tasks(run.split)[: run.num_eval]
     result: dict[str, Any] = {"accuracy": [], "num_responses": 0, "num_satisfactory": 0}
-    costs = dict.fromkeys(("seconds", "seconds_generating", "tokens_generated", "tokens_trained", "tokens_blamed"), 0.0)
+    costs = dict.fromkeys(("seconds", "seconds_generating", "tokens_generated", "tokens_trained", "tokens_scored"), 0.0)
     if not run.num_steps:
         responses = answer_tasks(model, tokenizer, tasks, is_praised=method.is_praised)
         result["accuracy"].append(rate_answers(tasks, responses))
@@ -189,6 +105,8 @@ def execute(run: Run) -> dict[str, Any]:
         result["num_responses"] += experience.num_responses
         result["num_satisfactory"] += sum(record.is_satisfactory for record in experience.records)
         records = experience.records
+        if method.is_shuffled:
+            records = add_noise(records, 1.0, "foreign", seed)
         if run.noise_kind is not None:
             records = add_noise(records, run.noise, run.noise_kind, seed)
         for name, cost in train(model, tokenizer, records, method, run, seed).items():
@@ -324,6 +242,14 @@ def train(
     if method.settings.get("detector") != "spans":
         records = [record.model_copy(update={"wrong_spans": None}) for record in records]
     is_pairs = "dpo" in method.settings.get("objective", "cut")
+    num_scored = 0
+
+    def count_scored(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal num_scored
+        if not torch.is_grad_enabled():
+            num_scored += inputs[0].numel()
+
+    hook = model.get_input_embeddings().register_forward_pre_hook(count_scored)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         args = CUTConfig(
@@ -346,22 +272,14 @@ def train(
         trainer = trainer_class(model=model, args=args, train_dataset=list(records), processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    hook.remove()
     model.eval()
-    costs = {"seconds": time.perf_counter() - started, "tokens_trained": float(trainer.num_tokens)}
-    if method.settings.get("detector") == "frozen":
-        costs["tokens_blamed"] = _count_blamed(records, tokenizer)
-    return costs
-
-
-def _count_blamed(records: Sequence[JudgedRecord], tokenizer: "PreTrainedTokenizerBase") -> float:
-    """Tokens that pass through the model when the frozen detector scores records."""
-    encoder = Encoder(tokenizer, "alpaca")
-    total = 0
-    for record in records:
-        if not record.is_satisfactory:
-            prompts = [encoder.encode_prompt(record.instruction, judgment) for judgment in (None, record.judgment)]
-            total += sum(map(len, prompts)) + 2 * len(encoder.encode_response(record.output)) - 2
-    return float(total)
+    seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "tokens_trained": float(trainer.num_tokens),
+        "tokens_scored": float(num_scored),
+    }
 
 
 def detect(

@@ -80,7 +80,7 @@ def _show(values: Sequence[float]) -> str:
 def _tabulate_methods(rows: Sequence[dict[str, Any]]) -> str:
     families = list(rows[0]["by_family"])
     header = ["method", "test accuracy", "lr", *families, "seconds", "responses judged", "tokens generated"]
-    header += ["tokens trained on", "tokens scored for flags"]
+    header += ["tokens trained on", "tokens scored"]
     cells = [
         [
             f"`{row['method']}` {row['about']}",
@@ -88,7 +88,7 @@ def _tabulate_methods(rows: Sequence[dict[str, Any]]) -> str:
             "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
             *(f"{row['by_family'][family]:.2f}" for family in families),
             f"{mean(row['seconds']):.1f}",
-            *(f"{row[name]:,}" for name in ("num_responses", "tokens_generated", "tokens_trained", "tokens_blamed")),
+            *(f"{row[name]:,}" for name in ("num_responses", "tokens_generated", "tokens_trained", "tokens_scored")),
         ]
         for row in rows
     ]
@@ -191,6 +191,7 @@ _Table = tuple[str, Callable[[Sequence[dict[str, Any]]], str], Callable[[Any, An
 _TABLES: dict[str, _Table] = {
     "methods": ("Methods on the tiny world", _tabulate_methods, _plot_bars),
     "ablations": ("CUT without one of its parts", _tabulate_methods, _plot_bars),
+    "teachers": ("Self-distillation and redirection: what they depend on", _tabulate_methods, _plot_bars),
     "iterations": (
         "Online iterations",
         _tabulate_steps("iteration", "after iteration"),

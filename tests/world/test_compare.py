@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import compare
+import method_runs
 import pytest
 from compare import QUICK, TABLES, Size, choose_rates
-from method_runs import ABLATIONS, BASES, METHODS, Run, draw_iterations, draw_tasks, execute
+from method_runs import Run, draw_iterations, draw_tasks, execute
 from method_tables import summarize, write_results
+from methods import ABLATIONS, BASES, METHODS, REMEDIES, TEACHERS, find_method
 
 from cutlm.training.config import CUTConfig
 from cutlm.world.tasks import list_tasks
@@ -30,7 +32,7 @@ class FakePool:
         is_good = (run.learning_rate == 1e-3) == (run.method == "cut")
         accuracy = {"macro": (0.9 if is_good else 0.5) + run.seed / 1000, "capitals": 1.0, "addition": 0.0}
         costs = dict.fromkeys(("seconds", "seconds_generating"), 1.0)
-        tokens = dict.fromkeys(("num_responses", "tokens_generated", "tokens_trained", "tokens_blamed"), 7)
+        tokens = dict.fromkeys(("num_responses", "tokens_generated", "tokens_trained", "tokens_scored"), 7)
         row = {"threshold": 1.1, "family": "micro", "precision": run.seed / 10, "recall": 0.5, "f1": 0.6}
         return {"accuracy": [accuracy] * max(1, run.num_iterations), "detection": [row]} | costs | tokens
 
@@ -74,6 +76,41 @@ def test_the_trained_detector_is_averaged_over_seeds():
     assert [(row["detector"], row["precision"]) for row in rows] == [("frozen", 0.0), ("current", pytest.approx(0.2))]
 
 
+def test_variants_keep_the_rate_of_the_method_that_they_vary():
+    rows = TABLES["teachers"](FakePool().run_all, SIZE)
+    assert [row["method"] for row in rows] == [method.name for method in TEACHERS]
+    assert {row["learning_rate"] for row in rows} == {1e-4}
+
+
+def test_methods_of_one_name_are_the_same_in_every_table():
+    for method in (*METHODS, *ABLATIONS, *TEACHERS):
+        found = find_method(method.name)
+        changed = (found.settings, found.data, found.is_shuffled, found.is_praised)
+        assert changed == (method.settings, method.data, method.is_shuffled, method.is_praised)
+
+
+def test_a_shuffled_control_learns_from_the_judgments_of_other_responses(monkeypatch):
+    trained = []
+    monkeypatch.setattr(method_runs, "train", lambda model, tokenizer, records, *rest: trained.append(records) or {})
+    size = replace(QUICK, num_eval=7, share=0.04)
+    for name in ("cut_frozen", "cut_frozen_shuffled"):
+        execute(size.make_run(name, learning_rate=5e-4, seed=1))
+    own, foreign = trained
+    assert [record.output for record in foreign] == [record.output for record in own]
+    pairs = [pair for pair in zip(own, foreign, strict=True) if not pair[0].is_satisfactory]
+    assert len(pairs) > 1
+    assert all(one.judgment != other.judgment and not other.is_satisfactory for one, other in pairs)
+    assert {other.judgment for _, other in pairs} <= {one.judgment for one, _ in pairs}
+
+
+@pytest.mark.parametrize("kind", ["foreign", "praise", "vague"])
+def test_wrong_judgments_are_measured_where_a_method_reads_them(kind):
+    rows = TABLES["noise"](FakePool().run_all, SIZE)
+    readers = {row["method"] for row in rows if row["kind"] == kind}
+    judged = {"cut", "cut_frozen", "cut_frozen_auto", "cut_frozen_dropped", "redirect", "self_distillation"}
+    assert readers == judged | ({"likelihood_satisfactory"} if kind == "praise" else set())
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_is_written_as_json_markdown_and_plot(tmp_path, name):
     rows = TABLES[name](FakePool().run_all, SIZE)
@@ -104,7 +141,7 @@ def test_each_seed_draws_its_own_training_tasks():
     assert set(one) != set(other)
 
 
-@pytest.mark.parametrize("method", [*METHODS, *ABLATIONS], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*METHODS, *ABLATIONS, *TEACHERS, *REMEDIES], ids=lambda method: method.name)
 def test_the_settings_of_every_method_are_valid(tmp_path, method):
     CUTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **method.settings)
 
@@ -131,7 +168,8 @@ def test_runs_of_every_kind_train_and_count_their_costs():
     )
     assert [len(result["accuracy"]) for result in (base, cut, frozen, dpo, refined)] == [1, 2, 2, 1, 1]
     assert 0 < frozen["tokens_trained"] < cut["tokens_trained"]
-    assert frozen["tokens_blamed"] > 0 == cut["tokens_blamed"]
+    # Both score a sample of the records to report the sensitivity.
+    assert frozen["tokens_scored"] > cut["tokens_scored"] > 0
     assert dpo["num_responses"] == 8 * refined["num_responses"]
     assert dpo["tokens_generated"] > 4 * refined["tokens_generated"]
     assert refined["tokens_trained"] > 0 == base["tokens_trained"]
