@@ -103,31 +103,39 @@ def test_step_without_tokens_has_zero_loss():
     assert combine_parts(0.0, 0.0, 0, 0) == 0
 
 
-def test_dual_cut_gives_more_weight_to_tokens_that_praise_makes_likelier():
-    without = log_of(0.5, 0.2, 0.5, 0.4).requires_grad_()
-    with_judgment = log_of(0.8, 0.1, 0.8, 0.4).requires_grad_()
-    is_praised = torch.tensor([False, False, True, True])
-    got = dual_cut_loss(without, with_judgment, log_of(0.3), is_praised, praise_weight=2.0, **SETTINGS)
+DUAL = {"threshold": 1.25, "unlikelihood_weight": 0.5, "praise_weight": 2.0}
 
-    assert got.is_flagged.tolist() == [True, False, False, False]
-    criticized = -0.5 * 0.8 * math.log(0.5) - math.log(0.2)
-    # 0.8 > 1.1 * 0.5, so weight 1 + 2 * 0.8 = 2.6; 0.4 > 1.1 * 0.4 does not hold, so weight 1.
-    praised = -2.6 * math.log(0.5) - math.log(0.4)
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_dual_cut_marks_and_weighs_tokens_by_the_ratio():
+    # Ratios: 1.6, 0.5, and 3 of an unlikely token, of a criticized response; 1.6, 1, 3 of a praised one.
+    without = log_of(0.5, 0.2, 0.002, 0.5, 0.4, 0.002).requires_grad_()
+    with_judgment = log_of(0.8, 0.1, 0.006, 0.8, 0.4, 0.006).requires_grad_()
+    is_praised = torch.tensor([False, False, False, True, True, True])
+    got = dual_cut_loss(without, with_judgment, log_of(0.3), is_praised, **DUAL)
+
+    assert got.is_flagged.tolist() == [True, False, False, False, False, False]
+    scale = sigmoid(1.6 - 1.25)
+    criticized = -0.5 * scale * math.log(0.5) - math.log(0.2) - math.log(0.002)
+    praised = -(1 + 2 * scale) * math.log(0.5) - math.log(0.4) - math.log(0.002)
     assert got.contrast.item() == pytest.approx(criticized + praised, rel=1e-13)
-    likelihood = -sum(map(math.log, (0.8, 0.1, 0.8, 0.4, 0.3)))
-    assert got.likelihood.item() == pytest.approx(likelihood, rel=1e-13)
+    assert got.likelihood.item() == pytest.approx(-math.log(0.3), rel=1e-13)
     got.contrast.backward()
-    # The weights carry no gradient.
+    # Neither the weights nor the responses in the judged context have a gradient.
     assert with_judgment.grad is None
-    assert without.grad.tolist() == pytest.approx([0.4 * 0.5 / 0.5, -1, -2.6, -1], rel=1e-13)
+    assert without.grad.tolist() == pytest.approx(
+        [0.5 * scale * 0.5 / 0.5, -1, -1, -(1 + 2 * scale), -1, -1], rel=1e-13
+    )
 
 
-def test_dual_cut_without_praise_is_cut():
-    without, with_judgment, satisfactory = log_of(0.5, 0.2), log_of(0.8, 0.1), log_of(0.3)
-    none = torch.zeros(2, dtype=torch.bool)
-    dual = dual_cut_loss(without, with_judgment, satisfactory, none, praise_weight=1.0, **SETTINGS)
-    cut = cut_loss(without, with_judgment, satisfactory, **SETTINGS)
-    assert (dual.contrast, dual.likelihood) == (cut.contrast, cut.likelihood)
+def test_dual_cut_marks_no_token_of_a_chat_template():
+    without, with_judgment = log_of(0.2, 0.2), log_of(0.8, 0.8)
+    can_flag = torch.tensor([False, False])
+    got = dual_cut_loss(without, with_judgment, EMPTY, torch.tensor([False, True]), can_flag=can_flag, **DUAL)
+    assert got.contrast.item() == pytest.approx(-2 * math.log(0.2), rel=1e-13)
 
 
 @settings(deadline=None)
@@ -136,31 +144,19 @@ def test_dual_cut_without_praise_is_cut():
         st.tuples(st.floats(0.001, 0.999), st.floats(0.001, 0.999), st.booleans(), st.floats(0.1, 2)),
         min_size=1,
         max_size=12,
-    ),
-    st.sampled_from([0.0, 0.5, 2.0]),
-)
-def test_dual_cut_matches_a_naive_implementation(tokens, gamma):
-    contrast = likelihood = 0.0
-    for p, q, is_praised, weight in tokens:
-        is_likelier = math.log(q) - math.log(p) > math.log(1.2)
-        if is_praised:
-            contrast -= weight * (1 + (0.7 * q**gamma if is_likelier else 0)) * math.log(p)
-        elif is_likelier:
-            contrast -= weight * 0.5 * q**gamma * math.log(1 - p)
-        else:
-            contrast -= weight * math.log(p)
-        likelihood -= weight * math.log(q)
-    columns = list(zip(*tokens, strict=True))
-    got = dual_cut_loss(
-        log_of(*columns[0]),
-        log_of(*columns[1]),
-        EMPTY,
-        torch.tensor(columns[2]),
-        threshold=1.2,
-        unlikelihood_weight=0.5,
-        gamma=gamma,
-        praise_weight=0.7,
-        weights=torch.tensor(columns[3], dtype=torch.float64),
     )
-    assert got.contrast.item() == pytest.approx(contrast, rel=1e-10)
-    assert got.likelihood.item() == pytest.approx(likelihood, rel=1e-10)
+)
+def test_dual_cut_matches_a_naive_implementation(tokens):
+    expected = 0.0
+    for p, q, is_praised, weight in tokens:
+        scale = sigmoid(q / p - 1.25) if q / p > 1.25 and q > 0.01 else None
+        if scale is None:
+            expected -= weight * math.log(p)
+        elif is_praised:
+            expected -= weight * (1 + 2 * scale) * math.log(p)
+        else:
+            expected -= weight * 0.5 * scale * math.log(1 - p)
+    columns = list(zip(*tokens, strict=True))
+    weights = torch.tensor(columns[3], dtype=torch.float64)
+    args = (log_of(*columns[0]), log_of(*columns[1]), EMPTY, torch.tensor(columns[2]))
+    assert dual_cut_loss(*args, weights=weights, **DUAL).contrast.item() == pytest.approx(expected, rel=1e-10)

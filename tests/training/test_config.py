@@ -64,7 +64,7 @@ def test_defaults_are_those_of_the_paper() -> None:
         {"downsample": 0.25},
         # settings that the objective or detector uses
         {"objective": "unlikelihood", "unlikelihood_weight": 0.5},
-        {"objective": "dual_cut", "threshold": 1.2, "gamma": 0.5},
+        {"objective": "dual_cut", "threshold": 1.2, "praise_weight": 0.5},
         {"detector": "spans", "unlikelihood_weight": 0.5},
         {"metric_for_best_model": "eval_loss_contrast"},
         {"metric_for_best_model": "flagged_share_q50"},

@@ -1,9 +1,7 @@
-"""DualCUT, which also learns from praise: an approximation of arXiv 2412.20297, made from a summary of it.
+"""DualCUT, which also learns from praise (Liu and Chen 2024, arXiv 2412.20297, eq. 5 to 9).
 
-Its equations have not been checked against the paper's own text.
-
-Unsatisfactory responses get CUT's loss. The mirror image for praise: tokens of a satisfactory response that the praise
-makes more likely get a larger likelihood weight.
+The paper has criticism and praise of each response, and compares each with the other (its lambda_1 and lambda_3). A
+record has one judgment, so here both are 0, and only the comparisons with the prompt without feedback remain.
 """
 
 import math
@@ -11,7 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-from cutlm.losses.cut import CutLoss, cut_loss
+from cutlm.losses.cut import CutLoss, Parts, TokenFlags, sum_terms, unlikelihood_loss
+
+# sigma_1 and sigma_2, for which the paper names no value: less likely tokens are neither flagged nor praised.
+LEAST_LIKELIHOOD = 0.01
 
 
 def dual_cut_loss(
@@ -22,57 +23,48 @@ def dual_cut_loss(
     *,
     threshold: float,
     unlikelihood_weight: float,
-    gamma: float,
     praise_weight: float,
     weights: Tensor | None = None,
     weights_satisfactory: Tensor | None = None,
     can_flag: Tensor | None = None,
 ) -> CutLoss:
-    """DualCUT's loss over the response tokens of a batch, an approximation of arXiv 2412.20297.
+    """DualCUT's loss over the response tokens of a batch.
 
-    Praised responses are learned from in both contexts. Without the judgment, a token with p(y_t | x, j, y_<t) >
-    threshold * p(y_t | x, y_<t) weighs 1 + praise_weight * p(y_t | x, j, y_<t)^gamma.
+    With r = p(y_t | x, j, y_<t) / p(y_t | x, y_<t), the tokens with r > threshold and p(y_t | x, j, y_<t) > 0.01 are
+    marked. A marked token of a criticized response has the term -alpha sigmoid(r - threshold) log(1 - p(y_t | x)), one
+    of a praised response -(1 + beta sigmoid(r - threshold)) log p(y_t | x), and any other token -log p(y_t | x).
 
     Args:
-        logps_without: [U] log p(y_t | x, y_<t) of responses with criticism or praise. See `cut_loss` for the others.
-        logps_with: [U] log p(y_t | x, j, y_<t) of the same tokens.
+        logps_without: [U] log p(y_t | x, y_<t) of responses with criticism or praise.
+        logps_with: [U] log p(y_t | x, j, y_<t) of the same tokens; they get no gradient.
         logps_satisfactory: [S] log p(y_t | x, y_<t) of responses that have one context.
         is_praised: [U] bool, the tokens of praised responses; these are never flagged.
-        threshold: lambda, for criticism and praise.
-        unlikelihood_weight: alpha, the weight of flagged tokens.
-        gamma: Exponent of the dynamic weights.
-        praise_weight: The additional weight of praised tokens, before the dynamic weight.
+        threshold: lambda_2 and lambda_4.
+        unlikelihood_weight: alpha.
+        praise_weight: beta.
+        weights: [U] factors on the tokens; None for ones.
+        weights_satisfactory: [S] likewise.
+        can_flag: [U] bool, False for tokens that are never marked, such as those of a chat template; None for all.
 
     Example:
 
-        >>> logps = [torch.tensor(p).log() for p in ([0.5, 0.5], [0.8, 0.8], [0.3])]
-        >>> settings = {"threshold": 1.1, "unlikelihood_weight": 0.5, "gamma": 1.0, "praise_weight": 2.0}
-        >>> dual_cut_loss(*logps, torch.tensor([False, True]), **settings).is_flagged
+        >>> logps = [torch.tensor(p).log() for p in ([0.4, 0.4], [0.8, 0.8], [0.3])]
+        >>> settings = {"threshold": 1.5, "unlikelihood_weight": 1.0, "praise_weight": 2.0}
+        >>> loss = dual_cut_loss(*logps, torch.tensor([False, True]), **settings)
+        >>> loss.is_flagged
         tensor([ True, False])
+        >>> loss.contrast  # with s = sigmoid(2 - 1.5) = 0.62, -s log 0.6 - (1 + 2 s) log 0.4
+        tensor(2.3750)
     """
-    log_ratios = (logps_with - logps_without).detach()
-    dynamic_weights = praise_weight * torch.exp(gamma * logps_with.detach())
-    gains = is_praised & (log_ratios > math.log(threshold))
+    judged = logps_with.detach()
+    log_ratios = judged - logps_without.detach()
+    is_marked = (log_ratios > math.log(threshold)) & (judged > math.log(LEAST_LIKELIHOOD))
     if can_flag is not None:
-        gains = gains & can_flag
-    bonus = torch.where(gains, dynamic_weights, 0.0)
-    is_criticized = ~is_praised
-    criticized = cut_loss(
-        logps_without[is_criticized],
-        logps_with[is_criticized],
-        logps_satisfactory,
-        threshold=threshold,
-        unlikelihood_weight=unlikelihood_weight,
-        gamma=gamma,
-        weights=None if weights is None else weights[is_criticized],
-        weights_satisfactory=weights_satisfactory,
-        can_flag=None if can_flag is None else can_flag[is_criticized],
-    )
-    contrast, likelihood = -logps_without * (1 + bonus), -logps_with
-    if weights is not None:
-        contrast, likelihood = contrast * weights, likelihood * weights
-    is_flagged = torch.zeros_like(is_praised)
-    is_flagged[is_criticized] = criticized.is_flagged
-    contrast_sum = criticized.contrast + contrast[is_praised].sum()
-    likelihood_sum = criticized.likelihood + likelihood[is_praised].sum()
-    return CutLoss(contrast_sum, likelihood_sum, is_flagged, log_ratios)
+        is_marked = is_marked & can_flag
+    scales = torch.sigmoid(log_ratios.exp() - threshold)
+    flags = TokenFlags(is_marked & ~is_praised, unlikelihood_weight * scales)
+    terms = unlikelihood_loss(logps_without, flags)
+    terms = torch.where(is_marked & is_praised, (1 + praise_weight * scales) * terms, terms)
+    parts = Parts(unsatisfactory=False)
+    sums = sum_terms(terms, logps_with, -logps_satisfactory, weights, weights_satisfactory, parts)
+    return CutLoss(*sums, flags.is_flagged, log_ratios)

@@ -35,7 +35,8 @@ _MAX_SHOWN = 300  # characters of one value
 _OBJECTIVES = {
     "cut": "Contrastive Unlikelihood Training ([arXiv 2312.14591](https://arxiv.org/abs/2312.14591)): tokens that a"
     " judgment objects to become less likely, all others more likely",
-    "dual_cut": "DualCUT, an approximation ([arXiv 2412.20297](https://arxiv.org/abs/2412.20297))",
+    "dual_cut": "DualCUT ([arXiv 2412.20297](https://arxiv.org/abs/2412.20297)): CUT, and tokens that praise makes more"
+    " likely are learned with a larger weight",
     "self_distillation": "self-distillation ([arXiv 2601.20802](https://arxiv.org/abs/2601.20802)): the model that was"
     " told what a better response is like teaches the one that was not",
     "redirect": "CUT, with the probability of flagged tokens moved to where a teacher puts it",

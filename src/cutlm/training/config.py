@@ -50,7 +50,8 @@ DISTILLATIONS = ("topk", "sampled")
 TEACHERS = ("frozen", "ema")
 # The objectives that use a setting; settings that are not listed are used by all of them.
 _USED_BY = {
-    **dict.fromkeys(("threshold", "gamma"), ("cut", "dual_cut", "redirect")),
+    "threshold": ("cut", "dual_cut", "redirect"),
+    "gamma": ("cut", "redirect"),
     "unlikelihood_weight": ("cut", "dual_cut", "redirect", "unlikelihood"),
     "detector": ("cut", "redirect"),
     "map_spans": ("cut",),
@@ -253,7 +254,7 @@ class CUTConfig(TrainingArguments):
         use_judged_loss: Include eq. 7 over unsatisfactory responses with their judgment. None: as in the paper,
             except for flags known before training ("frozen", "spans"), which then need the plain context only.
         satisfactory_only: Leave unsatisfactory records out of objective "likelihood".
-        praise_weight: Extra weight of praised tokens under "dual_cut".
+        praise_weight: beta of "dual_cut": how much more than others praised tokens are learned.
         teacher: "frozen": the model before training, whose distributions are computed once; "ema": the moving average
             of the trained weights, which is asked in every training step. Not available under FSDP and DeepSpeed.
         teacher_ema_rate: How far the average moves to the trained weights at each optimizer step.
@@ -286,7 +287,7 @@ class CUTConfig(TrainingArguments):
         drop_ineffective: For noisy judges, with detector "frozen" or a teacher: leave out unsatisfactory records whose
             judgment has no larger effect on the response, for the model before training, than most of four judgments of
             other records. They are counted and listed.
-        unlikelihood_weight: alpha of eq. 6: 0.25, 0.5 or 1 in the paper.
+        unlikelihood_weight: alpha of eq. 6: 0.25, 0.5 or 1 in the paper; alpha of "dual_cut".
         gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6: 0.25, 0.5, 1 or 2 in the paper; 0 turns
             it off, as in the released code.
         critique_weight: Weight of a further term, of which 0 is none: the likelihood of the record's judgment, given
@@ -322,7 +323,7 @@ class CUTConfig(TrainingArguments):
 
     objective: str = field(default="cut", metadata={"choices": list(OBJECTIVES)})
 
-    # Flags: cut and redirect; threshold, unlikelihood_weight and gamma also dual_cut
+    # Flags: cut and redirect; threshold and unlikelihood_weight also dual_cut
     detector: str | None = field(default=None, metadata={"choices": list(DETECTORS)})
     threshold: float | str = 1.1
     contrast: str = field(default="judgment", metadata={"choices": list(CONTRASTS)})
@@ -618,7 +619,7 @@ class CUTConfig(TrainingArguments):
         """Which parts of CUT's loss are included."""
         is_judged_included = self.use_judged_loss
         if is_judged_included is None:
-            is_judged_included = not self.has_known_flags
+            is_judged_included = not self.has_known_flags and self.objective != "dual_cut"
         if self.has_known_flags and not is_judged_included:
             return Parts(unsatisfactory=False)  # one pool of tokens; records of an excluded part are left out of it
         return Parts(self.use_contrast_loss, self.use_satisfactory_loss, is_judged_included)

@@ -574,7 +574,6 @@ def compute_batch_loss(
             _repeat(batch.get("is_praised", []), lengths, logps.device).bool(),
             threshold=args.current_threshold,
             unlikelihood_weight=args.unlikelihood_weight,
-            gamma=args.gamma,
             praise_weight=args.praise_weight,
             weights=weights,
             weights_satisfactory=weights_satisfactory,
