@@ -241,7 +241,7 @@ def test_all_sampling_options_out_of_range_are_named(
 
 
 def test_prompts_longer_than_the_context_are_truncated_and_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = make_tokenizer("bpe", chat=True)
     make_model(len(tokenizer), max_position_embeddings=64).save_pretrained(tmp_path / "short")
@@ -250,6 +250,7 @@ def test_prompts_longer_than_the_context_are_truncated_and_counted(
     path.write_text(json.dumps([{"instruction": "word " * 100}, {"instruction": "Hi."}]))
     assert main(_options(tmp_path / "short", path, tmp_path / "out.json")) == 0
     assert "1 prompts were truncated" in capsys.readouterr().out
+    monkeypatch.setattr("cutlm.generation.files.encode_each", lambda *_: pytest.fail("encoded"))
     assert main([*_options(tmp_path / "short", path, tmp_path / "b.json"), "--max_new_tokens", "64"]) == 2
     assert "expected fewer than the model's context of 64" in capsys.readouterr().err
 

@@ -21,6 +21,7 @@ from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.prompting.encoding import Encoder
+from cutlm.training import pairs as pairs_module
 from cutlm.training.config import CUTConfig
 from cutlm.training.pairs import Pair, PairTrainer, encode_pairs, pair_refinements, pair_responses
 
@@ -128,6 +129,28 @@ def make_trainer(folder: Path, records: Any, peft_config: Any = None, **settings
         peft_config=peft_config,
         locations=LOCATIONS,
     )
+
+
+def test_a_pair_longer_than_the_context_stops_the_encoding_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [make_record(f"City {number}?", "No.", False, "Yes.") for number in range(8)]
+    records[0] = make_record("A city? " * 100, "No.", False, "Yes.")
+    monkeypatch.setattr(pairs_module, "_BATCH_SIZE", 2)
+    num_encoded = []
+
+    def encode(pairs: Any, *args: Any) -> Any:
+        num_encoded.append(len(pairs))
+        return encode_pairs(pairs, *args)
+
+    monkeypatch.setattr(pairs_module, "encode_pairs", encode)
+    model = make_model(len(TOKENIZER), max_position_embeddings=100)
+    config = make_config(tmp_path, objective="ilf_dpo", max_length=101)
+    with pytest.raises(ConfigError, match=r"^max_length: .* context of 100 tokens, got 101 and a record of 101"):
+        PairTrainer(model, config, records, TOKENIZER)
+    assert num_encoded == [2]
+    assert caplog.records[0].getMessage().startswith("max_length: 101 is above the model's context of 100 tokens")
+    assert len(PairTrainer(model, config, records[1:], TOKENIZER).train_dataset) == 7
 
 
 def test_the_first_loss_is_that_of_a_policy_equal_to_its_reference(tmp_path: Path) -> None:

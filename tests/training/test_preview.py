@@ -58,6 +58,14 @@ def test_a_chat_template_that_is_not_used_is_named(tmp_path, capsys):
     assert "has a chat template" not in capsys.readouterr().out
 
 
+def test_a_record_longer_than_the_models_context_is_named(tmp_path, capsys):
+    rows = [GOOD | {"instruction": "Name a colour. " * 100}, BAD]
+    for options, is_named in ((("--max_length", "257"), True), (("--max_length", "256"), False)):
+        assert run(tmp_path, rows, *options) == 0
+        message = "warning: max_length: expected at most the model's context of 256 tokens, got 257 and a record of 257"
+        assert (message in capsys.readouterr().out) == is_named
+
+
 def test_trained_tokens_are_marked_with_the_end_of_the_turn(tmp_path, capsys):
     assert run(tmp_path, [BAD, GOOD]) == 0
     out = capsys.readouterr().out

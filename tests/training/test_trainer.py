@@ -25,6 +25,7 @@ from cutlm import CUTConfig, CUTTrainer, JudgedRecord
 from cutlm.errors import ConfigError, DataError, NonFiniteError
 from cutlm.flagging.sensitivity import pair_foreign
 from cutlm.model.collator import CutCollator
+from cutlm.prompting import rows as rows_module
 from cutlm.prompting.encoding import Encoder
 from cutlm.training import checkpoints
 
@@ -142,6 +143,36 @@ def test_records_longer_than_the_models_context_are_refused(tmp_path: Path) -> N
     # A scaled RoPE is meant for longer ones.
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 4}
     CUTTrainer(make_model(10, max_position_embeddings=4, rope_parameters=yarn), make_config(tmp_path), [row])
+
+
+def test_a_record_longer_than_the_context_stops_the_encoding_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model(len(TOKENIZER), max_position_embeddings=100)
+    rows = make_records(20, 0)
+
+    def build(rows: Any, max_length: int) -> CUTTrainer:
+        return CUTTrainer(model, make_config(tmp_path, max_length=max_length), rows, processing_class=TOKENIZER)
+
+    assert len(build(rows, 101).train_dataset) == 20
+    rows[0]["instruction"] = "word " * 100
+    monkeypatch.setattr(rows_module, "_BATCH_SIZE", 2)
+    encode_batch, said = rows_module.encode_batch, list[list[str]]()
+
+    def encode(*args: Any) -> Any:
+        said.append([record.getMessage() for record in caplog.records])
+        return encode_batch(*args)
+
+    monkeypatch.setattr(rows_module, "encode_batch", encode)
+    caplog.clear()
+    with pytest.raises(ConfigError, match=r"^max_length: .* context of 100 tokens, got 101 and a record of 101"):
+        build(rows, 101)
+    assert len(said) <= 4, "of 10 batches, those that were being encoded"
+    assert said[0][-1].startswith("max_length: 101 is above the model's context of 100 tokens")
+    caplog.clear()
+    with pytest.raises(DataError):
+        build(rows[:1] * 2, 3)
+    assert not caplog.records, "the limit fits"
 
 
 # ---- Arguments ----

@@ -10,7 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from cutlm.errors import UserError
 from cutlm.flagging.teacher import Columns, TeacherSettings, list_columns
-from cutlm.model.collator import CutCollator, check_rows_fit_model, find_non_finite, view_teacher
+from cutlm.model.collator import (
+    CutCollator,
+    check_rows_fit_model,
+    find_non_finite,
+    view_teacher,
+    warn_of_long_limit,
+)
 from cutlm.model.forward import (
     check_head,
     choose_layout,
@@ -150,6 +156,7 @@ def load_scorer(
     if is_bf16 and unwrap_peft(model).device.type == "cpu":
         warn_of_slow_autocast()
     check_head(model)
+    warn_of_long_limit(unwrap_peft(model).config, max_length)
     fingerprint = fingerprint_model(path)
     if is_adapter_folder(path):
         fingerprint += f" on {fingerprint_model(find_base_model(path, base))}"

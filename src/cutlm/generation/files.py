@@ -19,7 +19,7 @@ from cutlm.data.journal import Journal
 from cutlm.data.records import InstructionRow, JudgedRecord, validate_row
 from cutlm.data.sources import as_sources, describe_sources
 from cutlm.errors import DataError, UserError
-from cutlm.generation.local import Generated, Sampling, generate_with_journal
+from cutlm.generation.local import Generated, Sampling, find_room, find_room_in, generate_with_journal
 from cutlm.prompting.encoding import Encoder, encode_each
 
 if TYPE_CHECKING:
@@ -117,6 +117,10 @@ def generate_file(
     Raises:
         UserError: There is a partial file of a run with other settings.
     """
+    if isinstance(model, nn.Module):
+        find_room(model, sampling.max_new_tokens)  # fails before a prompt is encoded
+    else:
+        find_room_in(model.context_limit, sampling.max_new_tokens)
     conversations = [get_conversation(row) for row in prompts]
     inputs = [list_inputs(conversations), judgment]
     header = describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date)
@@ -194,6 +198,7 @@ def refine_file(
     These are for the ILF baselines, which learn from refinements. See `generate_file` for the arguments. Records for
     which the model gave none are also listed in `OUT.failures.jsonl`.
     """
+    find_room(model, sampling.max_new_tokens)  # fails before a prompt is encoded
     unrefined = [index for index, record in enumerate(records) if not record.is_satisfactory and not record.i_ans]
     inputs = [record.model_dump(mode="json") for record in records]
     journal = Journal(out, describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date))

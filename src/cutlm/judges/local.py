@@ -69,6 +69,7 @@ def judge_locally(
         limit = getattr(unwrap_peft(model).config.get_text_config(), "max_position_embeddings", None)
         max_new_tokens = _MAX_NEW_TOKENS if limit is None else max(1, min(_MAX_NEW_TOKENS, limit // 4))
     sampling = Sampling(max_new_tokens, batch_size=batch_size)
+    max_prompt = find_room(model, max_new_tokens)
     kept, outcome = set_aside_empty(responses)
     questions = {index: fill_prompt(TRAINED_PROMPT, responses[index]) for index in kept}
     encoded: dict[int, list[int]] = {}
@@ -77,7 +78,6 @@ def judge_locally(
             encoded[index] = encoder.encode_generation_prompt(question)
         except RenderError as error:
             outcome.failures[index] = Failure("not rendered", str(error))
-    max_prompt = find_room(model, max_new_tokens)
     for index, ids in encoded.items():
         if max_prompt is not None and len(ids) > max_prompt:
             reason = f"the question has {len(ids)} tokens; the model's context leaves {max_prompt} besides the answer"

@@ -16,7 +16,7 @@ from cutlm.data.records import JudgedRecord
 from cutlm.errors import DataError
 from cutlm.flagging.teacher import TeacherSettings, encode_teacher_generation_prompt
 from cutlm.generation.files import describe_run
-from cutlm.generation.local import Sampling, generate_with_journal
+from cutlm.generation.local import Sampling, find_room, generate_with_journal
 from cutlm.judges.responses import Response
 from cutlm.prompting.encoding import Encoder, encode_each
 
@@ -58,6 +58,7 @@ def answer_under_both(
         sampling: How to sample.
         journal: Keeps finished batches.
     """
+    find_room(model, sampling.max_new_tokens)  # fails before a prompt is encoded
     plain = encode_each(lambda one: encoder.encode_generation_prompt(one.conversation), records, locations)
     taught = encode_each(lambda one: encode_teacher_generation_prompt(one, encoder, teacher), records, locations)
     generated = generate_with_journal(model, tokenizer, encoder, [*plain, *taught], sampling, journal)

@@ -1,5 +1,6 @@
 """Settings of the online loop: one flat file, from which each stage takes its part, checked before anything runs."""
 
+import contextlib
 import datetime
 import json
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from cutlm.errors import ConfigError
+from cutlm.errors import ConfigError, UserError
 
 # Parses the options that a setting passes on to a command: the command ("generate" or "judge") and the setting's text
 # (for "judge" it starts with the kind of judge). Returns the options by name, raises ConfigError.
@@ -147,6 +148,8 @@ def read_plan(config: str | None, options: Sequence[str], parse_options: ParseOp
 
 
 def _read_plan(config: str | None, options: list[str], parse_options: ParseOptions) -> Plan:
+    from cutlm.model.collator import warn_of_long_limit
+    from cutlm.model.loading import load_config
     from cutlm.training.config import CUTConfig, ModelArguments, read_settings
 
     @dataclass
@@ -157,6 +160,8 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
 
     settings = read_settings((CheckedArguments, ModelArguments, CUTConfig), config, options, "align")
     checked, model_args, train_args = settings.parts
+    with contextlib.suppress(UserError):  # such as a model that cannot be read, which the first stage reports
+        warn_of_long_limit(load_config(model_args.model_name_or_path), train_args.max_length)
     arguments = AlignArguments(**vars(checked))  # unlike a local class, this one pickles
     if train_args.resume_from_checkpoint:
         raise ConfigError("resume_from_checkpoint: the loop resumes by itself; remove this setting")

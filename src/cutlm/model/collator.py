@@ -1,5 +1,6 @@
 """Collate encoded records into a micro-batch without padding, and split micro-batches."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from cutlm.errors import ConfigError
 from cutlm.model.loading import list_rope_parameters, unwrap_peft
 
+logger = logging.getLogger(__name__)
+
 _PROMPTS = ("prompt_ids", "judged_prompt_ids")
+_TEACHER_PROMPTS = ("teacher_prompt_ids", "teacher_judged_ids")
 # Rows that are checked at a time.
 _NUM_CHECKED = 10_000
 
@@ -293,9 +297,41 @@ def find_non_finite(logps: Tensor, batch: Mapping[str, Any]) -> list[str]:
     return [batch["locations"][record] for record in sorted(bad)]
 
 
+def find_position_limit(config: Any) -> int | None:
+    """Find how many tokens the config of a model allows.
+
+    None if it does not say, or has a scaled RoPE, which is meant for more positions than are stated.
+    """
+    config = config.get_text_config()
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    is_scaled = any(rope.get("rope_type") not in (None, "default") for rope in list_rope_parameters(config))
+    return None if is_scaled else limit
+
+
+def warn_of_long_limit(config: Any, max_length: int) -> None:
+    """Say before data are prepared that longer records than the context of a model, given its config, are refused."""
+    limit = find_position_limit(config)
+    if limit is not None and max_length > limit:
+        logger.warning(
+            f"max_length: {max_length} is above the model's context of {limit} tokens, and a longer record is refused;"
+            f" set --max_length {limit} to truncate its prompt instead"
+        )
+
+
+def describe_excess(config: Any, longest: int, max_length: int) -> str | None:
+    """Say that the longest record does not fit the context of a model, given its config; None if it does."""
+    limit = find_position_limit(config)
+    if limit is None or longest <= limit:
+        return None
+    return (
+        f"max_length: expected at most the model's context of {limit} tokens, got {max_length} and a record of"
+        f" {longest}; set --max_length {limit}"
+    )
+
+
 def check_rows_fit_model(
     model: nn.Module,
-    rows: Dataset | Sequence[Mapping[str, Any]],
+    rows: Dataset | pyarrow.Table | Sequence[Mapping[str, Any]],
     max_length: int,
     prompts: Sequence[str] = ("prompt_ids", "judged_prompt_ids"),
     responses: Sequence[str] = ("response_ids",),
@@ -306,7 +342,7 @@ def check_rows_fit_model(
         model: The model.
         rows: Rows of token ids.
         max_length: The user's limit, for the message.
-        prompts: Columns that hold prompts; None counts as empty.
+        prompts: Columns that hold prompts; None counts as empty. Those of a teacher are found.
         responses: Columns that hold what follows a prompt.
 
     Raises:
@@ -314,6 +350,8 @@ def check_rows_fit_model(
     """
     language_model = unwrap_peft(model)
     longest = largest = 0
+    if isinstance(rows, Dataset):
+        prompts = [*prompts, *(name for name in _TEACHER_PROMPTS if name in rows.column_names)]
     for batch in _read_batches(rows, (*prompts, *responses)):
         lengths = {name: compute.fill_null(compute.list_value_length(ids), 0) for name, ids in batch.items()}
         longest_prompts = compute.max_element_wise(*(lengths[name] for name in prompts))
@@ -331,27 +369,23 @@ def check_rows_fit_model(
             f"tokenizer: expected token ids below {num_embeddings}, the size of the model's vocabulary, got {largest};"
             " use the model's own tokenizer"
         )
-    config = language_model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    # A scaled RoPE is meant for more positions than the configuration states.
-    is_scaled = any(rope.get("rope_type") not in (None, "default") for rope in list_rope_parameters(config))
-    if limit is not None and longest > limit and not is_scaled:
-        problems.append(
-            f"max_length: expected at most the model's context of {limit} tokens, got {max_length} and a record of"
-            f" {longest}; set --max_length {limit}"
-        )
+    if excess := describe_excess(language_model.config, longest, max_length):
+        problems.append(excess)
     if problems:
         raise ConfigError(problems)
 
 
 def _read_batches(
-    rows: Dataset | Sequence[Mapping[str, Any]], names: Sequence[str]
+    rows: Dataset | pyarrow.Table | Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> Iterator[dict[str, pyarrow.ChunkedArray]]:
     """Yield columns of token ids, some thousand rows at a time."""
     kind = pyarrow.list_(pyarrow.int64())
     if isinstance(rows, Dataset):
         for table in rows.with_format("arrow", columns=list(names)).iter(_NUM_CHECKED):
             yield {name: table[name].cast(kind) for name in names}
+    elif isinstance(rows, pyarrow.Table):
+        if rows.num_rows:
+            yield {name: rows[name].cast(kind) for name in names}
     else:
         for start in range(0, len(rows), _NUM_CHECKED):
             part = rows[start : start + _NUM_CHECKED]

@@ -135,13 +135,13 @@ def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path
         )
 
 
-def load_config(path: str | Path) -> PreTrainedConfig:
+def load_config(path: str | Path, *, revision: str | None = None) -> PreTrainedConfig:
     """Load a model config from a folder, a file or the hub; raise `UserError` if it is missing or damaged."""
     if not Path(path).is_file() or find_gguf(path):
         _check_path(path)
     with _reading_files(path, "model config"):
         source, gguf = _split_gguf(path)
-        return AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision or "main", **gguf)
 
 
 def has_fast_math(dtype: torch.dtype) -> bool:

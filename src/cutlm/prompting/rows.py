@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -88,6 +88,7 @@ def encode_records(
     *,
     num_processes: int | None = None,
     show_progress: bool = True,
+    check: Callable[[pyarrow.Table], None] | None = None,
 ) -> EncodedRecords:
     """Encode records and report those that do not fit; see `Encoder.fit`.
 
@@ -99,6 +100,7 @@ def encode_records(
         view: Selects the training data of a record, or returns the reason for leaving it out.
         num_processes: Processes that encode; None for this one, in which the tokenizer uses several threads.
         show_progress: Show a progress bar.
+        check: Called with the rows of each batch; what it raises stops the encoding at once.
 
     Raises:
         DataError: A chat template refuses records, or a view does; all are named by their locations.
@@ -114,6 +116,8 @@ def encode_records(
     # Many thousand records take a minute; few take no bar.
     with tqdm(total=len(records), desc="tokenizing", unit=" records", delay=2, leave=False, **options) as progress:
         for start, (table, batch) in zip(job.starts, _encode_batches(job, num_processes), strict=True):
+            if check is not None:
+                check(table)
             tables.append(table)
             counts.num_satisfactory += batch.num_satisfactory
             counts.num_truncated += batch.num_truncated

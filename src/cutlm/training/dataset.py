@@ -7,7 +7,7 @@ reported.
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -142,7 +142,8 @@ def prepare_data(
         encoder = make_encoder(tokenizer, args, dataset)
         # The other processes of this machine then find the rows in the cache.
         with args.main_process_first(desc="encoding"):
-            data, records = encode_dataset(dataset, name, args, encoder, locations)
+            check = partial(check_rows_fit_model, model, max_length=args.max_length)
+            data, records = encode_dataset(dataset, name, args, encoder, locations, check)
         if args.teacher == "ema":
             _add_teacher_prompts(data, records, encoder, args)
         if args.critique_weight:
@@ -179,9 +180,16 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, args: CUTConfig, dataset: S
 
 
 def encode_dataset(
-    dataset: Sequence[Any], name: str, args: CUTConfig, encoder: Encoder, locations: Sequence[str] | None
+    dataset: Sequence[Any],
+    name: str,
+    args: CUTConfig,
+    encoder: Encoder,
+    locations: Sequence[str] | None,
+    check_rows: Callable[[pyarrow.Table], None] | None = None,
 ) -> tuple[PreparedData, list[JudgedRecord]]:
     """Encode records or token scores and downsample them; also return the record of each row.
+
+    `check_rows` is called with the rows of each batch; see `encode_records`.
 
     Raises:
         DataError: Bad records, all named; or nothing is left.
@@ -199,7 +207,7 @@ def encode_dataset(
             records = list(dataset)  # read from a file, which has checked them
         view = choose_view(args)
     show_progress = not args.disable_tqdm
-    options: Any = {"num_processes": args.dataset_num_proc, "show_progress": show_progress}
+    options: Any = {"num_processes": args.dataset_num_proc, "show_progress": show_progress, "check": check_rows}
     encoded = encode_records(records, locations, encoder, args.max_length, view, **options)
     data = PreparedData(
         encoded.rows,
@@ -549,6 +557,7 @@ def _flag_rows(
     ineffective: dict[int, float] = {}
 
     def score(rows: Any, done: Any) -> Any:
+        check_rows_fit_model(model, rows, args.max_length)
         options: Any = {"is_bf16": bool(args.bf16), "show_progress": not args.disable_tqdm}
         return score_rows(model, rows, done=done, teacher=settings.teacher, **options)
 

@@ -7,10 +7,13 @@ objectives. The loss, the reference model and the metrics are TRL's.
 import copy
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pyarrow
 from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
@@ -18,8 +21,8 @@ from cutlm.data.conversations import Conversation
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.token_scores import TokenScores
-from cutlm.model.collator import check_rows_fit_model
-from cutlm.model.loading import check_lora_targets
+from cutlm.model.collator import check_rows_fit_model, warn_of_long_limit
+from cutlm.model.loading import check_lora_targets, unwrap_peft
 from cutlm.model.saving import changes_base
 from cutlm.prompting.encoding import Encoder, encode_each
 from cutlm.training.checkpoints import CheckpointingTrainer
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+_RESPONSES = ("chosen_ids", "rejected_ids")
+_BATCH_SIZE = 1000
 
 
 class Pair(NamedTuple):
@@ -127,9 +133,15 @@ def encode_pairs(pairs: Sequence[Pair], encoder: Encoder, max_length: int) -> tu
 
 
 def encode_records_as_pairs(
-    records: Sequence[JudgedRecord], args: CUTConfig, encoder: Encoder, locations: Sequence[str] | None
-) -> tuple[list[dict[str, Any]], list[str]]:
+    records: Sequence[JudgedRecord],
+    args: CUTConfig,
+    encoder: Encoder,
+    locations: Sequence[str] | None,
+    check_rows: Callable[[pyarrow.Table], None] | None = None,
+) -> tuple[Dataset, list[str]]:
     """Pair records as the objective wants and encode the pairs; see `encode_pairs`.
+
+    `check_rows` is called with the rows of each batch; see `cutlm.prompting.rows.encode_records`.
 
     Returns:
         The rows, and sentences with the counts of pairs and of what was left out; DataError without a pair.
@@ -137,8 +149,16 @@ def encode_records_as_pairs(
     locations = locations or [f"record {number}" for number in range(len(records))]
     make_pairs = pair_responses if args.objective == "dpo" else pair_refinements
     pairs, left_out = make_pairs(records, locations)
-    rows, too_long = encode_pairs(pairs, encoder, args.max_length)
-    if not rows:
+    schema = pyarrow.schema({name: pyarrow.list_(pyarrow.int32()) for name in ("prompt_ids", *_RESPONSES)})
+    tables, too_long = [schema.empty_table()], list[str]()
+    for start in range(0, len(pairs), _BATCH_SIZE):
+        batch, sentences = encode_pairs(pairs[start : start + _BATCH_SIZE], encoder, args.max_length)
+        tables.append(pyarrow.Table.from_pylist(batch, schema))
+        too_long += sentences
+        if check_rows is not None:
+            check_rows(tables[-1])
+    rows = Dataset(pyarrow.concat_tables(tables), fingerprint=generate_random_fingerprint())
+    if not len(rows):
         expected = "satisfactory and unsatisfactory responses to one instruction"
         expected = expected if args.objective == "dpo" else "improved responses in i_ans"
         raise DataError(f"{args.objective}: expected {expected}, got none", hint="\n".join(left_out + too_long))
@@ -172,15 +192,18 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
     ) -> None:
         if train_dataset and isinstance(train_dataset[0], TokenScores):
             raise ConfigError(f"objective {args.objective} learns from records; got token scores, which are for cut")
+        if args.process_index == 0:
+            warn_of_long_limit(unwrap_peft(model).config, args.max_length)
         encoder = make_encoder(processing_class, args)
-        rows, notices = encode_records_as_pairs(train_dataset, args, encoder, locations)
+        columns: Any = {"prompts": ("prompt_ids",), "responses": _RESPONSES}
+        check_rows = partial(check_rows_fit_model, model, max_length=args.max_length, **columns)
+        rows, notices = encode_records_as_pairs(train_dataset, args, encoder, locations, check_rows)
         template = encoder.build_chat_template()
         self.template_date = encoder.template_date
         self.notices = [
             *notices,
             *describe_replaced_template(processing_class, template, args.template),
         ]
-        check_rows_fit_model(model, rows, args.max_length, ("prompt_ids",), ("chosen_ids", "rejected_ids"))
         if template is not None:
             # Saved with the model, so that every tool prompts it as in training.
             processing_class = copy.copy(processing_class)
@@ -204,7 +227,7 @@ class PairTrainer(CheckpointingTrainer, DPOTrainer):
         super().__init__(
             model=model,
             args=to_dpo_config(args),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=rows,
             processing_class=processing_class,
             peft_config=peft_config,
             end_of_turn_id=encoder.end_of_turn_id,

@@ -15,13 +15,14 @@ from datasets import Dataset
 from pyarrow import compute
 
 from cutlm.data.doubts import describe_doubts
-from cutlm.errors import MAX_PROBLEMS_SHOWN, ConfigError
+from cutlm.errors import MAX_PROBLEMS_SHOWN, ConfigError, UserError
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.tables import format_table
 from cutlm.inspect.terminal import make_printable
-from cutlm.model.loading import load_tokenizer
+from cutlm.model.collator import describe_excess
+from cutlm.model.loading import load_config, load_tokenizer
 from cutlm.prompting.encoding import Encoder, describe_unused_template
-from cutlm.training.config import CUTConfig, Settings
+from cutlm.training.config import CUTConfig, ModelArguments, Settings
 from cutlm.training.dataset import encode_dataset, make_encoder
 from cutlm.training.run import LoadedData, Prepare, keep_rows, load_data, select_rows, split_rows
 
@@ -56,6 +57,8 @@ def preview_run(settings: Settings, prepare: Prepare = keep_rows) -> Iterator[st
         config.detector = "frozen"
     encoder = make_encoder(tokenizer, config, train_rows)
     encoded, notices = _encode(train_rows, config, encoder, [data.locations[index] for index in train_indices])
+    if excess := _find_excess(encoded, model_args, config.max_length):
+        yield f"warning: {excess}"
     yield from _list_warnings(data)
     if unused := describe_unused_template(tokenizer, config.template):
         yield f"warning: {unused}"
@@ -89,9 +92,18 @@ def _encode(
         from cutlm.training.pairs import encode_records_as_pairs  # imports TRL
 
         pairs, notices = encode_records_as_pairs(rows, config, encoder, locations)
-        return Dataset.from_list(pairs), notices
+        return pairs, notices
     data, _ = encode_dataset(rows, "train_dataset", config, encoder, locations)
     return data.rows, data.notices
+
+
+def _find_excess(rows: Dataset, model_args: ModelArguments, max_length: int) -> str | None:
+    """Say that a row is longer than the model's context, so that training would refuse it; None if none is."""
+    try:
+        model_config = load_config(model_args.model_name_or_path, revision=model_args.model_revision)
+    except UserError:  # a tokenizer alone can be previewed
+        return None
+    return describe_excess(model_config, max(_measure(rows)), max_length)
 
 
 def _list_warnings(data: LoadedData) -> Iterator[str]:

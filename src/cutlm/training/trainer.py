@@ -49,6 +49,7 @@ from cutlm.model.collator import (
     list_critique_lengths,
     split_batch,
     split_lengths,
+    warn_of_long_limit,
 )
 from cutlm.model.forward import (
     check_head,
@@ -165,6 +166,8 @@ class CUTTrainer(CheckpointingTrainer):
             raise ConfigError("model: all its weights are frozen; unfreeze some, or pass a peft_config")
         _check_adapter(model, peft_config, args)
         check_head(model)
+        if args.process_index == 0:
+            warn_of_long_limit(unwrap_peft(model).config, args.max_length)
         prepared: dict[str, PreparedData] = {}
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is None:
