@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cutlm import CUTConfig, blame
 from cutlm.cli import main
+from cutlm.data.journal import Journal
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError
 from cutlm.flagging import detector
 from cutlm.flagging.contrast import average_logps, find_threshold, plan_contexts
-from cutlm.flagging.detector import FlagSettings, encode_for_scoring, flag_response
+from cutlm.flagging.detector import FlagSettings, References, encode_for_scoring, flag_response, score_contexts
+from cutlm.flagging.scoring import Scored
 from cutlm.flagging.token_scores import TokenScores, read_token_scores
 from cutlm.prompting.encoding import Encoder
 
@@ -91,6 +93,46 @@ def test_foreign_judgments_are_averaged(model: Path, data: Path, tmp_path: Path)
         num_flagged += sum(one.is_flagged)
     assert num_flagged > 0
     assert [one.is_flagged for one in scores] != [one.is_flagged for one in plain]
+
+
+def test_contexts_in_a_journal_are_those_in_memory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder(AutoTokenizer.from_pretrained(model), "alpaca")
+    records = [JudgedRecord(**row) for row in RECORDS]
+    locations = [f"data:{number}" for number in range(len(records))]
+    rows = encode_for_scoring(records, locations, encoder, FlagSettings()).rows
+    plan = plan_contexts(rows, records, encoder, 2048, contrast="foreign", num_foreign=2, num_records=2)
+    assert len(plan.pairs) == 8 * 2 + 2
+    num_scored: list[int] = []
+
+    def score(contexts: Any, done: Any) -> Any:
+        for number, row in enumerate(contexts):
+            if number in done:
+                continue
+            num_scored.append(number)
+            index, source = plan.pairs[number]
+            assert row["prompt_ids"] == encoder.encode_prompt(records[index].conversation, records[source].judgment)
+            assert row["location"] == f"data:{index} with the judgment of data:{source}"
+            yield [Scored(number, -torch.tensor([len(row["prompt_ids"]), *row["response_ids"]]) / 7, None)]
+
+    monkeypatch.setattr(detector, "_NUM_ENCODED", 5)
+    known = dict(score_contexts(rows, plan.pairs, plan.encode, score, None))
+    assert list(known) == plan.pairs
+    journal = Journal(tmp_path / "out.jsonl", {})
+    with journal:
+        journal.append([{"index": 0, "logps_without": [-1.0], "logps_with": [-1.0]}])
+    assert dict(score_contexts(rows, plan.pairs, plan.encode, score, journal)) == known
+    lines = journal.path.read_text().splitlines()
+    journal.path.write_text("\n".join([*lines[:4], *lines[5:]]) + "\n")  # one of them is missing
+    num_scored.clear()
+    assert dict(score_contexts(rows, plan.pairs, plan.encode, score, Journal(tmp_path / "out.jsonl", {}))) == known
+    assert num_scored == [2]
+    averages = References(plan.references.sources, known)
+    for index, contexts in plan.references.items():
+        probabilities = [[math.exp(logp) for logp in known[index, one.source]] for one in contexts]
+        expected = [math.log(sum(column) / 2) for column in zip(*probabilities, strict=True)]
+        assert averages[index] == pytest.approx(expected, abs=1e-6)
 
 
 def test_praise_can_be_the_reference(model: Path, data: Path, tmp_path: Path) -> None:

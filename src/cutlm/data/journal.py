@@ -5,7 +5,7 @@ defines the lines after it.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, overload
 
@@ -95,6 +95,12 @@ class JournalLines(Sequence[dict[str, Any]]):
                 file.seek(offset)
                 lines.append(json.loads(file.readline()))
         return lines if isinstance(index, slice) else lines[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with open(self.path, "rb") as file:
+            for offset in self.offsets:
+                file.seek(offset)
+                yield json.loads(file.readline())
 
 
 def read_header(out: str | Path) -> dict[str, Any]:

@@ -5,12 +5,15 @@ such as another prompt, is then part of the difference. Compared with judgments 
 only what this judgment says remains; compared with praise (contrast "perfect"), what an objection does.
 """
 
+import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from datasets import Dataset
 
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError
@@ -28,18 +31,41 @@ CONTRASTS = ("judgment", "foreign", "perfect")
 MAX_FOREIGN_SHARE = 0.01
 
 
+Encode = Callable[[int, int | None], ForeignContext]  # from a row, and the row whose judgment it gets (None: praise)
+
+
+class Contexts(Mapping[int, list[ForeignContext]]):
+    """By row, its prompts with other judgments. They are encoded when they are asked for: all fill the memory."""
+
+    def __init__(self, sources: Mapping[int, Sequence[int | None]], encode: Encode) -> None:
+        self.sources = sources  # by row, the rows whose judgments it gets; None for praise
+        self._encode = encode
+
+    def __getitem__(self, index: int) -> list[ForeignContext]:
+        return [self._encode(index, source) for source in self.sources[index]]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.sources)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+
 class Plan(NamedTuple):
     """The contexts to score besides those of eq. 5."""
 
-    references: dict[int, list[ForeignContext]]  # by row, the contexts that its judged one is compared with
+    references: Contexts  # by row, the contexts that its judged one is compared with
     foreign: list[ForeignContext]  # one context a row with a judgment that is none of its references
-    rivals: dict[int, list[ForeignContext]]  # by row, the contexts with which the effect of its judgment is compared
+    rivals: Contexts  # by row, the contexts with which the effect of its judgment is compared
+    encode: Encode
 
     @property
-    def contexts(self) -> list[ForeignContext]:
-        """All different contexts."""
-        groups = [self.foreign, *self.references.values(), *self.rivals.values()]
-        return list({(one.target, one.source): one for group in groups for one in group}.values())
+    def pairs(self) -> list[tuple[int, int | None]]:
+        """All different contexts, each by its row and the row whose judgment it gets."""
+        pairs = dict.fromkeys((one.target, one.source) for one in self.foreign)
+        for contexts in (self.references, self.rivals):
+            pairs |= dict.fromkeys((index, source) for index, own in contexts.sources.items() for source in own)
+        return list(pairs)
 
 
 def plan_contexts(
@@ -71,7 +97,7 @@ def plan_contexts(
         ConfigError: Too few judgments differ.
     """
     foreign = sample_foreign(rows, records, encoder, max_length, num_records, seed)
-    judged = [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is not None]
+    judged = list_judged(rows)
     sources: dict[int, Sequence[int | None]] = {}
     if contrast == "perfect":
         sources = {index: [None] for index in judged}
@@ -82,13 +108,19 @@ def plan_contexts(
     if has_rivals:
         rivals = _draw_rivals(records, seed)
 
-    def encode(drawn: Mapping[int, Sequence[int | None]]) -> dict[int, list[ForeignContext]]:
-        return {
-            index: [encode_context(index, source, rows, records, encoder, max_length) for source in own]
-            for index, own in drawn.items()
-        }
+    def encode(index: int, source: int | None) -> ForeignContext:
+        return encode_context(index, source, rows, records, encoder, max_length)
 
-    return Plan(encode(sources), foreign, encode(rivals))
+    return Plan(Contexts(sources, encode), foreign, Contexts(rivals, encode), encode)
+
+
+def list_judged(rows: Any) -> list[int]:
+    """List the rows with a judged prompt."""
+    if not isinstance(rows, Dataset):
+        return [index for index, row in enumerate(rows) if row["judged_prompt_ids"] is not None]
+    tables = rows.with_format("arrow", columns=["judged_prompt_ids"]).iter(10_000)
+    is_judged = itertools.chain.from_iterable(table["judged_prompt_ids"].is_valid().to_pylist() for table in tables)
+    return [index for index, judged in enumerate(is_judged) if judged]
 
 
 def _draw_rivals(records: Sequence[JudgedRecord], seed: int) -> dict[int, Sequence[int | None]]:
@@ -179,10 +211,9 @@ def find_threshold(ratios: Mapping[str, Sequence[float]], max_share: float = MAX
     """
     threshold = 1.0
     for values in ratios.values():
-        largest = sorted(values, reverse=True)
-        num_allowed = math.floor(max_share * len(largest))
-        if num_allowed < len(largest) and largest[num_allowed] > 0:
-            bound = min(largest[num_allowed], 600.0)  # beyond, the threshold would be infinite
+        num_allowed = math.floor(max_share * len(values))
+        if num_allowed < len(values) and (largest := float(np.sort(values)[-1 - num_allowed])) > 0:
+            bound = min(largest, 600.0)  # beyond, the threshold would be infinite
             found = math.ceil(math.exp(bound) * 1e6 - 1e-6) / 1e6
             # Flags compare with the logarithm of the threshold, which may be below the bound by rounding.
             threshold = max(threshold, found if math.log(found) >= bound else found * (1 + 1e-9))

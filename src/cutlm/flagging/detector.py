@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import sys
+from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow
 import torch
+from datasets import Dataset
 from datasets.fingerprint import generate_random_fingerprint
 from torch import Tensor
 
@@ -23,14 +25,13 @@ from cutlm.data.files import write_text
 from cutlm.data.journal import Journal, refuse_foreign
 from cutlm.data.records import PRAISE, JudgedRecord
 from cutlm.errors import ConfigError, DataError
-from cutlm.flagging.contrast import CONTRASTS, Plan, average_logps, find_threshold, plan_contexts
+from cutlm.flagging.contrast import CONTRASTS, Encode, Plan, average_logps, find_threshold, plan_contexts
 from cutlm.flagging.report import Sensitivity, name_report_file
 from cutlm.flagging.scoring import Scored, Scorer
 from cutlm.flagging.sensitivity import (
     LEAST_RANK,
     NUM_RECORDS,
     Contrast,
-    ForeignContext,
     compute_sensitivity,
     rank_judgment,
 )
@@ -48,6 +49,7 @@ from cutlm.prompting.encoding import Encoder, RenderedRecord, view_both_contexts
 from cutlm.prompting.rows import EncodedRecords, encode_records
 
 _MAX_LOCATIONS_NAMED = 5
+_NUM_ENCODED = 1000
 
 # Unsatisfactory records with foreign judgments for threshold "auto": a hundred thousand tokens give a share of 1 %.
 _NUM_CALIBRATED = 1000
@@ -355,14 +357,14 @@ class Comparison:
     Attributes:
         settings: The settings, with the threshold that was found for "auto".
         references: By row, the log-probabilities [T] that those with the judgment are compared with, unless these are
-            those without.
+            those without. They may be read when they are asked for.
         sensitivity: How far the flags depend on what the judgments say; None if fewer than two judgments differ, or it
             was not asked for.
         ranks: By unsatisfactory row, the rank of the effect of its judgment, if ineffective ones are left out.
     """
 
     settings: FlagSettings
-    references: dict[int, list[float]]
+    references: Mapping[int, list[float]]
     sensitivity: Sensitivity | None
     ranks: dict[int, float] = field(default_factory=dict)
 
@@ -421,20 +423,17 @@ def compare_contexts(
         settings: Settings of the flags.
         journal: Holds what a stopped run has finished and gets what is new.
     """
-    scored = score_contexts(rows, plan.contexts, score, journal)
-    references = {
-        index: round_logps(average_logps([scored[context.target, context.source] for context in own]))
-        for index, own in plan.references.items()
-    }
+    scored = score_contexts(rows, plan.pairs, plan.encode, score, journal)
+    references = References(plan.references.sources, scored)
 
     def count_template_tokens(index: int) -> int:
         return rows[index].get("num_template_tokens") or 0
 
     ranks = {}
-    for index, rival_contexts in plan.rivals.items():
+    for index, sources in plan.rivals.sources.items():
         without, judged, _ = logps[index]
         assert judged is not None
-        rivals = [scored[context.target, context.source] for context in rival_contexts]
+        rivals = [scored[index, source] for source in sources]
         ranks[index] = rank_judgment(without, judged, rivals, count_template_tokens(index))
     contrasts = []
     for context in plan.foreign:
@@ -446,13 +445,13 @@ def compare_contexts(
             Contrast(reference, own, scored[context.target, context.source], count_template_tokens(context.target))
         )
     if settings.threshold == "auto":
-        ratios: dict[str, list[float]] = {"foreign": [], "praise": []}
+        ratios = {"foreign": array("d"), "praise": array("d")}
         for one in contrasts:
-            ratios["foreign"] += _subtract(one.foreign, one.without)[one.num_template_tokens :]
+            ratios["foreign"].extend(_subtract(one.foreign, one.without)[one.num_template_tokens :])
         for index, (without, judged, _) in logps.items():
             if judged is not None and records[index].is_satisfactory:
                 reference = add_surprise(references.get(index, without), settings.surprise_weight)
-                ratios["praise"] += _subtract(judged, reference)[count_template_tokens(index) :]
+                ratios["praise"].extend(_subtract(judged, reference)[count_template_tokens(index) :])
         settings = replace(settings, threshold=find_threshold(ratios))
     assert settings.threshold != "auto"
     return Comparison(settings, references, compute_sensitivity(contrasts, settings.threshold), ranks)
@@ -462,39 +461,84 @@ def _subtract(ones: Sequence[float], others: Sequence[float]) -> list[float]:
     return [one - other for one, other in zip(ones, others, strict=True)]
 
 
+Pair = tuple[int, int | None]  # a row, and the row whose judgment it gets; None for praise
+
+
+class JournalContexts(Mapping[Pair, list[float]]):
+    """The log-probabilities of contexts that a journal holds; they stay in its file."""
+
+    def __init__(self, journal: Journal, places: dict[Pair, int]) -> None:
+        self._journal = journal
+        self._places = places  # the line of each context
+
+    def __getitem__(self, pair: Pair) -> list[float]:
+        logps: list[float] = self._journal.lines[self._places[pair]]["logps_foreign"]
+        return logps
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+class References(Mapping[int, list[float]]):
+    """By row, the averages of its log-probabilities in other contexts, computed when they are asked for."""
+
+    def __init__(self, sources: Mapping[int, Sequence[int | None]], scored: Mapping[Pair, list[float]]) -> None:
+        self._sources, self._scored = sources, scored
+
+    def __getitem__(self, index: int) -> list[float]:
+        return round_logps(average_logps([self._scored[index, source] for source in self._sources[index]]))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
 def score_contexts(
-    rows: Sequence[Mapping[str, Any]], contexts: Sequence[ForeignContext], score: Scorer, journal: Journal | None
-) -> dict[tuple[int, int | None], list[float]]:
-    """Score contexts that a journal does not hold yet; return all by the rows of the response and of the judgment."""
-    keys = {(context.target, context.source): place for place, context in enumerate(contexts)}
-    finished: dict[int, list[float]] = {}
-    for line in journal.lines if journal else ():
-        if "logps_foreign" in line and (place := keys.get((line["index"], line["source"]))) is not None:
-            finished[place] = line["logps_foreign"]
-    if len(finished) < len(contexts):
-        judgments = [
-            "praise" if context.source is None else f"the judgment of {rows[context.source]['location']}"
-            for context in contexts
-        ]
-        foreign_rows = [
-            {
-                "prompt_ids": context.prompt_ids,
-                "judged_prompt_ids": None,
-                "response_ids": rows[context.target]["response_ids"],
-                "location": f"{rows[context.target]['location']} with {judgment}",
-            }
-            for context, judgment in zip(contexts, judgments, strict=True)
-        ]
-        with journal or nullcontext(), closing(score(foreign_rows, frozenset(finished))) as batches:
+    rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], encode: Encode, score: Scorer, journal: Journal | None
+) -> Mapping[Pair, list[float]]:
+    """Score contexts that a journal does not hold yet; return all. Without a journal, they are in memory."""
+    known: dict[Pair, list[float]] = {}
+    places: dict[Pair, int] = {}
+    numbers = {pair: number for number, pair in enumerate(pairs)}
+    for place, line in enumerate(journal.lines if journal else ()):
+        if "logps_foreign" in line and (pair := (line["index"], line["source"])) in numbers:
+            places[pair] = place
+    if len(places) < len(pairs):
+        done = frozenset(numbers[pair] for pair in places)
+        with journal or nullcontext(), closing(score(_encode_contexts(rows, pairs, encode), done)) as batches:
             for batch in batches:
-                scored = {one.row: round_logps(one.without) for one in batch}
-                if journal is not None:
-                    journal.append(
-                        {"index": contexts[place].target, "source": contexts[place].source, "logps_foreign": values}
-                        for place, values in scored.items()
-                    )
-                finished |= scored
-    return {key: finished[place] for key, place in keys.items()}
+                scored = {pairs[one.row]: round_logps(one.without) for one in batch}
+                if journal is None:
+                    known |= scored
+                    continue
+                places |= {pair: len(journal.lines) + number for number, pair in enumerate(scored)}
+                journal.append(
+                    {"index": index, "source": source, "logps_foreign": values}
+                    for (index, source), values in scored.items()
+                )
+    return known if journal is None else JournalContexts(journal, places)
+
+
+def _encode_contexts(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], encode: Encode) -> Dataset:
+    """Encode contexts as rows to score, a thousand at a time as Python objects."""
+    ids = pyarrow.list_(pyarrow.int32())
+    types = {"prompt_ids": ids, "judged_prompt_ids": ids, "response_ids": ids, "location": pyarrow.string()}
+    tables = []
+    for start in range(0, len(pairs), _NUM_ENCODED):
+        columns: dict[str, list[Any]] = {name: [] for name in types}
+        for index, source in pairs[start : start + _NUM_ENCODED]:
+            judgment = "praise" if source is None else f"the judgment of {rows[source]['location']}"
+            columns["prompt_ids"].append(encode(index, source).prompt_ids)
+            columns["judged_prompt_ids"].append(None)
+            columns["response_ids"].append(rows[index]["response_ids"])
+            columns["location"].append(f"{rows[index]['location']} with {judgment}")
+        tables.append(pyarrow.table(columns, pyarrow.schema(types)))
+    return Dataset(pyarrow.concat_tables(tables), fingerprint=generate_random_fingerprint())
 
 
 def make_all_scores(

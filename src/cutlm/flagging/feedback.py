@@ -23,7 +23,7 @@ from cutlm.flagging.detector import (
     score_with_journal,
 )
 from cutlm.flagging.scoring import Scorer
-from cutlm.flagging.sensitivity import encode_context
+from cutlm.flagging.sensitivity import ForeignContext, encode_context
 from cutlm.prompting.encoding import Encoder
 from cutlm.prompting.templates import RenderError
 
@@ -118,16 +118,16 @@ def measure_shifts(
     missing = set(range(len(tested))) - set(encoded.indices)
     refused |= {places[index]: f"longer than max_length {max_length}" for index in missing}
     sources = draw_sources(range(len(kept)), kept, {}, num_foreign)
-    contexts = [
-        encode_context(index, source, encoded.rows, kept, encoder, max_length)
-        for index, own in sources.items()
-        for source in own
-    ]
+    pairs = [(index, source) for index, own in sources.items() for source in own]
+
+    def encode(index: int, source: int | None) -> ForeignContext:
+        return encode_context(index, source, encoded.rows, kept, encoder, max_length)
+
     header = describe_run(tested, encoder, settings, detector, backend) | {"num_foreign": num_foreign}
     journal = Journal(out, header, overwrite=overwrite)
     shifts = Shifts(journal, refused=refused, num_resumed=count_resumed(journal))
     logps = score_with_journal(encoded.rows, journal, score)
-    scored = score_contexts(encoded.rows, contexts, score, journal)
+    scored = score_contexts(encoded.rows, pairs, encode, score, journal)
     for index, own in sources.items():
         start = encoded.rows[index].get("num_template_tokens") or 0
         without, judged, _ = logps[index]

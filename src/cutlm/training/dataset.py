@@ -24,6 +24,7 @@ from cutlm.data.files import hash_file, open_atomic, read_bytes
 from cutlm.data.journal import Journal
 from cutlm.data.records import JudgedRecord, as_records
 from cutlm.errors import ConfigError, DataError, UserError
+from cutlm.flagging.contrast import list_judged
 from cutlm.flagging.detector import (
     BlameReport,
     Comparison,
@@ -549,8 +550,7 @@ def _flag_rows(
     if settings.teacher is not None and encoder is not None:
         prompts = encode_teacher_prompts(rows, records, encoder, settings.teacher, args.max_length)
         rows = _set_column(rows, "teacher_prompt_ids", pyarrow.array(prompts, pyarrow.list_(pyarrow.int32())))
-    judged_ids = rows.select_columns("judged_prompt_ids").with_format("arrow")[:]["judged_prompt_ids"]
-    judged = [index for index, is_judged in enumerate(judged_ids.is_valid().to_pylist()) if is_judged]
+    judged = list_judged(rows)
     flagged = set(judged)
     unknown = _list_flags(None, None, args) | _list_taught(None, None, None, args)
     columns = _RowColumns(list(unknown))
