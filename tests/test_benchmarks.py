@@ -182,6 +182,27 @@ def test_cpu_benchmark_compares_the_dtypes(load: Load, run_in_process: Load, tmp
     assert known["blame_cpu_seconds_bfloat16_over_float32"] == pytest.approx(seconds[0] / seconds[1])
 
 
+def test_size_benchmark_measures_each_command(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "results.json"
+    script = load("size", "--num_records=16", f"--folder={tmp_path}", f"--json={out}", "--commands", "check", "inspect")
+    run, names = script.measure, list[str]()
+
+    def measure(command: list[str], folder: Path, is_to_kill: Any = None) -> Any:
+        names.append(command[0])
+        return run(command, folder, is_to_kill) if command[0] == "check" else {"seconds": 1.0, "peak GB": 9.0}
+
+    monkeypatch.setattr(script, "measure", measure)
+    script.main()
+    known = json.loads(out.read_text())
+    assert [row["command"] for row in known["rows"]] == ["check", "inspect"]
+    assert 0.01 < known["rows"][0]["peak GB"] < 2
+    assert known["rows"][0]["CPU seconds"] > 0
+    assert (known["num_records"], known["peak_gb"], names) == (16, 9.0, ["check", "inspect"])
+    rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert len({row["instruction"] for row in rows}) == 16
+    assert {row["judgment"] is None for row in rows} == {True, False}
+
+
 def test_preparation_benchmark_compares_with_trl(
     load: Load, run_in_process: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
