@@ -171,6 +171,7 @@ def blame(
     num_foreign: int = 4,
     surprise_weight: float = 0.0,
     drop_ineffective: bool = False,
+    weigh_by_effect: bool = False,
     max_length: int = 2048,
     dtype: str = "auto",
     device: str | None = None,
@@ -193,6 +194,7 @@ def blame(
         surprise_weight: How much it counts for a flag that a token is unlikely; 0 as in eq. 5; see `FlagSettings`.
         drop_ineffective: Leave out records whose judgment has no larger effect than those of other records; see
             `FlagSettings`. A warning names them.
+        weigh_by_effect: Find the `judgment_rank` of each unsatisfactory record, by which training can weigh it.
         max_length: Maximum tokens in a prompt and its response; prompts are truncated on the left.
         dtype: dtype of the weights; "auto" for the checkpoint's, or float32 on a CPU that is faster in it.
         device: Such as "cuda:1"; None for a GPU if there is one.
@@ -221,6 +223,7 @@ def blame(
         num_foreign=num_foreign,
         surprise_weight=surprise_weight,
         drop_ineffective=drop_ineffective,
+        weigh_by_effect=weigh_by_effect,
     )
     check = as_records(list(records), "records")
     tokenizer, score, detector, backend = load_scorer(model, dtype=dtype, device=device, max_length=max_length)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import ON_CPU, KillPoint, list_options, start_command, write_lines
 from reference import score_response
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cutlm import CUTConfig, blame
+from cutlm import CUTConfig, CUTTrainer, blame
 from cutlm.cli import main
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError
@@ -18,6 +19,7 @@ from cutlm.flagging.contrast import plan_contexts
 from cutlm.flagging.detector import FlagSettings, encode_for_scoring
 from cutlm.flagging.sensitivity import rank_judgment
 from cutlm.flagging.token_scores import read_token_scores
+from cutlm.model.collator import split_batch
 from cutlm.prompting.encoding import Encoder
 
 OUTPUTS = ("Sydney is.", "12 + 34 = 46.", "A new line\nand one more", "Canberra is 🙂.")
@@ -164,8 +166,6 @@ def test_training_leaves_them_out_and_reuses_what_it_has_stored(
 
 @pytest.mark.parametrize("objective", ["self_distillation", "redirect"])
 def test_training_in_memory_leaves_them_out(model: Path, ranks: dict[int, float], objective: str) -> None:
-    from cutlm import CUTTrainer
-
     args = CUTConfig(objective=objective, drop_ineffective=True, **ON_CPU)
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model)
@@ -179,7 +179,71 @@ def test_training_in_memory_leaves_them_out(model: Path, ranks: dict[int, float]
     assert len(trainer.eval_dataset) == len(RECORDS)
 
 
+@pytest.mark.parametrize("name", ["drop_ineffective", "weigh_by_effect"])
 @pytest.mark.parametrize("settings", [{}, {"detector": "spans"}, {"objective": "likelihood"}])
-def test_setting_needs_the_model_before_training(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="drop_ineffective"):
-        CUTConfig(drop_ineffective=True, **settings)
+def test_setting_needs_the_model_before_training(settings: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        CUTConfig(**settings, **{name: True})
+
+
+# ---- Weights ----
+
+
+def make_trainer(model: Path, data: Any = RECORDS, **settings: Any) -> Any:
+    args = CUTConfig(**ON_CPU | {"detector": "frozen"} | settings)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    return CUTTrainer(model=loaded, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+
+
+def test_weights_are_the_ranks_of_judgments(
+    model: Path, ranks: dict[int, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = [ranks.get(index, 1.0) for index in range(len(RECORDS))]
+    assert len(set(expected)) > 2
+    trainer = make_trainer(model, weigh_by_effect=True)
+    assert trainer.train_dataset["record_weight"] == expected
+    assert "record_weight" not in trainer.eval_dataset.column_names
+    assert len(trainer.data_collator(list(trainer.train_dataset))["record_weights"]) == len(RECORDS)
+    scores = blame(model, RECORDS, weigh_by_effect=True, device="cpu")
+    assert make_trainer(model, scores, weigh_by_effect=True).train_dataset["record_weight"] == expected
+    assert "record_weight" not in make_trainer(model, scores).train_dataset.column_names
+    with pytest.raises(ConfigError, match="weigh_by_effect: the token scores were made without it"):
+        make_trainer(model, blame(model, RECORDS, device="cpu"), weigh_by_effect=True)
+    # The command, which stores the scores in its folder.
+    data = write_lines(tmp_path / "data.jsonl", RECORDS)
+    assert train(model, data, tmp_path / "run", weigh_by_effect=True) == 0
+    mean = sum(ranks.values()) / len(ranks)
+    assert f"unsatisfactory records weigh {mean:.2f} on average" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("normalization", ["token", "record"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_judged_loss": True}, {"critique_weight": 0.3}, {"objective": "self_distillation", "detector": None}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_weights_of_0_and_1_keep_a_part_and_weights_of_2_count_twice(
+    model: Path, settings: dict[str, Any], normalization: str
+) -> None:
+    trainer = make_trainer(model, normalization=normalization, **settings)
+    rows = list(trainer.train_dataset)
+
+    def compute_loss(rows: list[dict[str, Any]]) -> float:
+        batch = trainer.data_collator(rows)
+        with torch.no_grad():
+            whole = trainer.compute_loss(trainer.model, batch).item()
+            counts = trainer._count(batch)
+            parts = [
+                trainer.compute_loss(trainer.model, part, num_items_in_batch=counts).item()
+                for part in split_batch(batch, 150)
+            ]
+        assert len(parts) > 1
+        assert sum(parts) == pytest.approx(whole, rel=1e-5)
+        return whole
+
+    weights = [float(index % 3) for index in range(len(rows))]
+    got = compute_loss([row | {"record_weight": weight} for row, weight in zip(rows, weights, strict=True)])
+    repeated = [row for row, weight in zip(rows, weights, strict=True) for _ in range(int(weight))]
+    assert got == pytest.approx(compute_loss(repeated), rel=1e-5)
+    assert got != pytest.approx(compute_loss(rows), rel=1e-3)

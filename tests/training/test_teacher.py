@@ -20,6 +20,7 @@ from cutlm.losses import guide
 from cutlm.model.collator import CutCollator, split_batch
 from cutlm.model.loading import load_model, load_tokenizer
 from cutlm.prompting.encoding import Encoder
+from cutlm.training.trainer import compute_batch_loss
 
 RECORDS = [
     {
@@ -140,6 +141,46 @@ def test_judged_responses_can_be_learned_too(tmp_path: Path, base: Path, data: P
     # CUT's rule: the mean over unsatisfactory tokens, and the mean over all of L2.
     expected = (outputs.contrast / num_unsatisfactory + outputs.likelihood / num_tokens) / 2
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+# ---- The settings of the losses ----
+
+
+def compute_taught(logps: torch.Tensor, columns: torch.Tensor | None, further: dict[str, Any], **settings: Any) -> Any:
+    """The loss of a response of three tokens, of which the first and the last are taught."""
+    batch = {"num_unsatisfactory": 0, "response_lengths": [3], "locations": ["a"], "shared_lengths": []} | further
+    batch |= {"is_taught": torch.tensor([True, False, True]), "target_ids": torch.arange(3)}
+    return compute_batch_loss(logps, batch, CUTConfig(**ON_CPU | settings), columns).likelihood
+
+
+def log_of(*probabilities: float) -> torch.Tensor:
+    return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+def test_importance_is_clipped_and_has_no_gradient() -> None:
+    logps = log_of(0.4, 0.5, 0.1).requires_grad_()
+    further = {"teacher_logps": log_of(0.8, 0.05)[:, None], "old_logps": log_of(0.1, 0.2)}
+    sampled = {"objective": "self_distillation", "distillation": "sampled"}
+    loss = compute_taught(logps, None, further, importance_clip=2.0, **sampled)
+    # The ratios are 4, clipped to 2, and 0.5; the advantages are log 2 and -log 2.
+    terms = [-2 * math.log(2) * math.log(0.4), -math.log(0.5), 0.5 * math.log(2) * math.log(0.1)]
+    assert loss.item() == pytest.approx(sum(terms), rel=1e-12)
+    (grad,) = torch.autograd.grad(loss, logps)
+    assert grad.tolist() == pytest.approx([-2 * math.log(2), -1, 0.5 * math.log(2)], rel=1e-12)
+    loss = compute_taught(logps, None, further, **sampled)
+    assert loss.item() == pytest.approx(terms[0] / 2 + terms[1] + terms[2] * 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("has_unlikelihood", [True, False])
+def test_the_term_of_unlikelihood_can_be_taken_out_of_redirect(has_unlikelihood: bool) -> None:
+    further = {"teacher_logps": log_of(0.75, 0.75)[:, None]}
+    further |= {"is_flagged": torch.tensor([True, False, True]), "flag_weights": torch.tensor([0.5, 0, 2]).double()}
+    columns = torch.stack([log_of(0.5, 0.5), log_of(0.5, 0.5)])
+    settings = {"objective": "redirect", "use_unlikelihood_loss": has_unlikelihood}
+    loss = compute_taught(log_of(0.4, 0.5, 0.1), columns, further, **settings)
+    redirected = 2 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    unlikelihood = -0.5 * math.log(0.6) - 2 * math.log(0.9)
+    assert loss.item() == pytest.approx(redirected + math.log(2) + has_unlikelihood * unlikelihood, rel=1e-12)
 
 
 # ---- Every way to split a step ----

@@ -78,6 +78,12 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out unsatisfactory records whose judgment has no larger effect on the response than most of four"
         " judgments of other records; they are listed in OUT.report.json",
     )
+    parser.add_argument(
+        "--weigh_by_effect",
+        action="store_true",
+        help="find the share of these four judgments that have a smaller effect (judgment_rank), by which cutlm train"
+        " --weigh_by_effect weighs the record",
+    )
     parser.add_argument("--unlikelihood_weight", type=float, default=1.0, help="alpha of eq. 6 (default: 1)")
     parser.add_argument("--gamma", type=float, default=1.0, help="dynamic weight of eq. 6; 0: off (default: 1)")
     parser.add_argument(
@@ -180,6 +186,7 @@ def score_file(args: argparse.Namespace, teacher: "TeacherSettings | None" = Non
         args.num_foreign,
         args.surprise_weight,
         args.drop_ineffective,
+        args.weigh_by_effect,
         teacher=teacher,
     )
     check = check_records(args.data, args.columns)

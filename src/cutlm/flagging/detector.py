@@ -84,6 +84,8 @@ class FlagSettings:
             thresholds. They are never flagged.
         drop_ineffective: Leave out unsatisfactory records whose judgment has no larger effect on the response than
             those of other records: less than `LEAST_RANK` of `NUM_RIVALS` of them; see `rank_judgment`.
+        weigh_by_effect: Find the share of these judgments that have a smaller effect, by which training can weigh the
+            record.
         teacher: How the distributions of a teacher are made in the same pass; None for flags only.
     """
 
@@ -96,6 +98,7 @@ class FlagSettings:
     num_foreign: int = 4
     surprise_weight: float = 0.0
     drop_ineffective: bool = False
+    weigh_by_effect: bool = False
     teacher: TeacherSettings | None = None
 
     def __post_init__(self) -> None:
@@ -360,7 +363,7 @@ class Comparison:
             those without. They may be read when they are asked for.
         sensitivity: How far the flags depend on what the judgments say; None if fewer than two judgments differ, or it
             was not asked for.
-        ranks: By unsatisfactory row, the rank of the effect of its judgment, if ineffective ones are left out.
+        ranks: By unsatisfactory row, the rank of the effect of its judgment, if records are left out or weighed by it.
     """
 
     settings: FlagSettings
@@ -371,6 +374,8 @@ class Comparison:
     @property
     def ineffective(self) -> dict[int, float]:
         """The rows that are left out, with the ranks of their judgments."""
+        if not self.settings.drop_ineffective:
+            return {}
         return {index: rank for index, rank in self.ranks.items() if rank < LEAST_RANK}
 
 
@@ -394,7 +399,7 @@ def plan_comparison(
         contrast=settings.contrast,
         num_foreign=settings.num_foreign,
         num_records=max(num_records, _NUM_CALIBRATED) if settings.threshold == "auto" else num_records,
-        has_rivals=settings.drop_ineffective,
+        has_rivals=settings.drop_ineffective or settings.weigh_by_effect,
     )
     if settings.threshold == "auto" and not plan.foreign:
         raise ConfigError(

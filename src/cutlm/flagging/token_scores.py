@@ -70,7 +70,7 @@ class TokenScores:
             scored.
         surprise_weight: kappa: how much a token's surprise counts besides its log ratio; 0 for eq. 5.
         judgment_rank: Share of judgments of other records that have a smaller effect on the response than its own one;
-            None without `drop_ineffective`, and of satisfactory records.
+            None without `drop_ineffective` or `weigh_by_effect`, and of satisfactory records.
         teacher: How the distributions of a teacher were made (`cutlm.flagging.teacher.TeacherSettings`); None without.
         teacher_ids: [T][K] the tokens that the teacher finds most likely in the place of each token; empty where it is
             not asked, as for satisfactory records and, under objective redirect, tokens that are not flagged.

@@ -191,6 +191,7 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
         blame_options += ["--teacher_sees_response"] * train_args.teacher_sees_response
         blame_options += ["--distillation=sampled"] * (train_args.distillation == "sampled")
     blame_options += ["--drop_ineffective"] * train_args.drop_ineffective
+    blame_options += ["--weigh_by_effect"] * train_args.weigh_by_effect
     blame_options += ["--bf16"] * bool(train_args.bf16) + ["--device=cpu"] * bool(train_args.use_cpu)
     blame_options += [f"--dtype={model_args.dtype}"] if model_args.dtype else []
     generate = parse_options("generate", arguments.generate)

@@ -63,6 +63,7 @@ class CutCollator:
       has `num_template_tokens`, which the chat template writes at the start of the response.
     - `is_praised`: for each unsatisfactory record whether its judgment is praise, if any row has `is_praised`.
     - `teacher_rows`: for each record its `TeacherRow`, or None.
+    - `record_weights`: for each record its weight in the loss, if any row has `record_weight`.
     - `critique_owners`: for each critique the index of its record in `locations`. Critiques are the last sequences.
 
     Args:
@@ -132,6 +133,8 @@ class CutCollator:
                 for index in range(len(row["response_ids"]))
             ]
             batch["can_flag"] = torch.tensor(can_flag, dtype=torch.bool)
+        if any("record_weight" in row for row in rows):
+            batch["record_weights"] = [row.get("record_weight", 1.0) for row in ordered]
         if any("is_praised" in row for row in rows):
             batch["is_praised"] = [bool(row.get("is_praised")) for row in judged]
         return batch
@@ -240,6 +243,8 @@ def _take_records(batch: Mapping[str, Any], records: list[int], owned: list[list
     part["locations"] = [batch["locations"][record] for record in records]
     if "teacher_rows" in batch:
         part["teacher_rows"] = [batch["teacher_rows"][record] for record in records]
+    if "record_weights" in batch:
+        part["record_weights"] = [batch["record_weights"][record] for record in records]
     if "critique_owners" in batch:
         part["critique_owners"] = [place for place, record in enumerate(records) if critiques[record]]
     # One response for each record, without the judged contexts.
@@ -266,6 +271,12 @@ def split_lengths(batch: Mapping[str, Any]) -> tuple[int, int]:
     """Count the response tokens of unsatisfactory records (in one context) and of satisfactory records."""
     num_unsatisfactory, lengths = batch["num_unsatisfactory"], _list_lengths(batch)
     return sum(lengths[:num_unsatisfactory]), sum(lengths[2 * num_unsatisfactory :])
+
+
+def list_record_lengths(batch: Mapping[str, Any]) -> list[int]:
+    """List the numbers of tokens of the responses of the records, in the order of `locations`."""
+    lengths, num_unsatisfactory = _list_lengths(batch), batch["num_unsatisfactory"]
+    return [*lengths[:num_unsatisfactory], *lengths[2 * num_unsatisfactory :]]
 
 
 def list_critique_lengths(batch: Mapping[str, Any]) -> list[int]:

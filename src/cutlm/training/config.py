@@ -55,7 +55,7 @@ _USED_BY = {
     "unlikelihood_weight": ("cut", "dual_cut", "redirect", "unlikelihood"),
     "detector": ("cut", "redirect"),
     "map_spans": ("cut",),
-    "drop_ineffective": ("cut", *TEACHER_OBJECTIVES),
+    **dict.fromkeys(("drop_ineffective", "weigh_by_effect"), ("cut", *TEACHER_OBJECTIVES)),
     "use_contrast_loss": ("cut",),
     **dict.fromkeys(("use_satisfactory_loss", "use_judged_loss"), ("cut", *TEACHER_OBJECTIVES)),
     "praise_weight": ("dual_cut",),
@@ -287,6 +287,8 @@ class CUTConfig(TrainingArguments):
         drop_ineffective: For noisy judges, with detector "frozen" or a teacher: leave out unsatisfactory records whose
             judgment has no larger effect on the response, for the model before training, than most of four judgments of
             other records. They are counted and listed.
+        weigh_by_effect: Weigh each unsatisfactory record in the loss by the share of these four judgments that have a
+            smaller effect than its own, instead of leaving it out or besides.
         unlikelihood_weight: alpha of eq. 6: 0.25, 0.5 or 1 in the paper; alpha of "dual_cut".
         gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6: 0.25, 0.5, 1 or 2 in the paper; 0 turns
             it off, as in the released code.
@@ -332,6 +334,7 @@ class CUTConfig(TrainingArguments):
     unlikelihood_weight: float = 1.0
     gamma: float = 1.0
     drop_ineffective: bool = False  # also self_distillation
+    weigh_by_effect: bool = False  # also self_distillation
     map_spans: bool = False  # cut
 
     # Parts of the loss: cut; all but the first also self_distillation and redirect
@@ -446,8 +449,9 @@ class CUTConfig(TrainingArguments):
             problems.append(
                 f"{', '.join(frozen_only)}: expected objective cut or redirect and detector frozen, got {got}"
             )
-        if self.drop_ineffective and self.objective == "cut" and self.detector != "frozen":
-            problems.append(f"drop_ineffective: expected detector frozen, got {self.detector or 'current'}")
+        by_effect = [name for name in ("drop_ineffective", "weigh_by_effect") if getattr(self, name)]
+        if by_effect and self.objective == "cut" and self.detector != "frozen":
+            problems.append(f"{', '.join(by_effect)}: expected detector frozen, got {self.detector or 'current'}")
         if self.objective == "redirect" and self.detector not in (None, "frozen", "spans"):
             problems.append(f"detector: expected frozen or spans under objective redirect, got {self.detector}")
         if self.teacher != "ema" and self.teacher_ema_rate != _default("teacher_ema_rate"):
@@ -654,6 +658,7 @@ class JudgeConfig(CUTConfig):
     critique_weight: float = field(default=0.0, init=False)
     dpo_beta: float = field(default=0.1, init=False)
     drop_ineffective: bool = field(default=False, init=False)
+    weigh_by_effect: bool = field(default=False, init=False)
     map_spans: bool = field(default=False, init=False)
     threshold: float = field(default=1.1, init=False)
     judgment_role: str = field(default="user", init=False)

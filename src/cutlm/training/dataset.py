@@ -399,10 +399,12 @@ def _check_scores(dataset: Sequence[TokenScores], args: CUTConfig) -> None:
                 f"the token scores were made without a teacher or with other settings ({', '.join(sorted(differing))}"
                 f" differ); run cutlm blame again with --objective {args.objective} and the settings of training"
             )
-    if args.drop_ineffective and any(scores.judgment_rank is None for scores in judged):
-        problems.append(
-            "drop_ineffective: the token scores were made without it; run cutlm blame again with --drop_ineffective"
-        )
+    if any(scores.judgment_rank is None for scores in judged):
+        problems += [
+            f"{key}: the token scores were made without it; run cutlm blame again with --{key}"
+            for key in ("drop_ineffective", "weigh_by_effect")
+            if getattr(args, key)
+        ]
     if problems:
         raise ConfigError(problems)
 
@@ -444,6 +446,8 @@ def _view_scores(scores: TokenScores, encoder: Encoder, *, args: CUTConfig) -> R
         extra = _list_taught(columns, found.is_flagged, scores.logps_without, args)
         if args.objective != "self_distillation":
             extra |= {"is_flagged": list(found.is_flagged), "weights": list(found.weights)}
+        if args.weigh_by_effect:
+            extra["record_weight"] = 1.0 if scores.judgment_rank is None else scores.judgment_rank
         return extra
 
     is_judged = args.parts.unsatisfactory and not record.is_satisfactory
@@ -544,6 +548,7 @@ def _flag_rows(
         num_foreign=args.num_foreign,
         surprise_weight=args.surprise_weight,
         drop_ineffective=args.drop_ineffective and name == "train_dataset",
+        weigh_by_effect=args.weigh_by_effect and name == "train_dataset",
         teacher=args.teacher_settings,
     )
     rows = data.rows
@@ -554,6 +559,7 @@ def _flag_rows(
     flagged = set(judged)
     unknown = _list_flags(None, None, args) | _list_taught(None, None, None, args)
     columns = _RowColumns(list(unknown))
+    record_weights: list[float] = []
     ineffective: dict[int, float] = {}
 
     def score(rows: Any, done: Any) -> Any:
@@ -566,6 +572,7 @@ def _flag_rows(
         scored, ineffective = _score_once(data, rows, args, model, records, encoder, score, settings, scores_file)
         kept = [index for index in range(len(rows)) if index not in ineffective]
         for index, one in zip(kept, scored, strict=True):
+            record_weights.append(1.0 if one.judgment_rank is None else one.judgment_rank)
             if index not in flagged:
                 columns.add(unknown)
                 continue
@@ -580,9 +587,15 @@ def _flag_rows(
         if encoder is not None:
             num_records = args.sensitivity_records if name == "train_dataset" else 0
             plan = plan_comparison(rows, records, encoder, settings, num_records)
-        elif settings.threshold == "auto" or settings.contrast != "judgment" or settings.drop_ineffective:
+        elif (
+            settings.threshold == "auto"
+            or settings.contrast != "judgment"
+            or settings.drop_ineffective
+            or settings.weigh_by_effect
+        ):
             raise ConfigError(
-                f"{name}: contrast, drop_ineffective, threshold: auto: expected records, got encoded rows; pass records"
+                f"{name}: contrast, drop_ineffective, weigh_by_effect, threshold: auto: expected records, got encoded"
+                " rows; pass records"
             )
         logps: dict[int, Logps] = {
             judged[number]: one
@@ -595,6 +608,7 @@ def _flag_rows(
         for index in range(len(rows)):
             if index in ineffective:
                 continue
+            record_weights.append(comparison.ranks.get(index, 1.0))
             if index not in flagged:
                 columns.add(unknown)
                 continue
@@ -618,6 +632,8 @@ def _flag_rows(
         _refuse_empty(data, name)
     for key, values in columns.finish().items():
         data.rows = _set_column(data.rows, key, values)
+    if settings.weigh_by_effect:
+        data.rows = _set_column(data.rows, "record_weight", pyarrow.array(record_weights))
 
 
 # Given because a column may hold nothing but None.
@@ -705,7 +721,7 @@ def _score_once(
     }
     run = describe_run(records, encoder, settings, detector, backend)
     keys = ("threshold", "unlikelihood_weight", "gamma", "contrast", "num_foreign", "surprise_weight")
-    header = {key: getattr(settings, key) for key in (*keys, "drop_ineffective")} | run
+    header = {key: getattr(settings, key) for key in (*keys, "drop_ineffective", "weigh_by_effect")} | run
     path = scores_file.path
     header_path = path.with_suffix(".json")
     partial = path.with_name(f"{path.name}.partial")
@@ -773,7 +789,7 @@ def _compare_scores(path: Path, header_path: Path, header: Mapping[str, Any]) ->
         return f"without a readable {header_path.name} next to it, it is not known how it was made"
     # As before there was a choice.
     earlier = {"contrast": "judgment", "num_foreign": FlagSettings.num_foreign, "surprise_weight": 0.0}
-    found = earlier | {"drop_ineffective": False} | found
+    found = earlier | {"drop_ineffective": False, "weigh_by_effect": False} | found
     differing = [key for key in header if found.get(key) != header[key]]
     if differing:
         return f"made with other settings ({', '.join(differing)} differ)"
@@ -795,6 +811,10 @@ def _finish_flags(data: PreparedData, name: str, args: CUTConfig) -> None:
         num += compute.sum(is_marked).as_py() or 0
     share, what = num / max(1, num_tokens), "distilled" if is_distilled else "flagged"
     data.notices.append(f"{name}: {num} of {num_tokens} tokens of unsatisfactory responses are {what} ({share:.1%})")
+    if "record_weight" in data.rows.column_names:
+        weights = [w for w, good in zip(data.rows["record_weight"], is_satisfactory, strict=True) if not good]
+        mean = sum(weights) / max(1, len(weights))
+        data.notices.append(f"{name}: weigh_by_effect: unsatisfactory records weigh {mean:.2f} on average")
     if data.sensitivity is not None:
         data.notices.append(f"{name}: {data.sensitivity.describe()}")
         data.notices += [f"warning: {noise}" for noise in [data.sensitivity.describe_noise()] if noise]

@@ -47,6 +47,7 @@ from cutlm.model.collator import (
     collate_teacher_rows,
     find_non_finite,
     list_critique_lengths,
+    list_record_lengths,
     split_batch,
     split_lengths,
     warn_of_long_limit,
@@ -321,8 +322,7 @@ class CUTTrainer(CheckpointingTrainer):
     def _count(self, batch: Mapping[str, Any]) -> StepCounts:
         """A batch's share of the denominators of the step."""
         normalization = self.args.normalization
-        critiques = list_critique_lengths(batch)
-        num_critique = len(critiques) if normalization == "record" else sum(critiques)
+        num_critique = sum(_weigh_critiques(batch, normalization)[1])
         return StepCounts(*count_batch(batch, normalization, self.args.parts), num_critique)
 
     def training_step(  # type: ignore[override]
@@ -556,19 +556,20 @@ def compute_batch_loss(
     """
     if critique_lengths := list_critique_lengths(batch):
         own, critiques = logps.split([len(logps) - sum(critique_lengths), sum(critique_lengths)])
-        if args.normalization == "record":
-            critiques = critiques * _repeat([1 / n for n in critique_lengths], critique_lengths, logps.device)
+        factors, _ = _weigh_critiques(batch, args.normalization)
+        critiques = critiques * _repeat(factors, critique_lengths, logps.device)
         rest = {name: value for name, value in batch.items() if name != "critique_owners"}
         rest["response_lengths"] = batch["response_lengths"][: -len(critique_lengths)]
         return dataclasses.replace(compute_batch_loss(own, rest, args, columns), critique=-critiques.sum())
     num_tokens, num_satisfactory_tokens = split_lengths(batch)
     without, with_judgment, satisfactory = logps.split([num_tokens, num_tokens, num_satisfactory_tokens])
-    num_unsatisfactory, lengths = batch["num_unsatisfactory"], batch["response_lengths"]
+    lengths = batch["response_lengths"]
     weights = weights_satisfactory = None
-    if args.normalization == "record":  # the paper's 1/N for each token of a response of N tokens
-        weights = _repeat([1 / n for n in lengths[:num_unsatisfactory]], lengths, logps.device)
-        own_lengths = lengths[2 * num_unsatisfactory :]
-        weights_satisfactory = _repeat([1 / n for n in own_lengths], own_lengths, logps.device)
+    if args.normalization == "record" or "record_weights" in batch:
+        own_lengths = list_record_lengths(batch)
+        factors, _ = _weigh(own_lengths, batch.get("record_weights"), args.normalization)
+        token_weights = _repeat(factors, own_lengths, logps.device)
+        weights, weights_satisfactory = token_weights.split([num_tokens, num_satisfactory_tokens])
     if args.objective == "dual_cut":
         return dual_cut_loss(
             without,
@@ -632,12 +633,28 @@ def _repeat(values: Sequence[float], lengths: Sequence[int], device: torch.devic
     return torch.tensor([value for value, n in zip(values, lengths, strict=False) for _ in range(n)], device=device)
 
 
+def _weigh(
+    lengths: Sequence[int], weights: Sequence[float] | None, normalization: str
+) -> tuple[Sequence[float], Sequence[float]]:
+    """For each record the weight of its tokens, under "record" with the paper's 1/N, and its share of a denominator."""
+    weights = weights or [1] * len(lengths)
+    if normalization == "record":
+        return [weight / n for weight, n in zip(weights, lengths, strict=True)], weights
+    return weights, [weight * n for weight, n in zip(weights, lengths, strict=True)]
+
+
+def _weigh_critiques(batch: Mapping[str, Any], normalization: str) -> tuple[Sequence[float], Sequence[float]]:
+    """As `_weigh`, for each critique, which has the weight of its record."""
+    weights = batch.get("record_weights")
+    own = weights and [weights[record] for record in batch["critique_owners"]]
+    return _weigh(list_critique_lengths(batch), own, normalization)
+
+
 def count_batch(batch: Mapping[str, Any], normalization: str, parts: Parts) -> tuple[float, float]:
     """A batch's share of the denominators of L1 and L2: tokens, or records under `normalization: record`."""
-    num_unsatisfactory, num_satisfactory = split_lengths(batch)
-    if normalization == "record":
-        num_unsatisfactory = batch["num_unsatisfactory"]
-        num_satisfactory = len(batch["locations"]) - num_unsatisfactory
+    _, sizes = _weigh(list_record_lengths(batch), batch.get("record_weights"), normalization)
+    num_unsatisfactory = sum(sizes[: batch["num_unsatisfactory"]])
+    num_satisfactory = sum(sizes[batch["num_unsatisfactory"] :])
     return (
         num_unsatisfactory * parts.contrast,
         num_unsatisfactory * parts.unsatisfactory + num_satisfactory * parts.satisfactory,
