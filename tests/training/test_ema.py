@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from cutlm import CUTConfig, CUTTrainer
 from cutlm.cli import main
 from cutlm.errors import ConfigError
-from cutlm.training.ema import EMA_FILE
+from cutlm.training.ema import EMA_FILE, AveragedWeights
 
 RECORDS: list[dict[str, Any]] = [
     {
@@ -110,6 +110,31 @@ def test_teacher_is_the_averaged_model() -> None:
     taught.scatter_add_(1, wanted["teacher_ids"], wanted["teacher_logps"].exp())
     torch.testing.assert_close(probabilities[0], taught, rtol=1e-3, atol=1e-4)
     assert (probabilities[1] - taught).abs().max() > 0.01
+
+
+def test_average_of_low_precision_weights_is_in_float32() -> None:
+    layer = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    layer.weight.data.fill_(1.0)
+    averaged = AveragedWeights(layer, 0.001)
+    layer.weight.data.fill_(2.0)
+    for _ in range(3):  # each step is below the resolution of bfloat16
+        averaged.update(layer)
+    assert averaged.weights["weight"].item() == pytest.approx(2 - 0.999**3, rel=1e-6)
+    with averaged.applied(layer):
+        assert (layer.weight.item(), layer.weight.dtype) == (1.0, torch.bfloat16)
+    assert layer.weight.item() == 2
+
+
+def test_teacher_has_no_dropout() -> None:
+    model: Any = make_model(len(TOKENIZER))
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    trainer = make_trainer(model, teacher="ema")
+    trainer.model.train()
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    first, second = (trainer._ask_teacher(trainer.model, batch)["teacher_logps"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert trainer.model.training
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

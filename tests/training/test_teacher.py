@@ -143,6 +143,13 @@ def test_judged_responses_can_be_learned_too(tmp_path: Path, base: Path, data: P
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("objective", ["self_distillation", "redirect"])
+def test_satisfactory_responses_can_be_left_out(tmp_path: Path, base: Path, data: Path, objective: str) -> None:
+    settings = {"objective": objective, "use_satisfactory_loss": False}
+    trainer = make_trainer(base, tmp_path, load_records(data), **settings)
+    assert trainer.train_dataset["is_satisfactory"] == [False] * 4
+
+
 # ---- The settings of the losses ----
 
 

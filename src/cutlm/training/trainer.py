@@ -646,7 +646,7 @@ def _weigh(
 def _weigh_critiques(batch: Mapping[str, Any], normalization: str) -> tuple[Sequence[float], Sequence[float]]:
     """As `_weigh`, for each critique, which has the weight of its record."""
     weights = batch.get("record_weights")
-    own = weights and [weights[record] for record in batch["critique_owners"]]
+    own = weights and [weights[record] for record in batch.get("critique_owners", [])]
     return _weigh(list_critique_lengths(batch), own, normalization)
 
 
