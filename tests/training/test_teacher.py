@@ -193,6 +193,32 @@ def test_the_term_of_unlikelihood_can_be_taken_out_of_redirect(has_unlikelihood:
 # ---- Every way to split a step ----
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *OBJECTIVES.values(),
+        {"objective": "self_distillation", "teacher": "ema"},
+        {"objective": "redirect", "teacher": "ema", "threshold": 1.0},
+        {"objective": "cut"},
+        {"objective": "cut", "detector": "frozen"},
+    ],
+    ids=str,
+)
+def test_a_batch_may_have_satisfactory_records_only(
+    tmp_path: Path, base: Path, data: Path, settings: dict[str, Any]
+) -> None:
+    trainer = make_trainer(base, tmp_path, load_records(data), **settings)
+    rows = [trainer.train_dataset[index] for index in (1, 4)]
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model.eval(), trainer.data_collator(rows))
+    logps = [
+        score_naively(trainer.model, row["prompt_ids"], row["response_ids"])[place, token].item()
+        for row in rows
+        for place, token in enumerate(row["response_ids"])
+    ]
+    assert loss.item() == pytest.approx(-sum(logps) / len(logps), rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def whole_steps() -> dict[str, torch.Tensor]:
     """The gradients of all records in one micro-batch, by objective."""

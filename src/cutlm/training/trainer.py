@@ -585,12 +585,15 @@ def compute_batch_loss(
         )
     if args.has_teacher:
         plain = torch.cat([without, satisfactory])
-        terms = _compute_taught_terms(plain, columns, batch, args)
+        # Flags are absent from a batch of satisfactory records only.
+        flags = TokenFlags(torch.zeros_like(plain, dtype=torch.bool), torch.zeros_like(plain))
+        if "is_flagged" in batch:
+            flags = TokenFlags(batch["is_flagged"], batch["flag_weights"])
+        terms = _compute_taught_terms(plain, flags, columns, batch, args)
         sums = sum_terms(
             terms[:num_tokens], with_judgment, terms[num_tokens:], weights, weights_satisfactory, args.parts
         )
-        is_flagged = batch["is_flagged"] if "is_flagged" in batch else torch.zeros_like(plain, dtype=torch.bool)
-        return CutLoss(*sums, is_flagged[:num_tokens], (with_judgment - without).detach())
+        return CutLoss(*sums, flags.is_flagged[:num_tokens], (with_judgment - without).detach())
     flags = flags_satisfactory = None
     if "is_flagged" in batch:
         sizes = [num_tokens, num_satisfactory_tokens]
@@ -612,14 +615,15 @@ def compute_batch_loss(
     )
 
 
-def _compute_taught_terms(logps: Tensor, columns: Tensor | None, batch: Mapping[str, Any], args: CUTConfig) -> Tensor:
+def _compute_taught_terms(
+    logps: Tensor, flags: TokenFlags, columns: Tensor | None, batch: Mapping[str, Any], args: CUTConfig
+) -> Tensor:
     """The terms [N] of the tokens of all plain contexts, of an objective that has a teacher."""
     is_taught = batch["is_taught"]
     own = logps[is_taught]
     # The distribution of a sampled token is that of the token of the response alone.
     teaching = Teaching(is_taught, batch["teacher_logps"], own[:, None] if columns is None else columns)
     if args.objective == "redirect":
-        flags = TokenFlags(batch["is_flagged"], batch["flag_weights"])
         return redirect_loss(logps, flags, teaching, has_unlikelihood=args.use_unlikelihood_loss)
     importance = None
     if args.importance_clip is not None:
