@@ -13,6 +13,10 @@ from typing import Any
 Message = Mapping[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# ShareGPT's names, LLaMA-Factory's for a call of a tool and its result, and an older one of OpenAI for a result.
+_ALIASES = {"human": "user", "function_call": "assistant", "observation": "tool", "function": "tool"}
+_ALIASES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant")
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 
 
@@ -69,16 +73,13 @@ class Conversation:
     def drop_oldest_turn(self) -> "Conversation | None":
         """Return the conversation without its oldest turn, up to the next message by the user; None without a next.
 
-        System messages at the start stay.
+        System messages stay, as they may hold for all that follows.
         """
         users = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
         if len(users) < 2:
             return None
-        first, second = users[:2]
-        start = 0
-        while start < first and self.messages[start]["role"] in ("system", "developer"):
-            start += 1
-        return Conversation((*self.messages[:start], *self.messages[second:]), self.tools)
+        kept = [message for message in self.messages[: users[1]] if message["role"] in ("system", "developer")]
+        return Conversation((*kept, *self.messages[users[1] :]), self.tools)
 
     def to_text(self) -> str:
         r"""Return the conversation as plain text, "User: Hi.\n\nAssistant: Hi!"; a single message stays as it is."""
@@ -96,7 +97,7 @@ def describe_message(message: Message) -> str:
 
 def is_conversation_row(row: Mapping[str, Any]) -> bool:
     """Whether a row has the fields of a conversation that `normalize_row` reads."""
-    return isinstance(row.get("messages"), list) or {"prompt", "completion"} <= row.keys()
+    return isinstance(read_json_text(row.get("messages")), list) or {"prompt", "completion"} <= row.keys()
 
 
 def ends_with_response(row: Any) -> bool:
@@ -117,22 +118,20 @@ def normalize_row(row: Mapping[str, Any], *, is_answered: bool) -> dict[str, Any
     Raises:
         ConversationError: The conversation is not valid, or fields contradict each other.
     """
-    rest = dict(row)
-    if isinstance(row.get("messages"), Sequence) and not isinstance(row["messages"], str):
-        messages = list(_read_messages(rest.pop("messages"), "messages"))
+    rest = {name: read_json_text(value) if name in _STRUCTURED else value for name, value in row.items()}
+    if isinstance(rest.get("messages"), Sequence) and not isinstance(rest["messages"], str):
+        messages = list(parse_messages(rest.pop("messages"), "messages"))
     elif {"prompt", "completion"} <= row.keys() or (not is_answered and isinstance(row.get("prompt"), str | list)):
         messages = list(_read_part(rest.pop("prompt"), "prompt", "user"))
         if (completion := rest.pop("completion", None)) is not None:
             messages += _read_part(completion, "completion", "assistant")
-    elif row.get("system") or row.get("history"):
+    elif any(rest.get(name) for name in ("system", "history", "tools")):
         if not isinstance(row.get("instruction"), str) or (is_answered and not isinstance(row.get("output"), str)):
             return rest  # the missing field is reported
         messages = list(_read_parts_around(rest))
     else:
         return rest
     tools = rest.pop("tools", None)
-    if isinstance(tools, str):  # as data sets store schemas that differ from each other
-        tools = _read_json_text(tools)
     is_list = isinstance(tools, Sequence) and not isinstance(tools, str)
     if tools is not None and not (is_list and all(isinstance(tool, Mapping) for tool in tools)):
         raise ConversationError("tools", f"expected a list of objects, got {type(tools).__name__}")
@@ -163,12 +162,18 @@ def normalize_row(row: Mapping[str, Any], *, is_answered: bool) -> dict[str, Any
     return rest
 
 
-def _read_json_text(text: str) -> Any:
-    """Return the value of a JSON text, the text itself if it is none, and None for an empty one."""
+# Fields that data sets may store as JSON text, because columns hold values of one type.
+_STRUCTURED = ("messages", "tools", "history")
+
+
+def read_json_text(value: Any) -> Any:
+    """Return the value of a JSON text, None for an empty one, and anything else as it is."""
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(text) if text.strip() else None
+        return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError):
-        return text
+        return value
 
 
 def _read_part(value: Any, field: str, role: str) -> Iterator[dict[str, Any]]:
@@ -176,16 +181,21 @@ def _read_part(value: Any, field: str, role: str) -> Iterator[dict[str, Any]]:
     if isinstance(value, str):
         yield {"role": role, "content": value}
     else:
-        yield from _read_messages(value, field)
+        yield from parse_messages(value, field)
 
 
 def _read_parts_around(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Read `system` and `history`, pairs of a user's and an assistant's text, and remove what was read from a row."""
+    """Read `system` and `history`, pairs of texts or messages, and remove what was read from a row."""
     system, history = row.pop("system", None), row.pop("history", None)
     if system:
         if not isinstance(system, str):
             raise ConversationError("system", f"expected text, got {type(system).__name__}")
         yield {"role": "system", "content": system}
+    if history and (not isinstance(history, Sequence) or isinstance(history, str)):
+        raise ConversationError("history", f"expected a list of pairs or messages, got {type(history).__name__}")
+    if history and all(isinstance(turn, Mapping) for turn in history):
+        yield from parse_messages(history, "history")
+        history = ()
     for number, turn in enumerate(history or ()):
         if not (isinstance(turn, Sequence) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise ConversationError(f"history[{number}]", "expected a pair of the user's and the assistant's text")
@@ -198,28 +208,60 @@ def _read_parts_around(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"role": "assistant", "content": output}
 
 
-def _read_messages(values: Any, field: str) -> Iterator[dict[str, Any]]:
+def parse_messages(values: Any, field: str, *, allow_aliases: bool = False) -> Iterator[dict[str, Any]]:
+    """Parse messages with `role` and `content`, or ShareGPT's with `from` and `value`; keep their other fields.
+
+    ShareGPT's names of roles are read under `from`, and with `allow_aliases` under `role`, too.
+
+    Raises:
+        ConversationError: A message is of another kind, or has content other than text.
+    """
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise ConversationError(field, f"expected a list of messages, got {type(values).__name__}")
     for number, value in enumerate(values):
         name = f"{field}[{number}]"
         if not isinstance(value, Mapping):
             raise ConversationError(name, f"expected an object with role and content, got {type(value).__name__}")
-        if value.get("role") not in ROLES:
-            raise ConversationError(f"{name}.role", f"expected one of {', '.join(ROLES)}, got {value.get('role')!r}")
         # `datasets` fills fields that other messages have with None.
         message = {key: item for key, item in value.items() if item is not None}
+        is_aliased = allow_aliases
+        if "from" in message and "role" not in message:
+            message = {"role": message.pop("from"), "content": message.pop("value", None)} | message
+            is_aliased = True
+        role = message.get("role")
+        message["role"] = _ALIASES.get(str(role), role) if is_aliased else role
+        if message["role"] not in ROLES:
+            raise ConversationError(f"{name}.role", f"expected one of {', '.join(ROLES)}, got {role!r}")
+        if role == "function_call":
+            message |= {"content": "", "tool_calls": _read_calls(message.get("content"), f"{name}.content")}
+        elif isinstance(call := message.get("function_call"), Mapping):  # an older form of OpenAI
+            message["tool_calls"] = [{"type": "function", "function": call}]
+            del message["function_call"]
         message["content"] = _read_content(message.get("content"), f"{name}.content", "tool_calls" in message)
         yield message
+
+
+def _read_calls(content: Any, name: str) -> list[dict[str, Any]]:
+    """Read the JSON text of one or several calls, each with `name` and `arguments`."""
+    value = read_json_text(content)
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise ConversationError(name, "expected calls of tools as JSON, with name and arguments")
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _read_content(content: Any, name: str, has_calls: bool) -> str:
     """Return the text of a message; parts of text are joined."""
     if isinstance(content, Sequence) and not isinstance(content, str):
-        kinds = {part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content}
-        if kinds - {"text"}:
-            raise ConversationError(name, f"expected text, got parts of {', '.join(sorted(map(str, kinds)))}")
-        content = "".join(str(part.get("text") or "") for part in content)
+        kinds = {str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__ for part in content}
+        if not kinds <= {*_TEXT_PARTS}:
+            raise ConversationError(name, f"expected text, got parts of {', '.join(sorted(kinds))}")
+        texts = [part.get("text") for part in content]
+        # OpenAI's Assistants have an object with the text and its annotations.
+        texts = [text.get("value") if isinstance(text, Mapping) else text for text in texts]
+        if unread := [text for text in texts if not isinstance(text, str | None)]:
+            raise ConversationError(name, f"expected text, got a part with {type(unread[0]).__name__}")
+        content = "".join(text or "" for text in texts)
     if content is None and has_calls:
         return ""
     if not isinstance(content, str):

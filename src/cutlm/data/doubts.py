@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from cutlm.data.formats import find_judgment_column
 from cutlm.data.praise import objects_after_praise, reads_like_praise
 from cutlm.data.records import SATISFACTORY_SCORE, JudgedRecord, is_praise
 
@@ -72,6 +73,11 @@ def _find_doubts(record: JudgedRecord) -> Iterator[str]:
         yield (
             f"a score of {SATISFACTORY_SCORE:g} or more and an objection, which is not used (remove the score if"
             " something is wrong)"
+        )
+    if "judgment" not in record.model_fields_set and (column := find_judgment_column(record.model_extra or {})):
+        yield (
+            f"a field {column!r} and no judgment, so the response counts as satisfactory (rename it by --columns,"
+            " or write null as the judgment)"
         )
     for name in _FIELDS_OF_PROMPTS:
         if (record.model_extra or {}).get(name):

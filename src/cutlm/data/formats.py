@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
-from cutlm.data.conversations import is_conversation_row
+from cutlm.data.conversations import ends_with_response, is_conversation_row, read_json_text
 
 _POINTERS = (
     (
@@ -49,6 +49,7 @@ _OTHER_NAMES = {
     "instruction": ("prompt", "question", "query", "instruct", "problem", "user"),
     "output": ("response", "completion", "answer", "reply", "generation", "model_output", "assistant", "text"),
     "judgment": ("critique", "feedback", "judgement", "criticism", "review", "comment"),
+    **dict.fromkeys(("input", "score", "system", "history", "tools"), ()),
 }
 
 
@@ -143,15 +144,19 @@ def describe_row_format(row: Any) -> str | None:
     names = ("messages", "conversations", "conversation", "turns")
     as_messages = (name for name in ("prompt", "completion") if isinstance(row.get(name), list))
     if messages := next((name for name in names if name in fields), next(as_messages, None)):
-        name = "a ShareGPT conversation" if messages.startswith("conversation") else "a conversation"
+        name = "a ShareGPT conversation" if messages == "conversations" else "a conversation"
+        is_judged = bool(row.get("judgment") or find_judgment_column(row))
+        if is_judged and messages in names[1:] and ends_with_response({"messages": row[messages]}):
+            return f"{name} with a judgment; pass --columns {_rename_to_messages(row, messages)}"
         return (
             f"{name} ({messages!r}); to take what the user said next as judgments, run: cutlm convert conversations;"
             f" {_NO_JUDGMENTS}"
         )
+    spelled = {_normalize_name(name): name for name in row}
     renamed = {
         ours: theirs
         for ours, names in _OTHER_NAMES.items()
-        if ours not in fields and (theirs := next((name for name in names if name in fields), None))
+        if ours not in fields and (theirs := next((spelled[name] for name in (ours, *names) if name in spelled), None))
     }
     if {"instruction", "output"} <= fields | renamed.keys():
         columns = shlex.quote(json.dumps({theirs: ours for ours, theirs in renamed.items()}, ensure_ascii=False))
@@ -164,26 +169,32 @@ def describe_row_format(row: Any) -> str | None:
             f"an error of the server from which the file was downloaded ({str(row['error'])[:100]}); download it again"
         )
     if messages := next((name for name in row if _holds_messages(row[name])), None):
-        renamed = {messages: "messages"}
-        if "judgment" not in fields and (judgment := find_judgment_column(row)):
-            renamed[judgment] = "judgment"
-        columns = shlex.quote(json.dumps(renamed, ensure_ascii=False))
-        return f"the fields {', '.join(map(repr, row))}; pass --columns {columns}"
+        return f"the fields {', '.join(map(repr, row))}; pass --columns {_rename_to_messages(row, messages)}"
     return None
+
+
+def _rename_to_messages(row: Mapping[str, Any], messages: str) -> str:
+    """Write the columns that make a row with messages a record."""
+    judgment = None if "judgment" in row else find_judgment_column(row)
+    renamed = {messages: "messages"} | ({judgment: "judgment"} if judgment else {})
+    return shlex.quote(json.dumps(renamed, ensure_ascii=False))
+
+
+def _normalize_name(name: Any) -> str:
+    """Return the name of a column as it would be without capital letters and spaces, which spreadsheets have."""
+    return "_".join(str(name).lower().split())
 
 
 def find_judgment_column(row: Mapping[str, Any]) -> str | None:
     """Return the field of a row that probably holds its judgment under another name."""
-    return next((name for name in _OTHER_NAMES["judgment"] if isinstance(row.get(name), str) and row[name]), None)
+    spelled = {_normalize_name(name): name for name in row}
+    names = (spelled[name] for name in _OTHER_NAMES["judgment"] if name in spelled)
+    return next((name for name in names if isinstance(row[name], str) and row[name]), None)
 
 
 def _holds_messages(value: Any) -> bool:
     """Whether a value is a list of messages, or such a list as JSON, as in a table."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return False
+    value = read_json_text(value)
     return (
         isinstance(value, list)
         and bool(value)
@@ -193,9 +204,13 @@ def _holds_messages(value: Any) -> bool:
 
 def _find_converter(row: Any) -> str | None:
     """Name a row that `cutlm convert` reads, also if it could be taken for a record."""
-    fields = set(row) if isinstance(row, Mapping) else set()
+    if not isinstance(row, Mapping):
+        return None
+    fields = set(row)
     if "orig_instruction" in fields and fields & {"orig_response", "orig_response_A"}:
         return "a row of Prometheus's Feedback or Preference Collection; run: cutlm convert prometheus"
+    if "###Response to evaluate:" in str(row.get("instruction")) and "[RESULT]" in str(row.get("output")):
+        return "the prompt and the answer of an evaluator such as Prometheus; run: cutlm convert prometheus"
     if {"instruction", "output"} <= fields:
         return None
     if {"chosen", "rejected"} <= fields:

@@ -15,6 +15,9 @@ _VOCABULARY = {
 }
 _KINDS = {word: kind for kind, words in _VOCABULARY.items() for word in words.split()}
 _MAX_WORDS = 15
+# A rating and the best one: "8/10", "9 out of 10".
+_RATING = re.compile(r"(\d+(?:[.,]\d+)?)\s*(?:/|out\s+of)\s*(\d+)")
+_MIN_GOOD_RATING = 0.7
 
 _SUBJECT = (
     r"(?:[\W_]*(?:judge?ment|feedback|critique|verdict|assessment|evaluation|review|answer)\s*:)?[\W_]*"
@@ -80,9 +83,14 @@ def reads_like_praise(judgment: str) -> bool:
 def is_brief_praise(text: str) -> bool:
     """Whether a short text praises or rates, and names a fault only to deny it: "No issues found.", "10/10"."""
     words = _WORD.findall(text.casefold())
-    if not 0 < len(words) <= _MAX_WORDS:
+    rating = _RATING.search(text.casefold())
+    is_low = rating is not None and float(rating[1].replace(",", ".")) < _MIN_GOOD_RATING * float(rating[2])
+    if not 0 < len(words) <= _MAX_WORDS or is_low:
         return False
-    kinds = {_KINDS.get(word, "good" if word.isdecimal() else "other") for word in words}
+    # Without a best one, a number is a rating only by itself or by name: "It is 20." corrects the response.
+    is_rating = rating is not None or not {"score", "rating"}.isdisjoint(words) or all(map(str.isdecimal, words))
+    number = "good" if is_rating else "filler"
+    kinds = {_KINDS.get(word, number if word.isdecimal() else "other") for word in words}
     if "other" in kinds:
         return False
     return "none" in kinds if "fault" in kinds else ("good" in kinds) != ("none" in kinds)

@@ -1,6 +1,5 @@
 """Published judgment data turned into records: one module per source, each with functions from rows to rows."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,15 +9,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import PydanticCustomError
 
+from cutlm.data.conversations import ConversationError, parse_messages
 from cutlm.data.files import SourceRow
 from cutlm.data.records import ModelT, validate_row
 from cutlm.errors import DataError
 
 MIN_SCORE, MAX_SCORE = 1.0, 10.0
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "bing": "assistant"}
-_ROLES |= {name: name for name in ("system", "developer", "user", "assistant", "tool")}
-# LLaMA-Factory's names for a call of a tool and its result.
-_ROLES |= {"function_call": "assistant", "observation": "tool"}
+# What a message keeps besides its role and its text.
+_KEPT = ("tool_calls", "tool_call_id", "name")
 
 
 class Source(BaseModel):
@@ -80,40 +78,20 @@ def scale_rating(rating: float, lowest: float, highest: float) -> float:
     return MIN_SCORE + (rating - lowest) / (highest - lowest) * (MAX_SCORE - MIN_SCORE)
 
 
-def read_messages(values: Sequence[Any]) -> list[dict[str, Any]] | None:
-    """Read messages with `role` and `content`, or `from` and `value`; None if they are of another kind.
+def read_messages(values: Any) -> list[dict[str, Any]] | None:
+    """Read messages with `role` and `content`, or `from` and `value`; None if they are of another kind than text.
 
     Calls of tools and their results keep what belongs to them.
     """
-    messages = []
-    for value in values:
-        if not isinstance(value, Mapping):
-            return None
-        name = str(value.get("role", value.get("from")))
-        role, content = _ROLES.get(name), value.get("content", value.get("value"))
-        further = {key: value[key] for key in ("tool_calls", "tool_call_id", "name") if value.get(key)}
-        if name == "function_call":
-            if (calls := _read_calls(content)) is None:
-                return None
-            content, further = "", {"tool_calls": calls}
-        if content is None and "tool_calls" in further:
-            content = ""
-        if role is None or not isinstance(content, str):
-            return None
-        messages.append({"role": role, "content": content, **further})
-    return messages
-
-
-def _read_calls(content: Any) -> list[dict[str, Any]] | None:
-    """Read the JSON text of one or several calls, each with `name` and `arguments`; None if it is something else."""
     try:
-        value = json.loads(content)
-    except (TypeError, ValueError, RecursionError):
+        messages = list(parse_messages(values, "messages", allow_aliases=True))
+    except ConversationError:
         return None
-    calls = value if isinstance(value, list) else [value]
-    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        return None
-    return [{"type": "function", "function": call} for call in calls]
+    return [
+        {"role": message["role"], "content": message["content"]}
+        | {key: message[key] for key in _KEPT if message.get(key)}
+        for message in messages
+    ]
 
 
 def make_response(messages: Sequence[Mapping[str, Any]], response: str, tools: Any = None) -> dict[str, Any]:

@@ -1,15 +1,23 @@
 """The data of Prometheus (Kim et al. 2024): feedback of GPT-4 on responses, by a rubric, with scores from 1 to 5.
 
-The Feedback Collection has one response per row, the Preference Collection two, A and B, with feedback on each.
+The Feedback Collection has one response per row, the Preference Collection two, A and B, with feedback on each. If a
+row of the Feedback Collection has only the evaluator's prompt and answer, their parts are read.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from cutlm.data.convert import Conversion, Number, Source, scale_rating, validate_rows
 from cutlm.data.files import SourceRow
 
 MIN_RATING, MAX_RATING = 1.0, 5.0
+_PROMPT = re.compile(
+    r"###The instruction to evaluate:(?P<orig_instruction>.*?)###Response to evaluate:(?P<orig_response>.*?)"
+    r"(?:###Reference Answer[^\n]*:(?P<orig_reference_answer>.*?))?###Score Rubrics?:\s*\[?(?P<orig_criteria>[^\n\]]*)",
+    re.DOTALL,
+)
+_ANSWER = re.compile(r"\s*(?:Feedback:)?(?P<orig_feedback>.*)\[RESULT\]\s*(?P<orig_score>\d)\W*", re.DOTALL)
 
 
 class Row(Source):
@@ -35,6 +43,7 @@ def convert(rows: Iterable[SourceRow]) -> Conversion:
     """
     conversion = Conversion("responses")
     known: set[tuple[str, ...]] = set()
+    rows = (SourceRow(row.location, _read_parts(row.value)) for row in rows)
     for location, row in validate_rows(rows, Row):
         for response, feedback, score in _list_responses(row):
             fault = _find_fault(response, feedback, score)
@@ -44,6 +53,17 @@ def convert(rows: Iterable[SourceRow]) -> Conversion:
             known.add(key)
             conversion.add(location, fault or _make_record(row, response, feedback, score))
     return conversion
+
+
+def _read_parts(row: Any) -> Any:
+    """Return a row with the parts of the evaluator's prompt and answer, if it has only these; any other as it is."""
+    if not isinstance(row, Mapping) or "orig_instruction" in row:
+        return row
+    prompt = _PROMPT.search(str(row.get("instruction")))
+    answer = _ANSWER.fullmatch(str(row.get("output")))
+    if prompt is None or answer is None:
+        return row
+    return {name: text.strip() for name, text in (prompt.groupdict() | answer.groupdict()).items() if text}
 
 
 def _list_responses(row: Row) -> Iterator[tuple[str | None, str | None, float | None]]:
