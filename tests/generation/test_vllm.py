@@ -69,7 +69,7 @@ def install(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
     class LLM:
         def __init__(
             self, model: str, *, dtype: str = "auto", enable_lora: bool = False, max_lora_rank: int = 16,
-            max_model_len: int | None = None,
+            max_model_len: int | None = None, quantization: str | None = None, gpu_memory_utilization: float = 0.9,
         ) -> None:  # fmt: skip
             assert max_lora_rank in (8, 16, 32, 64, 128, 256, 320, 512)
             if max_model_len == 0:
@@ -176,6 +176,23 @@ def test_a_stopped_run_resumes(calls: Calls, prompts: Path, monkeypatch: pytest.
     assert generate(prompts, "out.json", "--engine", "vllm")[0] == 0
     assert len(calls.prompts) == 4  # each prompt once
     assert len(read_outputs(prompts.with_name("out.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (["--dtype", "float32"], 2),
+        (["--engine_args", '{"quantization": "fp8"}'], 2),
+        (["--engine_args", '{"gpu_memory_utilization": 0.5}'], 0),
+    ],
+)
+def test_a_stopped_run_resumes_with_the_same_weights_only(
+    calls: Calls, prompts: Path, monkeypatch: pytest.MonkeyPatch, changed: list[str], expected: int
+) -> None:
+    monkeypatch.setattr(engine_module, "_NUM_PROMPTS", 3)
+    calls.fails_at_call = 2
+    assert generate(prompts, "out.json", "--engine", "vllm")[0] == 130
+    assert generate(prompts, "out.json", "--engine", "vllm", *changed)[0] == expected
 
 
 def save_adapter(folder: Path, **settings: Any) -> Path:

@@ -131,7 +131,7 @@ def generate_file(
     else:
         from cutlm.generation.vllm import generate_with_vllm
 
-        journal = Journal(out, header | {"engine": "vllm"})
+        journal = Journal(out, header | {"engine": "vllm", "engine_settings": model.settings})
         generated = generate_with_vllm(model, tokenizer, encoder, encoded, sampling, journal)
     write_answers(prompts, generated, journal, out, generator, dataset, max_failure_rate)
     return generated

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 # Prompts of a call, whose responses are lost if the run stops. The engine is not full at the end of each call.
 _NUM_PROMPTS = 512
+# Arguments with which a stopped run may be resumed otherwise: they set memory and speed, not the model.
+_RESOURCES = (
+    *("gpu_memory_utilization", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "max_num_seqs"),
+    *("max_num_batched_tokens", "swap_space", "cpu_offload_gb", "enforce_eager"),
+)
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allocates
 
 
@@ -37,12 +42,14 @@ class Engine:
         adapter: The LoRA adapter of its requests.
         generation_config: The model's own; None if it has none.
         context_limit: The length of its context in tokens.
+        settings: What the answers depend on besides: the dtype and further arguments.
     """
 
     llm: "LLM"
     adapter: "LoRARequest | None"
     generation_config: GenerationConfig | None
     context_limit: int
+    settings: Mapping[str, Any]
 
 
 def load_engine(path: str | Path, *, dtype: str = "auto", arguments: Mapping[str, Any] | None = None) -> Engine:
@@ -75,7 +82,9 @@ def load_engine(path: str | Path, *, dtype: str = "auto", arguments: Mapping[str
         llm = LLM(model=model, **options | dict(arguments or {}))
     except (ValueError, TypeError, RuntimeError) as error:  # what vLLM does not know, or a failure of its own process
         raise UserError(f"--engine vllm: {model} cannot be loaded ({' '.join(str(error).split())})") from error
-    return Engine(llm, adapter, _read_generation_config(model), llm.llm_engine.model_config.max_model_len)
+    context_limit = llm.llm_engine.model_config.max_model_len
+    settings = {name: value for name, value in (arguments or {}).items() if name not in _RESOURCES}
+    return Engine(llm, adapter, _read_generation_config(model), context_limit, {"dtype": dtype} | settings)
 
 
 def _choose_max_rank(folder: Path) -> int:
