@@ -26,6 +26,17 @@ def test_a_report_has_versions_and_devices_but_no_secret(
     assert not any("sk-secret" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    "words", [["--version", "--verbose", "x"], ["--verbose", "--version", "check"], ["--version", "x"], ["--verbose"]]
+)
+def test_the_version_is_no_option_of_a_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    printed = capsys.readouterr()
+    assert (stopped.value.code, printed.out) == (2, "")
+    assert len(printed.err.splitlines()) == 1
+
+
 def test_the_citation_has_the_version_and_the_paper() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert citation["version"] == __version__

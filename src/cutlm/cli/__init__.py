@@ -120,15 +120,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console that is not UTF-8 shows escapes
-    if {*(sys.argv[1:] if argv is None else argv)} == {"--version", "--verbose"}:
+    given = sys.argv[1:] if argv is None else argv
+    if {*given} == {"--version", "--verbose"}:
         from cutlm.cli.installation import describe_installation
 
         print(describe_installation())
         return 0
     parser = build_parser()
+    if given and given[0] in ("--version", "--verbose") and [*given] != ["--version"]:
+        parser.error("expected --version, alone or with --verbose, and no command")
     args, rest = parser.parse_known_args(argv)
-    if args.verbose:
-        parser.error("--verbose: expected only with --version, and no command")
     if rest and args.command not in _COMMANDS_WITH_SETTINGS:
         args.parser.error("; ".join(args.parser.describe_unknown(rest)) or f"unknown arguments: {' '.join(rest)}")
     args.rest = rest
