@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from tiny import save_tiny_model
 
 from cutlm.cli import main
 from cutlm.data.records import JudgedRecord
 from cutlm.evaluation.paper import ROUGE_LSUM
-from cutlm.evaluation.rouge import list_references, measure_rouge
+from cutlm.evaluation.rouge import KINDS, list_references, measure_rouge
+from cutlm.model.card import write_card
 
 RECORDS: list[dict[str, Any]] = [
     {"instruction": "One", "output": "a bad one", "judgment": "Bad.", "i_ans": "the cat sat"},
@@ -102,12 +104,17 @@ def test_command_compares_responses_with_references(tmp_path: Path, capsys):
 
 def test_responses_are_generated_once_and_used_again(tmp_path: Path, capsys):
     model = save_tiny_model(tmp_path / "model", chat=True)
+    write_card(model, {"kind": "model", "objective": "cut"})
     references = write(tmp_path / "references.jsonl", RECORDS)
     out = tmp_path / "out"
     command = ["eval", "rouge", "--model", str(model), "--references", references, "--out", str(out)]
     command += ["--max_new_tokens", "4", "--device", "cpu"]
     assert main(command) == 0
     first = (out / "result.json").read_bytes()
+    results = ModelCard.load(model / "README.md").data.eval_results
+    assert {each.metric_type: each.metric_value for each in results} == {
+        kind: json.loads(first)[kind] for kind in KINDS
+    }
     rows = json.loads((out / "outputs.json").read_text("utf-8"))
     assert [row["instruction"] for row in rows] == ["One", "Two", "Four"]
     (out / "result.json").unlink()

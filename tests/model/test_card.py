@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from cutlm.model import card as card_module
-from cutlm.model.card import describe_base, name_model, read_facts, render_card, update_card, write_card
+from cutlm.model.card import add_results, describe_base, name_model, read_facts, render_card, update_card, write_card
 
 FACTS: dict[str, Any] = {
     "kind": "adapter",
@@ -75,6 +75,31 @@ def test_facts_are_read_back(tmp_path: Path) -> None:
     assert read_facts(tmp_path) == FACTS
     update_card(tmp_path, evaluation={"accuracy": 0.5})
     assert read_facts(tmp_path) == FACTS | {"evaluation": {"accuracy": 0.5}}
+
+
+def test_results_are_added_to_the_metadata_and_the_text_stays(tmp_path: Path) -> None:
+    write_card(tmp_path, FACTS)
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text("utf-8") + "\n## Uses\n\nFor colours.\n", "utf-8")
+    before = ModelCard.load(path)
+    assert add_results(tmp_path, {"AlpacaEval": {"win_rate": 50.0}, "ROUGE": {"rouge1": 30.0, "rougeL": 20.0}})
+    assert add_results(tmp_path, {"AlpacaEval": {"win_rate": 61.5}})
+    after = ModelCard.load(path)
+    assert after.text == before.text
+    assert read_facts(tmp_path) == FACTS
+    found = {(result.dataset_name, result.metric_type): result.metric_value for result in after.data.eval_results}
+    earlier = {(each.dataset_name, each.metric_type): each.metric_value for each in before.data.eval_results or []}
+    added = {("ROUGE", "rouge1"): 30.0, ("ROUGE", "rougeL"): 20.0, ("AlpacaEval", "win_rate"): 61.5}
+    assert found == earlier | added
+
+
+@pytest.mark.parametrize("content", [None, "# A model\n", "---\nlicense: mit\n---\n# A model\n"])
+def test_results_go_to_no_card_by_others(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    if content is not None:
+        path.write_text(content)
+    assert not add_results(tmp_path, {"AlpacaEval": {"win_rate": 50.0}})
+    assert (path.read_text() if path.exists() else None) == content
 
 
 def test_what_was_not_measured_is_not_mentioned() -> None:

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from cutlm.evaluation.alpaca_eval import PACKAGES, draw_win_rate, measure_win_rate, tabulate_win_rate
-    from cutlm.evaluation.shared import import_alpaca_eval, write_result
+    from cutlm.evaluation.shared import add_to_card, import_alpaca_eval, write_result
 
     _check_options(args)
     import_alpaca_eval("metrics")
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     result |= {"reference": names[1]} | about
     table, picture = tabulate_win_rate(result, *names), draw_win_rate(result, *names)
     write_result(folder, result, table, PACKAGES, picture=picture)
+    add_to_card(args.model, {"AlpacaEval": {"win_rate": result["win_rate"]}})
     return 0
 
 

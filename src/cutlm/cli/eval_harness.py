@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from cutlm.evaluation import harness
-    from cutlm.evaluation.shared import hash_data, open_folder, write_result
+    from cutlm.evaluation.shared import add_to_card, hash_data, open_folder, write_result
     from cutlm.model.loading import fingerprint_model
 
     _check_options(args)
@@ -59,6 +59,9 @@ def run(args: argparse.Namespace) -> int:
     packages = (*harness.PACKAGES, "vllm") if args.backend == "vllm" else harness.PACKAGES
     result = harness.summarize_benchmarks(rows) | {"limit": args.limit}
     write_result(folder, result, table, packages, picture=harness.draw_benchmarks(rows, name))
+    if args.limit is None:
+        values = {f"{row['task']}, {row['num_shots']}-shot": {row["metric"]: row["value"]} for row in rows}
+        add_to_card(args.model, values)
     return 0
 
 

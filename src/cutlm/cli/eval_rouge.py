@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from cutlm.cli.reuse import PARTS, answer_once, check_source, describe_source
     from cutlm.data.records import check_records, raise_problems
     from cutlm.evaluation.rouge import (
+        KINDS,
         PACKAGES,
         draw_rouge,
         list_references,
@@ -38,7 +39,15 @@ def run(args: argparse.Namespace) -> int:
         measure_rouge,
         tabulate_rouge,
     )
-    from cutlm.evaluation.shared import PROMPTS_FILE, hash_data, need_extra, open_folder, pair_responses, write_result
+    from cutlm.evaluation.shared import (
+        PROMPTS_FILE,
+        add_to_card,
+        hash_data,
+        need_extra,
+        open_folder,
+        pair_responses,
+        write_result,
+    )
     from cutlm.generation.local import describe_bad_seed
     from cutlm.judges.responses import read_responses
 
@@ -79,4 +88,5 @@ def run(args: argparse.Namespace) -> int:
     )
     table, picture = f"{tabulate_rouge(result, generator)}\n\n{counts}", draw_rouge(result, generator)
     write_result(folder, result, table, PACKAGES, picture=picture)
+    add_to_card(args.model, {"ROUGE": {kind: result[kind] for kind in KINDS}})
     return 0

@@ -18,6 +18,7 @@ from typing import Any
 from cutlm.data.files import hash_sources, open_atomic, read_bytes, write_text
 from cutlm.errors import DataError, UserError
 from cutlm.judges import Response
+from cutlm.model.card import CARD_FILE, add_results
 
 SETTINGS_FILE = "settings.json"
 PROMPTS_FILE = "prompts.jsonl"
@@ -88,6 +89,17 @@ def write_result(
     write_text(folder / "result.json", text + "\n")
     names = "result.json, result.md and result.png" if picture else "result.json and result.md"
     print(f"{markdown.rstrip()}\n\nwrote {names} to {folder}")
+
+
+def add_to_card(model: str | None, results: Mapping[str, Mapping[str, float]]) -> None:
+    """Add results to the model card in a local folder of a model, if cutlm has written it, and say so."""
+    try:
+        is_added = model is not None and add_results(model, results)
+    except DataError as error:  # a folder that cannot be written to
+        print(f"the model card stays as it is ({error})")
+        return
+    if is_added:
+        print(f"added the results to the metadata of {Path(str(model)) / CARD_FILE}")
 
 
 # ---- Pairs of responses ----

@@ -89,6 +89,44 @@ def update_card(folder: str | Path, **facts: Any) -> None:
         write_card(folder, known | facts)
 
 
+def add_results(folder: str | Path, results: Mapping[str, Mapping[str, float]]) -> bool:
+    """Add results of evaluations to the metadata of the card in a folder, from which the hub shows them.
+
+    Earlier results of the same name are replaced; the text of the card stays, as people may have changed it.
+
+    Args:
+        folder: The folder of a model.
+        results: The values of metrics by the name of the evaluation.
+
+    Returns:
+        Whether the folder has a card by cutlm.
+
+    Example:
+
+        >>> add_results("runs/first", {"alpaca_eval": {"win_rate": 61.1}})
+        True
+    """
+    path = Path(folder) / CARD_FILE
+    card = _load_card(path) if read_facts(folder) else None
+    if card is None:
+        return False
+    kept = [result for result in card.data.eval_results or [] if result.dataset_name not in results]
+    card.data.eval_results = kept + [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for name, values in results.items()
+        for metric, value in values.items()
+    ]
+    card.data.model_name = card.data.model_name or Path(folder).resolve().name
+    write_text(path, str(card))
+    return True
+
+
 def _load_card(path: Path) -> ModelCard | None:
     if not path.is_file():
         return None
