@@ -18,14 +18,16 @@ class UserError(ValueError):
     Args:
         problems: One or more sentences: the location, the expected value, the actual one, and the remedy.
         hint: What to do next, printed once after the problems.
+        shown: What is printed instead of the problems, if many of them have one cause.
     """
 
-    def __init__(self, problems: str | Sequence[str], hint: str = "") -> None:
+    def __init__(self, problems: str | Sequence[str], hint: str = "", shown: Sequence[str] | None = None) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         assert self.problems, "a UserError needs at least one problem"
-        lines = self.problems[:MAX_PROBLEMS_SHOWN]
-        if len(self.problems) > len(lines):
-            lines.append(f"... and {len(self.problems) - len(lines)} more problems")
+        shown = self.problems if shown is None else shown
+        lines = list(shown[:MAX_PROBLEMS_SHOWN])
+        if len(shown) > len(lines):
+            lines.append(f"... and {len(shown) - len(lines)} more problems")
         if hint:
             lines.append(hint)
         super().__init__("\n".join(lines))

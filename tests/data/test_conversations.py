@@ -42,6 +42,20 @@ BRIEF = {"instruction": "Name", "input": "a city.", "output": "Sydney.", "system
         ({**PLAIN, "system": "Be brief.", "history": [["Hello.", "Hi!"]]}, LONG),
         (BRIEF, [SYSTEM, {**ASK, "content": "Name\na city."}]),
         ({**PLAIN, "system": None, "history": []}, [ASK]),
+        ({"messages": [{"from": "system", "value": "Be brief."}, *HELLO, {"from": "human", "value": "Name a city."},
+                       {"from": "gpt", "value": "Sydney."}]}, LONG),
+        ({"messages": [ASK, {"from": "function_call", "value": json.dumps(CALL["tool_calls"][0]["function"])},
+                       {"from": "observation", "value": "Sydney", "name": "find"}, ANSWER]}, [ASK, CALL, FOUND]),
+        ({"messages": [ASK, {"role": "assistant", "content": None, "function_call": {"name": "find", "arguments": {
+            "what": "city"}}}, FOUND, ANSWER]}, [ASK, CALL, FOUND]),
+        ({"messages": [{**ASK, "content": [{"type": "input_text", "text": "Name a city."}]},
+                       {**ANSWER, "content": [{"type": "output_text", "text": "Sydney."}]}]}, [ASK]),
+        ({"messages": [{**ASK, "content": [{"type": "text", "text": {"value": "Name a city.", "annotations": []}}]},
+                       ANSWER]}, [ASK]),
+        ({"messages": json.dumps([*LONG, ANSWER])}, LONG),
+        ({**PLAIN, "system": "Be brief.", "history": json.dumps([["Hello.", "Hi!"]])}, LONG),
+        ({**PLAIN, "history": HELLO}, [*HELLO, ASK]),
+        ({**PLAIN, "tools": [TOOL]}, [ASK]),
     ],
 )  # fmt: skip
 def test_conversations_are_read_in_every_form(row: dict[str, Any], messages: list[dict[str, Any]]) -> None:
@@ -68,6 +82,10 @@ def test_conversations_are_read_in_every_form(row: dict[str, Any], messages: lis
         ({"messages": [{"role": "user", "content": None}, ANSWER]}, "field 'messages[0].content'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "parts of image"),
         ({"messages": [{"role": "user", "content": "a\0b"}, ANSWER]}, "null bytes"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}, ANSWER]}, "messages[0].content"),
+        ({"messages": [{"from": "narrator", "value": "Hi."}, ANSWER]}, "field 'messages[0].role'"),
+        ({"messages": [ASK, {"from": "function_call", "value": "find(1)"}, ANSWER]}, "field 'messages[1].content'"),
+        ({"instruction": "a", "output": "b", "history": "c"}, "field 'history'"),
         ({"messages": [ASK, {"role": "assistant", "content": " "}]}, "field 'output'"),
         ({"messages": [ASK, ANSWER], "output": "Perth."}, "field 'output'"),
         ({"messages": [ASK, ANSWER], "tools": "find"}, "field 'tools'"),
@@ -106,6 +124,16 @@ def test_the_oldest_turn_is_dropped_with_all_its_messages() -> None:
     assert shortest is not None
     assert list(shortest.messages) == [SYSTEM, ASK]
     assert shortest.drop_oldest_turn() is None
+
+
+def test_system_messages_between_turns_stay() -> None:
+    later = {"role": "system", "content": "Answer in French."}
+    shorter = Conversation((SYSTEM, *HELLO, later, ASK, ANSWER, ASK)).drop_oldest_turn()
+    assert shorter is not None
+    assert list(shorter.messages) == [SYSTEM, later, ASK, ANSWER, ASK]
+    shortest = shorter.drop_oldest_turn()
+    assert shortest is not None
+    assert list(shortest.messages) == [SYSTEM, later, ASK]
 
 
 def test_judges_see_the_conversation_and_records_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

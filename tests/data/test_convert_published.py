@@ -7,6 +7,7 @@ import pytest
 from cutlm.cli import main
 from cutlm.data.convert import conversations, helpsteer, pairs, prometheus
 from cutlm.data.files import SourceRow, read_rows
+from cutlm.data.formats import describe_row_format
 from cutlm.data.records import check_records
 from cutlm.errors import DataError
 
@@ -294,6 +295,85 @@ def test_what_the_user_said_next_is_the_judgment(row):
     conversion = convert(conversations, row)
     assert kept(conversion) == [RED_ROW | {"judgment": "Another one."}]
     assert unjudged(conversion) == [{"messages": LOG}]
+
+
+def export(*messages):
+    """A conversation of ChatGPT's export: messages in a row, each with its role and content."""
+    nodes = {"root": {"message": None, "parent": None}}
+    for number, (role, content, *recipient) in enumerate(messages):
+        message = {"author": {"role": role}, "content": content, "recipient": recipient[0] if recipient else "all"}
+        nodes[str(number)] = {"message": message, "parent": str(number - 1) if number else "root"}
+    return {"mapping": nodes, "current_node": str(len(messages) - 1)}
+
+
+def say(text):
+    return {"content_type": "text", "parts": [text]}
+
+
+def test_thoughts_and_settings_of_an_export_are_no_messages():
+    context = {"content_type": "user_editable_context", "user_profile": "I paint.", "user_instructions": "Be brief."}
+    row = export(
+        *(("system", say("")), ("user", context), ("user", say("Name a colour."))),
+        *(
+            ("assistant", {"content_type": "thoughts", "thoughts": []}),
+            ("assistant", {"content_type": "reasoning_recap"}),
+        ),
+        *(("assistant", say("A horse.")), ("user", say("No."))),
+    )
+    system = {"role": "system", "content": "I paint.\n\nBe brief."}
+    assert kept(convert(conversations, row)) == [{"messages": [system, USER, HORSE], "judgment": "No."}]
+
+
+def test_what_an_export_sends_to_tools_is_no_response():
+    row = export(
+        *(("user", say("Name a colour.")), ("assistant", say("User likes horses."), "bio"), ("tool", say("Stored."))),
+        *(("assistant", {"content_type": "code", "text": "print('Red')"}, "python"),),
+        *(
+            ("tool", {"content_type": "execution_output", "text": "Red"}),
+            ("assistant", say("A horse.")),
+            ("user", say("No.")),
+        ),
+    )
+    conversion = convert(conversations, row)
+    (record,) = kept(conversion)
+    assert [message["role"] for message in record["messages"]] == ["user", *["assistant", "tool"] * 2, "assistant"]
+    calls = [message["tool_calls"][0]["function"] for message in record["messages"] if "tool_calls" in message]
+    assert calls == [
+        {"name": "bio", "arguments": "User likes horses."},
+        {"name": "python", "arguments": "print('Red')"},
+    ]
+    assert conversion.left_out == {"call of a tool instead of a response": 2}
+    assert all("tool_calls" in item["messages"][-1] for item in conversion.listed)
+
+
+def test_parts_of_text_and_other_names_of_roles_are_read():
+    parts = [USER | {"content": [{"type": "text", "text": "Name a "}, {"type": "text", "text": "colour."}]}, HORSE]
+    reply = {"role": "human", "content": "No."}
+    assert kept(convert(conversations, {"messages": [*parts, reply]})) == [
+        RED_ROW | {"output": "A horse.", "judgment": "No."}
+    ]
+
+
+def test_a_conversation_with_a_judgment_is_not_taken_for_a_log():
+    with pytest.raises(DataError) as error:
+        convert(conversations, {"messages": LOG}, {"conversations": share(*LOG), "judgment": "No."})
+    assert [problem.split(": ")[0] for problem in error.value.problems] == ["data.jsonl:2"]
+
+
+def test_the_parts_of_an_evaluators_prompt_are_read():
+    prompt = (
+        "###Task Description:\nAn instruction is given.\n\n###The instruction to evaluate:\nName a colour.\n\n"
+        "###Response to evaluate:\nA horse.\n\n###Reference Answer (Score 5):\nRed.\n\n###Score Rubrics:\n"
+        "[Is it a colour?]\nScore 1: No.\n\n###Feedback: "
+    )
+    row = {"instruction": prompt, "output": "Feedback: It is no colour. [RESULT] 1"}
+    assert kept(convert(prometheus, row)) == [
+        {
+            **{"instruction": "Name a colour.", "output": "A horse.", "judgment": "It is no colour.", "score": 1.0},
+            **{"i_ans": "Red.", "criteria": "Is it a colour?"},
+        }
+    ]
+    assert "cutlm convert prometheus" in describe_row_format(row)
 
 
 def test_what_is_no_conversation_is_counted_or_named():

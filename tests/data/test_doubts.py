@@ -13,6 +13,7 @@ KINDS = {
     "range": "a score outside 1 to 10",
     "low": "a score below 7 and no objection",
     "high": "a score of 7 or more and an objection",
+    "critique": "a field 'critique' and no judgment",
     "chat_history": "a field 'chat_history', which is ignored",
 }
 
@@ -55,6 +56,16 @@ def find_kinds(row, max_locations=5):
 )
 def test_each_kind_of_doubt(row, kinds):
     assert find_kinds(row) == kinds
+
+
+def test_a_judgment_under_another_name_is_doubtful_even_if_others_have_one():
+    plain = {"instruction": "Add 1 and 2.", "output": "4"}
+    rows = [plain | {"judgment": "No."}, plain | {"critique": "The sum is 3."}, plain | {"critique": None}]
+    check = check_rows(SourceRow(f"a.jsonl:{number}", row) for number, row in enumerate(rows, start=1))
+    assert not check.problems
+    (sentence,) = describe_doubts(check.records, check.locations, 5)
+    assert KINDS["critique"] in sentence
+    assert sentence.endswith(": a.jsonl:2")
 
 
 def test_records_of_one_kind_share_a_sentence_that_names_the_first():

@@ -92,6 +92,17 @@ def test_json_is_not_taken_for_another_format(text, tmp_path):
             {"prompt": "Hi.", "response": "Ho."},
             ['{"prompt": "instruction", "response": "output"}', "cutlm judge"],
         ),
+        (
+            {"Instruction": "Hi.", "Model Output": "Ho.", "Score": 2, "Critique": "No."},
+            [
+                '{"Instruction": "instruction", "Model Output": "output", "Critique": "judgment", "Score": "score"}',
+                "--columns",
+            ],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Ho."}], "critique": "No."},
+            ['--columns \'{"conversations": "messages", "critique": "judgment"}\''],
+        ),
         ({"instruction": "Hi.", "response": "Ho."}, ['--columns \'{"response": "output"}\'']),
         ({"user's": [{"role": "user", "content": "Hi."}], "review": 3}, ["""'{"user'"'"'s": "messages"}'"""]),
         (

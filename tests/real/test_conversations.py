@@ -78,6 +78,34 @@ def test_turns_with_tools(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "omitted"),
+    [
+        *((name, []) for name in WITH_TOOLS),
+        ("Llama 3 (first template)", ["calls", "descriptions"]),
+        ("Yi", ["calls", "descriptions"]),
+    ],
+)
+def test_what_a_template_leaves_out_is_said(name: str, omitted: list[str]) -> None:
+    record = JudgedRecord.model_validate({"messages": [*CALLS, ANSWER], "tools": [TOOL], "judgment": "No."})
+    plain = JudgedRecord.model_validate({"instruction": "Hi.", "output": "Ho."})
+    found = make_encoder(name).describe_omissions([plain, record, record])
+    assert sorted(sentence.split("leaves ")[1].split()[0] for sentence in found) == omitted
+    assert all("which 2 of" in sentence for sentence in found)
+
+
+@pytest.mark.parametrize("name", [*WITH_TOOLS, "Mistral Nemo", "Qwen3.5", "GLM-4.5", "Gemma 4"])
+def test_arguments_of_calls_may_be_json_text(name: str) -> None:
+    encoder = make_encoder(name)
+    (call,) = CALLS[4]["tool_calls"]
+    written = {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+    named = [{"name": "find_capital"} | message if message["role"] == "tool" else message for message in CALLS]
+    as_text = [*named[:4], {**named[4], "tool_calls": [written]}, *named[5:]]
+    prompts = [encoder.render(Conversation(tuple(messages), (TOOL,))).text for messages in (named, as_text)]
+    assert prompts[0] == prompts[1]
+    assert "Australia" in prompts[0].split("Name the capital of Australia.")[1]
+
+
+@pytest.mark.parametrize(
     ("name", "place"),
     [
         *(("Qwen3", "end"), ("Llama 3.1", "end"), ("Llama 3.2", "end"), ("Qwen2.5", "end")),
@@ -140,4 +168,9 @@ def test_the_alpaca_prompt_refuses_conversations_by_name() -> None:
     with pytest.raises(DataError) as error:
         encode_records([record], ["a:1"], Encoder(tokenizer, "alpaca"), 100)
     assert [problem[:4] for problem in error.value.problems] == ["a:1:"]
+    with pytest.raises(DataError) as error:
+        encode_records([record] * 9, [f"a:{number}" for number in range(9)], Encoder(tokenizer, "alpaca"), 100)
+    assert len(error.value.problems) == 9
+    (line,) = str(error.value).splitlines()
+    assert line.startswith("a:0 and 8 more rows: template: alpaca")
     assert json.dumps(record.model_dump(mode="json"))

@@ -194,12 +194,15 @@ def score_file(args: argparse.Namespace, teacher: "TeacherSettings | None" = Non
     tokenizer, score, detector, backend = _prepare_server(args) if args.base_url else _prepare_model(args, teacher)
     if unused := describe_unused_template(tokenizer, args.template):
         print(f"warning: {unused}")
+    encoder = make_encoder(args, tokenizer, args.template)
+    for sentence in encoder.describe_omissions(check.records):
+        print(f"warning: {sentence}")
     try:
         report = blame_file(
             check.records,
             check.locations,
             args.out,
-            make_encoder(args, tokenizer, args.template),
+            encoder,
             score,
             settings,
             detector=detector,

@@ -243,12 +243,12 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
     """Validate rows and keep their locations."""
     check = RecordCheck()
     first_locations: dict[tuple[Any, ...], str] = {}
-    foreign: dict[str, list[str]] = {}
+    foreign: list[tuple[str, str]] = []
     unread: dict[str, list[str]] = {}  # the records with a judgment under another name, by that name
     for row in rows:
         check.num_rows += 1
         if found := describe_row_format(row.value):
-            foreign.setdefault(found, []).append(row.location)
+            foreign.append((row.location, f"expected a record with instruction and output, got {found}"))
             continue
         record = row.value if isinstance(row.value, JudgedRecord) else _validate_record(row, check.problems)
         if record is None:
@@ -261,17 +261,29 @@ def check_rows(rows: Iterable[SourceRow]) -> RecordCheck:
         first_locations.setdefault(key, row.location)
         check.records.append(record)
         check.locations.append(row.location)
-    for found, locations in foreign.items():
-        expected = "expected a record with instruction and output"
-        check.problems.append(f"{_name_first(locations)}: {expected}, got {found}")
+    check.problems += join_problems(foreign)
     if not any("judgment" in record.model_fields_set for record in check.records):
         for name, locations in unread.items():
             columns = json.dumps({name: "judgment"})
             check.problems.append(
-                f"{_name_first(locations)}: field 'judgment' is missing, and {name!r} would be ignored; rename it"
-                f" (--columns '{columns}'), or remove it if nothing is wrong with the responses"
+                f"{_name_first(locations)}: field 'judgment' is missing, and {name!r} would be ignored; rename"
+                f" it (--columns '{columns}'), or remove it if nothing is wrong with the responses"
             )
     return check
+
+
+def join_problems(problems: Iterable[tuple[str, str]]) -> list[str]:
+    """Join problems of rows, each with its location, into one sentence for each different problem.
+
+    Example:
+
+        >>> join_problems([("a:1", "no tools"), ("a:2", "no tools"), ("a:4", "no text")])
+        ['a:1 and 1 more row: no tools', 'a:4: no text']
+    """
+    found: dict[str, list[str]] = {}
+    for location, problem in problems:
+        found.setdefault(problem, []).append(location)
+    return [f"{_name_first(locations)}: {problem}" for problem, locations in found.items()]
 
 
 def _name_first(locations: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from cutlm.data.conversations import Conversation
 from cutlm.data.journal import Journal
 from cutlm.generation.local import Generated, Sampling
 from cutlm.prompting.reasoning import split_reasoning
+from cutlm.prompting.templates import convert_arguments
 from cutlm.servers.client import INCOMPLETE, Answer, Client, RequestFailed, Server
 
 _ADVICE = "if the prompt is too long for the model, set a smaller --max_new_tokens"
@@ -41,7 +42,9 @@ def generate_by_server(
         options |= {"max_tokens": sampling.max_new_tokens, "seed": (sampling.seed + index) % 2**31}
         if isinstance(prompt, Conversation) and prompt.tools:
             options["tools"] = list(prompt.tools)
-        content = prompt.messages if isinstance(prompt, Conversation) else prompt
+        content: Any = prompt
+        if isinstance(prompt, Conversation):  # the interface has arguments as JSON text
+            content = [convert_arguments(message, str) for message in prompt.messages]
         answer = client.complete(server.make_body(content, **options))
         return answer, *read_response(answer, sampling.max_new_tokens, opening)
 

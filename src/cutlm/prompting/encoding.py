@@ -13,12 +13,12 @@ import datetime
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cutlm.data.conversations import Conversation
-from cutlm.data.records import JudgedRecord
+from cutlm.data.records import JudgedRecord, join_problems
 from cutlm.errors import ConfigError, DataError
 from cutlm.prompting.spans import CONTINUATION_ANCHORS, Span, locate_tokens
 from cutlm.prompting.templates import (
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+_ONE_TURN = "template: alpaca has one turn and no system prompt; use template: chat for conversations"
 # A tokenizer cannot be called by two threads: its options are set for each call.
 _calling = threading.RLock()
 
@@ -174,6 +175,11 @@ class Encoder:
         else:
             ids = self._encode_generation_prompts([render_advised_prompt(_get_single_turn(conversation), judgment)])[0]
         return ids if for_generation else ids[: len(ids) - self._num_dropped]
+
+    def describe_omissions(self, records: Iterable[JudgedRecord]) -> list[str]:
+        """Say what the chat template leaves out of the conversations of records, such as calls of tools."""
+        conversations = (record.conversation for record in records if record.messages is not None)
+        return self._chat.describe_omissions(conversations) if self._chat else []
 
     def check_conversation(self, conversation: Conversation, response: str) -> None:
         """Check that a conversation with its answer is rendered as its prompt and its response are.
@@ -507,7 +513,14 @@ def _find_control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]
 def _get_single_turn(conversation: Conversation) -> str:
     if conversation.is_single_turn:
         return conversation.instruction
-    raise RenderError("template: alpaca has one turn and no system prompt; use template: chat for conversations")
+    raise RenderError(_ONE_TURN)
+
+
+def join_errors(problems: Sequence[tuple[str, str]]) -> DataError:
+    """Make an error of problems with their locations; conversations that need another template share one line."""
+    shared = [(location, problem) for location, problem in problems if problem == _ONE_TURN]
+    others = [f"{location}: {problem}" for location, problem in problems if problem != _ONE_TURN]
+    return DataError([f"{location}: {problem}" for location, problem in problems], shown=join_problems(shared) + others)
 
 
 def encode_each(encode: Callable[[T], R], items: Sequence[T], locations: Sequence[str]) -> list[R]:
@@ -521,9 +534,9 @@ def encode_each(encode: Callable[[T], R], items: Sequence[T], locations: Sequenc
         try:
             encoded.append(encode(item))
         except RenderError as error:
-            problems.append(f"{location}: {error}")
+            problems.append((location, str(error)))
     if problems:
-        raise DataError(problems)
+        raise join_errors(problems)
     return encoded
 
 
@@ -644,7 +657,7 @@ class EncodedBatch:
     num_truncated: int = 0
     left_out: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)  # a sentence for each record that cannot be encoded
+    problems: list[tuple[str, str]] = field(default_factory=list)  # location and sentence, of what cannot be encoded
 
 
 def view_both_contexts(record: JudgedRecord, encoder: Encoder) -> RenderedRecord:
@@ -711,7 +724,7 @@ def encode_batch(
             elif (found := rows[index]) is not None:
                 rows[index] = replace(found, extra=found.extra | extra)
         pending = shortened
-    batch.problems = [f"{locations[index]}: {problem}" for index in sorted(problems) for problem in problems[index]]
+    batch.problems = [(locations[index], problem) for index in sorted(problems) for problem in problems[index]]
     batch.skipped.update(skipped[index] for index in sorted(skipped))
     for index in sorted(rows):
         record, location, fitted = get_record(records[index]), locations[index], rows[index]

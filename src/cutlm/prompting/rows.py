@@ -29,9 +29,9 @@ from tqdm import tqdm
 from cutlm.data import conversations
 from cutlm.data import records as data_records
 from cutlm.data.records import JudgedRecord
-from cutlm.errors import DataError, UserError
+from cutlm.errors import UserError
 from cutlm.prompting import encoding, spans, templates
-from cutlm.prompting.encoding import EncodedBatch, Encoder, View, encode_batch, view_both_contexts
+from cutlm.prompting.encoding import EncodedBatch, Encoder, View, encode_batch, join_errors, view_both_contexts
 
 # Records that are rendered, then tokenized together: enough for every thread of a tokenizer.
 _BATCH_SIZE = 1000
@@ -110,7 +110,7 @@ def encode_records(
     if folder is not None and folder.is_dir():
         counts = EncodedCounts(**json.loads((folder / _COUNTS).read_text("utf-8")))
         return EncodedRecords(**vars(counts), rows=Dataset.from_file(str(folder / _ROWS)))
-    counts, skipped, problems = EncodedCounts(), Counter[str](), list[str]()
+    counts, skipped, problems = EncodedCounts(), Counter[str](), list[tuple[str, str]]()
     tables = []
     options: Any = {} if show_progress else {"disable": True}  # an explicit False would override TQDM_DISABLE
     # Many thousand records take a minute; few take no bar.
@@ -127,7 +127,7 @@ def encode_records(
             problems += batch.problems
             progress.update(min(_BATCH_SIZE, len(records) - start))
     if problems:
-        raise DataError(problems)
+        raise join_errors(problems)
     counts.skipped = dict(skipped)
     table = pyarrow.concat_tables(tables, promote_options="default") if tables else pyarrow.table({})
     if folder is not None and _store(folder, table, counts):

@@ -8,12 +8,14 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
-from cutlm.data.conversations import Conversation, Message
+from cutlm.data.conversations import Conversation, Message, read_json_text
 from cutlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -177,6 +179,7 @@ class ChatTemplate:
         Raises:
             RenderError: The template refuses the messages or alters those of the user.
         """
+        conversation = self._convert_arguments(conversation)
         text = self._apply(conversation.messages, conversation.tools)
         position = 0
         for message in conversation.messages:
@@ -260,7 +263,66 @@ class ChatTemplate:
     def render_answered(self, conversation: Conversation, response: str) -> str:
         """Render a conversation with its answer, and what the template writes after that."""
         answer = {"role": "assistant", "content": response}
+        conversation = self._convert_arguments(conversation)
         return self._apply([*conversation.messages, answer], conversation.tools, is_answered=True)
+
+    def describe_omissions(self, conversations: Iterable[Conversation]) -> list[str]:
+        """Say what the template leaves out of conversations without an error: calls of tools, say, if it knows none.
+
+        A part is tried in the first conversation that has it.
+        """
+        first: dict[str, Conversation] = {}
+        counts: Counter[str] = Counter()
+        for conversation in conversations:
+            for name in _find_parts(conversation):
+                first.setdefault(name, conversation)
+                counts[name] += 1
+        return [
+            f"the chat template leaves {name} out of the prompt, which {counts[name]} of the conversations have"
+            for name, conversation in first.items()
+            if self._is_without(name, self._convert_arguments(conversation))
+        ]
+
+    def _is_without(self, name: str, conversation: Conversation) -> bool:
+        changed = Conversation(
+            tuple(_change_part(message, name) for message in conversation.messages),
+            () if name == _TOOLS else conversation.tools,
+        )
+        try:
+            return self._apply(conversation.messages, conversation.tools) == self._apply(
+                changed.messages, changed.tools
+            )
+        except RenderError:  # then it was looked at
+            return False
+
+    def _convert_arguments(self, conversation: Conversation) -> Conversation:
+        """Return a conversation with the arguments of calls as the template reads them: objects or JSON text."""
+        if not any(message.get("tool_calls") for message in conversation.messages):
+            return conversation
+        messages = tuple(convert_arguments(message, self._arguments_kind) for message in conversation.messages)
+        return Conversation(messages, conversation.tools)
+
+    @cached_property
+    def _arguments_kind(self) -> type | None:
+        """The only form in which the template renders the arguments of calls well, dict or str; None if there is none.
+
+        Servers give JSON text. Some templates write that as a JSON string, with escaped quotes; others refuse it.
+        """
+        written = json.dumps({"a": _PLACEHOLDER.format(0)})
+
+        def is_rendered(arguments: Any) -> bool:
+            call = {"id": "call00000", "type": "function", "function": {"name": "find", "arguments": arguments}}
+            result = {"role": "tool", "content": "b", "name": "find", "tool_call_id": "call00000"}
+            asked, *_ = _make_messages("c")
+            messages = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}, result]
+            try:
+                text = self._apply(messages)
+            except RenderError:
+                return False
+            return (written if isinstance(arguments, str) else _PLACEHOLDER.format(0)) in text
+
+        takes_object, takes_text = is_rendered(json.loads(written)), is_rendered(written)
+        return None if takes_object == takes_text else dict if takes_object else str
 
     def _locate_texts(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
         """Find the texts of a rendered conversation, if any spells out a control token; otherwise it does not matter.
@@ -330,6 +392,43 @@ class ChatTemplate:
             raise RenderError(f"{message}; use template: alpaca") from None
         assert isinstance(text, str)
         return text
+
+
+# Parts of conversations that a template may leave out.
+_SYSTEM, _CALLS, _RESULTS, _TOOLS = "system messages", "calls of tools", "results of tools", "descriptions of tools"
+
+
+def _find_parts(conversation: Conversation) -> set[str]:
+    parts = {_TOOLS} if conversation.tools else set()
+    for message in conversation.messages:
+        if message.get("tool_calls"):
+            parts.add(_CALLS)
+        elif message["role"] in ("system", "tool") and message["content"].strip():
+            parts.add(_SYSTEM if message["role"] == "system" else _RESULTS)
+    return parts
+
+
+def _change_part(message: Message, name: str) -> Message:
+    """Return a message without the calls of tools, or with another text as the system message or result."""
+    if name == _CALLS:
+        return {key: value for key, value in message.items() if key != "tool_calls"}
+    is_changed = message["role"] == {_SYSTEM: "system", _RESULTS: "tool"}.get(name)
+    return {**message, "content": _PLACEHOLDER.format(0)} if is_changed else message
+
+
+def convert_arguments(message: Message, kind: type | None) -> Message:
+    """Return a message with the arguments of its calls as objects or as JSON text, if they are JSON."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        arguments = function.get("arguments")
+        if kind is dict and isinstance(value := read_json_text(arguments), Mapping):
+            arguments = value
+        elif kind is str and isinstance(arguments, Mapping):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        changed = {**function, "arguments": arguments}
+        calls.append({**call, "function": changed} if "function" in call else changed)
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _choose_marks(text: str) -> tuple[str, str]:

@@ -210,16 +210,18 @@ def encode_dataset(
     show_progress = not args.disable_tqdm
     options: Any = {"num_processes": args.dataset_num_proc, "show_progress": show_progress, "check": check_rows}
     encoded = encode_records(records, locations, encoder, args.max_length, view, **options)
+    known = list_records(records)
+    notices = [f"{name}: {encoded.describe(args.max_length)}", *encoded.describe_left_out()]
+    notices += [f"warning: {sentence}" for sentence in encoder.describe_omissions(known)]
     data = PreparedData(
         encoded.rows,
-        [f"{name}: {encoded.describe(args.max_length)}", *encoded.describe_left_out()],
+        notices,
         encoded.num_left_out,
         encoder.build_chat_template(),
         encoder.end_of_turn_id,
         encoder.template_date,
     )
     _refuse_empty(data, name)
-    known = list_records(records)
     records = [known[index] for index in encoded.indices]
     if name == "train_dataset" and args.downsample is not None:
         records = [records[index] for index in _downsample(data, name, args.downsample, args.seed)]
