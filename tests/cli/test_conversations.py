@@ -9,12 +9,14 @@ import pytest
 from chat_server import ChatServer
 from commands import ON_CPU, list_options, write_lines
 from tiny import save_tiny_model
+from transformers import AutoConfig, AutoTokenizer
 
 from cutlm.cli import main
 from cutlm.cli.eval_alpaca import _read_references
 from cutlm.data.files import read_rows
 from cutlm.data.records import JudgedRecord, load_records
 from cutlm.evaluation.rouge import list_references, make_prompt_row
+from cutlm.generation import files
 from cutlm.inspect.tokens import pair_records
 from cutlm.judges.responses import Response
 from cutlm.loop.stages import _identify
@@ -135,6 +137,36 @@ def test_refine_and_generate(model: Path, records: Path, tmp_path: Path) -> None
     assert first["messages"][:-1] == TURNS
     assert first["tools"] == [TOOL]
     assert first["instruction"] == "Name its capital."
+
+
+@pytest.mark.parametrize("command", ["generate", "refine"])
+def test_prompts_beyond_the_context_lose_whole_turns(
+    command: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    generate = files.generate_with_journal
+
+    def watch(model: Any, tokenizer: Any, encoder: Any, prompts: Any, *others: Any) -> Any:
+        asked.extend(prompts)
+        return generate(model, tokenizer, encoder, prompts, *others)
+
+    monkeypatch.setattr(files, "generate_with_journal", watch)
+    limit = AutoConfig.from_pretrained(model).max_position_embeddings
+    turn = [{"role": role, "content": "word " * 20} for role in ("user", "assistant")]
+    history = turn * (limit // 30)
+    row = {"messages": [TURNS[0], *history, TURNS[3]]}
+    record = {"messages": [*row["messages"], {"role": "assistant", "content": "Sydney."}], "judgment": "It is not."}
+    data = write_lines(tmp_path / "data.jsonl", [row if command == "generate" else record])
+    name = {"generate": "prompts", "refine": "data"}[command]
+    options = {name: data, "model": model, "template": "chat", "device": "cpu", "max_new_tokens": 3}
+    assert main([command, *list_options(**options, out=tmp_path / "out.jsonl")]) == 0
+    assert "1 prompts were truncated" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    (text,) = (tokenizer.decode(ids) for ids in asked)
+    assert len(asked[0]) <= limit - 3
+    assert text.startswith(tokenizer.apply_chat_template(TURNS[:1], tokenize=False))
+    assert 0 < text.count("word") < limit
+    assert text.count("word") % 40 == 0  # whole turns
 
 
 def test_eval_rouge_asks_with_the_whole_conversation(model: Path, tmp_path: Path) -> None:

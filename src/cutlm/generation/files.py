@@ -5,7 +5,7 @@ Finished responses go to `OUT.partial` at once, from which a stopped run resumes
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,14 +117,18 @@ def generate_file(
     Raises:
         UserError: There is a partial file of a run with other settings.
     """
+    # Fails before a prompt is encoded.
     if isinstance(model, nn.Module):
-        find_room(model, sampling.max_new_tokens)  # fails before a prompt is encoded
+        room = find_room(model, sampling.max_new_tokens)
     else:
-        find_room_in(model.context_limit, sampling.max_new_tokens)
+        room = find_room_in(model.context_limit, sampling.max_new_tokens)
     conversations = [get_conversation(row) for row in prompts]
     inputs = [list_inputs(conversations), judgment]
     header = describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date)
     encoded = encode_prompts(conversations, judgment, encoder)
+    encoded, num_shortened = drop_old_turns(
+        encoded, conversations, lambda _, each: encoder.encode_generation_prompt(each, judgment), room
+    )
     if isinstance(model, nn.Module):
         journal = Journal(out, header)
         generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
@@ -133,8 +137,34 @@ def generate_file(
 
         journal = Journal(out, header | {"engine": "vllm", "engine_settings": model.settings})
         generated = generate_with_vllm(model, tokenizer, encoder, encoded, sampling, journal)
+    generated.num_truncated += num_shortened
     write_answers(prompts, generated, journal, out, generator, dataset, max_failure_rate)
     return generated
+
+
+def drop_old_turns(
+    encoded: Sequence[list[int]],
+    conversations: Sequence[Conversation],
+    encode: Callable[[int, Conversation], list[int]],
+    room: int | None,
+) -> tuple[list[list[int]], int]:
+    """Drop the oldest turns of conversations whose prompts do not fit; also return how many fit by that.
+
+    `encode` gets the index of a conversation and what is left of it. System messages stay. A last turn that is too long
+    alone is left as it is, for `generation.local.fit_prompts`.
+    """
+    fitted, num_shortened = list(encoded), 0
+    for index, conversation in enumerate(conversations):
+        shorter: Conversation | None = conversation
+        while (
+            room is not None
+            and len(fitted[index]) > room
+            and shorter is not None
+            and (shorter := shorter.drop_oldest_turn()) is not None
+        ):
+            fitted[index] = encode(index, shorter)
+            num_shortened += len(fitted[index]) <= room
+    return fitted, num_shortened
 
 
 def list_inputs(conversations: Sequence[Conversation]) -> list[Any]:
@@ -198,12 +228,20 @@ def refine_file(
     These are for the ILF baselines, which learn from refinements. See `generate_file` for the arguments. Records for
     which the model gave none are also listed in `OUT.failures.jsonl`.
     """
-    find_room(model, sampling.max_new_tokens)  # fails before a prompt is encoded
+    room = find_room(model, sampling.max_new_tokens)  # fails before a prompt is encoded
     unrefined = [index for index, record in enumerate(records) if not record.is_satisfactory and not record.i_ans]
     inputs = [record.model_dump(mode="json") for record in records]
     journal = Journal(out, describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date))
-    encoded = encode_refinement_prompts([records[index] for index in unrefined], encoder)
+    asked = [records[index] for index in unrefined]
+    encoded = encode_refinement_prompts(asked, encoder)
+    encoded, num_shortened = drop_old_turns(
+        encoded,
+        [record.conversation for record in asked],
+        lambda index, each: encoder.encode_refinement_prompt(each, asked[index].output, asked[index].judgment or ""),
+        room,
+    )
     generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
+    generated.num_truncated += num_shortened
     rows = [record.model_dump(mode="json", exclude_unset=True) for record in records]
     for number, output in generated.responses.items():
         rows[unrefined[number]]["i_ans"] = output
