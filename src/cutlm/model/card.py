@@ -110,8 +110,9 @@ def add_results(folder: str | Path, results: Mapping[str, Mapping[str, float]]) 
     card = _load_card(path) if read_facts(folder) else None
     if card is None:
         return False
-    kept = [result for result in card.data.eval_results or [] if result.dataset_name not in results]
-    card.data.eval_results = kept + [
+    data: Any = card.data
+    kept = [result for result in data.eval_results or [] if result.dataset_name not in results]
+    data.eval_results = kept + [
         EvalResult(
             task_type="text-generation",
             dataset_type=name,
@@ -122,7 +123,7 @@ def add_results(folder: str | Path, results: Mapping[str, Mapping[str, float]]) 
         for name, values in results.items()
         for metric, value in values.items()
     ]
-    card.data.model_name = card.data.model_name or Path(folder).resolve().name
+    data.model_name = data.model_name or Path(folder).resolve().name
     write_text(path, str(card))
     return True
 
