@@ -122,6 +122,11 @@ REMEDIES = (
         _FROZEN | {"drop_ineffective": True},
         about="frozen detector, without ineffective judgments",
     ),
+    Method(
+        "cut_frozen_weighed",
+        _FROZEN | {"weigh_by_effect": True},
+        about="frozen detector, records weighed by the effect of their judgment",
+    ),
 )
 
 
