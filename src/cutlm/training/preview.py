@@ -99,6 +99,8 @@ def _encode(
 
 def _find_excess(rows: Dataset, model_args: ModelArguments, max_length: int) -> str | None:
     """Say that a row is longer than the model's context, so that training would refuse it; None if none is."""
+    if model_args.model_name_or_path is None:
+        return None
     try:
         model_config = load_config(model_args.model_name_or_path, revision=model_args.model_revision)
     except UserError:  # a tokenizer alone can be previewed

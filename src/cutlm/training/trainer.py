@@ -586,14 +586,14 @@ def compute_batch_loss(
     if args.has_teacher:
         plain = torch.cat([without, satisfactory])
         # Flags are absent from a batch of satisfactory records only.
-        flags = TokenFlags(torch.zeros_like(plain, dtype=torch.bool), torch.zeros_like(plain))
+        all_flags = TokenFlags(torch.zeros_like(plain, dtype=torch.bool), torch.zeros_like(plain))
         if "is_flagged" in batch:
-            flags = TokenFlags(batch["is_flagged"], batch["flag_weights"])
-        terms = _compute_taught_terms(plain, flags, columns, batch, args)
+            all_flags = TokenFlags(batch["is_flagged"], batch["flag_weights"])
+        terms = _compute_taught_terms(plain, all_flags, columns, batch, args)
         sums = sum_terms(
             terms[:num_tokens], with_judgment, terms[num_tokens:], weights, weights_satisfactory, args.parts
         )
-        return CutLoss(*sums, flags.is_flagged[:num_tokens], (with_judgment - without).detach())
+        return CutLoss(*sums, all_flags.is_flagged[:num_tokens], (with_judgment - without).detach())
     flags = flags_satisfactory = None
     if "is_flagged" in batch:
         sizes = [num_tokens, num_satisfactory_tokens]
