@@ -314,7 +314,11 @@ class ChatTemplate:
             call = {"id": "call00000", "type": "function", "function": {"name": "find", "arguments": arguments}}
             result = {"role": "tool", "content": "b", "name": "find", "tool_call_id": "call00000"}
             asked, *_ = _make_messages("c")
-            messages: list[Mapping[str, Any]] = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}, result]
+            messages: list[Mapping[str, Any]] = [
+                asked,
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                result,
+            ]
             try:
                 text = self._apply(messages)
             except RenderError:
