@@ -96,11 +96,14 @@ def test_what_a_template_leaves_out_is_said(name: str, omitted: list[str]) -> No
 @pytest.mark.parametrize("name", [*WITH_TOOLS, "Mistral Nemo", "Qwen3.5", "GLM-4.5", "Gemma 4"])
 def test_arguments_of_calls_may_be_json_text(name: str) -> None:
     encoder = make_encoder(name)
-    (call,) = CALLS[4]["tool_calls"]
+    # Mistral's templates want an id of nine letters and digits, Gemma's the name of the function.
+    (call,) = ({**call, "id": "call00000"} for call in CALLS[4]["tool_calls"])
     written = {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
-    named = [{"name": "find_capital"} | message if message["role"] == "tool" else message for message in CALLS]
-    as_text = [*named[:4], {**named[4], "tool_calls": [written]}, *named[5:]]
-    prompts = [encoder.render(Conversation(tuple(messages), (TOOL,))).text for messages in (named, as_text)]
+    result = {**CALLS[5], "name": "find_capital", "tool_call_id": "call00000"}
+    prompts = [
+        encoder.render(Conversation((*CALLS[:4], {**CALLS[4], "tool_calls": [form]}, result), (TOOL,))).text
+        for form in (call, written)
+    ]
     assert prompts[0] == prompts[1]
     assert "Australia" in prompts[0].split("Name the capital of Australia.")[1]
 

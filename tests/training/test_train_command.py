@@ -139,7 +139,7 @@ def test_a_run_reads_its_data_once_and_tokenizes_each_text_once(
     [
         ("cutlm.training.dataset.encode_records", "cut"),
         ("cutlm.training.trainer.choose_layout", "cut"),
-        ("cutlm.training.pairs.encode_pairs", "dpo"),
+        ("cutlm.training.pairs.encode_records_as_pairs", "dpo"),
     ],
 )
 def test_a_bug_while_the_trainer_is_built_keeps_its_traceback(
