@@ -125,7 +125,7 @@ def measure(model: Any, model_folder: Path, records: Sequence[JudgedRecord]) -> 
 def describe_rows(rows: Sequence[dict[str, Any]], content: dict[str, Any]) -> str:
     """Make the table in Markdown."""
     header = ["method", "flag_signal", "pairwise", "judged response", "the same, given the judgment", "correct answer"]
-    header += ["correct - judged", "seconds"]
+    header += ["correct - judged"]
     cells = [
         [
             f"`{row['method']}` {row['about']}",
@@ -133,7 +133,6 @@ def describe_rows(rows: Sequence[dict[str, Any]], content: dict[str, Any]) -> st
             f"{row['sensitivity']['pairwise']:.2f}",
             *(f"{row[name]:.3f}" for name in ("response", "response_given_judgment", "correct_answer")),
             f"{row['correct_answer'] - row['response']:+.3f}",
-            f"{row['seconds']:.0f}",
         ]
         for row in rows
     ]
