@@ -1,6 +1,7 @@
 """The Python API does what the commands do."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,11 @@ import torch
 from judged_rows import make_rows
 from tiny import save_tiny_model
 
-from cutlm import blame, generate, judge, merge
+from cutlm import CUTConfig, CUTTrainer, blame, generate, judge, merge
 from cutlm.cli import main
 from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.token_scores import read_token_scores
+from cutlm.model.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from chat_server import ChatServer
@@ -50,6 +52,32 @@ def test_generate_returns_what_the_command_writes(model: Path, tmp_path: Path) -
 def test_a_prompt_without_an_instruction_is_named(model: Path) -> None:
     with pytest.raises(DataError, match=r"prompts\[1\]: field 'instruction'"):
         generate(model, ["One.", {"question": "Two?"}])
+
+
+@pytest.mark.parametrize("rows", ["records.jsonl", Path("records.jsonl")])
+def test_text_in_place_of_a_list_is_one_problem(model: Path, tmp_path: Path, rows: Any) -> None:
+    config = CUTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    calls: dict[str, Callable[[], Any]] = {
+        "prompts": lambda: generate(model, rows),
+        "responses": lambda: judge(rows, rules=lambda *_: None),
+        "records": lambda: blame(model, rows),
+        "train_dataset": lambda: CUTTrainer(str(model), config, str(rows), processing_class=load_tokenizer(model)),
+    }
+    for name, call in calls.items():
+        with pytest.raises(DataError) as error:
+            call()
+        assert [problem.split(":")[0] for problem in error.value.problems] == [name]
+
+
+def test_rows_that_are_no_objects_are_named(model: Path) -> None:
+    for call in (
+        lambda: generate(model, ["Hi.", 5]),
+        lambda: judge([{"instruction": "a", "output": "b"}, "c"], rules=str),
+    ):
+        with pytest.raises(DataError) as error:
+            call()
+        (problem,) = error.value.problems
+        assert "[1]" in problem
 
 
 def test_judge_by_a_function() -> None:

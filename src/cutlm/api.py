@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cutlm.data.files import SourceRow, read_rows
 from cutlm.data.journal import read_header
-from cutlm.data.records import JudgedRecord, as_records
+from cutlm.data.records import JudgedRecord, as_records, list_rows
 from cutlm.errors import ConfigError, UserError
 from cutlm.flagging.detector import FlagSettings, blame_file, describe_ineffective
 from cutlm.flagging.scoring import load_scorer
@@ -80,8 +80,8 @@ def generate(
         >>> generate("runs/first-merged", ["Name the capital of Australia."])[0]["output"]
         'Canberra.'
     """
-    rows = [{"instruction": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
-    rows = check_prompts([SourceRow(f"prompts[{index}]", row) for index, row in enumerate(rows)], [], "prompts")
+    given = [{"instruction": prompt} if isinstance(prompt, str) else prompt for prompt in list_rows(prompts, "prompts")]
+    rows = check_prompts([SourceRow(f"prompts[{index}]", row) for index, row in enumerate(given)], [], "prompts")
     loaded, tokenizer = load_trained(model, dtype=dtype, device=device)
     encoder = _make_encoder(tokenizer, template or choose_template(tokenizer), chat_template_kwargs, out)
     sampling = Sampling(max_new_tokens or choose_max_new_tokens(loaded), temperature, top_p, seed, batch_size)
@@ -141,7 +141,7 @@ def judge(
         >>> judge([{"instruction": "2 + 2?", "output": "5"}], rules=lambda _, text: None if text == "4" else "Wrong.")
         Judged(records=[JudgedRecord(instruction='2 + 2?', ..., judgment='Wrong.', ...)], failures={})
     """
-    rows = [SourceRow(f"responses[{index}]", dict(row)) for index, row in enumerate(responses)]
+    rows = [SourceRow(f"responses[{index}]", row) for index, row in enumerate(list_rows(responses, "responses"))]
     parsed = parse_responses(rows, [], "responses")
     if rules is not None and not callable(rules):
         raise ConfigError(f"judge: rules: expected a function, got {rules!r}; import it and pass the function itself")
@@ -225,7 +225,7 @@ def blame(
         drop_ineffective=drop_ineffective,
         weigh_by_effect=weigh_by_effect,
     )
-    check = as_records(list(records), "records")
+    check = as_records(records, "records")
     tokenizer, score, detector, backend = load_scorer(model, dtype=dtype, device=device, max_length=max_length)
     encoder = _make_encoder(tokenizer, template, chat_template_kwargs, out, judgment_role)
     with _writing_to(out, "scores.jsonl") as path:

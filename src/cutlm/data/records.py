@@ -221,12 +221,22 @@ def check_records(sources: str | Path | Sequence[str | Path], columns: Mapping[s
     return check
 
 
-def as_records(rows: Sequence[Any], source: str) -> RecordCheck:
+def list_rows(rows: Iterable[Any], source: str) -> list[Any]:
+    """List the rows that a caller passed; raise a DataError for text, which would be a row for each character."""
+    if isinstance(rows, str | Path):
+        raise DataError(
+            f"{source}: expected a list, got {type(rows).__name__} {str(rows)[:60]!r}; put it into a list, or read a"
+            " file of records with cutlm.load_records"
+        )
+    return list(rows)
+
+
+def as_records(rows: Iterable[Any], source: str) -> RecordCheck:
     """Validate records in memory, dictionaries or `JudgedRecord`s; raise a DataError if some are not valid or none.
 
     `source` is their name in messages, such as `train_dataset`.
     """
-    check = check_rows(SourceRow(f"{source}[{index}]", row) for index, row in enumerate(rows))
+    check = check_rows(SourceRow(f"{source}[{index}]", row) for index, row in enumerate(list_rows(rows, source)))
     raise_problems(check, source)
     return check
 

@@ -202,7 +202,7 @@ def encode_dataset(
         view: View = partial(_view_scores, args=args)
     else:
         if locations is None:
-            check = as_records(list(dataset), name)
+            check = as_records(dataset, name)
             records, locations = check.records, check.locations
         else:
             records = list(dataset)  # read from a file, which has checked them
