@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Number of test files to run in parallel.
-JOBS ?= 2
+JOBS ?= 3
 # If this is set to a value, every process that a test starts compiles torch and transformers again.
 export PYTHONDONTWRITEBYTECODE =
 
@@ -29,7 +29,7 @@ demo: setup ## train a tiny model on judgments of its answers (CPU, under two mi
 	$(BIN)/cutlm demo
 
 test: setup ## run the tests
-	$(BIN)/pytest -n $(JOBS) --dist loadfile
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 check: format lint types docs test ## run everything that must pass before a change lands
 
