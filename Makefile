@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Number of test files to run in parallel.
+# Number of processes that run tests: one more than the two cores of CI, because some tests wait for servers.
 JOBS ?= 3
 # If this is set to a value, every process that a test starts compiles torch and transformers again.
 export PYTHONDONTWRITEBYTECODE =

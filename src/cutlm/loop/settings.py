@@ -160,8 +160,10 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
 
     settings = read_settings((CheckedArguments, ModelArguments, CUTConfig), config, options, "align")
     checked, model_args, train_args = settings.parts
-    with contextlib.suppress(UserError):  # such as a model that cannot be read, which the first stage reports
-        warn_of_long_limit(load_config(model_args.model_name_or_path), train_args.max_length)
+    # A model of the hub is not asked for: reading settings needs no network, and training gives the same warning.
+    if model_args.model_name_or_path and Path(model_args.model_name_or_path).exists():
+        with contextlib.suppress(UserError):  # such as a model that cannot be read, which the first stage reports
+            warn_of_long_limit(load_config(model_args.model_name_or_path), train_args.max_length)
     arguments = AlignArguments(**vars(checked))  # unlike a local class, this one pickles
     if train_args.resume_from_checkpoint:
         raise ConfigError("resume_from_checkpoint: the loop resumes by itself; remove this setting")
