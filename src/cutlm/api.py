@@ -1,4 +1,4 @@
-"""The Python API next to `CUTTrainer`: generate, judge, blame and merge, each a few lines over what the commands use.
+"""The Python API next to `CUTTrainer`: generate, judge, blame and merge, each a few lines over the commands' code.
 
 Examples:
     >>> responses = generate("Qwen/Qwen3-1.7B", ["Name the capital of Australia."])
@@ -127,8 +127,8 @@ def judge(
 
     Args:
         responses: Rows with `instruction`, optional `input`, and `output`, or `messages`, as `generate` returns them.
-        rules: A function, called with the instruction (or the conversation as text) and the response; returns what is
-            wrong, or None, or a pair of that and the wrong spans.
+        rules: A function, called with the instruction (or the conversation as text) and the response; returns a
+            judgment, or None if nothing is wrong, or a pair of that and the wrong spans.
         base_url: Address of a server, such as "http://localhost:8000/v1"; its key is read from OPENAI_API_KEY.
         judge_model: Name of the model on the server.
         cache: SQLite file of the server's judgments, which are then paid for once; None keeps no file.
@@ -189,7 +189,7 @@ def blame(
         threshold: lambda of eq. 5, or "auto"; see `FlagSettings`.
         unlikelihood_weight: alpha of eq. 6.
         gamma: Exponent of the dynamic weight of eq. 6; 0 turns it off.
-        contrast: What the judgment is compared with: "judgment" for none (eq. 5), "foreign" or "perfect".
+        contrast: Baseline for the judgment: "judgment" for no judgment (eq. 5), "foreign" or "perfect".
         num_foreign: Number of foreign judgments for contrast "foreign".
         surprise_weight: How much it counts for a flag that a token is unlikely; 0 as in eq. 5; see `FlagSettings`.
         drop_ineffective: Leave out records whose judgment has no larger effect than those of other records; see
@@ -200,8 +200,8 @@ def blame(
         device: Such as "cuda:1"; None for a GPU if there is one.
         out: A file to write, which `CUTTrainer` and `cutlm train` take as data; an interrupted call resumes. Its report
             is next to it, in `OUT.report.json`.
-        sensitivity_records: Number of records to measure on whether the flags depend on what the judgments say; if
-            they hardly do, a warning is logged. 0 does not measure it.
+        sensitivity_records: Number of records for measuring whether the flags depend on the content of the
+            judgments; a warning is logged if they hardly do. 0 skips the measurement.
 
     Returns:
         Token scores in the order of the records, without those that are too long or left out.
@@ -285,7 +285,7 @@ def _make_encoder(
 
 @contextmanager
 def _writing_to(path: str | Path | None, name: str) -> Iterator[Path]:
-    """Yield the path, or one in a temporary folder if there is none."""
+    """Yield the path, or a temporary one if it is None."""
     if path is not None:
         yield Path(path)
         return

@@ -18,7 +18,7 @@ class UserError(ValueError):
     Args:
         problems: One or more sentences: the location, the expected value, the actual one, and the remedy.
         hint: What to do next, printed once after the problems.
-        shown: What is printed instead of the problems, if many of them have one cause.
+        shown: Lines to print instead of the problems, if many of them have one cause.
     """
 
     def __init__(self, problems: str | Sequence[str], hint: str = "", shown: Sequence[str] | None = None) -> None:

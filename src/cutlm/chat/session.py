@@ -305,7 +305,7 @@ class _Answer:
         if split.problem is None:
             if not split.output.startswith(self._shown):
                 print(flush=True)
-                remark("the text above is what the model thought")  # because the end of thoughts followed
+                remark("the text above is the model's reasoning")  # because the end of thoughts followed
                 self._shown = ""
             if rest := split.output[len(self._shown) :]:
                 self._terminal.print_piece(rest)

@@ -111,7 +111,7 @@ def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     teacher = parser.add_argument_group("a teacher, by a local model (docs/objectives.md)")
     objectives = ("cut", "self_distillation", "redirect")
     stored = (
-        "what the file is for: redirect stores a teacher's distributions for flagged tokens, self_distillation for all"
+        "training objective: redirect stores a teacher's distributions for flagged tokens, self_distillation for all"
     )
     teacher.add_argument("--objective", choices=objectives, default="cut", help=f"{stored} (default: cut, without any)")
     teacher.add_argument("--teacher_context", choices=("praise", "advice"), help="its prompt (default: praise)")

@@ -7,15 +7,15 @@
   helpsteer      HelpSteer, HelpSteer2, HelpSteer3: all subsets with responses; ratings alone are for --unjudged
   pairs          preference pairs, as for DPO (also UltraFeedback binarized), or responses with a label, as for KTO: the
                  preferred responses become satisfactory records, --unjudged gets the others
-  conversations  chat logs (messages, ShareGPT, WildChat, ChatGPT's export): what the user said next is the judgment;
+  conversations  chat logs (messages, ShareGPT, WildChat, ChatGPT's export): the user's next message is the judgment;
                  --feedback decides which replies are feedback
   alpaca         rows that already have instruction, input, output and judgment
 
 Each reads one or more files, globs, folders or data sets of the hub (docs/data.md). Responses about which nothing is
 said in words are unjudged: --unjudged writes them for cutlm judge.
 
-Prints how many rows were read, kept and left out, and why; for conversations, OUT.left_out.jsonl lists what was not
-kept. If a row is invalid, nothing is written and the exit code is 2.
+Prints how many rows were read, kept and left out, and why; for conversations, OUT.left_out.jsonl lists the responses
+left out. If a row is invalid, nothing is written and the exit code is 2.
 
 --feedback rules takes replies in which a rule finds an objection or approval: English phrases, or a function of yours
 (--rules package.module:function) that gets the conversation, the response and the reply, and returns the judgment, true
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_list(rows: Sequence[dict[str, Any]], out: str) -> list[str]:
-    """List what was not kept next to the records, or remove the list of an earlier run; return a sentence about it."""
+    """Write the omitted responses next to the records, or remove an earlier list; return a sentence about the file."""
     path = Path(f"{out}.left_out.jsonl")
     if not rows:
         path.unlink(missing_ok=True)

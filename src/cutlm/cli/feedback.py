@@ -87,7 +87,7 @@ def check_feedback_options(args: argparse.Namespace) -> None:
 
 @dataclass
 class Selection:
-    """What was decided about replies.
+    """Decisions about replies.
 
     Attributes:
         sentences: Sentences for the user.

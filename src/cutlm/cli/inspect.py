@@ -6,10 +6,10 @@
   cutlm inspect --data records.jsonl --out report.html
 
 The scores come from cutlm blame. Two files compare two models on the same records, such as before and after training;
-records are paired by conversation, response and judgment. With --data alone, the page shows what the judge marked
-(wrong_spans). With --model, the records are first scored as cutlm
-blame does with the options below, into a file next to the page (report.scores.jsonl). The page can be searched and
-sorted, and loads nothing from the network."""
+records are paired by conversation, response and judgment. With --data alone, the page shows the passages that
+the judge marked (wrong_spans). With --model, the records are first scored as cutlm blame does with the options below,
+into a file next to the page (report.scores.jsonl). The page can be searched and sorted, and loads nothing from the
+network."""
 
 import argparse
 import random
@@ -113,7 +113,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _mark_spans(args: argparse.Namespace) -> "tuple[list[tuple[TokenScores, ...]], int]":
-    """Flag what the judge marked in the records."""
+    """Flag the passages that the judge marked in the records."""
     from cutlm.data.records import check_records, raise_problems
     from cutlm.data.sources import describe_sources
     from cutlm.inspect.tokens import mark_spans

@@ -1,4 +1,4 @@
-"""What a bug report needs to know of the machine: versions, platform, devices and the dtypes that they compute fast."""
+"""Machine details for bug reports: versions, platform, devices and the dtypes that they compute fast."""
 
 import os
 import platform

@@ -26,10 +26,10 @@ all turns as text) and the response, and returns what is wrong, or None; or a pa
 local: a model trained by cutlm train-judge, an adapter or a whole model. A run that was stopped resumes when started
 again with the same settings. The same model on a server is asked by --judge http --trained.
 
---compare_prompts: measure what a model could learn from a teacher (objectives self_distillation and redirect), before
-training. FILE has judged records. For a sample of the unsatisfactory ones, the model answers again under the plain
-prompt and under the teacher's, the judge judges both, and OUT gets the gain of the teacher's prompt with its interval,
-and the lengths of the responses; OUT.records.jsonl gets the judged responses.
+--compare_prompts: measure how much a model could learn from a teacher (objectives self_distillation and redirect),
+before training. FILE has judged records. For a sample of the unsatisfactory ones, the model answers again under the
+plain prompt and under the teacher's, the judge judges both, and OUT gets the gain of the teacher's prompt with its
+interval, and the lengths of the responses; OUT.records.jsonl gets the judged responses.
 
   cutlm judge --compare_prompts --model MODEL --responses FILE --judge rules --rules NAME --out gain.json
 
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http = parser.add_argument_group("--judge http")
     add_options(http, "base_url")
     http.add_argument("--prompt_file", metavar="FILE", help="your own prompt, with {instruction} and {response}")
-    formats = "what the prompt asks for (default: json; with --prompt_file: text)"
+    formats = "format of the judge's answer (default: json; with --prompt_file: text)"
     http.add_argument("--answer_format", choices=("json", "text"), help=formats)
     trained = "the model is trained by cutlm train-judge: use its prompt"
     http.add_argument("--trained", action="store_const", const=True, help=trained)

@@ -47,7 +47,7 @@ def _parse_columns(text: str) -> dict[str, str]:
     return columns
 
 
-# Every default is None here, to tell given options from missing ones.
+# Every default is None here, to distinguish given options from missing ones.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "model": {"required": True, "metavar": "MODEL", "help": "model or adapter folder, GGUF file, or hub name"},
     "data": {"required": True, "nargs": "+", "metavar": "FILE", "help": f"records: {SOURCES}"},

@@ -3,7 +3,7 @@
   cutlm preview --config my.yaml
   cutlm preview --data records.jsonl --model_name_or_path MODEL --template chat --max_length 4096
 
-Prints doubtful records, counts, what is truncated or left out, the lengths in tokens with their percentiles, the number
+Prints doubtful records, counts, truncated and omitted records, the lengths in tokens with their percentiles, the number
 of steps, and three examples exactly as the model reads them. In an example, [[ ]] enclose the trained tokens, and {{ }}
 those to unlearn, if they are known before training.
 

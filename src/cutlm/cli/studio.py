@@ -7,7 +7,7 @@
   cutlm studio --responses responses.jsonl --judge http --base_url URL --judge_model NAME --out records.jsonl
 
 Open the address that it prints. Every change is saved at once, in a journal for each reviewer in the folder OUT.studio;
-OUT has the records to train on, of all reviewers. Start the command again to go on. Without a model, the page shows
+OUT has the records to train on, of all reviewers. Start the command again to continue. Without a model, the page shows
 texts only. With a judge, each response has a first draft, which counts only once you accept it.
 
 The server is for you alone: it listens at 127.0.0.1, and its address has a secret token. For reviewers on other
@@ -162,7 +162,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _find_user() -> str:
-    """Return the user's name, or "reviewer" if it cannot be the name of a file or there is none."""
+    """Return the user's name, or "reviewer" if it is unknown or cannot be the name of a file."""
     try:
         name = re.sub(r"[^\w.@+-]", "", getpass.getuser()).lstrip(".@+-")
     except (KeyError, OSError):

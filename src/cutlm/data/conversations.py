@@ -139,7 +139,7 @@ def normalize_row(row: Mapping[str, Any], *, is_answered: bool) -> dict[str, Any
     if is_answered and (answer is None or answer.get("tool_calls")):
         problem = "expected a message with text by the assistant at the end, the response"
         if answer is None and any(message["role"] == "assistant" for message in messages):
-            problem += "; if the last message is what the user says of it, run: cutlm convert conversations"
+            problem += "; if the last message is the user's comment on it, run: cutlm convert conversations"
         raise ConversationError("messages", problem)
     if not any(message["role"] == "user" for message in messages):
         raise ConversationError("messages", "expected a message by the user before the response, got none")
@@ -185,7 +185,7 @@ def _read_part(value: Any, field: str, role: str) -> Iterator[dict[str, Any]]:
 
 
 def _read_parts_around(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Read `system` and `history`, pairs of texts or messages, and remove what was read from a row."""
+    """Read `system` and `history`, pairs of texts or messages, and remove them from the row."""
     system, history = row.pop("system", None), row.pop("history", None)
     if system:
         if not isinstance(system, str):

@@ -13,7 +13,7 @@ _FIELDS_OF_PROMPTS = (
     *("system_prompt", "context", "conversation", "conversations", "chat_history"),
     *("image", "images", "audio", "audios", "video", "videos"),
 )
-# Punctuation without a word, or what a program writes instead of a judgment.
+# Punctuation without a word, or a program's placeholder for a missing judgment.
 _PLACEHOLDER = re.compile(
     r"[\W_]*(?:n[\W_]*a|nan|none|null|nil|undefined|todo|tbd|error|unknown|empty)?[\W_]*", re.IGNORECASE
 )
@@ -43,7 +43,7 @@ def _name(doubt: str, locations: list[str], max_locations: int) -> str:
 
 
 def _find_doubts(record: JudgedRecord) -> Iterator[str]:
-    """Yield what is doubtful about a record, in words that follow "a record with"."""
+    """Yield doubts about a record, as phrases that complete "a record with"."""
     judgment, score = record.judgment, record.score
     is_empty = judgment is not None and _PLACEHOLDER.fullmatch(judgment) is not None
     praises = judgment is not None and (is_praise(judgment) or reads_like_praise(judgment))

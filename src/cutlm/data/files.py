@@ -395,7 +395,7 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
 def _compress_zstd(raw: BinaryIO) -> Any:
     import pyarrow
 
-    # The stream closes its file, so it gets one of its own.
+    # The stream closes its file, so it gets a duplicate.
     return pyarrow.CompressedOutputStream(open(os.dup(raw.fileno()), "wb"), "zstd")
 
 
@@ -410,7 +410,7 @@ def sync_file(handle: int) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        # Network and FUSE mounts, where a power failure may then lose what was written last.
+        # Network and FUSE mounts, where a power failure may then lose the latest writes.
         if error.errno not in _NOT_SYNCED:
             raise
 

@@ -1,4 +1,4 @@
-"""Name what is in a file or a row that is not in cutlm's format, and how to convert it."""
+"""Recognize files and rows in other formats than cutlm's, and say how to convert them."""
 
 import io
 import json
@@ -54,7 +54,7 @@ _OTHER_NAMES = {
 
 
 def describe_stand_in(content: bytes) -> str | None:
-    """Say what a file holds instead of its real content, if a download left a pointer or a web page."""
+    """Describe a pointer or a web page that a download left in place of the file; None for any other content."""
     for beginning, description in _POINTERS:
         if content.startswith(beginning):
             return description
@@ -64,7 +64,7 @@ def describe_stand_in(content: bytes) -> str | None:
 
 
 def describe_file_format(content: bytes) -> str | None:
-    """Say what a file is that cannot be a file of records, and what to do; None if it may be one.
+    """Describe a file that cannot hold records, and say what to do; None if it may hold records.
 
     Args:
         content: The file's bytes, after decompression.
@@ -149,7 +149,7 @@ def describe_row_format(row: Any) -> str | None:
         if is_judged and messages in names[1:] and ends_with_response({"messages": row[messages]}):
             return f"{name} with a judgment; pass --columns {_rename_to_messages(row, messages)}"
         return (
-            f"{name} ({messages!r}); to take what the user said next as judgments, run: cutlm convert conversations;"
+            f"{name} ({messages!r}); to use the user's next message as the judgment, run: cutlm convert conversations;"
             f" {_NO_JUDGMENTS}"
         )
     spelled = {_normalize_name(name): name for name in row}

@@ -104,7 +104,7 @@ class JournalLines(Sequence[dict[str, Any]]):
 
 
 def read_header(out: str | Path) -> dict[str, Any]:
-    """Read the settings of a stopped run that wrote `out`; empty if there is none that can be resumed."""
+    """Read the settings of a stopped run that wrote `out`; empty if no run can be resumed."""
     try:
         with open(f"{out}.partial", "rb") as file:
             header = json.loads(file.readline())

@@ -51,7 +51,7 @@ _RESERVATION = re.compile(
 )
 # How a sentence begins that takes back the one before it.
 _TURN = re.compile(r"\W*(?:but|however|though|although|except|unfortunately|still|yet)\b", re.IGNORECASE)
-# Words with which an objection to a good response may go on; perfect responses are also praised in these words.
+# Words that may introduce an objection to a good response; they also occur in praise of perfect responses.
 _REQUEST = re.compile(
     r"\b(?:only|instead|while|actually|wait|no|not|never|nor|without|could|would|must|needs?|too|more|less|better|add|remove|use"
     r"|improve\w*|errors?|mistakes?|false|fail\w*|problems?|issues?|flaws?|minor|slight\w*|few|somewhat)\b|n['’]t\b",

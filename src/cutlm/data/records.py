@@ -159,7 +159,7 @@ class InstructionRow(BaseModel):
 
     @property
     def conversation(self) -> Conversation:
-        """What is to be answered."""
+        """The conversation to answer."""
         if self.messages is not None:
             return Conversation(tuple(self.messages), tuple(self.tools or ()))
         return Conversation.start(f"{self.instruction}\n{self.input}" if self.input else self.instruction)

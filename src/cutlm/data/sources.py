@@ -58,7 +58,7 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
 
 
 def find_local_files(source: str) -> list[Path]:
-    """Return the existing files that a source names, without those of the hub; none if there are none."""
+    """Return the existing local files that a source names; empty if no such file exists."""
     path = Path(source)
     if path.is_dir():
         return _list_folder(path)
@@ -82,7 +82,7 @@ def find_missing(sources: Sequence[str]) -> list[str]:
 
 
 def find_files(source: str) -> list[DataFile]:
-    """Find the files of a source; raise a DataError if there are none.
+    """Find the files of a source; raise a DataError if none match.
 
     Args:
         source: A file; a glob, such as `data/*.jsonl`; a folder; or a data set, see the docstring of this module.
@@ -179,7 +179,7 @@ def _list_splits(source: str, name: str, config: str | None, revision: str | Non
     from datasets.exceptions import DatasetsError
 
     try:
-        # The builder locks its cache, which may be read-only; downloads have a cache of their own.
+        # The builder locks its cache, which may be read-only; downloads have a separate cache.
         with TemporaryDirectory() as cache:
             builder = load_dataset_builder(name, config, revision=revision, cache_dir=cache)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # OSError: no such data set, or no network

@@ -24,13 +24,13 @@ PARQUET_MAGIC, ARROW_MAGIC, ARROW_STREAM_MAGIC = b"PAR1", b"ARROW1", b"\xff\xff\
 _DELIMITERS = ",;\t|"
 # The largest value that the csv module accepts on every platform; its default is smaller than some responses.
 _LARGEST_CELL = 2**31 - 1
-# What a spreadsheet can only hold as text: columns of numbers, and of lists and objects as JSON.
+# Columns that a spreadsheet can only hold as text: numbers, and lists and objects as JSON.
 _NUMBERS = ("score", "preference")
 _STRUCTURED = (
     *("messages", "conversations", "conversation", "turns", "prompt", "completion", "chosen", "rejected", "context"),
     *("completions", "tools", "history", "wrong_spans", "individual_preference"),
 )
-# An empty cell in one of these is an empty text, which is an error of its own; elsewhere it is a missing value.
+# An empty cell in one of these is an empty text, which is a separate error; elsewhere it is a missing value.
 _TEXTS = ("instruction", "output")
 
 
@@ -143,8 +143,8 @@ def _read_cell(name: str, cell: str) -> Any:
 def parse_arrow(path: str | Path, content: bytes, columns: Mapping[str, str]) -> Table:
     """Parse a Parquet file, an Arrow file or an Arrow stream; `columns` are the new names of some columns.
 
-    NaN is read as null, dates as text, and nulls inside lists and objects are left out, because a column cannot tell
-    them from missing fields. Binary columns are refused.
+    NaN is read as null, dates as text, and nulls inside lists and objects are left out, because a column cannot
+    distinguish them from missing fields. Binary columns are refused.
     """
     import pyarrow
     import pyarrow.parquet

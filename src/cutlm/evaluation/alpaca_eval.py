@@ -63,7 +63,7 @@ def read_annotations(path: str | Path, annotator: str) -> list[dict[str, Any]]:
 
 
 def find_verdicts(annotations: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> list[float | None]:
-    """Return the verdict on each pair from the rows with its texts; None if there is none.
+    """Return the verdict on each pair from the rows with its texts, or None.
 
     Several rows with the same texts are used in turn, null ones last, and the last one for all further pairs.
     """

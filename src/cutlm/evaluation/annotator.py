@@ -74,7 +74,7 @@ class Annotator:
         return self.is_shuffled and bool(utils.random_seeded_choice(seed=seed, choices=[False, True]))
 
     def read(self, answer: str, pair: Pair) -> float | None:
-        """Return the verdict: 2 if the model's response is better, 1 if the reference is; None if there is none.
+        """Return the verdict: 2 if the model's response is better, 1 if the reference is; None without a verdict.
 
         The package's parser does not see the thoughts before the answer, which may name either response.
         """

@@ -262,7 +262,7 @@ def tabulate_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> str:
 
 
 def draw_benchmarks(rows: Sequence[dict[str, Any]], name: str) -> bytes | None:
-    """Draw the values in percent with standard errors, with the paper's below; None if there are none."""
+    """Draw the values in percent with standard errors, with the paper's below; None without values."""
     bars = []
     for row in rows:
         value, error = row["value"], row["standard_error"]

@@ -1,8 +1,9 @@
-"""What the judged context is compared with (opt-in), and a threshold that foreign judgments calibrate.
+"""Other baselines for the judged context (opt-in), and a threshold calibrated on foreign judgments.
 
-Eq. 5 compares log p(y_t | x, j, y_<t) with the log-probability without any judgment. What any judgment does to a model,
-such as another prompt, is then part of the difference. Compared with judgments of other records (contrast "foreign"),
-only what this judgment says remains; compared with praise (contrast "perfect"), what an objection does.
+Eq. 5 compares log p(y_t | x, j, y_<t) with the log-probability without any judgment. The difference then includes
+effects that any judgment has, such as those of a different prompt. Against judgments of other records (contrast
+"foreign"), only the content of this judgment remains; against praise (contrast "perfect"), the effect of an
+objection.
 """
 
 import itertools
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
     """The contexts to score besides those of eq. 5."""
 
     references: Contexts  # by row, the contexts that its judged one is compared with
-    foreign: list[ForeignContext]  # one context a row with a judgment that is none of its references
+    foreign: list[ForeignContext]  # one context per row, with a judgment outside its references
     rivals: Contexts  # by row, the contexts with which the effect of its judgment is compared
     encode: Encode
 
@@ -87,7 +88,7 @@ def plan_contexts(
         records: The record of each.
         encoder: Tokenizer and template.
         max_length: Maximum number of tokens in a prompt and the response.
-        contrast: What the judged context is compared with; see `CONTRASTS`.
+        contrast: Baseline for the judged context; see `CONTRASTS`.
         num_foreign: Foreign judgments of contrast "foreign", all with different texts.
         num_records: Number of unsatisfactory rows to score with a further foreign judgment.
         has_rivals: Compare the effect of each judgment with that of judgments of other records.

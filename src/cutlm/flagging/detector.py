@@ -56,7 +56,7 @@ _NUM_CALIBRATED = 1000
 
 
 class Logps(NamedTuple):
-    """What a model says about a response of T tokens."""
+    """Log-probabilities of a response of T tokens under a model."""
 
     without: list[float]  # [T] log-probabilities without the judgment
     judged: list[float] | None  # [T] with it, if it has one
@@ -73,9 +73,9 @@ class FlagSettings:
         unlikelihood_weight: alpha of eq. 6.
         gamma: Exponent of the dynamic weight of eq. 6; 0 turns it off.
         max_length: Maximum number of tokens in a prompt and the response; prompts are truncated on the left.
-        contrast: What the log-probability with the judgment is compared with: "judgment" for the one without (eq. 5),
-            "foreign" for the logarithm of the mean probability under judgments of other records, "perfect" for the one
-            with praise.
+        contrast: Baseline for the log-probability with the judgment: "judgment" for the one without (eq. 5), "foreign"
+            for the logarithm of the mean probability under judgments of other records, "perfect" for the one with
+            praise.
         num_foreign: Number of these judgments of other records.
         surprise_weight: kappa: a token is flagged if its log ratio, plus kappa times its surprise (minus the
             log-probability that the one with the judgment is compared with), is above log lambda. 0: eq. 5. Tokens that
@@ -355,14 +355,14 @@ def _read_line(line: Mapping[str, Any]) -> Logps:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What flags are made of, besides the log-probabilities in both contexts.
+    """Inputs for the flags besides the log-probabilities in both contexts.
 
     Attributes:
         settings: The settings, with the threshold that was found for "auto".
         references: By row, the log-probabilities [T] that those with the judgment are compared with, unless these are
             those without. They may be read when they are asked for.
-        sensitivity: How far the flags depend on what the judgments say; None if fewer than two judgments differ, or it
-            was not asked for.
+        sensitivity: How far the flags depend on the content of the judgments; None if fewer than two judgments
+            differ, or if it was not requested.
         ranks: By unsatisfactory row, the rank of the effect of its judgment, if records are left out or weighed by it.
     """
 
@@ -417,7 +417,7 @@ def compare_contexts(
     settings: FlagSettings,
     journal: Journal | None = None,
 ) -> Comparison:
-    """Score the contexts of a plan and derive from them what flags are made of.
+    """Score the contexts of a plan and derive the inputs for the flags.
 
     Args:
         rows: Encoded rows.
@@ -426,7 +426,7 @@ def compare_contexts(
         plan: The contexts.
         score: Computes the log-probabilities.
         settings: Settings of the flags.
-        journal: Holds what a stopped run has finished and gets what is new.
+        journal: Holds the results of a stopped run and gets the new ones.
     """
     scored = score_contexts(rows, plan.pairs, plan.encode, score, journal)
     references = References(plan.references.sources, scored)

@@ -29,7 +29,7 @@ def _never() -> bool:
 
 
 class LiveScorer:
-    """Scores single records, with what the last ones have in common computed once.
+    """Scores single records, and reuses the computation that a record shares with recent ones.
 
     Args:
         model: A causal language model, with or without an adapter.

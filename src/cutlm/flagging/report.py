@@ -76,7 +76,7 @@ def count_ineffective(scores: str | Path) -> int | None:
 
 
 def read_sensitivity(scores: str | Path) -> Sensitivity | None:
-    """Read the sensitivity from the report next to a file of token scores; None if there is none that can be used."""
+    """Read the sensitivity from the report next to a file of token scores; None without a usable report."""
     try:
         return Sensitivity(**json.loads(read_bytes(name_report_file(scores)))["sensitivity"])
     except (ValueError, RecursionError, KeyError, TypeError):  # including DataError, if the file is missing

@@ -67,7 +67,7 @@ def score_rows(
     Args:
         model: A causal language model, with or without an adapter. Its training mode is restored.
         rows: Rows with `prompt_ids`, `judged_prompt_ids` (or None) and `response_ids`.
-        max_tokens_per_batch: Tokens of all sequences in a batch; a longer row is a batch of its own. None: see
+        max_tokens_per_batch: Tokens of all sequences in a batch; a longer row is a batch by itself. None: see
             `choose_tokens_per_batch`.
         done: Indices of rows to skip.
         is_bf16: Run under bfloat16 autocast, as training with `bf16` does.

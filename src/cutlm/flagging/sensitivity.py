@@ -1,4 +1,4 @@
-"""Sensitivity: how much of what a model flags depends on what the judgment says.
+"""Sensitivity: how much a model's flags depend on the content of the judgment.
 
 Some unsatisfactory responses are scored under the judgment of another record, too. A model that reads judgments flags
 fewer tokens then. One that does not flags as many, whatever the judgment says, and its flags are mostly noise.

@@ -1,4 +1,4 @@
-"""A teacher: the model before training, in a context that tells it what a better response is like.
+"""A teacher: the model before training, in a context that describes a better response.
 
 Its distributions at the tokens of a response are found in the pass that scores the response for flags, and stored with
 the token scores. Training on them needs no further pass of the teacher.
@@ -81,7 +81,7 @@ def encode_teacher_prompts(
         rows: Encoded rows, a list or a `datasets.Dataset`.
         records: The record of each.
         encoder: Tokenizer and template.
-        settings: What the prompt says.
+        settings: Settings of the prompt.
         max_length: Maximum number of tokens in a prompt and the response.
     """
     return [

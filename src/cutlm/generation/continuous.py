@@ -122,7 +122,7 @@ class SlotBatch:
 
     def _read_prompts(self, group: Sequence[tuple[int, Row]]) -> Tensor:
         for slot, row in group:
-            # One at a time, because a copy changes what the slot holds.
+            # One at a time, because a copy changes the content of the slot.
             sources = range(len(self._cached_ids))
             source = max(sources, key=lambda source: _count_shared(row.prompt, self._cached_ids[source]))
             self._copy_prefix(source, slot, _count_shared(row.prompt, self._cached_ids[source]))
@@ -188,7 +188,7 @@ class SlotCache(Cache):
     def plan(
         self, slots: Sequence[int] | None, positions: Tensor, is_padding: Tensor, width: int, num_slots: int
     ) -> None:
-        """Set what the next forward pass writes and sees.
+        """Set the cache positions that the next forward pass writes and sees.
 
         Args:
             slots: Those of the rows; None for the first ones.

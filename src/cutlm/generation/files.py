@@ -150,8 +150,8 @@ def drop_old_turns(
 ) -> tuple[list[list[int]], int]:
     """Drop the oldest turns of conversations whose prompts do not fit; also return how many fit by that.
 
-    `encode` gets the index of a conversation and what is left of it. System messages stay. A last turn that is too long
-    alone is left as it is, for `generation.local.fit_prompts`.
+    `encode` gets the index of a conversation and its remaining turns. System messages stay. A last turn that is too
+    long alone is left as it is, for `generation.local.fit_prompts`.
     """
     fitted, num_shortened = list(encoded), 0
     for index, conversation in enumerate(conversations):

@@ -71,7 +71,7 @@ def describe_bad_seed(seed: int) -> str | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a local model generated for one prompt."""
+    """Answer of a local model to one prompt."""
 
     output: str  # the final answer
     reasoning: str | None = None  # thoughts and other channels, if there are some
@@ -175,8 +175,8 @@ def generate_batches(
 ) -> Iterator[list[dict[str, Any]]]:
     """Generate into `generated`, the longest prompts first, so that it runs out of memory at the start or never.
 
-    Yield the journal's lines of each batch, those of new responses only. Raise a `UserError` if the model's context has
-    no room for a prompt.
+    Yield the journal's lines of each batch, those of new responses only. Raise a `UserError` if the model's context is
+    too short for any prompt.
     """
     prompts = fit_prompts(prompts, find_room(model, sampling.max_new_tokens), encoder, generated)
     missing = sorted(generated.list_missing(len(prompts)), key=lambda index: (-len(prompts[index]), index))
@@ -192,7 +192,7 @@ def generate_batches(
 def fit_prompts(
     prompts: Sequence[list[int]], room: int | None, encoder: Encoder, generated: Generated
 ) -> Sequence[list[int]]:
-    """Truncate prompts on the left to the room of a context, and count them in `generated`; None for no limit."""
+    """Truncate prompts on the left to `room` tokens (None for no limit), and count them in `generated`."""
     if room is None:
         return prompts
     generated.num_truncated = sum(len(ids) > room for ids in prompts)

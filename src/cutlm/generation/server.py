@@ -1,7 +1,7 @@
 """Generate responses by a model on an OpenAI-compatible server, each written to a journal when it arrives.
 
 A prompt is an instruction, which the server puts into the model's own chat template (a merged model has that of its
-training), or token ids. What a model thinks before its answer is separated, by the server or here.
+training), or token ids. The model's reasoning is separated from its answer, by the server or here.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ def generate_by_server(
             generated.add(line)
             progress.update()
     if generated.reasoning:
-        # The server's template may begin the thoughts, so that only their end tells them from an answer.
+        # The server's template may begin the thoughts, so that only their end distinguishes them from an answer.
         for index in generated.unfinished - generated.reasoning.keys():
             generated.failures[index] = _describe_unfinished(sampling.max_new_tokens)
             del generated.responses[index]

@@ -42,7 +42,7 @@ class Engine:
         adapter: The LoRA adapter of its requests.
         generation_config: The model's own; None if it has none.
         context_limit: The length of its context in tokens.
-        settings: What the answers depend on besides: the dtype and further arguments.
+        settings: Other settings that affect the answers: the dtype and further arguments.
     """
 
     llm: "LLM"
@@ -80,7 +80,7 @@ def load_engine(path: str | Path, *, dtype: str = "auto", arguments: Mapping[str
         adapter = LoRARequest("adapter", 1, str(Path(path).resolve()))
     try:
         llm = LLM(model=model, **options | dict(arguments or {}))
-    except (ValueError, TypeError, RuntimeError) as error:  # what vLLM does not know, or a failure of its own process
+    except (ValueError, TypeError, RuntimeError) as error:  # unsupported by vLLM, or a failure of its process
         raise UserError(f"--engine vllm: {model} cannot be loaded ({' '.join(str(error).split())})") from error
     context_limit = llm.llm_engine.model_config.max_model_len
     settings = {name: value for name, value in (arguments or {}).items() if name not in _RESOURCES}

@@ -1,4 +1,4 @@
-"""The reading of what a language model answers when it judges a response.
+"""Parsing of a language model's answers when it judges a response.
 
 In doubt, an answer counts as neither praise nor an objection: a lost judgment can be asked for again, but a misread one
 is trained on. So an objection is never inferred from the absence of praise. The answer is read after its thoughts.
@@ -18,7 +18,7 @@ from cutlm.prompting.spans import Span
 
 MAX_JUDGMENT_LENGTH = 20_000
 
-# What the question asks for: a JSON object; text; what a model is trained to answer.
+# The format of an answer: a JSON object; text; the format that a model is trained on.
 AnswerFormat = Literal["json", "text", "trained"]
 
 
@@ -32,7 +32,7 @@ class BadAnswer(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says about a response.
+    """A judge's verdict on a response.
 
     Attributes:
         judgment: What is wrong; None if nothing is wrong.
@@ -62,7 +62,7 @@ def read_answer(
         finish_reason: Why it ends: "length" if it is truncated.
         response: The response that was judged.
         question: The question.
-        answer_format: What the question asks for.
+        answer_format: The format that the question asks for.
 
     Raises:
         BadAnswer: It is empty, truncated, a refusal, an echo, contradictory, or not certainly a judgment.
@@ -392,7 +392,7 @@ _FAULT = re.compile(
     r"|give|match)\b",
     re.IGNORECASE,
 )
-# The beginning of a sentence that praises, whatever it goes on with.
+# The beginning of a sentence that praises, whatever follows.
 _GOOD = re.compile(
     r"[\W_]*(?:(?:\w+\s*:\s*)?(?:perfect|flawless|excellent|great|good|nice|well\s+done|correct|right|accurate|yes|fine"
     r"|bravo|satisfactory|agreed)\b"

@@ -1,6 +1,6 @@
 """Whether a teacher's prompt helps: a judge's verdicts on responses under it and on responses under the plain prompt.
 
-The gain bounds what a model can learn from the teacher. This module imports no torch, so that tables are quick.
+The gain bounds how much a model can learn from the teacher. This module imports no torch, so that tables are quick.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Which replies in chats are feedback on the response before them: decided by rules, or by a model on a server.
 
 A reply may object to the response or ask to change it, may approve of it, or may be about something else, such as the
-next question. What is not decided is no feedback.
+next question. An undecided reply is not feedback.
 """
 
 import json

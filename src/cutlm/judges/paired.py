@@ -25,7 +25,7 @@ def draw_records(records: Sequence[JudgedRecord], num_records: int, seed: int) -
     """Draw unsatisfactory records, whose responses a teacher corrects; return their indices in order.
 
     Raises:
-        DataError: There is none.
+        DataError: All records are satisfactory.
     """
     unsatisfactory = [index for index, record in enumerate(records) if not record.is_satisfactory]
     if not unsatisfactory:
@@ -54,7 +54,7 @@ def answer_under_both(
         encoder: Encodes the prompts.
         records: Unsatisfactory records.
         locations: The location of each.
-        teacher: What the teacher's prompt says.
+        teacher: Settings of the teacher's prompt.
         sampling: How to sample.
         journal: Keeps finished batches.
     """

@@ -1,7 +1,7 @@
 """The question that a language model answers when it judges a response.
 
 The texts to be judged are enclosed in markers that no text can predict, so that a response cannot pose as instructions.
-A model trained to judge has a question and an answer format of its own.
+A model trained to judge has a separate question and answer format.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ once in it; an empty list if nothing is wrong, or if what is wrong is that somet
 
 Do not repeat the mark."""
 
-# What a server is told to enforce: the fields that `DEFAULT_PROMPT` asks for.
+# The schema that a server must enforce: the fields that `DEFAULT_PROMPT` asks for.
 RESPONSE_FORMAT: dict[str, Any] = {
     "type": "json_schema",
     "json_schema": {

@@ -41,15 +41,15 @@ def judge_by_server(
 ) -> Outcome:
     """Judge responses by a language model on a server; its answers are cached in `cache_file` as they arrive.
 
-    For JSON, the server is told to enforce the fields by `response_format`. If it refuses that, the prompt alone asks
-    for them. Passages that the judge quotes become `wrong_spans`.
+    For JSON, the request asks the server to enforce the fields with `response_format`. If it refuses that, the prompt
+    alone asks for them. Passages that the judge quotes become `wrong_spans`.
 
     Args:
         responses: The responses.
         server: The server and the model on it.
         cache_file: An SQLite file of the answers that are judgments.
         template: The question, with `{instruction}` and `{response}`.
-        answer_format: What the template asks for.
+        answer_format: The format that the template asks for.
         temperature: 0 for greedy decoding.
         max_tokens: The maximum length of an answer.
         show_progress: Show a progress bar.
@@ -85,11 +85,11 @@ def judge_by_server(
 
 @dataclass
 class Asked(Generic[VerdictT]):
-    """What a server answered to questions.
+    """Answers of a server to questions.
 
     Attributes:
-        verdicts: What its answers say, by the question.
-        failures: Why there is no verdict, by the question.
+        verdicts: Verdicts in its answers, by the question.
+        failures: Reasons for missing verdicts, by the question.
         notes: Sentences for the user.
     """
 
@@ -121,7 +121,7 @@ def ask_server(
         server: The server and the model on it.
         cache_file: An SQLite file of the answers that were understood.
         read: Reads an answer, from the question, the text and why it ends; raises `BadAnswer` if it is not understood.
-        response_format: What the server is told to enforce; if it refuses that, the question alone asks for it.
+        response_format: Format for the server to enforce; if it refuses that, the question alone asks for it.
         temperature: 0 for greedy decoding.
         max_tokens: The maximum length of an answer.
         show_progress: Show a progress bar.

@@ -191,7 +191,7 @@ def run_loop(
     """Run everything that is not complete, and return whether the whole plan is complete.
 
     `until` is the stage to stop after, `start` one to run again with all later ones, whose files are removed. Tests
-    pass a `run` of their own. Raise StageFailed, WaitingForPerson, Interrupted, or UserError if the folder belongs to
+    replace `run`. Raise StageFailed, WaitingForPerson, Interrupted, or UserError if the folder belongs to
     other settings or another running loop, or if its files were changed.
     """
     with lock_folder(plan.folder) as lock:

@@ -209,7 +209,7 @@ def serve(command: str, model: str, url: str, timeout: float, log: Path, lock: i
         command: A shell command with `{model}`.
         model: The model folder to serve.
         url: The server's address, `/v1` included; UserError if another server has it.
-        timeout: Seconds to wait for its first answer; UserError if there is none.
+        timeout: Seconds to wait for its first answer; UserError after that.
         log: The file to append its output to.
         lock: The folder's lock, inherited by the server: after a kill, the next loop waits until the server has ended.
     """
@@ -271,7 +271,7 @@ def _answers(url: str) -> bool:
 def guard(command: str, timeout: float = _GUARD_TIMEOUT) -> int:
     """Run a shell command and return its exit status, or 128 + n if it was killed by signal n.
 
-    After SIGINT or SIGTERM, ends everything that the command has started, and kills what is left after the timeout.
+    After SIGINT or SIGTERM, ends all processes that the command has started, and kills the rest after the timeout.
     """
     deadline: float | None = None
     child: subprocess.Popen[bytes] | None = None

@@ -311,7 +311,7 @@ def _count_judged(records: Path, num_responses: int | None = None) -> dict[str, 
 
 
 def _compare(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
-    """Measure what the teacher's prompt gains; without a verdict the loop goes on, because training needs none."""
+    """Measure the gain of the teacher's prompt; the loop continues without a verdict, because training needs none."""
     records, out = iteration.folder / "records.jsonl", iteration.folder / "teacher_gain.json"
     if not out.exists() and not all(record.is_satisfactory for record in check_records(records).records):
         judge = shlex.split(str(plan.arguments.judge))

@@ -19,7 +19,7 @@ _MIN_TAIL = 1e-6
 
 
 class Teaching(NamedTuple):
-    """What a teacher says about M of the N tokens of a batch, and what the student says about the same."""
+    """Distributions of the teacher and the student at M of the N tokens of a batch."""
 
     is_taught: Tensor  # [N] bool, the M tokens
     teacher_logps: Tensor  # [M, K] log q of the K tokens, -inf for padding
@@ -70,7 +70,7 @@ def divergence(teacher_logps: Tensor, student_logps: Tensor, kind: str = "forwar
     likelihoods = teacher_logps.exp()
     tail = (1 - likelihoods.sum(-1, keepdim=True)).clamp(min=0)
     q = torch.cat([likelihoods, tail], -1)
-    # Rounding may leave a tail where there is none.
+    # Rounding may leave a tail where it should be 0.
     log_q = torch.cat([teacher_logps, tail.clamp(min=_MIN_TAIL).log()], -1)
     is_used = log_q > -torch.inf
     log_q = torch.where(is_used, log_q, 0.0)
@@ -91,7 +91,7 @@ def distill(teaching: Teaching, kind: str, clip: float | None) -> Tensor:
     reverse KL divergence. It needs no other tokens: K is 1.
 
     Args:
-        teaching: What the teacher says.
+        teaching: Distributions of the teacher and the student.
         kind: "sampled", or one of `DIVERGENCES`.
         clip: Largest advantage in absolute value, or largest divergence, beyond which the gradient stops growing; None
             for no limit.
@@ -120,7 +120,7 @@ def self_distillation_loss(
 
     Args:
         logps: [N] log p(y_t | x, y_<t).
-        teaching: What the teacher says; it has not judged satisfactory responses, which are learned.
+        teaching: Distributions of both; none for satisfactory responses, which are learned.
         kind: See `distill`, also for `clip`.
         importance: [M] factors of the taught tokens, such as min(p / p_old, 2) for responses of an older model.
 

@@ -1,6 +1,6 @@
 """Redirect: flag tokens as CUT does, and say where the probability of a flagged token should go.
 
-CUT lowers the probability of a flagged token; which tokens gain it, is left to the model. Here the gain goes to the
+CUT lowers the probability of a flagged token, and the model decides which tokens gain it. Here the gain goes to the
 tokens that a teacher prefers: the model before training, praised instead of judged (see `cutlm.losses.distillation`).
 """
 
@@ -17,7 +17,7 @@ def redirect_loss(logps: Tensor, flags: TokenFlags, teaching: Teaching, *, has_u
     Args:
         logps: [N] log p(y_t | x, y_<t).
         flags: [N] flags of a frozen detector, and the weights of their unlikelihood terms.
-        teaching: What the teacher says about the flagged tokens.
+        teaching: Distributions of the teacher and the student at the flagged tokens.
         has_unlikelihood: Add CUT's unlikelihood term (eq. 6) to that of a flagged token.
 
     Example:

@@ -1,4 +1,4 @@
-"""Model cards: what a saved adapter or model says of itself, in its README.md, in the format of the hub.
+"""Model cards: the README.md of a saved adapter or model, in the format of the hub.
 
 The facts of a card are a mapping, which is `cutlm` in its metadata; its text is rendered from them. So `cutlm merge`
 and the online loop make the card of a model from the one next to its adapter. Its keys, each of which may be absent:
@@ -37,8 +37,8 @@ _OBJECTIVES = {
     " judgment objects to become less likely, all others more likely",
     "dual_cut": "DualCUT ([arXiv 2412.20297](https://arxiv.org/abs/2412.20297)): CUT, and tokens that praise makes more"
     " likely are learned with a larger weight",
-    "self_distillation": "self-distillation ([arXiv 2601.20802](https://arxiv.org/abs/2601.20802)): the model that was"
-    " told what a better response is like teaches the one that was not",
+    "self_distillation": "self-distillation ([arXiv 2601.20802](https://arxiv.org/abs/2601.20802)): the model with a"
+    " description of a better response in its prompt teaches the model without one",
     "redirect": "CUT, with the probability of flagged tokens moved to where a teacher puts it",
     "likelihood": "maximum likelihood of responses",
     "hindsight": "likelihood of responses given their judgments (hindsight)",
@@ -144,7 +144,7 @@ def name_model(name: str | Path) -> str:
 
 
 def describe_base(name: str | Path) -> Facts:
-    """Say what is known about a base model: where it comes from, and its license.
+    """Describe the origin and the license of a base model, as far as they are known.
 
     The card of a model on the hub is asked for once, without a retry; offline, its license is not known.
     """
@@ -189,7 +189,7 @@ def _clean(value: Any) -> Any:
 
 
 def render_card(name: str, facts: Mapping[str, Any]) -> str:
-    """Render the card of a model: metadata, and a text with how to use it, how it was trained and what was measured."""
+    """Render the card of a model: metadata, and a text about its use, its training and its measurements."""
     facts = {key: value for key, value in _clean(facts).items() if value not in (None, {}, [])}
     sections = [
         f"# {_escape(name)}\n\n{_introduce(facts)}",
@@ -355,8 +355,8 @@ def _describe_sensitivity(sensitivity: Mapping[str, Any]) -> str:
     if not sensitivity:
         return ""
     text = (
-        "How far the flags of the model before training depended on what the judgments say. `flag_signal` is 1 if only"
-        " a response's own judgment flags its tokens and 0 if any judgment does; below 0.3 flags are mostly noise."
+        "How far the flags of the model before training depended on the content of the judgments. `flag_signal` is 1 if"
+        " only a response's own judgment flags its tokens and 0 if any judgment does; below 0.3 flags are mostly noise."
         " `pairwise` is the share of records whose largest log ratio is larger under their own judgment."
     )
     return f"## Sensitivity\n\n{text}\n\n" + _table({_as_code(key): _show(item) for key, item in sensitivity.items()})

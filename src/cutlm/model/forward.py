@@ -481,7 +481,7 @@ def run_packed_row(
 
 
 def _make_mask(model: nn.Module, tree_ids: Tensor, branch_ids: Tensor) -> Tensor:
-    """Attention mask of a packed row: a token attends to earlier tokens of its own branch and of its tree's trunk.
+    """Attention mask of a packed row: a token attends to earlier tokens of its branch and its tree's trunk.
 
     Args:
         model: The model that takes the mask.
@@ -526,8 +526,8 @@ def get_attention(language_model: nn.Module) -> str:
 class SequenceScorer:
     """Scores one sequence after the other, each on the KV cache of the prefix that it shares with the one before.
 
-    A response under changing judgments shares what precedes the judgment, and what is typed first of the judgment. A
-    pass can be stopped between two layers.
+    A response under changing judgments shares the prompt up to the judgment, and the unchanged beginning of the
+    judgment. A pass can be stopped between two layers.
 
     Args:
         model: A causal language model in evaluation mode, with or without an adapter.

@@ -95,7 +95,7 @@ def _reading_files(path: str | Path, kind: str) -> Iterator[None]:
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder, a GGUF file or the hub; raise `UserError` if there is none or it is damaged."""
+    """Load a tokenizer from a folder, a GGUF file or the hub; raise `UserError` if it is missing or damaged."""
     _check_path(path)
     with _reading_files(path, "tokenizer"):
         source, gguf = _split_gguf(path)
@@ -296,7 +296,7 @@ def load_model(
 
 
 def find_gguf(path: str | Path) -> Path | None:
-    """Return the GGUF file that a path names: itself, or the only weights in a folder; None if there is none.
+    """Return the GGUF file that a path names: itself, or the only weights in a folder; None for other paths.
 
     Raises:
         UserError: The folder has several GGUF files and no other weights.

@@ -1,4 +1,4 @@
-"""What a saved model needs: a generation config that can be saved, and a record of the trained model's outputs.
+"""Files of a saved model: a generation config that can be saved, and a record of the trained model's outputs.
 
 The record is a probe: a few token ids and their log-probabilities. `cutlm merge` compares it with the merged model.
 """
@@ -104,7 +104,7 @@ def write_probe(folder: str | Path, probe: Probe) -> None:
 
 
 def read_probe(folder: str | Path) -> Probe | None:
-    """Read the probe of an adapter; None if there is none, as with adapters that other tools trained."""
+    """Read the probe of an adapter; None if it has none, as with adapters that other tools trained."""
     path = Path(folder) / PROBE_FILE
     if not path.is_file():
         return None
@@ -126,7 +126,7 @@ def changes_base(config: Any) -> bool:
 
 
 def check_base_change(config: Any, *, is_new: bool, is_sharded: bool) -> None:
-    """Raises a `ConfigError` if what an initialization changes in the base model would not be saved.
+    """Raise a `ConfigError` if the changes of an initialization to the base model would not be saved.
 
     Args:
         config: The config of an adapter whose initialization changes the base model.

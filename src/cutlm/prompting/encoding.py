@@ -54,9 +54,9 @@ _calling = threading.RLock()
 class Encoder:
     """Turns prompts and responses into token ids, with one tokenizer and one template.
 
-    Under "chat", a prompt and its response are what the tokenizer's chat template renders for the conversation with
-    this answer, through the token that ends the assistant's turn. What the template writes between the generation
-    prompt and the answer (a channel, an empty block of thoughts, a space) is the start of the response.
+    Under "chat", the tokenizer's chat template renders the conversation with this answer as a prompt and its response,
+    through the token that ends the assistant's turn. The template's text between the generation prompt and the answer
+    (a channel, an empty block of thoughts, a space) is the start of the response.
 
     Args:
         tokenizer: Any tokenizer of `transformers` with an end-of-sequence token.
@@ -109,7 +109,7 @@ class Encoder:
         self.fingerprint = fingerprint_template(template, self._chat.source if self._chat else None, judgment_role)
         tail = self._chat.answer_format.prompt if self._chat else ALPACA_TAIL
         tail_ids = self._tokenize(tail)
-        # What precedes an answer: the end of the prompt, and what the template writes after the generation prompt.
+        # The text before an answer: the end of the prompt, and the template's text after the generation prompt.
         self._before = self._chat.answer_format.before if self._chat else tail
         before_ids = self._tokenize(self._before)
         num_prompt = _count_common(tail_ids, before_ids)
@@ -177,7 +177,7 @@ class Encoder:
         return ids if for_generation else ids[: len(ids) - self._num_dropped]
 
     def describe_omissions(self, records: Iterable[JudgedRecord]) -> list[str]:
-        """Say what the chat template leaves out of the conversations of records, such as calls of tools."""
+        """List the parts of the records' conversations that the chat template omits, such as tool calls."""
         conversations = (record.conversation for record in records if record.messages is not None)
         return self._chat.describe_omissions(conversations) if self._chat else []
 
@@ -331,10 +331,10 @@ class Encoder:
         return None
 
     def _find_end_of_turn(self) -> tuple[str, int]:
-        """Find what the template writes after an answer: white space, and the token that ends the turn.
+        """Find the template's text after an answer: white space, and the token that ends the turn.
 
         It is the first control token after the answer. Some templates write none and mark only the next turn. Others
-        close the answer by a token of its own before they end the turn by the end-of-sequence token, in every turn.
+        close the answer with a separate token before they end the turn with the end-of-sequence token, in every turn.
         """
         if self._chat:
             answer_format = self._chat.answer_format
@@ -396,7 +396,7 @@ class Encoder:
         return encoded
 
     def _tokenize_batch(self, texts: list[str], *, is_plain: bool = False) -> list[list[int]]:
-        """Tokenize texts, whoever wrote them; under `is_plain` special tokens are plain text."""
+        """Tokenize texts of any author; under `is_plain` special tokens are plain text."""
         backend = self.tokenizer.backend_tokenizer if self._has_backend else None
         with _calling:
             if backend is None or backend.truncation or backend.padding:  # which a call by someone else has set
@@ -595,7 +595,7 @@ class RenderedRecord:
         prompt: The prompt without the judgment, or the only prompt of a view.
         judged_prompt: The prompt with the judgment; None if there is only one context.
         response: The response as the template writes it.
-        continuation: A second text that is learned after the response, with an end-of-turn token of its own.
+        continuation: A second text that is learned after the response, with a separate end-of-turn token.
         extra: Further columns of the row.
         annotate: Makes further columns from the token ids of the response, or a reason to leave the record out; raises
             a DataError for a record that cannot be used.

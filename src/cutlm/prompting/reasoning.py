@@ -15,7 +15,7 @@ class SplitAnswer:
 
     Attributes:
         output: The final answer; the text itself if it has no thoughts.
-        reasoning: Thoughts and other channels; None if there are none.
+        reasoning: Thoughts and other channels, or None.
         problem: Why the answer cannot be separated with certainty, as a sentence; `output` must not be used then.
     """
 
@@ -210,7 +210,7 @@ def _is_final(header: re.Match[str]) -> bool:
 
 
 def _finish(rest: str, thoughts: list[str], problem: str | None) -> SplitAnswer:
-    """Remove what encloses the answer, and look for what is left over."""
+    """Remove the markup around the answer, and look for leftover markup."""
     output = _drop_ends(rest)
     for wrapped in _WRAPPED if thoughts or output.lstrip().startswith("<|") else ():
         if match := wrapped.fullmatch(output.strip()):

@@ -78,7 +78,7 @@ def add_judgment(conversation: Conversation, judgment: str) -> Conversation:
 def add_system_judgment(conversation: Conversation, judgment: str, place: Literal["start", "end"]) -> Conversation:
     """Return a conversation with a system message that asks for a response that a judgment fits.
 
-    At the end it is a message of its own, so that both contexts share the whole conversation. At the start it continues
+    At the end it is a separate message, so that both contexts share the whole conversation. At the start it continues
     the system prompt, if there is one.
     """
     text = _JUDGMENT_REQUEST + judgment
@@ -128,7 +128,7 @@ def _render_alpaca(task: str, content: str) -> Prompt:
 
 
 class AnswerFormat(NamedTuple):
-    """What a chat template writes around an answer."""
+    """Text of a chat template around an answer."""
 
     prompt: str  # from the end of the user's text to the end of the generation prompt
     before: str  # from the end of the user's text to the answer
@@ -211,7 +211,7 @@ class ChatTemplate:
         return "end" if is_last else "start"
 
     def _renders_system(self, messages: Sequence[Message], index: int, text: str) -> bool:
-        """Whether a system message at an index of a conversation is rendered there, as none of another role."""
+        """Whether a system message at an index is rendered there, and differs from a message of another role."""
 
         def render(role: str) -> str | None:
             try:
@@ -261,13 +261,13 @@ class ChatTemplate:
         )
 
     def render_answered(self, conversation: Conversation, response: str) -> str:
-        """Render a conversation with its answer, and what the template writes after that."""
+        """Render a conversation with its answer, and the template's text after it."""
         answer = {"role": "assistant", "content": response}
         conversation = self._convert_arguments(conversation)
         return self._apply([*conversation.messages, answer], conversation.tools, is_answered=True)
 
     def describe_omissions(self, conversations: Iterable[Conversation]) -> list[str]:
-        """Say what the template leaves out of conversations without an error: calls of tools, say, if it knows none.
+        """List the parts of conversations that the template omits without an error, such as tool calls.
 
         A part is tried in the first conversation that has it.
         """
@@ -304,7 +304,7 @@ class ChatTemplate:
 
     @cached_property
     def _arguments_kind(self) -> type | None:
-        """The only form in which the template renders the arguments of calls well, dict or str; None if there is none.
+        """The type of call arguments that the template renders well, dict or str; None if both or neither work.
 
         Servers give JSON text. Some templates write that as a JSON string, with escaped quotes; others refuse it.
         """
@@ -594,8 +594,8 @@ def fingerprint_template(template: TemplateName, source: str | None, judgment_ro
 def build_alpaca_chat_template(start: str = "") -> str:
     """Build the alpaca prompt as a Jinja chat template, so that other tools prompt a trained model as it was trained.
 
-    One user turn gives exactly the training prompt; further turns follow in the same style. `start` is what the
-    tokenizer puts before every text, such as a beginning-of-sequence token: tools do not add it to a rendered prompt.
+    One user turn gives exactly the training prompt; further turns follow in the same style. `start` is the
+    tokenizer's prefix of every text, such as a beginning-of-sequence token: tools do not add it to a rendered prompt.
     """
     parts = (_ALPACA_TASK, _ALPACA_INSTRUCTION, _ALPACA_RESPONSE)
     task, instruction, response = (part.replace("\n", "\\n") for part in parts)

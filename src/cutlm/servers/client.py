@@ -177,7 +177,7 @@ class Answer:
 
     text: str | None
     finish_reason: str | None  # "stop" or "length", whatever words the server has for them
-    reasoning: str | None = None  # what the server separates from the text
+    reasoning: str | None = None  # reasoning that the server separates from the text
     is_redacted: bool = False  # whether the key was removed from the text or the reasoning
 
     @property
@@ -196,7 +196,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class _Choice:
-    """What a server says in a completion, or in all events of a stream so far."""
+    """Content of a completion, or of all events of a stream so far."""
 
     text: str | None = None
     reasoning: str | None = None
@@ -645,7 +645,7 @@ def _count_bytes(body: Mapping[str, Any], choice: _Choice) -> int:
 
 
 def _find_error(value: Any) -> Any:
-    """Return the error in a completion or an event, beside its choices or in one; None if there is none."""
+    """Return the error in a completion or an event, at its top level or in a choice; None without an error."""
     if not isinstance(value, dict):
         return None
     choices = value.get("choices")
@@ -709,7 +709,7 @@ def _read_content(content: Any) -> _Choice:
 
 
 def _read_reasoning(value: Any) -> str | None:
-    """Read reasoning: text, or a list of parts with text. What has another form is not shown."""
+    """Read reasoning: text, or a list of parts with text. Other forms are ignored."""
     if isinstance(value, list):
         texts = [part.get("text") if isinstance(part, dict) else part for part in value]
         return "".join(text for text in texts if isinstance(text, str)) or None

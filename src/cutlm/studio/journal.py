@@ -30,7 +30,7 @@ _MIN_COMPACTED = 2**20
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reviewer says about a response.
+    """A reviewer's verdict on a response.
 
     Attributes:
         state: "open" until the reviewer has decided.

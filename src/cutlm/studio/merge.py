@@ -17,7 +17,7 @@ Verdicts = Mapping[str, Mapping[str, Verdict]]  # by reviewer, then by the key o
 
 
 class Merged(NamedTuple):
-    """What the verdicts of all reviewers give.
+    """Result of merging the verdicts of all reviewers.
 
     Attributes:
         rows: Records to train on, in the order of the items.

@@ -1,4 +1,4 @@
-"""What the models say about responses, for the page: shading, the gauge, and the change by training."""
+"""Scores of responses under the models, for the page: shading, the gauge, and the change by training."""
 
 import random
 from collections.abc import Callable, Sequence

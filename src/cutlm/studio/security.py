@@ -178,7 +178,7 @@ class Guard:
         return HTMLResponse(_LOGIN.format(problem="Wrong password."), 401)
 
     def _let_in(self) -> Response:
-        # The page goes on to the address without the token. After a redirect from the page of another site, such as a
+        # The page continues to the address without the token. After a redirect from the page of another site, such as a
         # terminal in the browser, the cookie would not be sent.
         answer = HTMLResponse(_ENTRY)
         answer.set_cookie(self._access.cookie, self._access.token, httponly=True, samesite="strict")

@@ -104,7 +104,7 @@ class Broadcast:
 
 
 class Studio:
-    """What the routes share.
+    """Shared state of the routes.
 
     Args:
         session: The verdicts.
@@ -129,7 +129,7 @@ class Studio:
         self.drafter = Drafter(session, judge, lambda index: self.broadcast.send("draft", index)) if judge else None
         self.training: Training | None = None
         self.is_ending: Callable[[], bool] = lambda: False
-        self._preparing: str | None = None  # what is done before or after a training run
+        self._preparing: str | None = None  # the work in progress before or after a training run
         self._comparison: list[dict[str, Any]] | None = None
         self._problem: str | None = None
 
@@ -231,7 +231,7 @@ class Studio:
         return plan_training(self.session.out, self.models, detector, threshold, self.config)
 
     def start_training(self, detector: str, threshold: float) -> None:
-        """Write what is trained on, and start.
+        """Write the training data, and start a run.
 
         Raises:
             UserError: There is nothing to train on, or a run is under way.

@@ -74,7 +74,7 @@ def plan_training(out: Path, models: "Models | None", detector: str, threshold: 
 
 
 class Training:
-    """A run of `cutlm train` in a process of its own.
+    """A run of `cutlm train` in a separate process.
 
     Args:
         plan: The run.

@@ -2,7 +2,7 @@
 
 A person types faster than a model scores. A request of a tab therefore overtakes its earlier request of the same kind:
 one that waits is dropped, and one that runs stops at the next layer. Urgent work (shading) interrupts other work (the
-gauge, scoring all responses again), which goes on afterwards.
+gauge, scoring all responses again), which continues afterwards.
 """
 
 import itertools
@@ -102,10 +102,10 @@ class Worker:
             except CancelledError:
                 if job.is_overtaken.is_set():
                     job.future.set_exception(CancelledError())
-                else:  # for a more urgent one: what it has scored is kept, so it goes on where it stopped
+                else:  # for a more urgent one: its scores so far are kept, so it continues where it stopped
                     with self._condition:
                         self._jobs.append(job)
-            except Exception as error:  # of the job; the thread goes on, and the request reports it
+            except Exception as error:  # of the job; the thread continues, and the request reports it
                 job.future.set_exception(error)
             else:
                 job.future.set_result(result)

@@ -2,7 +2,7 @@
 
 - `config`: every setting, and reading them from YAML and options.
 - `run`: one run of `cutlm train`, from the files to a saved model.
-- `preview`: what a run would train on, without its model.
+- `preview`: the data of a run, shown without its model.
 - `dataset`: records, token scores or encoded rows become rows of token ids; views of the objectives; frozen flags.
 - `trainer`: `CUTTrainer`, whose loss is taken over the whole optimizer step.
 - `checkpoints`: stopping, saving and resuming, shared by both trainers.

@@ -81,9 +81,9 @@ _SETTINGS_OF_A_RUN = (
     *("chat_template_kwargs", "judgment_role"),
     *("train_sampling_strategy", "use_contrast_loss", "use_dora", "use_peft", "use_rslora", "use_satisfactory_loss"),
 )
-# What is not pushed to the hub: checkpoints, hidden files, and the records in token scores.
+# Files that are not pushed to the hub: checkpoints, hidden files, and the records in token scores.
 _NOT_PUSHED = [f"{PREFIX_CHECKPOINT_DIR}-*", ".*", f"{SCORES_FILE}*", SCORES_HEADER_FILE, RUN_FILE, SETTINGS_FILE]
-# What huggingface_hub raises without a network, in offline mode, without a key, or for a name that it refuses.
+# Errors of huggingface_hub without a network, in offline mode, without a key, or for a name that it refuses.
 _HUB_ERRORS = (OSError, HTTPError, HFValidationError)
 
 # The private methods of transformers' and TRL's trainers that cutlm's trainers override, with the start of the SHA-256
@@ -108,8 +108,8 @@ class CheckpointingTrainer(Trainer):
     # The first weights of an adapter that were subtracted from its base model.
     initial_adapter: Mapping[str, Tensor] | None = None
     template_date: str | None = None  # the date in the prompts, if they have one
-    facts: Mapping[str, Any] = {}  # what the model card says of the run, besides its progress
-    _base: Mapping[str, Any] | None = None  # what the card says of the base model
+    facts: Mapping[str, Any] = {}  # facts of the model card about the run, besides its progress
+    _base: Mapping[str, Any] | None = None  # facts of the card about the base model
     _stop_requested = _is_stopping = _has_tried_saving = False
     _staging: str | None = None
     _num_done = _num_in_step = 0  # tokens of the optimizer step
@@ -154,7 +154,7 @@ class CheckpointingTrainer(Trainer):
         return fetched
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward over a micro-batch, after which the progress bar tells how far the step is."""
+        """Run forward and backward over a micro-batch, then show the progress of the step."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._num_done += inputs["input_ids"].numel()
         rate = self._num_done / max(1e-6, time.monotonic() - self._step_start)
@@ -278,7 +278,7 @@ class CheckpointingTrainer(Trainer):
             The `CommitInfo`; None on other processes than the first.
 
         Raises:
-            UserError: The hub cannot be reached, or refuses it; what was saved stays.
+            UserError: The hub cannot be reached, or refuses it; the saved files stay.
         """
         if not blocking:
             raise ConfigError("push_to_hub: expected blocking=True, got False; push in a thread of yours")

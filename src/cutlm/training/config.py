@@ -258,9 +258,9 @@ class CUTConfig(TrainingArguments):
         teacher: "frozen": the model before training, whose distributions are computed once; "ema": the moving average
             of the trained weights, which is asked in every training step. Not available under FSDP and DeepSpeed.
         teacher_ema_rate: How far the average moves to the trained weights at each optimizer step.
-        teacher_context: What tells the teacher of "self_distillation" and "redirect" what a better response is like:
-            "praise" for the prompt with the judgment "Perfect."; "advice" for the request of a response without the
-            problem that the judgment names.
+        teacher_context: How the prompt asks the teacher of "self_distillation" and "redirect" for a better response:
+            "praise" adds the judgment "Perfect."; "advice" requests a response without the problem that the judgment
+            names.
         teacher_sees_response: Show the teacher the response with the advice, as `cutlm refine` does.
         guidance: beta of "self_distillation": the teacher's distribution is proportional to
             p(v | teacher_context) [p(v | teacher_context) / p(v | judgment)]^beta; 0 turns it off.
@@ -292,7 +292,7 @@ class CUTConfig(TrainingArguments):
         unlikelihood_weight: alpha of eq. 6: 0.25, 0.5 or 1 in the paper; alpha of "dual_cut".
         gamma: Exponent of the dynamic weight p(y_t | x, j)^gamma of eq. 6: 0.25, 0.5, 1 or 2 in the paper; 0 turns
             it off, as in the released code.
-        critique_weight: Weight of a further term, of which 0 is none: the likelihood of the record's judgment, given
+        critique_weight: Weight of an additional term (0 turns it off): the likelihood of the record's judgment, given
             instruction, response and the request to judge it, as in "forward_prediction", so that the model also learns
             to judge. RLTF uses 0.1.
         normalization: "token": each part of the loss is a mean over the tokens of the optimizer step; "record": a mean
@@ -313,9 +313,9 @@ class CUTConfig(TrainingArguments):
         max_tokens_per_batch: Maximum number of tokens in one forward and backward pass. A larger micro-batch is split
             into parts whose gradients add up to its own, so memory is bounded and the result is the same. None: what
             keeps the device busy, 16384 on a GPU and 1024 on a CPU. Not available under FSDP and DeepSpeed.
-        sensitivity_records: Number of records to measure on whether the flags depend on what the judgments say
+        sensitivity_records: Number of records for measuring whether the flags depend on the content of the judgments
             (`flag_signal`, `pairwise`): once with detector "frozen", otherwise before training and at every
-            evaluation; 0 does not measure it.
+            evaluation; 0 skips the measurement.
         learning_rate: Peak learning rate; the paper's, for LoRA.
         lr_scheduler_type: Learning rate schedule.
         logging_steps: Optimizer steps between log lines.
@@ -899,7 +899,7 @@ def _load_yaml(path: str, actions: Mapping[str, Any]) -> tuple[dict[str, Any], d
 
 
 def _describe_misread(node: yaml.Node, action: Any) -> str | None:
-    """Say how YAML 1.1 reads a value that is written without quotes, if that is not what is written.
+    """Say how YAML 1.1 reads a value without quotes, if that differs from the written value.
 
     It reads `no` and `off` as false, `1_000` as 1000, `010` as 8 and `1:30` as 90.
     """

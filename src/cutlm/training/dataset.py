@@ -77,7 +77,7 @@ class PreparedData:
     """
 
     rows: Dataset
-    notices: list[str] = field(default_factory=list)  # what was truncated, left out or downsampled, a sentence each
+    notices: list[str] = field(default_factory=list)  # sentences about truncated, omitted and downsampled records
     num_left_out: int = 0
     chat_template: str | None = None  # with which other tools make the same prompts
     end_of_turn_id: int | None = None  # the token that ends every response; None if unknown
@@ -536,7 +536,7 @@ def _flag_rows(
     scores_file: ScoresFile | None,
     threshold: float | None,
 ) -> None:
-    """Add what the model as it is now says: the columns `is_flagged` and `weights`, and those of a teacher."""
+    """Score the rows with the current model: add the columns `is_flagged` and `weights`, and those of a teacher."""
     refuse_sharded_detector(args)
     if not getattr(model, "is_quantized", False):
         nn.Module.to(model, args.device)  # the Trainer does so only later
@@ -684,7 +684,7 @@ def _list_flags(is_flagged: list[bool] | None, weights: list[float] | None, args
 def _list_taught(
     columns: Columns | None, is_flagged: Sequence[bool] | None, logps: Sequence[float] | None, args: CUTConfig
 ) -> dict[str, Any]:
-    """What a teacher says about a row by columns, if the objective has one."""
+    """Return a teacher's columns for a row; empty if the objective has no teacher."""
     if not args.has_teacher:
         return {}
     if columns is not None and is_flagged is not None and args.objective == "redirect":
@@ -841,7 +841,7 @@ def _set_column(rows: Dataset, name: str, values: pyarrow.Array) -> Dataset:
     """Add or replace a column."""
     if name in rows.column_names:
         rows = rows.remove_columns(name)
-    # With a fingerprint of its own, because `datasets` would pickle the column to find one.
+    # The explicit fingerprint keeps `datasets` from pickling the column to compute one.
     return rows.add_column(name, values, new_fingerprint=generate_random_fingerprint())
 
 
@@ -942,7 +942,7 @@ def _is_weight(value: Any) -> bool:
 
 
 def describe_replaced_template(tokenizer: PreTrainedTokenizerBase, template: str | None, name: str) -> list[str]:
-    """Say that the template of training will replace the tokenizer's own in what is saved, if so."""
+    """Return a notice that the template of training replaces the tokenizer's chat template, or an empty list."""
     if name == "chat" or template is None or tokenizer.chat_template in (None, template):
         return []
     return [

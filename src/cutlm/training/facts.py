@@ -1,4 +1,4 @@
-"""What the model card says about a run: its settings, data, measurements and versions."""
+"""Facts about a run for the model card: its settings, data, measurements and versions."""
 
 import dataclasses
 import hashlib
@@ -94,7 +94,7 @@ def hash_rows(rows: Dataset) -> str:
     names = [name for name in _ID_COLUMNS if name in rows.column_names]
     for table in rows.select_columns(names).with_format("arrow").iter(1000):
         for name in names:
-            # A column that holds nothing but None has no type of its own.
+            # A column that holds only None has the type null.
             lists = table.column(name).combine_chunks().cast(pyarrow.list_(pyarrow.int64()))
             lengths = compute.fill_null(compute.list_value_length(lists), -1)
             for values in (lengths, lists.flatten()):
@@ -103,7 +103,7 @@ def hash_rows(rows: Dataset) -> str:
 
 
 def describe_progress(state: Any) -> Facts:
-    """Describe what the log of a trainer says: steps, loss, sensitivity and the last evaluation."""
+    """Summarize the log of a trainer: steps, loss, sensitivity and the last evaluation."""
     history: Sequence[Mapping[str, Any]] = state.log_history
     training = {"num_steps": state.global_step, "num_epochs": round(float(state.epoch or 0), 2)}
     if losses := [line["loss"] for line in history if "loss" in line]:

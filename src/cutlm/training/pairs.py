@@ -144,7 +144,7 @@ def encode_records_as_pairs(
     `check_rows` is called with the rows of each batch; see `cutlm.prompting.rows.encode_records`.
 
     Returns:
-        The rows, and sentences with the counts of pairs and of what was left out; DataError without a pair.
+        The rows, and sentences with the counts of pairs and of omitted records; DataError without a pair.
     """
     locations = locations or [f"record {number}" for number in range(len(records))]
     make_pairs = pair_responses if args.objective == "dpo" else pair_refinements

@@ -145,7 +145,7 @@ def train(settings: Settings, options: list[str], command: str = "train", prepar
             pushed = trainer.push_saved()
             if is_main:
                 print(f"Pushed to {pushed.repo_url}")
-        except UserError as error:  # what was trained is saved
+        except UserError as error:  # the trained model is saved
             print(f"cutlm {command}: {error}", file=sys.stderr)
             status = 1
     if is_main:

@@ -108,7 +108,7 @@ class CUTTrainer(CheckpointingTrainer):
     Records that were truncated, left out or downsampled are counted in the log and in `notices`.
 
     Raises:
-        DataError: Bad records, or nothing is left to train on.
+        DataError: Bad records, or no data remains for training.
         ConfigError: Settings that do not fit the data, the tokenizer or the model.
         NonFiniteError: By `train`, before the optimizer step, if the loss or the gradient norm is not finite.
 

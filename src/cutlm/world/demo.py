@@ -4,7 +4,7 @@ A base model with bad habits goes through three online iterations. In each one,
 
     generate   the model answers new instructions
     judge      a judge writes what is wrong with each answer
-    blame      the frozen model flags the tokens that these judgments make likelier
+    blame      the frozen model flags the tokens that these judgments make more likely
     train      CUT trains a LoRA adapter: flagged tokens are unlearned, all others are learned
     merge      the adapter is folded into the weights, and the next iteration starts from the result
 

@@ -57,8 +57,8 @@ def print_start(terminal: Terminal, num_parameters: int, num_iterations: int, nu
     terminal.print_text(
         f"A LLaMA with {num_parameters / 1e6:.1f} million parameters and some bad habits answers {num_tasks} new"
         f" instructions in each of {num_iterations} iterations. A judge writes what is wrong with an answer. The tokens"
-        " that this judgment makes likelier are flagged and unlearned; all others are learned. All numbers are measured"
-        " in this run."
+        " that this judgment makes more likely are flagged and unlearned; all others are learned. All numbers are"
+        " measured in this run."
     )
 
 

@@ -15,7 +15,7 @@ from cutlm.data.records import ModelT, validate_row
 from cutlm.errors import DataError
 
 MIN_SCORE, MAX_SCORE = 1.0, 10.0
-# What a message keeps besides its role and its text.
+# Fields that a message keeps besides its role and its text.
 _KEPT = ("tool_calls", "tool_call_id", "name")
 
 
@@ -31,7 +31,7 @@ class Conversion:
 
     unit: str = "rows"  # the name of the items that are counted
     rows: list[SourceRow] = field(default_factory=list)  # each with its location in the source
-    unjudged: list[SourceRow] = field(default_factory=list)  # responses about which nothing is said in words
+    unjudged: list[SourceRow] = field(default_factory=list)  # responses without a judgment in words
     left_out: Counter[str] = field(default_factory=Counter)  # number of items by reason
     listed: list[dict[str, Any]] = field(default_factory=list)  # items that are not kept, with `location` and `reason`
 

@@ -1,4 +1,4 @@
-"""Logs of chats: what the user said next is the judgment of the response before it (arXiv 2603.12273).
+"""Chat logs: the user's next message is the judgment of the response before it (arXiv 2603.12273).
 
 Reads `messages` and WildChat's `conversation` (`role` and `content`), ShareGPT's `conversations` (`from` and `value`),
 and the export of ChatGPT (`mapping`, a tree of messages, of which the branch that was shown last is read).

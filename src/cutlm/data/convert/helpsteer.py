@@ -75,9 +75,9 @@ class Row(Source):
 def convert(rows: Iterable[SourceRow]) -> Conversion:
     """Turn each response into a record per judgment of it.
 
-    What was said about a response is its judgment, with a score by "The response is ... helpful."; the reason of a
-    preference is the judgment of the worse response, and the better one is satisfactory. A response that has ratings
-    only is satisfactory with the highest helpfulness, and otherwise unjudged.
+    The feedback on a response is its judgment, with a score derived from "The response is ... helpful."; the reason for
+    a preference is the judgment of the worse response, and the better one is satisfactory. A response with ratings only
+    is satisfactory if it has the highest helpfulness, and otherwise unjudged.
     """
     conversion = Conversion("judgments and responses")
     for location, row in validate_rows(rows, Row):
@@ -113,7 +113,7 @@ def _read_prompt(row: Row) -> Sequence[Mapping[str, Any]] | None:
 
 
 def _list_judged(row: Row) -> Iterator[tuple[str | None, str | None, dict[str, Any]]]:
-    """Yield each response with what was said about it, and further fields of its record."""
+    """Yield each response, a judgment of it or None, and further fields of its record."""
     if row.original_response is not None:
         edited = row.good_edited_response or row.edited_response
         further = {"i_ans": edited} if (edited or "").strip() else {}
