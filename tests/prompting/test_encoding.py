@@ -24,7 +24,7 @@ from cutlm.prompting.encoding import (
     view_both_contexts,
 )
 from cutlm.prompting.rows import EncodedRecords, encode_records
-from cutlm.prompting.templates import read_arguments, render_alpaca_prompt, set_arguments
+from cutlm.prompting.templates import convert_arguments, read_arguments, render_alpaca_prompt, set_arguments
 
 TEMPLATES = ("alpaca", "chat")
 ALL = pytest.mark.parametrize(("kind", "template"), [(kind, name) for kind in TOKENIZER_KINDS for name in TEMPLATES])
@@ -788,3 +788,14 @@ def test_records_and_prompts_that_the_template_refuses_are_named():
         encode_each(encoder.encode_generation_prompt, texts, locations)
     assert [problem[:3] for problem in error.value.problems] == ["a:2", "a:3"]
     assert encode_each(encoder.encode_generation_prompt, texts[:1], locations[:1]) == [encoder.encode_prompt(texts[0])]
+
+
+@pytest.mark.parametrize("kind", [dict, str, None])
+def test_a_call_without_arguments_stays_without(kind: type | None) -> None:
+    message = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "now"}}, {"name": "now"}]}
+    assert convert_arguments(message, kind) == message
+
+
+def test_arguments_that_are_no_json_stay_as_they_are() -> None:
+    message = {"role": "assistant", "content": "", "tool_calls": [{"name": "a", "arguments": "x = 1"}]}
+    assert convert_arguments(message, dict) == convert_arguments(message, str) == message

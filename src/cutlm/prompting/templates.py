@@ -425,7 +425,10 @@ def convert_arguments(message: Message, kind: type | None) -> Message:
     calls = []
     for call in message.get("tool_calls") or ():
         function = call.get("function", call)
-        arguments = function.get("arguments")
+        if "arguments" not in function:
+            calls.append(call)
+            continue
+        arguments = function["arguments"]
         if kind is dict and isinstance(value := read_json_text(arguments), Mapping):
             arguments = value
         elif kind is str and isinstance(arguments, Mapping):
