@@ -98,6 +98,16 @@ def test_every_recipe_is_valid(recipe: Path, capsys: pytest.CaptureFixture[str])
 # ---- Report ----
 
 
+def test_settings_are_read_without_asking_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*args: object, **kwargs: object) -> None:
+        (tmp_path / "asked").touch()  # settings are read in a process of their own
+
+    monkeypatch.setattr("cutlm.model.loading.load_config", ask)
+    recipe = next(path for path in RECIPES if path.stem == "two-nodes")
+    assert main(["align", "--config", str(recipe), "--use_cpu", "--dry_run"]) == 0
+    assert not (tmp_path / "asked").exists()
+
+
 def test_table_shows_each_metric_that_is_known() -> None:
     stages = {
         "generate": {"num_responses": 1000, "num_empty": 2},
