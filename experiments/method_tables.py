@@ -18,7 +18,8 @@ from cutlm.inspect.tables import format_table
 # Quantiles of Student's t distribution at 97.5 %, by degrees of freedom.
 _T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 _PACKAGES = ("cutlm", "torch", "transformers", "trl")
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # distinct for colour-blind readers, too
+# Distinct for colour-blind readers, too.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#000000")
 
 
 def summarize(values: Sequence[float]) -> tuple[float, float | None]:
@@ -119,9 +120,11 @@ def _tabulate_noise(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _plot_noise(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """Accuracy with foreign judgments, or flipped verdicts."""
-    part = [row for row in rows if row["kind"] in (None, "foreign", "flipped")]
-    _plot_lines("noise", "share of unsatisfactory responses with another response's judgment")(axes, part)
+    """Accuracy with foreign judgments, or flipped verdicts, of the methods that were measured with them."""
+    kinds = ("foreign", "flipped")
+    names = {row["method"] for row in rows if row["kind"] in kinds}
+    part = [row for row in rows if row["method"] in names and row["kind"] in (None, *kinds)]
+    _plot_lines("noise", "share of judgments that are another response's, or of flipped verdicts")(axes, part)
 
 
 def _tabulate_detection(rows: Sequence[dict[str, Any]]) -> str:
@@ -164,7 +167,7 @@ def _plot_lines(key: str, label: str, is_log: bool = False) -> Callable[[Any, An
                 [row[key] for row in part],
                 [middle for middle, _ in summaries],
                 yerr=[half or 0 for _, half in summaries],
-                marker="osD^v"[number % 5],
+                marker="osD^vP*X"[number % 8],
                 color=_COLORS[number % len(_COLORS)],
                 capsize=3,
                 label=name,
@@ -176,7 +179,7 @@ def _plot_lines(key: str, label: str, is_log: bool = False) -> Callable[[Any, An
         axes.minorticks_off()
         axes.set_xlabel(label)
         axes.set_ylabel("accuracy on test tasks")
-        axes.legend()
+        axes.legend(fontsize=8)
 
     return plot
 
