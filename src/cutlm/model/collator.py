@@ -320,12 +320,12 @@ def find_position_limit(config: Any) -> int | None:
 
 
 def warn_of_long_limit(config: Any, max_length: int) -> None:
-    """Say before data are prepared that longer records than the context of a model, given its config, are refused."""
+    """Warn, before data are prepared, that records longer than the context of a model, given its config, are refused."""
     limit = find_position_limit(config)
     if limit is not None and max_length > limit:
         logger.warning(
-            f"max_length: {max_length} is above the model's context of {limit} tokens, and a longer record is refused;"
-            f" set --max_length {limit} to truncate its prompt instead"
+            f"max_length: {max_length} is above the model's context of {limit} tokens, and longer records are refused;"
+            f" set --max_length {limit} to truncate their prompts instead"
         )
 
 
