@@ -134,8 +134,8 @@ def _draw_rivals(records: Sequence[JudgedRecord], seed: int) -> dict[int, Sequen
     num_texts = len({normalize_judgment(str(records[index].judgment)) for index in judged})
     if judged and num_texts < 2:
         raise ConfigError(
-            "drop_ineffective or weigh_by_effect: expected unsatisfactory records with at least two different judgments,"
-            " got one; remove the setting"
+            "drop_ineffective or weigh_by_effect: expected unsatisfactory records with at least two different"
+            " judgments, got one; remove the setting"
         )
     return draw_sources(judged, records, {}, min(NUM_RIVALS, num_texts - 1), seed)
 

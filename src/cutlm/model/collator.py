@@ -320,7 +320,7 @@ def find_position_limit(config: Any) -> int | None:
 
 
 def warn_of_long_limit(config: Any, max_length: int) -> None:
-    """Warn, before data are prepared, that records longer than the context of a model, given its config, are refused."""
+    """Warn, before data are prepared, that records longer than the context of the model are refused."""
     limit = find_position_limit(config)
     if limit is not None and max_length > limit:
         logger.warning(
