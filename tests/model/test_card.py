@@ -87,10 +87,13 @@ def test_results_are_added_to_the_metadata_and_the_text_stays(tmp_path: Path) ->
     after = ModelCard.load(path)
     assert after.text == before.text
     assert read_facts(tmp_path) == FACTS
-    found = {(result.dataset_name, result.metric_type): result.metric_value for result in after.data.eval_results}
-    earlier = {(each.dataset_name, each.metric_type): each.metric_value for each in before.data.eval_results or []}
-    added = {("ROUGE", "rouge1"): 30.0, ("ROUGE", "rougeL"): 20.0, ("AlpacaEval", "win_rate"): 61.5}
-    assert found == earlier | added
+    added = [("AlpacaEval", "win_rate", 61.5), ("ROUGE", "rouge1", 30.0), ("ROUGE", "rougeL", 20.0)]
+    assert _list_results(after) == sorted(_list_results(before) + added)
+
+
+def _list_results(card: ModelCard) -> list[tuple[str, str, float]]:
+    results = card.data.eval_results or []
+    return sorted((result.dataset_name, result.metric_type, result.metric_value) for result in results)
 
 
 @pytest.mark.parametrize("content", [None, "# A model\n", "---\nlicense: mit\n---\n# A model\n"])

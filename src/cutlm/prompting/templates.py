@@ -440,8 +440,8 @@ def convert_arguments(message: Message, kind: type | None) -> Message:
 
 def _choose_marks(text: str) -> tuple[str, str]:
     """Choose two characters of the private use area that do not occur in a text."""
-    free = [chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text][:2]
-    return free[0], free[1]
+    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+    return next(free), next(free)
 
 
 def _mark_texts(value: Any, marks: tuple[str, str], name: str = "") -> Any:
