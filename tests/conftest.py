@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -27,6 +28,13 @@ settings.load_profile("cutlm")
 
 # A shell that starts this in the background has children ignore Ctrl-C, and so would the commands that the tests stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_imported_modules() -> None:
+    """Keep what was imported before out of garbage collection, which every start of a Trainer runs in full."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
