@@ -25,6 +25,12 @@ WORDS = {"good": 0.4, "bad": 0.1, "x": 0.3, "A": 0.01, "B": 0.02, "C": 0.08, "D"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} C C C {% endfor %}"
 
 
+@pytest.fixture(autouse=True)
+def _without_report_on_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out lm-eval's report on the machine, which takes two seconds for every task and which nothing reads."""
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Saves a model that gives each word its probability: all embeddings are one, and the layers add nothing."""
