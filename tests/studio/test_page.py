@@ -238,7 +238,7 @@ def test_five_thousand_responses(browser, tmp_path):
 
 
 def test_hostile_texts_stay_text(browser, tmp_path):
-    texts = [*NASTY, "<img src=x onerror=alert(1)> " * 3500, "</textarea></script><script>alert(2)</script>"]
+    texts = [*NASTY, "<img src=x onerror=alert(1)> " * 500, "</textarea></script><script>alert(2)</script>"]
     rows = [{"instruction": f"{text[:50]} q", "output": text} for text in texts]
     rows += [{"messages": [{"role": "system", "content": texts[1]}, {"role": "user", "content": texts[3]},
                            {"role": "assistant", "content": texts[5]}]}]  # fmt: skip
