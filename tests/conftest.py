@@ -30,6 +30,12 @@ settings.load_profile("cutlm")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _leave_checkout(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Work in an empty folder: a Trainer without `output_dir` makes a folder of that name where it starts."""
+    os.chdir(tmp_path_factory.mktemp("work"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _freeze_imported_modules() -> None:
     """Keep what was imported before out of garbage collection, which every start of a Trainer runs in full."""

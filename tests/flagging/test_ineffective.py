@@ -166,7 +166,7 @@ def test_training_leaves_them_out_and_reuses_what_it_has_stored(
 
 @pytest.mark.parametrize("objective", ["self_distillation", "redirect"])
 def test_training_in_memory_leaves_them_out(model: Path, ranks: dict[int, float], objective: str) -> None:
-    args = CUTConfig(output_dir=str(model.parent / "out"), objective=objective, drop_ineffective=True, **ON_CPU)
+    args = CUTConfig(objective=objective, drop_ineffective=True, **ON_CPU)
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model)
     trainer: Any = CUTTrainer(
@@ -190,7 +190,7 @@ def test_setting_needs_the_model_before_training(settings: dict[str, Any], name:
 
 
 def make_trainer(model: Path, data: Any = RECORDS, **settings: Any) -> Any:
-    args = CUTConfig(**ON_CPU | {"output_dir": str(model.parent / "out"), "detector": "frozen"} | settings)
+    args = CUTConfig(**ON_CPU | {"detector": "frozen"} | settings)
     loaded: Any = AutoModelForCausalLM.from_pretrained(model).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     return CUTTrainer(model=loaded, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer)

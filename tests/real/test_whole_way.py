@@ -1,11 +1,12 @@
 """The whole way with a real instruct model: check, blame, train, merge, generate, chat."""
 
+import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from commands import list_options, write_lines
 
 from cutlm.cli import main
@@ -30,7 +31,9 @@ RECORDS: list[dict[str, Any]] = [
 ]
 
 
-def test_the_whole_way(smollm2: Path, tmp_path: Path) -> None:
+def test_the_whole_way(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, scores = write_lines(tmp_path / "records.jsonl", RECORDS), tmp_path / "scores.jsonl"
     run, merged = tmp_path / "run", tmp_path / "merged"
     assert main(["check", str(data)]) == 0
@@ -58,20 +61,9 @@ def test_the_whole_way(smollm2: Path, tmp_path: Path) -> None:
     assert main(["generate", *list_options(**generate)]) == 0
     assert "Paris" in json.loads(answers.read_text("utf-8"))[0]["output"]
 
-    command = [
-        sys.executable,
-        "-m",
-        "cutlm",
-        "chat",
-        "--model",
-        str(merged),
-        "--device",
-        "cpu",
-        "--max_new_tokens",
-        "12",
-    ]
-    lines = f"{QUESTION}\n/judge That is wrong.\n/quit\n"
-    chat = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=300)
-    assert chat.returncode == 0, chat.stderr
-    assert "Australia" in chat.stdout
-    assert "with the judgment" in chat.stdout
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n/judge That is wrong.\n/quit\n"))
+    capsys.readouterr()
+    assert main(["chat", *list_options(model=merged, device="cpu", max_new_tokens=12)]) == 0
+    shown = capsys.readouterr().out
+    assert "Australia" in shown
+    assert "with the judgment" in shown
