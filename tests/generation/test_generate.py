@@ -193,8 +193,9 @@ def test_other_settings_cannot_resume_a_stopped_run(
     monkeypatch.setattr(Journal, "append", interrupt)
     assert main(options) == 130
     before = (tmp_path / "out.json.partial").read_bytes()
-    assert main([*options, "--temperature", "0.5"]) == 2
-    assert "(sampling differ)" in capsys.readouterr().err
+    for name, value in (("sampling", ["--temperature", "0.5"]), ("dtype", ["--dtype", "bfloat16"])):
+        assert main([*options, *value]) == 2
+        assert f"({name} differ)" in capsys.readouterr().err
     assert (tmp_path / "out.json.partial").read_bytes() == before
 
 

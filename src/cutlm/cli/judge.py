@@ -231,7 +231,7 @@ def _answer_under_both(
     encoder = make_encoder(args, tokenizer, template)
     max_new_tokens = args.max_response_tokens or choose_max_new_tokens(model)
     sampling = Sampling(max_new_tokens, temperature=1.0, seed=args.seed, batch_size=args.batch_size)
-    header = describe_answers(records, teacher, sampling, encoder, fingerprint_model(args.model))
+    header = describe_answers(records, teacher, sampling, encoder, fingerprint_model(args.model), model)
     journal = Journal(args.out, header, overwrite=args.overwrite)
     return answer_under_both(model, tokenizer, encoder, records, locations, teacher, sampling, journal), journal
 

@@ -77,12 +77,21 @@ def get_conversation(row: dict[str, Any]) -> Conversation:
 
 
 def describe_run(
-    inputs: Any, sampling: Sampling, template: str, model: str, template_date: str | None = None
+    inputs: Any,
+    sampling: Sampling,
+    template: str,
+    fingerprint: str,
+    template_date: str | None = None,
+    model: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Return the header of a run's journal: all settings that its responses depend on, with a hash of the inputs."""
+    """Return the header of a run's journal: all settings that its responses depend on, with a hash of the inputs.
+
+    `fingerprint` is of the model, or its name on a server; `model` is a local one, whose dtype counts, too.
+    """
     prompts = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-    header = {"sampling": asdict(sampling), "template": template, "model": model, "prompts": prompts}
-    return header | {"template_date": template_date}
+    header: dict[str, Any] = {"sampling": asdict(sampling), "template": template, "model": fingerprint}
+    header |= {"prompts": prompts, "template_date": template_date}
+    return header if model is None else header | {"dtype": str(next(model.parameters()).dtype)}
 
 
 def generate_file(
@@ -124,7 +133,8 @@ def generate_file(
         room = find_room_in(model.context_limit, sampling.max_new_tokens)
     conversations = [get_conversation(row) for row in prompts]
     inputs = [list_inputs(conversations), judgment]
-    header = describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date)
+    local = model if isinstance(model, nn.Module) else None
+    header = describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date, local)
     encoded = encode_prompts(conversations, judgment, encoder)
     encoded, num_shortened = drop_old_turns(
         encoded, conversations, lambda _, each: encoder.encode_generation_prompt(each, judgment), room
@@ -231,7 +241,8 @@ def refine_file(
     room = find_room(model, sampling.max_new_tokens)  # fails before a prompt is encoded
     unrefined = [index for index, record in enumerate(records) if not record.is_satisfactory and not record.i_ans]
     inputs = [record.model_dump(mode="json") for record in records]
-    journal = Journal(out, describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date))
+    header = describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date, model)
+    journal = Journal(out, header)
     asked = [records[index] for index in unrefined]
     encoded = encode_refinement_prompts(asked, encoder)
     encoded, num_shortened = drop_old_turns(

@@ -84,7 +84,7 @@ def judge_locally(
             outcome.failures[index] = Failure("long question", reason)
     asked = [index for index in kept if index not in outcome.failures]
     inputs = [questions[index] for index in asked]
-    header = describe_run(inputs, sampling, encoder.fingerprint, fingerprint_model(path), encoder.template_date)
+    header = describe_run(inputs, sampling, encoder.fingerprint, fingerprint_model(path), encoder.template_date, model)
     journal = Journal(out, header)
     counts = generate_with_journal(model, tokenizer, encoder, [encoded[index] for index in asked], sampling, journal)
     if counts.num_resumed:

@@ -78,8 +78,13 @@ def _make_response(record: JudgedRecord, location: str, kind: str, text: str) ->
 
 
 def describe_answers(
-    records: Sequence[JudgedRecord], teacher: TeacherSettings, sampling: Sampling, encoder: Encoder, fingerprint: str
+    records: Sequence[JudgedRecord],
+    teacher: TeacherSettings,
+    sampling: Sampling,
+    encoder: Encoder,
+    fingerprint: str,
+    model: nn.Module,
 ) -> dict[str, Any]:
     """Return the header of the journal of `answer_under_both`: all that its responses depend on."""
     inputs = [[record.model_dump(mode="json") for record in records], teacher.describe()]
-    return describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date)
+    return describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date, model)
