@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -489,20 +488,6 @@ def test_compiled_layers_take_the_same_steps_and_are_saved_under_the_same_names(
     assert trajectories[1] == pytest.approx(trajectories[0], rel=1e-5)
     assert trajectories[0][-1] < trajectories[0][0]
     assert names[0] == names[1]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a function of glibc")
-@pytest.mark.parametrize(("seconds", "num_trims"), [(0.0, 3), (1e6, 0)])
-def test_free_memory_is_returned_now_and_then(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, num_trims: int
-) -> None:
-    trainer = CUTTrainer(make_model(32), make_config(tmp_path, max_steps=3), [JUDGED] * 6)
-    (callback,) = (each for each in trainer.callback_handler.callbacks if type(each).__name__ == "_TrimHeap")
-    pads: list[int] = []
-    monkeypatch.setattr(callback, "_trim", pads.append)
-    monkeypatch.setattr(callback, "_SECONDS_BETWEEN", seconds)
-    trainer.train()
-    assert pads == [0] * num_trims
 
 
 def test_compiling_needs_a_model_that_names_its_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

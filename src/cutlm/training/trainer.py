@@ -7,12 +7,10 @@ loss, `compute_batch_loss` assigns token log-probabilities to the parts of the o
 """
 
 import copy
-import ctypes
 import dataclasses
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -247,8 +245,6 @@ class CUTTrainer(CheckpointingTrainer):
         self._frozen_sensitivity = prepared["train_dataset"].sensitivity if "train_dataset" in prepared else None
         self._is_noise_reported = False
         self.add_callback(_LogSensitivity(self))
-        if args.device.type == "cpu" and sys.platform == "linux":
-            self.add_callback(_TrimHeap())
         # A teacher that follows the trained weights.
         self.averaged: AveragedWeights | None = None
         if args.teacher == "ema":
@@ -526,24 +522,6 @@ class _LogSensitivity(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.global_step:  # a resumed run has logged it
             self.trainer.log_sensitivity()
-
-
-class _TrimHeap(TrainerCallback):
-    """Returns memory that is free to the system now and then, if the C library is glibc.
-
-    Tensors for ever new lengths leave gaps that glibc keeps: SmolLM2 grew from 5 GB in 4 steps to 7 GB in 20.
-    """
-
-    _SECONDS_BETWEEN = 10.0
-
-    def __init__(self) -> None:
-        self._trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        self._last_time = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._trim is not None and time.perf_counter() - self._last_time > self._SECONDS_BETWEEN:
-            self._trim(0)
-            self._last_time = time.perf_counter()
 
 
 class _UpdateTeacher(TrainerCallback):
