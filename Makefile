@@ -86,7 +86,7 @@ lowest-test: setup ## run a part of the tests with the lowest versions of the de
 	$(BIN)/pip install --quiet 'uv>=0.8'
 	$(BIN)/uv venv --quiet --clear build/lowest
 	$(BIN)/uv pip install --quiet --resolution lowest-direct --python build/lowest/bin/python '.[studio,gguf]'
-	$(BIN)/uv pip install --quiet --python build/lowest/bin/python 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
+	$(BIN)/uv pip install --quiet --python build/lowest/bin/python 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' scipy
 	build/lowest/bin/python -m pytest tests/losses tests/data tests/model tests/training/test_invariance.py \
 		tests/training/test_config.py
 
