@@ -5,17 +5,20 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from cutlm.cli import main as run_cutlm
 from cutlm.data.files import write_rows
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import UserError
+from cutlm.model.loading import has_fast_math
 from cutlm.prompting.templates import TemplateName
 
 _SETTINGS = {
     "objective": "hindsight",
     "lora_r": 16,
     "lora_target_modules": "all-linear",
-    "dtype": "float32",
+    "dtype": "bfloat16" if has_fast_math(torch.bfloat16) else "float32",
     "learning_rate": 5e-4,
     "per_device_train_batch_size": 16,
     "warmup_steps": 5,
