@@ -262,7 +262,9 @@ def has_slots(model: nn.Module, max_length: int) -> bool:
     return (
         not config.is_encoder_decoder
         and not getattr(language_model, "_is_stateful", False)
-        and {"position_ids", "attention_mask", "past_key_values"} <= _list_arguments(language_model)
+        and {"position_ids", "attention_mask"} <= (arguments := _list_arguments(language_model))
+        # transformers 5.24 calls it cache, and takes the old name, which we pass, until 5.40.
+        and not arguments.isdisjoint({"past_key_values", "cache"})
         and get_attention(language_model) in ("sdpa", "eager")
         and attends_to_all(language_model)
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
