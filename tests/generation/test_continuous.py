@@ -181,3 +181,12 @@ def test_tokens_are_drawn_by_their_probabilities() -> None:
     assert set(chosen.tolist()) == {2}
     cold = generation.Sampler(Sampling(1, 1e-3), indices[:50]).choose(indices[:50], logits[:50])
     assert set(cold.tolist()) == {2}
+
+
+@pytest.mark.parametrize(("name", "expected"), [("past_key_values", True), ("cache", True), ("states", False)])
+def test_a_cache_is_recognized_by_both_names_of_its_argument(
+    monkeypatch: pytest.MonkeyPatch, name: str, expected: bool
+) -> None:
+    names = {"position_ids", "attention_mask", name}
+    monkeypatch.setattr("cutlm.generation.continuous._list_arguments", lambda _: names)
+    assert has_slots(make_model(300), 64) is expected
