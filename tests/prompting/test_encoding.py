@@ -790,6 +790,33 @@ def test_records_and_prompts_that_the_template_refuses_are_named():
     assert encode_each(encoder.encode_generation_prompt, texts[:1], locations[:1]) == [encoder.encode_prompt(texts[0])]
 
 
+@pytest.mark.parametrize(
+    ("condition", "omitted"),
+    [
+        ("message['role'] != 'developer'", {"developer messages"}),
+        ("message['role'] != 'system' or loop.first", {"system messages after the first message"}),
+        ("message['role'] != 'developer' or loop.index == 2", {"developer messages"}),
+        (
+            "message['role'] not in ('system', 'developer') or loop.first",
+            {"system messages after the first message", "developer messages"},
+        ),
+        ("true", set()),
+    ],
+)
+def test_each_message_that_a_template_omits_is_said(condition: str, omitted: set[str]) -> None:
+    tokenizer = make_tokenizer("bpe", chat=True)
+    loop = "{% for message in messages %}"
+    tokenizer.chat_template = CHATML.replace(loop, f"{loop}{{% if {condition} %}}").replace(
+        "{% endfor %}", "{% endif %}{% endfor %}"
+    )
+    roles = ("system", "developer", "user", "assistant", "system", "developer", "user", "assistant")
+    messages = [{"role": role, "content": f"Text {number}."} for number, role in enumerate(roles)]
+    found = Encoder(tokenizer, "chat").describe_omissions(
+        [JudgedRecord.model_validate({"messages": messages, "judgment": None})]
+    )
+    assert {sentence.split("leaves ")[1].split(" out of")[0] for sentence in found} == omitted
+
+
 @pytest.mark.parametrize("kind", [dict, str, None])
 def test_a_call_without_arguments_stays_without(kind: type | None) -> None:
     message = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "now"}}, {"name": "now"}]}

@@ -284,15 +284,22 @@ class ChatTemplate:
         ]
 
     def _is_without(self, name: str, conversation: Conversation) -> bool:
-        changed = Conversation(
-            tuple(_change_part(message, name) for message in conversation.messages),
-            () if name == _TOOLS else conversation.tools,
-        )
+        """Whether the template omits a part, or one of several messages of it, such as a second system message."""
+        if name == _TOOLS:
+            changes = [Conversation(conversation.messages)]
+        else:
+            changes = [
+                _change_message(conversation, place, name)
+                for place, message in enumerate(conversation.messages)
+                if _name_part(place, message) == name
+            ]
+        text = self._apply(conversation.messages, conversation.tools)
+        return any(self._renders_as(changed, text) for changed in changes)
+
+    def _renders_as(self, conversation: Conversation, text: str) -> bool:
         try:
-            return self._apply(conversation.messages, conversation.tools) == self._apply(
-                changed.messages, changed.tools
-            )
-        except RenderError:  # then it was looked at
+            return self._apply(conversation.messages, conversation.tools) == text
+        except RenderError:  # then the change was looked at
             return False
 
     def _convert_arguments(self, conversation: Conversation) -> Conversation:
@@ -399,25 +406,35 @@ class ChatTemplate:
 
 
 # Parts of conversations that a template may leave out.
-_SYSTEM, _CALLS, _RESULTS, _TOOLS = "system messages", "calls of tools", "results of tools", "descriptions of tools"
+_SYSTEM, _LATER_SYSTEM, _DEVELOPER = "system messages", "system messages after the first message", "developer messages"
+_CALLS, _RESULTS, _TOOLS = "calls of tools", "results of tools", "descriptions of tools"
 
 
 def _find_parts(conversation: Conversation) -> set[str]:
-    parts = {_TOOLS} if conversation.tools else set()
-    for message in conversation.messages:
-        if message.get("tool_calls"):
-            parts.add(_CALLS)
-        elif message["role"] in ("system", "tool") and message["content"].strip():
-            parts.add(_SYSTEM if message["role"] == "system" else _RESULTS)
-    return parts
+    parts = {_name_part(place, message) for place, message in enumerate(conversation.messages)}
+    return {name for name in (*parts, _TOOLS if conversation.tools else None) if name is not None}
 
 
-def _change_part(message: Message, name: str) -> Message:
-    """Return a message without the calls of tools, or with another text as the system message or result."""
+def _name_part(place: int, message: Message) -> str | None:
+    """Name the part that a message belongs to; None for a turn of the user or the assistant."""
+    if message.get("tool_calls"):
+        return _CALLS
+    if not message["content"].strip():
+        return None
+    if message["role"] == "system":
+        return _LATER_SYSTEM if place else _SYSTEM
+    return {"developer": _DEVELOPER, "tool": _RESULTS}.get(message["role"])
+
+
+def _change_message(conversation: Conversation, place: int, name: str) -> Conversation:
+    """Return a conversation with one message without its calls of tools, or with another text."""
+    message = conversation.messages[place]
     if name == _CALLS:
-        return {key: value for key, value in message.items() if key != "tool_calls"}
-    is_changed = message["role"] == {_SYSTEM: "system", _RESULTS: "tool"}.get(name)
-    return {**message, "content": _PLACEHOLDER.format(0)} if is_changed else message
+        changed: Message = {key: value for key, value in message.items() if key != "tool_calls"}
+    else:
+        changed = {**message, "content": _PLACEHOLDER.format(0)}
+    messages = conversation.messages
+    return Conversation((*messages[:place], changed, *messages[place + 1 :]), conversation.tools)
 
 
 def convert_arguments(message: Message, kind: type | None) -> Message:
