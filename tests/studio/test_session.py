@@ -158,6 +158,20 @@ def test_reviewed_records_replace_the_old_judgment(tmp_path):
     assert check_records(out).num_unsatisfactory == 3
 
 
+def test_an_objection_that_is_confirmed_counts_whatever_the_score_was(tmp_path):
+    rows = [
+        make_rows(2)[0] | {"judgment": "It is wrong.", "score": 8},
+        make_rows(2)[1] | {"judgment": None, "score": 8},
+    ]
+    out = tmp_path / "out.jsonl"
+    items = read(tmp_path, rows, is_reviewing=True)
+    with Journal(name_journal(out, "ann")) as journal, Session(items, out, journal) as session:
+        session.save(0, change("unsatisfactory", judgment="It is wrong."))
+        session.save(1, change("satisfactory"))
+    assert [record.is_satisfactory for record in check_records(out).records] == [False, True]
+    assert [row.get("score") for row in read_lines(out)] == [None, 8]
+
+
 def test_a_withdrawn_verdict_leaves_no_record(tmp_path):
     out = tmp_path / "out.jsonl"
     items = read(tmp_path, make_rows(1))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cutlm.data.files import sync_directory, write_rows
+from cutlm.data.records import SATISFACTORY_SCORE
 from cutlm.prompting.spans import Span
 from cutlm.studio.items import Item
 from cutlm.studio.journal import Verdict
@@ -66,7 +67,8 @@ def make_row(item: Item, verdict: Verdict) -> dict[str, Any]:
         row["i_ans"] = verdict.i_ans
     draft = item.draft
     if draft is not None and draft.score is not None and draft.judgment == row["judgment"]:
-        row["score"] = draft.score  # it belongs to this judgment
+        # It belongs to this judgment. A high one would make the record satisfactory whatever the judgment says.
+        row |= {} if is_wrong and draft.score >= SATISFACTORY_SCORE else {"score": draft.score}
     return row | {name: value for name, value in item.row.items() if name not in row}
 
 
