@@ -85,6 +85,8 @@ def folder(tmp_path):
     (tmp_path / "in" / "notes.txt").write_text("not data")
     (tmp_path / "in" / "b.jsonl.report.json").write_text('{"num_records": 1}')
     write_rows(tmp_path / "in" / "b.jsonl.failures.jsonl", [{"reason": "none"}])
+    write_rows(tmp_path / "in" / "b.jsonl.disputed.jsonl", [{"n": 5, "verdicts": []}])
+    write_rows(tmp_path / "in" / "b.jsonl.studio" / "ann.jsonl", [{"key": "a"}])
     return tmp_path / "in"
 
 
@@ -99,7 +101,8 @@ def test_a_folder_is_read_whole_without_hidden_files_and_files_of_other_kinds(fo
 
 
 def test_globs_and_lists_are_read_in_their_order(folder):
-    assert number(f"{folder}/?.jsonl") == [1, 2]
+    assert number(f"{folder}/?.jsonl") == number(f"{folder}/*.jsonl") == [1, 2]
+    assert [row.value for row in read_rows(f"{folder}/*.failures.jsonl")[0]] == [{"reason": "none"}]
     assert number(f"{folder}/**/?.json.gz") == [3]
     assert number([f"{folder}/b.jsonl", f"{folder}/a.jsonl"]) == [2, 1]
 

@@ -20,7 +20,8 @@ _SELECTORS = re.compile(r"(?P<name>.+?)(?P<selectors>(?::[\w.-]+)?(?:@[\w./-]+)?
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 # What `datasets` and cutlm's own commands write next to the rows.
 _METADATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-_REPORTS = (".report.json", ".failures.jsonl", ".left_out.jsonl", ".todo.jsonl", ".todo.csv")
+_REPORTS = (".report.json", ".failures.jsonl", ".left_out.jsonl", ".disputed.jsonl", ".todo.jsonl", ".todo.csv")
+_JOURNALS = ".studio"  # the folder of the journals of reviewers, after the name of the file of records
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def _is_hub_name(name: str) -> bool:
 def _match(pattern: str) -> list[Path]:
     if not glob.has_magic(pattern):
         return []
-    return [path for name in sorted(glob.glob(pattern, recursive=True)) if (path := Path(name)).is_file()]
+    files = [path for name in sorted(glob.glob(pattern, recursive=True)) if (path := Path(name)).is_file()]
+    return [file for file in files if not _is_report(file)] or files
 
 
 def _is_data_file(path: Path) -> bool:
@@ -124,7 +126,9 @@ def _is_data_file(path: Path) -> bool:
 
 
 def _is_report(path: Path) -> bool:
-    return path.name in _METADATA or path.name.endswith(_REPORTS)
+    records = path.parent.name.removesuffix(_JOURNALS)
+    is_journal = records != path.parent.name and strip_compression(records).endswith(SUFFIXES)
+    return is_journal or path.name in _METADATA or path.name.endswith(_REPORTS)
 
 
 def _list_folder(folder: Path) -> list[Path]:
