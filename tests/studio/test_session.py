@@ -5,15 +5,18 @@ import os
 
 import pytest
 from commands import write_lines
+from report_scores import make_scores
 from studio_server import make_rows, read_lines
 
 from cutlm.cli import main
-from cutlm.data.records import check_records
+from cutlm.data.records import JudgedRecord, check_records
 from cutlm.errors import DataError, UserError
+from cutlm.flagging.token_scores import write_token_scores
 from cutlm.studio.items import read_items
 from cutlm.studio.journal import Journal, Verdict, name_journal, read_journals
 from cutlm.studio.merge import compare_reviewers, merge_verdicts
 from cutlm.studio.session import Change, Session
+from cutlm.training.run import load_data
 
 
 def read(folder, rows, *, is_reviewing=False):
@@ -170,6 +173,18 @@ def test_an_objection_that_is_confirmed_counts_whatever_the_score_was(tmp_path):
         session.save(1, change("satisfactory"))
     assert [record.is_satisfactory for record in check_records(out).records] == [False, True]
     assert [row.get("score") for row in read_lines(out)] == [None, 8]
+
+
+def test_reviewed_token_scores_become_records_without_the_flags_of_the_old_judgment(tmp_path):
+    path, out = tmp_path / "scores.jsonl", tmp_path / "out.jsonl"
+    write_token_scores(path, [make_scores("One two."), make_scores("Three.")])
+    items, _ = read_items(None, [path])
+    with Journal(name_journal(out, "ann")) as journal, Session(items, out, journal) as session:
+        session.save(0, change("unsatisfactory", judgment="New."))
+        session.save(1, change("satisfactory"))
+    data = load_data([str(out)])
+    assert [type(row) for row in data.rows] == [JudgedRecord, JudgedRecord]
+    assert [set(row) for row in read_lines(out)] == [{"instruction", "output", "judgment", "reviewers"}] * 2
 
 
 def test_a_withdrawn_verdict_leaves_no_record(tmp_path):

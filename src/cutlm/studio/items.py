@@ -13,7 +13,7 @@ from cutlm.data.conversations import Conversation
 from cutlm.data.records import JudgedRecord, check_records, is_praise, raise_problems
 from cutlm.data.sources import describe_sources
 from cutlm.errors import DataError
-from cutlm.flagging.token_scores import TokenScores
+from cutlm.flagging.token_scores import SCORE_FIELDS, TokenScores, is_token_scores_row
 from cutlm.inspect.page import describe_side
 from cutlm.inspect.tokens import mark_spans
 from cutlm.judges.responses import Response, read_responses, set_aside_empty
@@ -99,7 +99,9 @@ def read_items(
     seen: Counter[str] = Counter()
     items = []
     for location, row, draft in rows:
-        row = {name: value for name, value in row.items() if name not in _VERDICT_FIELDS}
+        # The flags of token scores are those of the judgment that is replaced.
+        removed = {*_VERDICT_FIELDS, *(SCORE_FIELDS if is_token_scores_row(row) else ())}
+        row = {name: value for name, value in row.items() if name not in removed}
         parts = [row.get(name) for name in ("instruction", "input", "messages", "tools", "output")]
         digest = hashlib.sha256(json.dumps([part or None for part in parts], sort_keys=True).encode()).hexdigest()[:20]
         seen[digest] += 1
