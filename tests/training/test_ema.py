@@ -61,6 +61,18 @@ def test_rate_0_is_the_frozen_teacher(settings: dict[str, Any], has_adapter: boo
     assert abs(moving[-1] - frozen[-1]) > 10 * abs(still[-1] - frozen[-1])
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_tokens_outside_of_the_support_of_a_guided_teacher_count(divergence: str) -> None:
+    losses = []
+    for settings in ({}, {"teacher": "ema", "teacher_ema_rate": 0.0}):
+        model: Any = make_model(len(TOKENIZER))
+        model.lm_head.weight.data *= 6  # so that the teacher supports less than 20 tokens
+        trainer = make_trainer(model, divergence=divergence, max_steps=1, **settings)
+        trainer.train()
+        losses += list_losses(trainer)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 class _Recorder(TrainerCallback):
     def __init__(self, model: Any) -> None:
         self.model = model

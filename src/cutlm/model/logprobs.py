@@ -171,7 +171,8 @@ def find_top_columns(
         num_columns: K, the number of tokens; None for the token of the response alone, K = 1.
 
     Returns:
-        Ids [N, K] and log-probabilities [N, K] float32, most likely first; -inf beyond the teacher's support.
+        Ids [N, K] and log-probabilities [N, K] float32, most likely first. Beyond the teacher's support they are padded
+        by the first token and -inf.
     """
     hidden, head_weight = _match(hidden, head_weight, target_ids)
     num = 1 if num_columns is None else min(num_columns, len(head_weight))
@@ -190,7 +191,9 @@ def find_top_columns(
                 ids[part] = target_ids[part, None]
                 logps[part] = teacher.gather(1, ids[part]).clamp(min=_MIN_LOGP)
             else:
-                logps[part], ids[part] = teacher.topk(num, dim=-1)
+                logps[part], found = teacher.topk(num, dim=-1)
+                # Other tokens there would be left out of the student's tail.
+                ids[part] = torch.where(logps[part] > -torch.inf, found, found[:, :1])
     return ids, logps
 
 
