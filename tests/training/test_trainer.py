@@ -280,6 +280,18 @@ def test_the_log_reports_the_step(tmp_path: Path) -> None:
     assert log["records_left_out"] == 0
 
 
+def test_the_mean_log_ratio_leaves_praise_out(tmp_path: Path) -> None:
+    rows = [JUDGED | {"is_praised": is_praised} for is_praised in (False, True)]
+    rows[1]["judged_prompt_ids"] = [1, 5, 6, 3, 3]
+    trainer = make_trainer(tmp_path, rows, per_device_train_batch_size=2, max_steps=1, objective="dual_cut")
+    with torch.no_grad():
+        _, outputs = trainer.compute_loss(trainer.model.eval(), trainer.data_collator(rows), return_outputs=True)
+    criticized, praised = outputs.log_ratios.split(4)
+    assert praised.abs().sum() > 0.1
+    trainer.train()
+    assert trainer.state.log_history[0]["mean_log_ratio"] == pytest.approx(criticized.mean().item(), abs=1e-5)
+
+
 class _Bar:
     """Stands for a progress bar of transformers."""
 

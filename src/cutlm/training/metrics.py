@@ -44,10 +44,15 @@ class RunningMetrics:
         """Add a micro-batch."""
         self.num_batches += 1
         critique = torch.zeros_like(loss.likelihood) if loss.critique is None else loss.critique
-        sums = (loss.contrast, loss.likelihood, critique, loss.is_flagged.sum(), loss.log_ratios.sum())
-        self._sums += torch.stack([part.detach().to(self._dtype) for part in sums])
         lengths = batch["response_lengths"][: batch["num_unsatisfactory"]]
         praised = batch.get("is_praised") or [False] * len(lengths)
+        ratios = loss.log_ratios.split(lengths) if lengths else ()
+        log_ratios = sum(
+            (part.sum() for part, is_praised in zip(ratios, praised, strict=True) if not is_praised),
+            start=torch.zeros_like(loss.likelihood),
+        )
+        sums = (loss.contrast, loss.likelihood, critique, loss.is_flagged.sum(), log_ratios)
+        self._sums += torch.stack([part.detach().to(self._dtype) for part in sums])
         num_judged = sum(length for length, is_praised in zip(lengths, praised, strict=True) if not is_praised)
         counts = (num_contrast, num_likelihood, num_critique, num_judged, len(batch["input_ids"]))
         self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
