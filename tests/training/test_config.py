@@ -80,6 +80,21 @@ def test_valid_settings_are_accepted(settings: dict[str, Any]) -> None:
             assert getattr(config, name) == value
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"metric_for_best_model": "loss"}, False),
+        ({"metric_for_best_model": "eval_loss_likelihood"}, False),
+        ({"metric_for_best_model": "loss_contrast"}, False),
+        ({"metric_for_best_model": "loss_contrast", "greater_is_better": True}, True),
+        ({"metric_for_best_model": "mean_log_ratio"}, True),
+        ({}, None),
+    ],
+)
+def test_the_best_model_has_the_least_part_of_the_loss(settings: dict[str, Any], expected: bool | None) -> None:
+    assert make_config(**settings).greater_is_better is expected
+
+
 OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("threshold", 0.9),
     ("threshold", float("inf")),

@@ -388,6 +388,10 @@ class CUTConfig(TrainingArguments):
         problems = [*self._check_objective(), *self._check_numbers(), *self._check_unsupported()]
         if problems:
             raise ConfigError(problems)
+        if self.greater_is_better is None and (self.metric_for_best_model or "").removeprefix("eval_").startswith(
+            "loss"
+        ):
+            self.greater_is_better = False  # transformers takes less for better only if the name ends with "loss"
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning only helps transfers to a GPU
