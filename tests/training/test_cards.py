@@ -75,6 +75,21 @@ def test_the_card_of_an_adapter_and_of_its_merge(base: Path, tmp_path: Path) -> 
     assert str(tmp_path) not in merged.content
 
 
+def test_the_card_of_the_best_model_has_its_evaluation(base: Path, tmp_path: Path) -> None:
+    options = ["--eval_data", str(tmp_path / "records.jsonl"), "--eval_strategy=steps", "--eval_steps=1"]
+    options += ["--max_steps=3", "--save_strategy=steps", "--save_steps=1", "--load_best_model_at_end=true"]
+    # The loss falls, so this takes the first checkpoint for the best one.
+    options += ["--metric_for_best_model=loss", "--greater_is_better=true"]
+    assert run_training(base, tmp_path, *options) == 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    losses = {line["step"]: line["eval_loss"] for line in state["log_history"] if "eval_loss" in line}
+    assert (state["best_global_step"], len(set(losses.values()))) == (1, 3)
+    for folder, step in (("out", 1), ("out/checkpoint-3", 3)):
+        facts = ModelCard.load(tmp_path / folder / "README.md").data.cutlm
+        assert facts["evaluation"]["loss"] == losses[step]
+        assert facts["training"]["num_steps"] == step
+
+
 @pytest.mark.parametrize("kind", ["adapter", "model"])
 def test_the_code_in_a_card_runs(kind: str, base: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert run_training(base, tmp_path, f"--use_peft={kind == 'adapter'}") == 0

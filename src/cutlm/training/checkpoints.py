@@ -409,7 +409,10 @@ class CheckpointingTrainer(Trainer):
         if "sha256" not in data and isinstance(self.train_dataset, Dataset):
             self.facts = {**self.facts, "data": data | {"sha256": hash_rows(self.train_dataset)}}
         name = self.args.hub_model_id or Path(str(self.args.output_dir)).resolve().name
-        write_card(folder, {"base": self._base, **describe_progress(self.state), **self.facts}, name)
+        # A checkpoint has the weights of the last step; after training, those of the best one may be loaded.
+        has_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint and self._staging is None
+        progress = describe_progress(self.state, self.state.best_global_step if has_best else None)
+        write_card(folder, {"base": self._base, **progress, **self.facts}, name)
 
 
 def _first_line(error: Exception) -> str:

@@ -102,10 +102,19 @@ def hash_rows(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def describe_progress(state: Any) -> Facts:
-    """Summarize the log of a trainer: steps, loss, sensitivity and the last evaluation."""
+def describe_progress(state: Any, best_step: int | None = None) -> Facts:
+    """Summarize the log of a trainer: steps, loss, sensitivity and the last evaluation.
+
+    Args:
+        state: The state of the trainer.
+        best_step: The step whose weights the model has, if these are not the last ones.
+    """
+    num_steps, epoch = state.global_step, state.epoch
     history: Sequence[Mapping[str, Any]] = state.log_history
-    training = {"num_steps": state.global_step, "num_epochs": round(float(state.epoch or 0), 2)}
+    if best_step is not None:
+        history = [line for line in history if line["step"] <= best_step]
+        num_steps, epoch = best_step, history[-1]["epoch"]
+    training = {"num_steps": num_steps, "num_epochs": round(float(epoch or 0), 2)}
     if losses := [line["loss"] for line in history if "loss" in line]:
         training["final_loss"] = losses[-1]
     facts: Facts = {"training": training}
