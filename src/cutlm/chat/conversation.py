@@ -86,6 +86,8 @@ def _count_records(path: Path, record: JudgedRecord) -> int:
     check = check_records(path)
     if check.problems:
         raise DataError(check.problems, hint=f"{path} is not a valid file of records; fix it or name another")
+    if not text.startswith(b"{"):  # a table, or UTF-16
+        raise DataError(f"{path}: expected JSON Lines in UTF-8, got records in another format; name another file")
     if is_token_scores_row(check.records[0].model_dump()):
         raise DataError(f"{path}: expected records, got token scores; name another file")
     if record in check.records:
