@@ -22,6 +22,7 @@ CALL = {
     "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {"what": "city"}}}],
 }
 FOUND = {"role": "tool", "name": "find", "content": "Sydney"}
+HALF_CALL = '{"name": "find", "arguments": {"city": "\\ud83d"}}'
 TOOL = {"type": "function", "function": {"name": "find", "description": "Finds.", "parameters": {"type": "object"}}}
 LONG = [SYSTEM, *HELLO, ASK]
 PARTS = [{"type": "text", "text": "Name "}, {"type": "text", "text": "a city."}]
@@ -82,6 +83,10 @@ def test_conversations_are_read_in_every_form(row: dict[str, Any], messages: lis
         ({"messages": [{"role": "user", "content": None}, ANSWER]}, "field 'messages[0].content'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "parts of image"),
         ({"messages": [{"role": "user", "content": "a\0b"}, ANSWER]}, "null bytes"),
+        ({"messages": [{"role": "user", "content": "a\ud83d"}, ANSWER, ASK, ANSWER]}, "half of a surrogate pair"),
+        ({"messages": [ASK, {"from": "function_call", "value": HALF_CALL}, ANSWER]}, "field 'messages[1].tool_calls'"),
+        ({"instruction": "a", "output": "b", "system": "a\ud83d"}, "field 'system': expected text, got half"),
+        ({"instruction": "a", "output": "b", "history": [["c", "\0"]]}, "field 'history[0]': expected text without"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}, ANSWER]}, "messages[0].content"),
         ({"messages": [{"from": "narrator", "value": "Hi."}, ANSWER]}, "field 'messages[0].role'"),
         ({"messages": [ASK, {"from": "function_call", "value": "find(1)"}, ANSWER]}, "field 'messages[1].content'"),

@@ -190,7 +190,7 @@ def _read_parts_around(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if system:
         if not isinstance(system, str):
             raise ConversationError("system", f"expected text, got {type(system).__name__}")
-        yield {"role": "system", "content": system}
+        yield {"role": "system", "content": _check_text(system, "system")}
     if history and (not isinstance(history, Sequence) or isinstance(history, str)):
         raise ConversationError("history", f"expected a list of pairs or messages, got {type(history).__name__}")
     if history and all(isinstance(turn, Mapping) for turn in history):
@@ -199,8 +199,8 @@ def _read_parts_around(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for number, turn in enumerate(history or ()):
         if not (isinstance(turn, Sequence) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise ConversationError(f"history[{number}]", "expected a pair of the user's and the assistant's text")
-        yield {"role": "user", "content": turn[0]}
-        yield {"role": "assistant", "content": turn[1]}
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            yield {"role": role, "content": _check_text(text, f"history[{number}]")}
     further = row.pop("input", None)
     instruction = row.pop("instruction")
     yield {"role": "user", "content": f"{instruction}\n{further}" if further else instruction}
@@ -238,6 +238,8 @@ def parse_messages(values: Any, field: str, *, allow_aliases: bool = False) -> I
             message["tool_calls"] = [{"type": "function", "function": call}]
             del message["function_call"]
         message["content"] = _read_content(message.get("content"), f"{name}.content", "tool_calls" in message)
+        if "tool_calls" in message:
+            _check_text(json.dumps(message["tool_calls"], ensure_ascii=False, default=str), f"{name}.tool_calls")
         yield message
 
 
@@ -266,6 +268,15 @@ def _read_content(content: Any, name: str, has_calls: bool) -> str:
         return ""
     if not isinstance(content, str):
         raise ConversationError(name, f"expected text, got {'null' if content is None else type(content).__name__}")
-    if "\0" in content:
+    return _check_text(content, name)
+
+
+def _check_text(text: str, name: str) -> str:
+    """Return a text that tokenizers accept; raise a `ConversationError` for any other."""
+    if "\0" in text:
         raise ConversationError(name, "expected text without null bytes")
-    return content
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConversationError(name, "expected text, got half of a surrogate pair") from None
+    return text
