@@ -319,6 +319,20 @@ def test_blame_stores_what_training_would(tmp_path: Path, base: Path, data: Path
     assert (first - second).norm() / first.norm() < 1e-5
 
 
+@pytest.mark.parametrize("objective", ["self_distillation", "redirect"])
+def test_training_needs_no_unsatisfactory_record(tmp_path: Path, base: Path, objective: str) -> None:
+    """An iteration of the loop may have none, and its stored distributions are all None."""
+    records = write_lines(tmp_path / "records.jsonl", [row for row in RECORDS if row["judgment"] is None])
+    scores = tmp_path / "scores.jsonl"
+    options = ["--template", "alpaca", "--objective", objective]
+    assert main(["blame", "--model", str(base), "--data", str(records), "--out", str(scores), *options]) == 0
+    for name, data in {"own": records, "stored": scores}.items():
+        assert main(run_step(tmp_path, base, data, name, 2, 1, objective=objective)) == 0
+    own, stored = (compute_gradient(base, tmp_path / name) for name in ("own", "stored"))
+    assert own.norm() > 0.01
+    assert torch.equal(own, stored)
+
+
 def test_blame_refuses_options_of_another_objective(base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = {"model": base, "data": data, "out": data.with_name("unused.jsonl")}
     for options, named in (

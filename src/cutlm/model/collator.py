@@ -371,8 +371,9 @@ def check_rows_fit_model(
         largest = max(largest, *(compute.max(compute.list_flatten(ids)).as_py() or 0 for ids in batch.values()))
     if isinstance(rows, Dataset) and "teacher_ids" in rows.column_names:
         for table in rows.with_format("arrow", columns=["teacher_ids"]).iter(_NUM_CHECKED):
-            taught = compute.max(compute.list_flatten(table["teacher_ids"], recursive=True))
-            largest = max(largest, taught.as_py() or 0)
+            # Without an unsatisfactory record the column holds nothing but None, and has no type.
+            taught = table["teacher_ids"].cast(pyarrow.list_(pyarrow.list_(pyarrow.int64())))
+            largest = max(largest, compute.max(compute.list_flatten(taught, recursive=True)).as_py() or 0)
     problems = []
     num_embeddings = next(language_model.get_input_embeddings().parameters()).shape[0]
     if 0 < num_embeddings <= largest:  # 0 where weights are sharded across processes
