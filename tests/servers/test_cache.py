@@ -20,6 +20,14 @@ def test_another_kind_of_file_is_refused_and_unchanged(tmp_path: Path) -> None:
     assert path.read_text() == "{}\n" * 1000
 
 
+def test_halves_of_surrogate_pairs_are_replaced_and_all_other_text_kept(tmp_path: Path) -> None:
+    answers = {"a": "<think>\ud83d</think>Wrong.", "b": "\0 \U0001f600 é", "c": "", "d": None}
+    with Cache(tmp_path / "cache.sqlite") as cache:
+        for key, answer in answers.items():
+            cache.put(key, answer)
+        assert cache.get_many(answers) == answers | {"a": "<think>?</think>Wrong."}
+
+
 def test_a_damaged_cache_is_an_error_of_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "cache.sqlite"
     with Cache(path) as cache:

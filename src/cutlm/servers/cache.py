@@ -86,7 +86,9 @@ class Cache:
 
     def put(self, key: str, answer: str | None) -> None:
         """Store an answer durably; raise `UserError` if the disk is full."""
-        self._execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, answer))
+        # SQLite holds no halves of surrogate pairs, which the thoughts of an answer may have.
+        stored = answer and answer.encode("utf-8", "replace").decode()
+        self._execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, stored))
 
     def read_usage(self) -> tuple[int, int]:
         """Return the number of requests and of tokens of all runs with this file."""
