@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from cutlm.cli import main
 from cutlm.cli.model_options import make_server
+from cutlm.judges.responses import read_responses
 from cutlm.prompting.encoding import Encoder
 
 NUM_PROMPTS = 9
@@ -165,6 +166,22 @@ def test_failures_are_listed_and_requested_again_by_the_next_run(
     assert "7 responses are from the run that was stopped" in printed
     assert f"9 responses in {out}; 1 of them stopped at 64 tokens" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.json"}
+
+
+@pytest.mark.parametrize("text", ["It is \ud83d", "It\0is."])
+def test_an_answer_that_no_record_may_have_is_a_failure(
+    server: ChatServer, prompts: Path, tmp_path: Path, text: str
+) -> None:
+    server.fault = lambda handler, number: (
+        read_number(server.prompts[number]) == 3 and handler.answer(200, make_completion(text, "length")) is None
+    )
+    out = tmp_path / "out.json"
+    assert main(list_options(server, prompts, out, "--max_failure_rate", "0.2")) == 0
+    (failure,) = read_failures(out)
+    assert failure["number"] == 4
+    assert "surrogate" in failure["reason"]
+    assert read_outputs(out) == [*EXPECTED[:3], *EXPECTED[4:]]
+    assert len(read_responses(out)) == NUM_PROMPTS - 1
 
 
 def test_only_complete_and_truncated_answers_become_responses(

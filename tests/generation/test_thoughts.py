@@ -107,6 +107,13 @@ def test_thoughts_that_are_cut_off_are_failures_and_never_responses(
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["prompts[0]", "prompts[1]"]
 
 
+def test_a_response_with_a_null_byte_is_a_failure(tmp_path: Path) -> None:
+    _save(tmp_path, f"<think>Hm</think>a\0b{IM_END}")
+    assert _generate(tmp_path) == 1
+    failures = _read(tmp_path / "out.jsonl.failures.jsonl")
+    assert [row["reason"] for row in failures] == ["the answer has null bytes or halves of surrogate pairs"] * 2
+
+
 def test_refining_leaves_out_answers_without_an_end(tmp_path: Path) -> None:
     _save(tmp_path, "<think>Hm, so it is yes")
     record = {"instruction": "Name one.", "output": "No.", "judgment": "It is wrong."}

@@ -390,9 +390,15 @@ class AnswerReader:
         split = split_reasoning(self.find_open_thoughts(prompt) + self.decode(ids[:length]))
         if is_unfinished and (split.problem or (split.reasoning is not None and not split.output.strip())):
             return Answer("", failure=f"stopped at {max_new_tokens} tokens, before the final answer")
-        if split.problem:
-            return Answer("", failure=split.problem)
+        if problem := split.problem or find_malformed_text(split.output):
+            return Answer("", failure=problem)
         return Answer(split.output, split.reasoning, is_unfinished)
+
+
+def find_malformed_text(output: str) -> str | None:
+    """Say why no record may have this response; None if one may."""
+    malformed = re.search("[\0\ud800-\udfff]", output)
+    return "the answer has null bytes or halves of surrogate pairs" if malformed else None
 
 
 def make_reader(model: nn.Module, tokenizer: PreTrainedTokenizerBase, encoder: Encoder) -> AnswerReader:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cutlm.data.conversations import Conversation
 from cutlm.data.journal import Journal
-from cutlm.generation.local import Generated, Sampling
+from cutlm.generation.local import Generated, Sampling, find_malformed_text
 from cutlm.prompting.reasoning import split_reasoning
 from cutlm.prompting.templates import convert_arguments
 from cutlm.servers.client import INCOMPLETE, Answer, Client, RequestFailed, Server
@@ -79,6 +79,8 @@ def read_response(answer: Answer, max_new_tokens: int, opening: str = "") -> tup
     """Return the final answer, and the model's thoughts before it or None; raise `RequestFailed` without an answer."""
     split = split_reasoning(opening + (answer.text or ""))
     reasoning = "\n\n".join(filter(None, (answer.reasoning, split.reasoning))) or None
+    if split.problem is None and (problem := find_malformed_text(split.output)):
+        raise RequestFailed(INCOMPLETE, problem, answer.text or "")
     if split.problem is None and (split.output.strip() or reasoning is None):
         return split.output, reasoning
     problem = split.problem or "the model reasons and gives no answer"
