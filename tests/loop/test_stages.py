@@ -257,6 +257,16 @@ def test_responses_are_refined_if_the_objective_needs_it(workplace: Path) -> Non
     assert row["stages"]["refine"]["metrics"] == {"num_refined": num_refined}
 
 
+def test_satisfactory_responses_are_not_refined_and_trained_on(workplace: Path, server: ChatServer) -> None:
+    server.reply = lambda prompt: "Perfect."
+    plan = make_plan(workplace, "unrefined", **judged_by(server, objective="ilf_mle", detector=None))
+    assert run_loop(plan, run=run_in_process) is True
+    folder = workplace / "unrefined" / "iteration-1"
+    assert load_records(folder / "refined.jsonl") == load_records(folder / "records.jsonl")
+    (row,) = collect_metrics(plan)
+    assert row["stages"]["refine"]["metrics"] == {"num_refined": 0}
+
+
 def test_eval_command_evaluates(workplace: Path) -> None:
     further = {"num_iterations": 1, "eval_instructions": "", "use_peft": False, "detector": "off"}
     command = """test -d {model} && echo '{"win_rate": 12.5, "note": "text"}' > {out}"""

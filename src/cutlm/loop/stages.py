@@ -340,6 +340,8 @@ def _share_cache(plan: Plan, judge: list[str], name: str) -> list[str]:
 
 def _refine(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
     records, out = iteration.folder / "records.jsonl", iteration.folder / "refined.jsonl"
+    if not out.exists() and all(record.is_satisfactory for record in check_records(records).records):
+        write_rows(out, [row.value for row in read_rows(records)[0]])  # `cutlm refine` refuses to do nothing
     arguments = ["refine", "--model", iteration.model, "--data", str(records), *plan.refine_options]
     runner.make(out, [*arguments, "--seed", str(make_seed(plan, iteration.number, "refine"))])
     return {"num_refined": sum(record.i_ans is not None for record in check_records(out).records)}
