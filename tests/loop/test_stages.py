@@ -178,6 +178,22 @@ def test_address_of_a_server_may_change_but_not_the_prompt(workplace: Path) -> N
         run_loop(plan("http://b/v1", 2), until=StageRef(1, "sample"), run=run_in_process)
 
 
+@pytest.mark.parametrize("model", ["base", "base/", None])
+def test_a_server_gets_token_ids_for_the_initial_model_however_it_is_named(
+    workplace: Path, model: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its chat template, if it has one, is not that of training."""
+    monkeypatch.chdir(workplace)
+    further = {"generate": "--base_url http://x/v1", "template": "alpaca", "num_iterations": 1, "eval_instructions": ""}
+    name = {"base": "relative", "base/": "slash", None: "absolute"}[model]
+    plan = make_plan(workplace, name, model_name_or_path=model or str(workplace / "base"), **further)
+    commands: list[list[str]] = []
+    with pytest.raises(StageFailed):
+        run_loop(plan, run=lambda arguments, **kwargs: commands.append(arguments) or 1)
+    assert commands[0][:3] == ["generate", "--model", str(workplace / "base")]
+    assert "--template=alpaca" in commands[0]
+
+
 @pytest.mark.parametrize(
     ("judge", "advice"),
     [

@@ -58,8 +58,7 @@ class StageRef:
 
 def list_iterations(plan: Plan) -> list[Iteration]:
     """List all iterations, starting with number 0 for the initial model."""
-    model = str(Path(plan.model).resolve()) if Path(plan.model).exists() else plan.model
-    iterations = []
+    model, iterations = plan.model, []
     for number in range(plan.arguments.num_iterations + 1):
         iterations.append(Iteration(number, plan.folder / f"iteration-{number}", model))
         model = iterations[-1].new_model

@@ -98,7 +98,7 @@ class Plan:
 
     arguments: AlignArguments
     folder: Path  # where all files go
-    model: str  # the initial one
+    model: str  # the initial one: the absolute path of a folder, or a name on the hub
     seed: int  # every stage's seed is derived from it
     server_url: str | None  # of the server that generates; None for a local model
     has_blame: bool  # whether the model before each training flags the tokens, or teaches
@@ -209,12 +209,13 @@ def _read_plan(config: str | None, options: list[str], parse_options: ParseOptio
     if judge != "local":  # which has these options itself
         of_model = ("batch_size", "dtype", "device")
         comparison_options += [f"--{name}={generate[name]}" for name in of_model if generate.get(name) is not None]
+    model = model_args.model_name_or_path
     judges = {"judge": arguments.judge, "eval_judge": arguments.eval_judge}
     prompts = {name: parse_options("judge", text).get("prompt_file") for name, text in judges.items() if text}
     return Plan(
         arguments=arguments,
         folder=Path(train_args.output_dir),
-        model=model_args.model_name_or_path,
+        model=str(Path(model).resolve()) if Path(model).exists() else model,
         seed=train_args.seed,
         server_url=generate.get("base_url"),
         # Under FSDP and DeepSpeed, training cannot ask the model before it for flags or the teacher's distributions.
