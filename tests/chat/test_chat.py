@@ -380,6 +380,17 @@ def test_the_pieces_of_an_answer_equal_a_generated_response(tiny: tuple[Any, Any
         assert not any(piece.endswith("\N{REPLACEMENT CHARACTER}") for piece in pieces[:-1] if len(piece) == 1)
 
 
+def test_whether_to_stop_is_known_on_the_device_of_the_model(
+    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor of the CPU cannot be combined with one of a GPU; the device "meta" refuses it, too."""
+    found: dict[str, Any] = {}
+    monkeypatch.setattr("cutlm.chat.local.generate_ids", lambda *args, **options: found.update(options))
+    LocalEngine(*tiny, "chat", Sampling(8), FlagSettings()).answer([5, 6], 0, lambda text: None)
+    ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
+    assert found["stopping_criteria"](ids, None).device == ids.device
+
+
 def test_ctrl_c_stops_at_the_next_token_and_keeps_the_answer_so_far(
     tiny: tuple[Any, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,10 @@ class LocalEngine:
         if opening := reader.find_open_thoughts(prompt):
             show(opening)
         sampling = replace(self._sampling, seed=(self._sampling.seed + seed_offset) % 2**63)
+
+        def must_stop(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return torch.full((1,), stop.is_set(), device=ids.device)
+
         with _catch_interrupt() as stop, _explain_out_of_memory(), torch.inference_mode():
             generate_ids(
                 self._model,
@@ -88,7 +92,7 @@ class LocalEngine:
                 make_generation_config(reader, self.max_new_tokens),
                 logits_processor=make_logits_processors(sampling, [0]),
                 streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([lambda ids, _: torch.full((1,), stop.is_set())]),
+                stopping_criteria=StoppingCriteriaList([must_stop]),
             )
         if stop.is_set() and not streamer.is_ended:
             raise KeyboardInterrupt
