@@ -1,6 +1,7 @@
 """`cutlm inspect` and the data that it writes into a page. No browser is needed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -179,6 +180,11 @@ def test_spans_of_the_judge_are_shown_without_a_model(tmp_path: Path, capsys: py
     assert "".join(piece.text for piece in split_pieces(first)) == row["output"]
     assert not any(second.is_flagged + third.is_flagged)
     options = ["inspect", "--data", str(data), "--out", str(out), "--overwrite"]
+    shutil.copy(data, other := tmp_path / "other.jsonl")
+    assert main([*options, "--data", str(data), str(other)]) == 0
+    page = read_page_data(out)
+    assert page["names"] == ["records.jsonl, other.jsonl"], "two names would be those of two scores of each record"
+    assert [len(record["sides"]) for record in page["records"]] == [1] * 6
     assert main([*options, "--threshold", "2"]) == 2, "only with a model"
     data.write_text(json.dumps(row) + "\n")
     assert main(options) == 2, "nothing is marked"

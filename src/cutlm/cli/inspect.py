@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         num_unpaired = ()
     names = [Path(file).name for file in files]
     names = names if len(set(names)) == len(names) else files
+    if not (args.model or args.scores):
+        names = [", ".join(names)]  # one set of records; two names are two scores of each
     left_out = ""
     if len(rows) < num_all:
         left_out = f"{len(rows):,} of {num_all:,} records, drawn at random; --max_records 0 shows all."
