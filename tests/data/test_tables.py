@@ -133,6 +133,7 @@ def test_values_of_a_column_become_json(tmp_path):
             "messages": [[{"role": "user", "content": "Hi.", "tool_calls": None}], None],
             "counts": pyarrow.array([[("a", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
             "kind": pyarrow.array(["x", "y"]).dictionary_encode(),
+            "id": pyarrow.array([bytes(16), None], pyarrow.uuid()),
         }
     )
     pyarrow.parquet.write_table(table, path)
@@ -146,8 +147,9 @@ def test_values_of_a_column_become_json(tmp_path):
             "messages": [{"role": "user", "content": "Hi."}],
             "counts": {"a": 1},
             "kind": "x",
+            "id": "00000000-0000-0000-0000-000000000000",
         },
-        {"score": 1.5, "day": None, "price": None, "messages": None, "counts": {}, "kind": "y"},
+        {"score": 1.5, "day": None, "price": None, "messages": None, "counts": {}, "kind": "y", "id": None},
     ]
 
 
@@ -158,10 +160,15 @@ def test_values_of_mixed_types_are_read_as_datasets_writes_them(tmp_path):
     assert [row.value for row in read_rows(tmp_path / "a.parquet")[0]] == rows
 
 
-def test_binary_columns_are_refused(tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"image": [{"bytes": b"x"}]}), tmp_path / "a.parquet")
-    rows, problems = read_rows(tmp_path / "a.parquet")
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view"])
+def test_binary_columns_are_refused(kind, tmp_path):
+    path = tmp_path / "a.arrow"
+    column = pyarrow.array([b"x"], getattr(pyarrow, kind)())
+    table = pyarrow.table({"image": pyarrow.StructArray.from_arrays([column], ["bytes"])})
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as out:
+        out.write_table(table)
+    rows, problems = read_rows(path)
     assert (rows, problems) == (
         [],
-        [f"{tmp_path}/a.parquet: column 'image': expected text, numbers or lists, got binary; remove the column"],
+        [f"{path}: column 'image': expected text, numbers or lists, got {kind}; remove the column"],
     )

@@ -9,6 +9,7 @@ import decimal
 import io
 import json
 import math
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def _read_cell(name: str, cell: str) -> Any:
 def parse_arrow(path: str | Path, content: bytes, columns: Mapping[str, str]) -> Table:
     """Parse a Parquet file, an Arrow file or an Arrow stream; `columns` are the new names of some columns.
 
-    NaN is read as null, dates as text, and nulls inside lists and objects are left out, because a column cannot
+    NaN is read as null, dates and UUIDs as text, and nulls inside objects are left out, because a column cannot
     distinguish them from missing fields. Binary columns are refused.
     """
     import pyarrow
@@ -181,7 +182,8 @@ def _find_binary(kind: "pyarrow.DataType") -> str | None:
     """Return the type of binary data in a column, or None."""
     from pyarrow import types
 
-    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+    binary = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    if any(is_binary(kind) for is_binary in binary):
         return str(kind)
     inner = [kind.field(index).type for index in range(kind.num_fields)]
     return next(filter(None, map(_find_binary, inner)), None)
@@ -205,6 +207,8 @@ def _to_json(value: Any, kind: "pyarrow.DataType", *, is_nested: bool = True) ->
         return value.isoformat()
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
+    if isinstance(value, uuid.UUID):
+        return str(value)
     return float(value) if isinstance(value, decimal.Decimal) else value
 
 
