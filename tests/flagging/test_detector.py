@@ -24,7 +24,7 @@ from cutlm.cli import main
 from cutlm.data.journal import Journal
 from cutlm.data.records import JudgedRecord, load_records
 from cutlm.errors import ConfigError, UserError
-from cutlm.flagging.detector import FlagSettings, blame_file, describe_run
+from cutlm.flagging.detector import FlagSettings, blame_file, describe_run, encode_for_scoring
 from cutlm.flagging.report import read_sensitivity
 from cutlm.flagging.scoring import Scored, score_rows
 from cutlm.flagging.sensitivity import pair_foreign
@@ -120,6 +120,13 @@ def test_praise_is_scored_on_request_and_never_flagged(model: Path, data: Path, 
         assert not any(scores.is_flagged)
         assert not any(scores.weights)
         assert scores.record.judgment == RECORDS[index]["judgment"], "the record itself is not changed"
+
+
+def test_a_satisfactory_response_is_scored_with_praise_even_if_its_judgment_objects() -> None:
+    encoder = Encoder(make_tokenizer(), "alpaca")
+    record = JudgedRecord(instruction="Name a city.", output="Paris.", judgment="It is short.", score=9)
+    encoded = encode_for_scoring([record], ["a:1"], encoder, FlagSettings(with_praise=True))
+    assert encoded.rows[0]["judged_prompt_ids"] == encoder.encode_prompt("Name a city.", "Perfect.")
 
 
 def test_counts_and_the_next_command_are_printed(

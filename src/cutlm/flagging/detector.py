@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cutlm.data.files import write_text
 from cutlm.data.journal import Journal, refuse_foreign
-from cutlm.data.records import PRAISE, JudgedRecord
+from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.contrast import CONTRASTS, Encode, Plan, average_logps, find_threshold, plan_contexts
 from cutlm.flagging.report import Sensitivity, name_report_file
@@ -80,7 +80,7 @@ class FlagSettings:
         surprise_weight: kappa: a token is flagged if its log ratio, plus kappa times its surprise (minus the
             log-probability that the one with the judgment is compared with), is above log lambda. 0: eq. 5. Tokens that
             are unlikely are more often wrong, so this is the log odds of a token being wrong with a prior.
-        with_praise: Score satisfactory records with their judgment too ("Perfect." if they have none), to calibrate
+        with_praise: Score satisfactory records with their praise too ("Perfect." if they have none), to calibrate
             thresholds. They are never flagged.
         drop_ineffective: Leave out unsatisfactory records whose judgment has no larger effect on the response than
             those of other records: less than `LEAST_RANK` of `NUM_RIVALS` of them; see `rank_judgment`.
@@ -627,11 +627,10 @@ def encode_for_scoring(
     """Encode the contexts of each record; with `with_praise`, those of satisfactory records too."""
 
     def view_with_praise(record: JudgedRecord, encoder: Encoder) -> RenderedRecord:
-        judgment = (record.judgment or PRAISE) if record.is_satisfactory else record.judgment
         conversation = record.conversation
         return RenderedRecord(
             encoder.render(conversation),
-            encoder.render(conversation, judgment),
+            encoder.render(conversation, record.stated_judgment),
             encoder.render_response(record.output),
         )
 
