@@ -161,6 +161,13 @@ def test_lines_are_independent_of_each_other(tmp_path: Path) -> None:
     assert row["spans"][0] == [0, 2]
 
 
+def test_lines_of_white_space_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    write_token_scores(path, [make_scores()])
+    path.write_text(f"{path.read_text('utf-8')}\n\u00a0\n \u3000\r\n", "utf-8")
+    assert read_token_scores(path) == [make_scores()]
+
+
 def test_token_scores_can_be_read_as_records(tmp_path: Path) -> None:
     write_token_scores(tmp_path / "scores.jsonl", [make_scores()])
     (record,) = load_records(tmp_path / "scores.jsonl")

@@ -174,7 +174,7 @@ def stream_lines(path: str | Path, name: str) -> Iterator[Line]:
     try:
         with open(path, "rb") as file:
             for number, raw in enumerate(file, start=1):
-                if raw.strip():
+                if raw.decode("utf-8", "replace").strip():  # as in `_parse_lines`, also of a no-break space
                     yield Line(offset, len(raw), *_read_line(name, number, raw))
                 offset += len(raw)
     except OSError as error:
