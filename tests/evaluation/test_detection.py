@@ -47,6 +47,16 @@ def score_words(output: str, ratios: list[float], wrong_spans: list[tuple[int, i
     )
 
 
+def test_tokens_of_the_chat_template_do_not_count():
+    own = score_words("Sydney is big.", [2, 1, 1, 1], [(0, 0)])
+    ids, spans = [40, 41, *own.token_ids], [(0, 0), (0, 0), *own.spans]
+    columns = {"token_ids": ids, "tokens": ["<think>", "</think>", *own.tokens], "spans": spans}
+    logps = {"logps_without": [-1.0, -1.0, *own.logps_without], "logps_with": [-0.1, -0.1, *own.logps_with]}
+    opened = replace(own, **columns, **logps, is_flagged=[False] * 6, weights=[0.0] * 6)
+    assert gather_evidence([opened]) == gather_evidence([own])
+    assert sum(is_wrong for _, is_wrong in gather_evidence([opened]).all_tokens) == 1
+
+
 @pytest.mark.parametrize(
     ("threshold", "precision", "recall", "f1"),
     [

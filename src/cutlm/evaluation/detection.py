@@ -2,7 +2,7 @@
 
 A token is wrong if it overlaps one of the record's `wrong_spans`, or if an empty span points to it. It is flagged if
 the judgment multiplies its probability by more than the threshold (eq. 5 of the paper). Only tokens of unsatisfactory
-responses with known wrong spans count.
+responses with known wrong spans count, but not those that the chat template writes, which are never flagged.
 """
 
 import math
@@ -69,7 +69,9 @@ def gather_evidence(scores: Iterable[TokenScores], name_group: Callable[[TokenSc
             evidence.left_out["without log-probs"] += 1
         else:
             evidence.num_records += 1
-            pairs = zip(ratios, flag_spans(score.spans, record.wrong_spans), strict=True)
+            # Tokens of the template have empty spans at the start.
+            first = next((index for index, (_, end) in enumerate(score.spans) if end), 0)
+            pairs = zip(ratios[first:], flag_spans(score.spans[first:], record.wrong_spans), strict=True)
             evidence.tokens.setdefault(name_group(score) if name_group else None, []).extend(pairs)
     return evidence
 
