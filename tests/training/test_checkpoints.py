@@ -1,4 +1,4 @@
-"""The private methods of the libraries' trainers that are overridden; trying to save before training."""
+"""The private methods of the libraries' trainers that are overridden; trying to save; which checkpoints are kept."""
 
 import hashlib
 import inspect
@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import transformers
 import trl
+from commands import ON_CPU
 from tiny import make_model, make_tokenizer, save_tiny_model
+from transformers import TrainerCallback
 
 from cutlm.cli import main
 from cutlm.errors import UserError
@@ -115,3 +117,31 @@ def test_a_tokenizer_that_cannot_be_saved_is_refused_before_training(
     assert train_fully(base, tmp_path / "out") == 2
     assert "no vocabulary file" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
+
+
+# ---- Which checkpoints are kept ----
+
+
+class _StopAt(TrainerCallback):
+    """Asks a trainer to stop while it runs the step after a given one."""
+
+    def __init__(self, trainer: CUTTrainer, step: int) -> None:
+        self.trainer, self.step = trainer, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            self.trainer.request_stop()
+
+
+@pytest.mark.parametrize("save_strategy", ["best", "steps"])
+def test_a_stopped_run_keeps_its_last_checkpoint_next_to_the_best(tmp_path: Path, save_strategy: str) -> None:
+    rows = [{"prompt_ids": [1, 5], "judged_prompt_ids": None, "response_ids": [7, 2]}] * 4
+    settings = ON_CPU | {"max_steps": 4, "save_strategy": save_strategy, "save_steps": 1, "save_total_limit": 1}
+    # The loss falls, so this takes the first checkpoint for the best one.
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = CUTTrainer(make_model(32), CUTConfig(output_dir=str(tmp_path), **settings), rows, rows)
+    trainer.add_callback(_StopAt(trainer, 2))
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    assert trainer.args.save_total_limit == 1

@@ -92,6 +92,8 @@ _HUB_ERRORS = (OSError, HTTPError, HFValidationError)
 TRAINER_OVERRIDES = {
     "DPOTrainer._prepare_dataset": "35e349e8e826",
     "DPOTrainer._save_checkpoint": "b6ee0a370c26",
+    "Trainer._determine_best_metric": "7aa77355a0c3",
+    "Trainer._finalize_training": "6d6d83d6a271",
     "Trainer._get_grad_norm": "913ba6f52f07",
     "Trainer._get_output_dir": "97172085342a",
     "Trainer._get_train_sampler": "1580d7493244",
@@ -195,6 +197,21 @@ class CheckpointingTrainer(Trainer):
             self.control.should_save = True
             self.control.should_training_stop = True
         return grad_norm
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether to save after an evaluation under `save_strategy: best`: also if asked to stop."""
+        is_best = super()._determine_best_metric(*args, **kwargs)
+        return is_best or self._is_stopping
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """End training; if asked to stop, keep the checkpoint to resume from next to the best one."""
+        limit = self.args.save_total_limit
+        if self._is_stopping and limit is not None:
+            self.args.save_total_limit = limit + 1
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _check_finite(self, grad_norm: float) -> None:
         """Fail before the optimizer step if the gradient norm is not finite."""
