@@ -10,6 +10,7 @@ import pytest
 import transformers
 import trl
 from commands import ON_CPU
+from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer, save_tiny_model
 from transformers import TrainerCallback
 
@@ -145,3 +146,18 @@ def test_a_stopped_run_keeps_its_last_checkpoint_next_to_the_best(tmp_path: Path
     assert trainer.state.global_step == 3
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
     assert trainer.args.save_total_limit == 1
+
+
+def test_the_best_of_the_saved_models_is_loaded_if_a_better_one_was_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt_ids": [1, 5], "judged_prompt_ids": None, "response_ids": [7, 2]}] * 4
+    settings = ON_CPU | {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    trainer = CUTTrainer(make_model(32), CUTConfig(output_dir=str(tmp_path), **settings), rows, rows)
+    losses, evaluate = iter([9.0, 3.0, 8.0, 7.0, 2.0, 6.0]), trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda **options: evaluate(**options) | {"eval_loss": next(losses)})
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    weights = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(weight.equal(weights[name]) for name, weight in trainer.model.state_dict().items() if name in weights)

@@ -427,9 +427,9 @@ class CheckpointingTrainer(Trainer):
             self.facts = {**self.facts, "data": data | {"sha256": hash_rows(self.train_dataset)}}
         name = self.args.hub_model_id or Path(str(self.args.output_dir)).resolve().name
         # A checkpoint has the weights of the last step; after training, those of the best one may be loaded.
-        has_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint and self._staging is None
-        progress = describe_progress(self.state, self.state.best_global_step if has_best else None)
-        write_card(folder, {"base": self._base, **progress, **self.facts}, name)
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end and not self._staging else None
+        best_step = int(best.rpartition("-")[2]) if best else None
+        write_card(folder, {"base": self._base, **describe_progress(self.state, best_step), **self.facts}, name)
 
 
 def _first_line(error: Exception) -> str:
@@ -459,9 +459,11 @@ def publish_checkpoint(staging: str, run_dir: str, state: TrainerState, save_tot
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     source, target = os.path.join(staging, name), os.path.join(run_dir, name)
     if state.best_global_step:
-        # The Trainer has just recorded the name of the staging folder.
         best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
-        state.best_model_checkpoint = best if best == target or os.path.isdir(best) else None
+        if best == target or os.path.isdir(best):  # the Trainer has just recorded the name of the staging folder
+            state.best_model_checkpoint = best
+        elif not os.path.isdir(state.best_model_checkpoint or ""):  # else an earlier one is the best of those saved
+            state.best_model_checkpoint = None
         state.save_to_json(os.path.join(source, TRAINER_STATE_NAME))
     sync_tree(source)
     if os.path.isdir(target):
