@@ -69,9 +69,8 @@ def gather_evidence(scores: Iterable[TokenScores], name_group: Callable[[TokenSc
             evidence.left_out["without log-probs"] += 1
         else:
             evidence.num_records += 1
-            # Tokens of the template have empty spans at the start.
-            first = next((index for index, (_, end) in enumerate(score.spans) if end), 0)
-            pairs = zip(ratios[first:], flag_spans(score.spans[first:], record.wrong_spans), strict=True)
+            start = score.num_template_tokens
+            pairs = zip(ratios[start:], flag_spans(score.spans[start:], record.wrong_spans), strict=True)
             evidence.tokens.setdefault(name_group(score) if name_group else None, []).extend(pairs)
     return evidence
 

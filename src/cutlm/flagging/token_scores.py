@@ -112,6 +112,11 @@ class TokenScores:
         reference = add_surprise(reference, self.surprise_weight)
         return [judged - other for judged, other in zip(self.logps_with, reference, strict=True)]
 
+    @property
+    def num_template_tokens(self) -> int:
+        """The number of tokens at the start that a chat template writes; they are never flagged."""
+        return next((index for index, span in enumerate(self.spans) if tuple(span) != (0, 0)), len(self.spans))
+
     def drop_oldest_turn(self) -> "TokenScores | None":
         """Return the scores with a shorter conversation; see `JudgedRecord.drop_oldest_turn`."""
         shorter = self.record.drop_oldest_turn()
