@@ -11,6 +11,7 @@ from inspected_rows import OUTPUTS, describe, flag, list_flagged, list_pieces, m
 from report_scores import NASTY, make_scores
 
 from cutlm.data.records import JudgedRecord
+from cutlm.flagging.detector import FlagSettings, flag_response
 from cutlm.flagging.report import Sensitivity
 from cutlm.flagging.token_scores import TokenScores
 from cutlm.inspect.page import PageRecord, Picture, Table, write_page
@@ -49,6 +50,33 @@ def test_flags_and_counts_follow_the_threshold(browser, tmp_path):
         page.keyboard.press("0")
         assert page.input_value("#threshold") == "1.1"
         assert page.evaluate("THRESHOLDS[document.getElementById('slider').value]") == 1.1
+
+
+def test_flags_take_surprise_into_account_and_leave_out_what_the_template_writes(browser, tmp_path):
+    rows = []
+    for scores in make_rows():
+        num_own = len(scores.tokens)
+        # The template's two tokens get more likely by the judgment than any other.
+        changes = {name: [*([0] * 2), *getattr(scores, name)] for name in ("token_ids", "is_flagged", "weights")}
+        changes |= {"tokens": ["<", ">", *scores.tokens], "spans": [(0, 0), (0, 0), *scores.spans]}
+        changes |= {"logps_without": [-9.0, -9.0, *scores.logps_without], "surprise_weight": 0.5}
+        changes["logps_with"] = scores.logps_with and [-0.1, -0.1, *scores.logps_with]
+        changes["is_flagged"] = [False] * (num_own + 2)
+        rows.append(replace(scores, **changes))
+
+    def flag_at(scores, threshold):
+        settings = FlagSettings(threshold, surprise_weight=0.5)
+        if scores.record.is_satisfactory:
+            return scores
+        flags, weights = flag_response(scores.logps_without, scores.logps_with, settings, 2)
+        return replace(scores, is_flagged=flags, weights=weights)
+
+    rows = [flag_at(scores, 1.1) for scores in rows]
+    with visit(browser, write(tmp_path, rows)) as page:
+        assert page.evaluate("records.some((record) => record.sides[0].isEdited)") is False
+        for threshold in (1, 3, 30):
+            page.fill("#threshold", str(threshold))
+            assert read_figures(page) == describe([flag_at(scores, threshold) for scores in rows])
 
 
 def test_the_sensitivity_of_each_file_is_shown_and_noise_is_named_once(browser, tmp_path):

@@ -28,7 +28,10 @@ from cutlm.prompting.spans import flag_spans
 _SCRIPTS = ("text.js", "tokens.js", "scores.js", "drawing.js", "controls.js")
 _STYLES = ("tokens.css", "page.css")
 _MODULE_WORDS = re.compile(r"^import [^;]*;\n|^export ", re.MULTILINE)
-_SETTINGS = ("threshold", "unlikelihood_weight", "gamma", "contrast", "detector", "tokenizer", "template")
+_SETTINGS = (
+    *("threshold", "unlikelihood_weight", "gamma", "contrast", "surprise_weight"),
+    *("detector", "tokenizer", "template"),
+)
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,13 @@ def describe_side(scores: TokenScores, settings: dict[tuple[Any, ...], int]) -> 
         "wrong": None,  # the tokens inside `wrong_spans`
         "settings": settings.setdefault(tuple(getattr(scores, name) for name in _SETTINGS), len(settings)),
     }
+    if num_template := scores.num_template_tokens:
+        side["num_template_tokens"] = num_template
     if scores.contrast != "judgment":
         side["reference"] = scores.logps_reference
     if scores.record.wrong_spans and not scores.record.is_satisfactory:
-        marks = flag_spans(scores.spans, scores.record.wrong_spans)
-        side["wrong"] = [index for index, is_wrong in enumerate(marks) if is_wrong]
+        marks = flag_spans(scores.spans[num_template:], scores.record.wrong_spans)
+        side["wrong"] = [index for index, is_wrong in enumerate(marks, start=num_template) if is_wrong]
     if any(len(piece.indices) != 1 for piece in pieces):
         side["sizes"] = [len(piece.indices) for piece in pieces]
     return side

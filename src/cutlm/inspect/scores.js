@@ -23,11 +23,19 @@ function prepareSide(record, side, first) {
   side.settings = data.settings[side.settings];
   const reference = side.settings.contrast === "judgment" ? side.without : side.reference;
   side.ratios = side.with && reference ? subtract(side.with, reference) : null; // logarithms
+  side.evidence = side.ratios && findEvidence(side, reference);
   side.stored = new Uint8Array(side.numTokens);
   for (const index of side.flagged) side.stored[index] = 1;
   side.wrong = side.wrong && new Set(side.wrong);
   // Stored flags that differ from eq. 5 at the stored threshold: someone edited them, or something else made them.
   side.isEdited = side.ratios !== null && hasOtherFlags(record, side, Math.log(side.settings.threshold));
+}
+
+/** What exceeds the logarithm of the threshold if a token is flagged: its log ratio and, weighted, its surprise. */
+function findEvidence(side, reference) {
+  const factor = 1 + side.settings.surprise_weight;
+  const start = side.num_template_tokens ?? 0; // what the chat template writes is never flagged
+  return side.ratios.map((_, index) => (index < start ? -Infinity : side.with[index] - factor * reference[index]));
 }
 
 function hasOtherFlags(record, side, bound) {
@@ -42,7 +50,7 @@ function findTraining(before, after) {
 
 /** Eq. 5; bound is the logarithm of the threshold. */
 function exceeds(record, side, index, bound) {
-  return !record.is_satisfactory && side.ratios[index] > bound;
+  return !record.is_satisfactory && side.evidence[index] > bound;
 }
 
 function isFlagged(record, side, index) {
@@ -127,7 +135,7 @@ function measureCurve(listed, sideIndex) {
     if (record.is_satisfactory) continue;
     numWrong += side.wrong?.size ?? 0;
     // Without log-probs the stored flags hold at every threshold.
-    const ratios = side.ratios ?? Float64Array.from(side.stored, (flag) => (flag ? Infinity : -Infinity));
+    const ratios = side.evidence ?? Float64Array.from(side.stored, (flag) => (flag ? Infinity : -Infinity));
     ratios.forEach((ratio, index) => {
       columns.all.push(ratio);
       if (side.wrong) columns.known.push(ratio);
