@@ -83,6 +83,25 @@ def test_tokens_to_unlearn_are_marked_and_the_judged_prompt_is_not_trained(tmp_p
     assert len(re.findall(r"with the judgment, .* not trained", out)) == 1
 
 
+@pytest.mark.parametrize("objective", ["dual_cut", "self_distillation", "redirect"])
+def test_the_judged_prompts_of_other_objectives_are_not_trained(tmp_path, capsys, objective):
+    assert run(tmp_path, [BAD, GOOD], "--objective", objective) == 0
+    out = capsys.readouterr().out
+    end = load_tokenizer(BASE_MODEL).eos_token
+    assert (out.count(f"[[A horse.{end}]]"), out.count(f"[[Red.{end}]]")) == (1, 1)
+    num_judged = 2 if objective == "dual_cut" else 1
+    assert len(re.findall(r"with the judgment, .* not trained", out)) == num_judged
+
+
+def test_records_of_an_excluded_part_of_the_loss_are_left_out(tmp_path, capsys):
+    rows = [BAD, GOOD, GOOD | {"output": "Blue."}]
+    options = ["--detector", "frozen", "--use_satisfactory_loss", "false", "--per_device_train_batch_size", "1"]
+    assert run(tmp_path, rows, *options) == 0
+    out = capsys.readouterr().out
+    assert "2 records of an excluded part of the loss are left out" in out
+    assert "1 rows, 1 per optimizer step: 1 steps per epoch" in out
+
+
 def test_what_does_not_fit_is_counted(tmp_path, capsys):
     rows = [GOOD, GOOD | {"instruction": "Name a colour. " * 60}, GOOD | {"output": "Red. " * 60}]
     assert run(tmp_path, rows, "--max_length", "60") == 0

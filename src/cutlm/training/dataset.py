@@ -822,9 +822,22 @@ def _finish_flags(data: PreparedData, name: str, args: CUTConfig) -> None:
         data.notices += [f"warning: {noise}" for noise in [data.sensitivity.describe_noise()] if noise]
     if args.parts.unsatisfactory:
         return
+    drop_excluded(data, name, args)
+    nulls = pyarrow.nulls(len(data.rows), pyarrow.list_(pyarrow.int32()))
+    data.rows = _set_column(data.rows, "judged_prompt_ids", nulls)
+
+
+def drop_excluded(data: PreparedData, name: str, args: CUTConfig) -> None:
+    """Drop the records of an excluded part of the loss if flags are known and only plain contexts are learned.
+
+    Raises:
+        DataError: No row is left.
+    """
+    if not args.has_known_flags or args.parts.unsatisfactory:
+        return
     kept = [
         index
-        for index, good in enumerate(is_satisfactory)
+        for index, good in enumerate(data.rows["is_satisfactory"])
         if (args.use_satisfactory_loss if good else args.use_contrast_loss)
     ]
     if len(kept) < len(data.rows):
@@ -834,7 +847,6 @@ def _finish_flags(data: PreparedData, name: str, args: CUTConfig) -> None:
         data.rows = data.rows.select(kept)
     if not kept:
         raise DataError(f"{name}: nothing remains to learn from", hint="\n".join(data.notices))
-    data.rows = _set_column(data.rows, "judged_prompt_ids", pyarrow.nulls(len(kept), pyarrow.list_(pyarrow.int32())))
 
 
 def _set_column(rows: Dataset, name: str, values: pyarrow.Array) -> Dataset:

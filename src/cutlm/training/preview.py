@@ -23,7 +23,7 @@ from cutlm.model.collator import describe_excess
 from cutlm.model.loading import load_config, load_tokenizer
 from cutlm.prompting.encoding import Encoder, describe_unused_template
 from cutlm.training.config import CUTConfig, ModelArguments, Settings
-from cutlm.training.dataset import encode_dataset, make_encoder
+from cutlm.training.dataset import drop_excluded, encode_dataset, make_encoder
 from cutlm.training.run import LoadedData, Prepare, keep_rows, load_data, select_rows, split_rows
 
 NUM_EXAMPLES = 3
@@ -94,6 +94,7 @@ def _encode(
         pairs, notices = encode_records_as_pairs(rows, config, encoder, locations)
         return pairs, notices
     data, _ = encode_dataset(rows, "train_dataset", config, encoder, locations)
+    drop_excluded(data, "train_dataset", config)
     return data.rows, data.notices
 
 
@@ -187,12 +188,10 @@ def _list_sequences(
         yield "chosen", row["prompt_ids"], row["chosen_ids"], True
         yield "rejected", row["prompt_ids"], row["rejected_ids"], True
         return
-    is_cut = config.objective == "cut"
     is_included = config.parts.satisfactory if row["is_satisfactory"] else config.parts.contrast
-    yield "prompt and response", row["prompt_ids"], row["response_ids"], is_included or not is_cut
+    yield "prompt and response", row["prompt_ids"], row["response_ids"], is_included
     if row.get("judged_prompt_ids") is not None:
-        is_included = config.parts.unsatisfactory or not is_cut
-        yield "with the judgment", row["judged_prompt_ids"], row["response_ids"], is_included
+        yield "with the judgment", row["judged_prompt_ids"], row["response_ids"], config.parts.unsatisfactory
 
 
 def _mark(ids: Sequence[int], flags: Sequence[bool], encoder: Encoder) -> str:
