@@ -37,6 +37,10 @@ BRIEF = {"instruction": "Name", "input": "a city.", "output": "Sydney.", "system
         ({"messages": [*LONG, ANSWER]}, LONG),
         ({"messages": [ASK, CALL, FOUND, ANSWER], "tools": [TOOL]}, [ASK, CALL, FOUND]),
         ({"messages": [ASK, CALL | {"content": None}, FOUND, ANSWER]}, [ASK, CALL, FOUND]),
+        ({"messages": [ASK, CALL | {"tool_calls": json.dumps(CALL["tool_calls"])}, FOUND, ANSWER]}, [ASK, CALL, FOUND]),
+        ({"messages": [ASK, CALL | {"tool_calls": [{"id": None, **CALL["tool_calls"][0]}]}, FOUND, ANSWER]},
+         [ASK, CALL, FOUND]),
+        ({"messages": [HELLO[0], HELLO[1] | {"tool_calls": []}, ASK, ANSWER | {"tool_calls": ""}]}, [*HELLO, ASK]),
         ({"messages": [{**ASK, "content": PARTS}, ANSWER]}, [ASK]),
         ({"prompt": "Name a city.", "completion": "Sydney."}, [ASK]),
         ({"prompt": LONG, "completion": [ANSWER]}, LONG),
@@ -88,6 +92,11 @@ def test_conversations_are_read_in_every_form(row: dict[str, Any], messages: lis
         ({"instruction": "a", "output": "b", "system": "a\ud83d"}, "field 'system': expected text, got half"),
         ({"instruction": "a", "output": "b", "history": [["c", "\0"]]}, "field 'history[0]': expected text without"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}, ANSWER]}, "messages[0].content"),
+        *(
+            ({"messages": [ASK, CALL | {"tool_calls": calls}, FOUND, ANSWER]}, "field 'messages[1].tool_calls'")
+            for calls in ("find()", ["find"], [{"function": None}], [{"function": "find"}], [{"name": 1}])
+        ),
+        ({"messages": [{"role": "user", "content": None, "tool_calls": []}, ANSWER]}, "field 'messages[0].content'"),
         ({"messages": [{"from": "narrator", "value": "Hi."}, ANSWER]}, "field 'messages[0].role'"),
         ({"messages": [ASK, {"from": "function_call", "value": "find(1)"}, ANSWER]}, "field 'messages[1].content'"),
         ({"instruction": "a", "output": "b", "history": "c"}, "field 'history'"),

@@ -162,7 +162,7 @@ def normalize_row(row: Mapping[str, Any], *, is_answered: bool) -> dict[str, Any
     return rest
 
 
-# Fields that data sets may store as JSON text, because columns hold values of one type.
+# Fields that data sets may store as JSON text, because columns hold values of one type; calls of tools are another.
 _STRUCTURED = ("messages", "tools", "history")
 
 
@@ -237,6 +237,9 @@ def parse_messages(values: Any, field: str, *, allow_aliases: bool = False) -> I
         elif isinstance(call := message.get("function_call"), Mapping):  # an older form of OpenAI
             message["tool_calls"] = [{"type": "function", "function": call}]
             del message["function_call"]
+        # An empty list, which servers return, is no call, although templates may ask whether there is a list.
+        if calls := read_json_text(message.pop("tool_calls", None)):
+            message["tool_calls"] = _check_calls(calls, f"{name}.tool_calls")
         message["content"] = _read_content(message.get("content"), f"{name}.content", "tool_calls" in message)
         if "tool_calls" in message:
             _check_text(json.dumps(message["tool_calls"], ensure_ascii=False, default=str), f"{name}.tool_calls")
@@ -250,6 +253,23 @@ def _read_calls(content: Any, name: str) -> list[dict[str, Any]]:
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise ConversationError(name, "expected calls of tools as JSON, with name and arguments")
     return [{"type": "function", "function": call} for call in calls]
+
+
+def _check_calls(calls: Any, name: str) -> list[dict[str, Any]]:
+    """Return calls of tools, each a function with a `name` or an object that has one, without fields that are None."""
+    checked = []
+    for call in calls if isinstance(calls, Sequence) and not isinstance(calls, str) else [calls]:
+        call = _drop_none(call)
+        if "function" in call:
+            call["function"] = _drop_none(call["function"])
+        if not isinstance(call.get("function", call).get("name"), str):
+            raise ConversationError(name, "expected a list of calls of tools, each with a function and its name")
+        checked.append(call)
+    return checked
+
+
+def _drop_none(value: Any) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, Mapping) else {}
 
 
 def _read_content(content: Any, name: str, has_calls: bool) -> str:
