@@ -169,6 +169,13 @@ def test_killed_at_any_write_it_ends_the_same(workplace: Path, uninterrupted: Pl
     assert read_results(workplace / "anywhere") == read_results(workplace / "uninterrupted")
 
 
+def test_killed_while_its_settings_are_written_it_starts_again(workplace: Path) -> None:
+    plan = make_plan(workplace, "first")
+    assert run_in_fork(plan, fail_writes(1, kill_this_process)) == -signal.SIGKILL
+    assert not (workplace / "first" / "align.yaml").exists()
+    assert run_loop(plan, until=StageRef(1, "sample"), run=run_in_process) is False
+
+
 def test_after_a_full_disk_it_ends_the_same(workplace: Path, uninterrupted: Plan) -> None:
     plan = make_plan(workplace, "full")
 

@@ -250,7 +250,7 @@ def _check_settings(plan: Plan) -> None:
         if problems:
             hint = f"use the settings in {path} to resume, or set another output_dir to start over"
             raise ConfigError(problems, hint=hint)
-    elif any(child.name != ".lock" for child in plan.folder.iterdir()):
+    elif any(not child.name.startswith(".") for child in plan.folder.iterdir()):  # a lock, or what a killed loop left
         raise UserError(f"output_dir: {plan.folder} is not empty and has no {SETTINGS_FILE}; set another output_dir")
     write_yaml(path, plan.resolved | hashes)
 
