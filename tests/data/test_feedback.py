@@ -37,7 +37,11 @@ Not quite. The sum is 12.
 your answer is incorrect
 You misunderstood me
 Thanks, but you didn't mention the price
-Great, but make it more formal"""
+Great, but make it more formal
+Nice try
+No, that's wrong
+no it is incorrect
+That's wrong, no?"""
 APPROVALS = """\
 Thanks!
 Thank you so much, that helped a lot
@@ -53,6 +57,15 @@ Tell me more about Canberra
 Option 2
 continue
 no problem
+No, thanks.
+No. Thank you!
+no, that's all, thanks
+Thanks, but it crashes with a KeyError
+ok thanks, now I get a syntax error
+Looks good, except the title
+I love it but it rhymes badly
+good start, needs more detail
+Perfect, but the title is odd
 Write a function that returns the sum of two numbers"""
 
 

@@ -15,6 +15,10 @@ _VOCABULARY = {
 }
 _KINDS = {word: kind for kind, words in _VOCABULARY.items() for word in words.split()}
 _MAX_WORDS = 15
+# A "no" that denies no fault: "No, that is wrong.", "That is wrong, no?".
+_CONTRADICTION = re.compile(
+    r"\A[\W_]*no(?=\s*[,.;!]\W*\w|\s+(?:that|this|it|its|there|the|your|you)\b)|\bno\s*\?+[\W_]*\Z"
+)
 # A rating and the best one: "8/10", "9 out of 10".
 _RATING = re.compile(r"(\d+(?:[.,]\d+)?)\s*(?:/|out\s+of)\s*(\d+)")
 _MIN_GOOD_RATING = 0.7
@@ -93,7 +97,9 @@ def is_brief_praise(text: str) -> bool:
     kinds = {_KINDS.get(word, number if word.isdecimal() else "other") for word in words}
     if "other" in kinds:
         return False
-    return "none" in kinds if "fault" in kinds else ("good" in kinds) != ("none" in kinds)
+    if "fault" not in kinds:
+        return ("good" in kinds) != ("none" in kinds)
+    return any(_KINDS.get(word) == "none" for word in _WORD.findall(_CONTRADICTION.sub(" ", text.casefold())))
 
 
 def objects_after_praise(judgment: str) -> bool:

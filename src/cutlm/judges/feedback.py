@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from cutlm.data.praise import is_brief_praise, reads_like_praise
+from cutlm.data.praise import is_brief_praise, objects_after_praise, reads_like_praise
 from cutlm.data.records import PRAISE, JudgedRecord, is_praise
 from cutlm.errors import DataError
-from cutlm.judges.answers import BadAnswer, find_json, separate_answer
+from cutlm.judges.answers import BadAnswer, find_json, objects, separate_answer
 from cutlm.judges.prompt import enclose_texts
 from cutlm.judges.responses import Failure
 from cutlm.judges.rules import describe_exception, name_rules
@@ -102,7 +102,8 @@ _RESPONSE = (
 )
 # How an objection begins.
 _OPENINGS = (
-    r"no\b(?!\s+(?:problem|worries|thanks|need|questions?)\b)",
+    r"no\b(?![\s,.]+(?:problem|worries|thanks?|need|questions?|(?:that|this)(?:['’]s|\s+(?:is|was|will\s+be))?\s+(?:all|it"
+    r"|everything|enough))\b)",
     r"(?:nope|nah|wrong|incorrect|false|actually|but|wait|hm+|again|redo|still)\b",
     r"not\s+(?:quite|really|what|exactly|true|correct|right|good|helpful)\b",
 )
@@ -125,6 +126,7 @@ _PHRASES = (
     # "Are you sure?", "why didn't you ..."
     r"are\s+you\s+(?:sure|certain)",
     r"try\s+(?:it\s+)?(?:again|harder)",
+    r"nice\s+try",
     r"why\s+(?:did|do|are|have)(?:n['’]t)?\s+you",
     # "Make it shorter", "rewrite the last paragraph", "too formal", "more concise"
     r"(?:make|keep)\s+(?:it|this|that|them|the\s+\w+)\s+(?:\w+\s+)?(?:shorter|longer|simpler|more|less|briefer|clearer"
@@ -147,7 +149,9 @@ _THANKS = re.compile(
 )
 # An answer to a question of the response, or an acknowledgement.
 _ACKNOWLEDGEMENT = re.compile(
-    r"\W*(?:yes|yeah|yep|sure|ok|okay|right|no|no\s+problem|no\s+thanks|\d+)\W*", re.IGNORECASE
+    r"\W*(?:yes|yeah|yep|sure|ok|okay|right|no|no\s+problem|no[\s,.]+thank(?:s|\s+you)"
+    r"|no[\s,.]+that(?:['’]s|\s+is)\s+(?:all|it|everything|enough)(?:[\s,.]+thank(?:s|\s+you))?|\d+)\W*",
+    re.IGNORECASE,
 )
 
 
@@ -165,11 +169,14 @@ def find_feedback(conversation: str, response: str, reply: str) -> str | bool | 
     """
     if _ACKNOWLEDGEMENT.fullmatch(reply):
         return False
+    if is_praise(reply) and objects_after_praise(reply):
+        return False  # as a judgment it would be praise
     if is_praise(reply) or reads_like_praise(reply) or is_brief_praise(reply):
         return PRAISE
     if _OBJECTION.search(reply):
         return True
-    return PRAISE if _THANKS.fullmatch(reply.strip()) else False
+    # "Thanks, but it crashes" is certainly no approval.
+    return PRAISE if _THANKS.fullmatch(reply.strip()) and not objects(reply) else False
 
 
 def decide_by_rules(records: Sequence[JudgedRecord], locations: Sequence[str], rules: FeedbackRules) -> Decisions:
