@@ -172,3 +172,12 @@ def test_binary_columns_are_refused(kind, tmp_path):
         [],
         [f"{path}: column 'image': expected text, numbers or lists, got {kind}; remove the column"],
     )
+
+
+def test_times_out_of_range_are_refused(tmp_path):
+    column = pyarrow.array([10**14], pyarrow.timestamp("s"))  # milliseconds that were taken for seconds
+    pyarrow.parquet.write_table(pyarrow.table({"day": column}), tmp_path / "a.parquet")
+    rows, problems = read_rows(tmp_path / "a.parquet")
+    assert rows == []
+    (problem,) = problems
+    assert problem.startswith(f"{tmp_path}/a.parquet: column 'day': timestamp[ms] with a value out of range")

@@ -171,8 +171,13 @@ def parse_arrow(path: str | Path, content: bytes, columns: Mapping[str, str]) ->
             problems.append(
                 f"{path}: column {name!r}: expected text, numbers or lists, got {binary}; remove the column"
             )
-        else:
-            values[name] = [_to_json(value, column.type, is_nested=False) for value in column.to_pylist()]
+            continue
+        try:
+            read = column.to_pylist()
+        except (ValueError, OverflowError) as error:  # a time that Python has no object for, such as the year 30000
+            problems.append(f"{path}: column {name!r}: {column.type} with a value out of range ({error}); remove it")
+            continue
+        values[name] = [_to_json(value, column.type, is_nested=False) for value in read]
     num_rows = 0 if problems else table.num_rows
     rows = [(f"[{index}]", {name: column[index] for name, column in values.items()}) for index in range(num_rows)]
     return Table(rows, table.column_names, problems)
