@@ -6,7 +6,7 @@ import decimal
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datasets import Dataset
+from datasets import Array2D, Dataset, Features, Value
 
 from cutlm.data.files import read_rows
 from cutlm.data.records import check_records
@@ -174,10 +174,17 @@ def test_binary_columns_are_refused(kind, tmp_path):
     )
 
 
+def test_matrices_are_read_as_datasets_writes_them(tmp_path):
+    features = Features({"output": Value("string"), "scores": Array2D((2, 2), "int32")})
+    row = {"output": "Red.", "scores": [[1, 2], [3, 4]]}
+    Dataset.from_list([row], features=features).to_parquet(tmp_path / "a.parquet")
+    assert [one.value for one in read_rows(tmp_path / "a.parquet")[0]] == [row]
+
+
 def test_times_out_of_range_are_refused(tmp_path):
     column = pyarrow.array([10**14], pyarrow.timestamp("s"))  # milliseconds that were taken for seconds
     pyarrow.parquet.write_table(pyarrow.table({"day": column}), tmp_path / "a.parquet")
     rows, problems = read_rows(tmp_path / "a.parquet")
     assert rows == []
     (problem,) = problems
-    assert problem.startswith(f"{tmp_path}/a.parquet: column 'day': timestamp[ms] with a value out of range")
+    assert problem.startswith(f"{tmp_path}/a.parquet: column 'day': a value of type timestamp[ms] cannot be read")

@@ -174,8 +174,10 @@ def parse_arrow(path: str | Path, content: bytes, columns: Mapping[str, str]) ->
             continue
         try:
             read = column.to_pylist()
-        except (ValueError, OverflowError) as error:  # a time that Python has no object for, such as the year 30000
-            problems.append(f"{path}: column {name!r}: {column.type} with a value out of range ({error}); remove it")
+        except (ValueError, OverflowError) as error:  # text in another encoding, or a time such as the year 30000
+            problems.append(
+                f"{path}: column {name!r}: a value of type {column.type} cannot be read ({error}); remove the column"
+            )
             continue
         values[name] = [_to_json(value, column.type, is_nested=False) for value in read]
     num_rows = 0 if problems else table.num_rows
@@ -201,6 +203,8 @@ def _to_json(value: Any, kind: "pyarrow.DataType", *, is_nested: bool = True) ->
         return None
     if getattr(kind, "extension_name", "") == "arrow.json":
         return json.loads(value)
+    if hasattr(kind, "storage_type"):  # an extension type, such as the matrices of `datasets`
+        kind = kind.storage_type
     if types.is_map(kind):
         return {str(key): _to_json(item, kind.item_type) for key, item in value}
     if types.is_struct(kind):
