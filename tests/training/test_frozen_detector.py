@@ -328,6 +328,22 @@ def test_scores_to_evaluate_on_do_not_choose_the_detector(tmp_path: Path, scores
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("threshold", [1.1, "auto"])
+def test_records_to_evaluate_on_are_flagged_as_the_scores_were(
+    tmp_path: Path, base: Path, files: Path, threshold: Any
+) -> None:
+    out = tmp_path / "scores.jsonl"
+    options = {"threshold": 3, "gamma": 0, "unlikelihood_weight": 0.5}
+    assert main(["blame", *list_options(model=base, data=files / "records.jsonl", out=out, **options)]) == 0
+    scores = read_token_scores(out)
+    args = CUTConfig(output_dir=str(tmp_path), detector="frozen", threshold=threshold, **SETTINGS)
+    trainer = CUTTrainer(load_model(base), args, scores, RECORDS, processing_class=load_tokenizer(base))
+    assert any(any(row.is_flagged) for row in scores)
+    for found, row in zip(trainer.eval_dataset, scores, strict=True):
+        assert (found["is_flagged"] or [False] * len(row.is_flagged)) == row.is_flagged
+        assert (found["weights"] or [0.0] * len(row.weights)) == row.weights
+
+
 def test_scores_are_the_same_after_writing_and_reading(tmp_path: Path, scores: list[TokenScores]) -> None:
     write_token_scores(tmp_path / "again.jsonl", scores)
     assert read_token_scores(tmp_path / "again.jsonl") == scores

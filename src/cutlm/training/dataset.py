@@ -5,6 +5,7 @@ against the model, and add the flags of the frozen detector. Every record that i
 reported.
 """
 
+import copy
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -409,6 +410,19 @@ def _check_scores(dataset: Sequence[TokenScores], args: CUTConfig) -> None:
         ]
     if problems:
         raise ConfigError(problems)
+
+
+def take_settings(args: CUTConfig, dataset: Sequence[TokenScores]) -> CUTConfig:
+    """Return the settings with those of the flags of token scores, so that other records are flagged alike.
+
+    Those that were set, and those in which the token scores differ, stay.
+    """
+    args = copy.copy(args)
+    for key in SETTINGS:
+        found = find_settings(dataset, key)
+        if len(found) == 1 and getattr(args, key) in (CUTConfig.__dataclass_fields__[key].default, "auto"):
+            setattr(args, key, found.pop())
+    return args
 
 
 def _view_scores(scores: TokenScores, encoder: Encoder, *, args: CUTConfig) -> RenderedRecord:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -67,7 +67,7 @@ from cutlm.model.logprobs import get_head
 from cutlm.model.saving import changes_base, check_base_change, collect_initial_weights
 from cutlm.training.checkpoints import CheckpointingTrainer
 from cutlm.training.config import CUTConfig
-from cutlm.training.dataset import PreparedData, ScoresFile, describe_replaced_template, prepare_data
+from cutlm.training.dataset import PreparedData, ScoresFile, describe_replaced_template, prepare_data, take_settings
 from cutlm.training.ema import AveragedWeights
 from cutlm.training.facts import describe_config, describe_rows
 from cutlm.training.metrics import RunningMetrics
@@ -154,12 +154,7 @@ class CUTTrainer(CheckpointingTrainer):
                 " cutlm ..."
             )
             args._n_gpu = 1
-        if (
-            args.objective == "cut"
-            and args.detector is None
-            and train_dataset
-            and isinstance(train_dataset[0], TokenScores)
-        ):
+        if args.objective == "cut" and args.detector is None and _is_scores(train_dataset):
             args.detector = "frozen"
         if isinstance(model, str | Path):
             model = load_model(model, device=args.device)
@@ -176,7 +171,10 @@ class CUTTrainer(CheckpointingTrainer):
             own = (locations, scores_file) if name == "train_dataset" else (None, None)
             # The threshold "auto" is found on the training records.
             threshold = prepared["train_dataset"].threshold if prepared else None
-            data = prepare_data(dataset, name, args, model, processing_class, *own, threshold)
+            settings = args
+            if name == "eval_dataset" and _is_scores(train_dataset) and not _is_scores(dataset):
+                settings = take_settings(args, train_dataset)
+            data = prepare_data(dataset, name, settings, model, processing_class, *own, threshold)
             self.notices += data.notices
             prepared[name] = data
             if data.chat_template is not None and processing_class is not None:
@@ -511,6 +509,10 @@ class CUTTrainer(CheckpointingTrainer):
             if noise and self.is_world_process_zero():
                 logger.warning(f"warning: {noise}")
         return sensitivity
+
+
+def _is_scores(dataset: Any) -> TypeGuard[Sequence[TokenScores]]:
+    return bool(dataset) and isinstance(dataset, Sequence) and isinstance(dataset[0], TokenScores)
 
 
 class _LogSensitivity(TrainerCallback):
