@@ -128,6 +128,7 @@ REASONED: list[tuple[Any, ...]] = [
         {"choices": [{"delta": {"reasoning": "one?"}}]},
         *WHOLE,
     ),
+    ({"choices": [{"delta": {"reasoning": "Which?"}}]}, make_event("\n\n"), make_event("\n"), *WHOLE),
     (make_event("<think>Which"), make_event(" one?</think>\n\nIt is Sydney."), make_event("", "stop")),
 ]
 
@@ -141,7 +142,7 @@ def test_reasoning_is_not_a_part_of_the_conversation(server: ChatServer, capsys:
         assert [turn.answer for turn in session.conversation.turns] == ["It is Sydney."] * 2
         assert server.requests[-1]["messages"][1] == {"role": "assistant", "content": "It is Sydney."}
         assert session.conversation.make_record("No capital.").output == "It is Sydney."
-    assert capsys.readouterr().err == "-- the model reasons before it answers\n" * 2
+    assert capsys.readouterr().err == "-- the model reasons before it answers\n" * 4
 
 
 @pytest.mark.parametrize(

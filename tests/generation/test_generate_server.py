@@ -364,7 +364,7 @@ THOUGHTS = "Which number is it?"
 _HARMONY = f"<|channel|>analysis<|message|>{THOUGHTS}<|end|><|start|>assistant<|channel|>final<|message|>It is"
 REASONING: dict[int, dict[str, Any]] = {
     0: make_completion(f"<think>{THOUGHTS}</think>\n\nIt is <b>0</b>."),
-    1: make_completion("It is <b>1</b>.", reasoning_content=THOUGHTS),
+    1: make_completion("\n\nIt is <b>1</b>.", reasoning_content=THOUGHTS),
     2: make_completion(_HARMONY),
     3: make_completion("It is <b>3</b>."),
     4: make_completion(f"{THOUGHTS}</think>It is", "length"),

@@ -74,9 +74,11 @@ class ServerEngine:
                     if piece.reasoning and not has_reasoning:
                         has_reasoning = True
                         remark("the model reasons before it answers")
-                    if piece.text:
+                    # vLLM's parsers of reasoning leave the line breaks after it to the answer.
+                    text = piece.text.lstrip() if has_reasoning and not has_text else piece.text
+                    if text:
                         has_text = True
-                        show(piece.text)
+                        show(text)
         except Refused as error:
             advice = "if the conversation is too long for the model, start a new one by /reset"
             if self.template is not None:

@@ -82,7 +82,8 @@ def read_response(answer: Answer, max_new_tokens: int, opening: str = "") -> tup
     if split.problem is None and (problem := find_malformed_text(split.output)):
         raise RequestFailed(INCOMPLETE, problem, answer.text or "")
     if split.problem is None and (split.output.strip() or reasoning is None):
-        return split.output, reasoning
+        # vLLM's parsers of reasoning leave the line breaks after it to the answer.
+        return split.output if reasoning is None else split.output.strip(), reasoning
     problem = split.problem or "the model reasons and gives no answer"
     if answer.is_truncated:
         problem = _describe_unfinished(max_new_tokens)
