@@ -12,7 +12,7 @@ is IFEval, which nothing is chosen on.
   1. responses   the model answers the instructions, and the rules judge the responses
   2. base        the model before alignment is measured
   3. rates       each method is trained with each learning rate, and measured on the development split
-  4. test        each method is tested with the best rate; the best four methods with two more seeds
+  4. test        each method is tested with the best rate and two seeds; the best four methods with three
 """
 
 import argparse
@@ -60,7 +60,7 @@ STAGES = ("responses", "base", "rates", "test")
 _MODEL = find_cache() / "tests" / "SmolLM2-135M-Instruct-float32"
 _NUM_DRAWS = 2000  # of the bootstrap
 # Fields of `Size` that choose runs; the result of a run does not depend on them.
-_PLAN = ("learning_rates", "seeds", "num_best")
+_PLAN = ("learning_rates", "seeds", "num_best", "num_seeds_of_others")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Size:
         num_steps: Optimizer steps of a training.
         batch_size: Judged responses in each.
         seeds: The seeds of the test; the first is also that of the grid.
-        num_best: Methods to test with all seeds; the others are tested with the first.
+        num_best: Methods to test with all seeds.
+        num_seeds_of_others: Seeds, the first ones, to test the other methods with.
     """
 
     num_responses: int = 400
@@ -92,6 +93,7 @@ class Size:
     batch_size: int = 8
     seeds: tuple[int, ...] = (1, 2, 3)
     num_best: int = 4
+    num_seeds_of_others: int = 2
 
 
 class OutOfTimeError(Exception):
@@ -171,13 +173,11 @@ class Experiment:
                 self.execute(method, rate, self.size.seeds[0], "dev")
 
     def test(self) -> None:
-        """Test every method with its best rate, and then the best ones on the development split with more seeds."""
+        """Test every method with its best rate; those that are best on the development split with more seeds."""
         chosen = [(method, self._choose_rate(method)) for method in self.methods]
-        for method, (rate, _) in chosen:
-            self.execute(method, rate, self.size.seeds[0], "test")
         best = sorted(chosen, key=lambda pair: -pair[1][1])[: self.size.num_best]
-        for seed in self.size.seeds[1:]:
-            for method, (rate, _) in best:
+        for index, seed in enumerate(self.size.seeds):
+            for method, (rate, _) in chosen if index < self.size.num_seeds_of_others else best:
                 self.execute(method, rate, seed, "test")
 
     # ---- Runs ----
@@ -284,17 +284,19 @@ class Experiment:
 
     def write_table(self, command: str) -> None:
         """Write alignment.json and alignment.md from the finished runs."""
-        rows = list(self._list_rows())
-        num_planned = 1 + len(self.methods) + min(self.size.num_best, len(self.methods)) * (len(self.size.seeds) - 1)
+        rows, size = list(self._list_rows()), self.size
+        num_best = min(size.num_best, len(self.methods))
+        num_seeds_of_others = min(size.num_seeds_of_others, len(size.seeds))
+        num_planned = 1 + num_best * len(size.seeds) + (len(self.methods) - num_best) * num_seeds_of_others
         num_tested = sum(len(row["instruction_strict"]) for row in rows)
         content = {
             "results": rows,
-            "seeds": list(self.size.seeds),
+            "seeds": list(size.seeds),
             "command": command,
             "date": date.today().isoformat(),
             "num_test_runs": {"finished": num_tested, "planned": num_planned},
             "dtype": str(DTYPE).removeprefix("torch."),
-            "size": asdict(self.size),
+            "size": asdict(size),
         }
         write_text(self._out / "alignment.json", json.dumps(content, indent=1) + "\n")
         write_text(self._out / "alignment.md", describe_rows(rows, content))

@@ -23,8 +23,9 @@ SIZE = Size(
     learning_rates=(1e-3,),
     num_steps=1,
     batch_size=2,
-    seeds=(1, 2),
+    seeds=(1, 2, 3),
     num_best=1,
+    num_seeds_of_others=2,
 )
 
 
@@ -201,20 +202,21 @@ def test_runs_continue_where_they_stopped(data, tmp_path, monkeypatch, capsys):
     assert main([*command, "--until", "base"], SIZE) == 0
     content = json.loads((out / "alignment.json").read_text())
     assert [row["method"] for row in content["results"]] == ["base"]
-    assert content["num_test_runs"] == {"finished": 1, "planned": 4}
+    assert content["num_test_runs"] == {"finished": 1, "planned": 6}
     assert content["command"].endswith(f"--skip {' '.join(skip)}")
     assert main(command, SIZE) == 0
     content = json.loads((out / "alignment.json").read_text())
     rows = {row["method"]: row for row in content["results"]}
     assert set(rows) == {"base", "cut_spans", "cut_frozen"}
-    assert content["num_test_runs"] == {"finished": 4, "planned": 4}
-    assert sorted(len(row["instruction_strict"]) for row in rows.values()) == [1, 1, 2]
+    assert content["num_test_runs"] == {"finished": 6, "planned": 6}
+    # The base model has no seeds; one method is the best, and the other has two seeds.
+    assert sorted(len(row["instruction_strict"]) for row in rows.values()) == [1, 2, 3]
     assert rows["cut_spans"]["num_judged"] == 4
     assert rows["cut_spans"]["seconds"][0] > 0
     assert rows["base"]["retention"][0] < 0
     # Each adapter is trained once, although it is measured on two splits.
     (cache,) = (tmp_path / "cache" / "alignment").iterdir()
-    assert len(list((cache / "adapters").iterdir())) == 3
+    assert len(list((cache / "adapters").iterdir())) == 5
     before = (out / "alignment-runs.jsonl").read_bytes()
     capsys.readouterr()
     assert main(command, SIZE) == 0
