@@ -75,11 +75,13 @@ _PARTS = {
 _MARKERS = ("config.json", "adapter_config.json")
 # If one of these changed, a resumed run would skip records, see others, or not fit its checkpoint.
 _SETTINGS_OF_A_RUN = (
-    *("data_seed", "detector", "downsample", "drop_ineffective", "eval_split", "gradient_accumulation_steps"),
+    *("data_seed", "dataloader_drop_last", "detector", "downsample", "drop_ineffective", "eval_split"),
+    "gradient_accumulation_steps",
     *("load_in_4bit", "load_in_8bit", "lora_alpha", "lora_modules_to_save", "lora_r", "lora_target_modules"),
     *("max_length", "objective", "optim", "per_device_train_batch_size", "satisfactory_only", "seed", "template"),
     *("chat_template_kwargs", "judgment_role"),
     *("train_sampling_strategy", "use_contrast_loss", "use_dora", "use_peft", "use_rslora", "use_satisfactory_loss"),
+    "use_judged_loss",
 )
 # Files that are not pushed to the hub: checkpoints, hidden files, and the records in token scores.
 _NOT_PUSHED = [f"{PREFIX_CHECKPOINT_DIR}-*", ".*", f"{SCORES_FILE}*", SCORES_HEADER_FILE, RUN_FILE, SETTINGS_FILE]
