@@ -48,6 +48,14 @@ def test_counts_lengths_and_steps_are_shown(tmp_path, capsys):
     assert table["prompt with the judgment"][0] == "1"
 
 
+def test_steps_are_those_of_full_batches_if_others_are_dropped(tmp_path, capsys):
+    options = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_steps", "-1"]
+    assert run(tmp_path, [BAD, GOOD] * 4 + [BAD], *options) == 0
+    assert "3 steps per epoch, 9 in all" in capsys.readouterr().out
+    assert run(tmp_path, [BAD, GOOD] * 4 + [BAD], *options, "--dataloader_drop_last", "true") == 0
+    assert "2 steps per epoch, 6 in all" in capsys.readouterr().out
+
+
 def test_a_chat_template_that_is_not_used_is_named(tmp_path, capsys):
     make_tokenizer(chat=True).save_pretrained(tmp_path / "tokenizer")
     for template, is_named in (("alpaca", True), ("chat", False)):

@@ -116,7 +116,9 @@ def _list_warnings(data: LoadedData) -> Iterator[str]:
 
 def _count_steps(num_rows: int, config: CUTConfig) -> str:
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    num_steps = math.ceil(num_rows / size)
+    divide: Any = math.floor if config.dataloader_drop_last else math.ceil
+    num_batches = divide(num_rows / (config.per_device_train_batch_size * config.world_size))
+    num_steps = math.ceil(num_batches / config.gradient_accumulation_steps)
     total = config.max_steps if config.max_steps > 0 else math.ceil(num_steps * config.num_train_epochs)
     return f"{num_rows} rows, {size} per optimizer step: {num_steps} steps per epoch, {total} in all"
 
