@@ -179,7 +179,7 @@ def parse_arrow(path: str | Path, content: bytes, columns: Mapping[str, str]) ->
                 f"{path}: column {name!r}: a value of type {column.type} cannot be read ({error}); remove the column"
             )
             continue
-        values[name] = [_to_json(value, column.type, is_nested=False) for value in read]
+        values[name] = [_to_json(value, column.type) for value in read]
     num_rows = 0 if problems else table.num_rows
     rows = [(f"[{index}]", {name: column[index] for name, column in values.items()}) for index in range(num_rows)]
     return Table(rows, table.column_names, problems)
@@ -196,7 +196,7 @@ def _find_binary(kind: "pyarrow.DataType") -> str | None:
     return next(filter(None, map(_find_binary, inner)), None)
 
 
-def _to_json(value: Any, kind: "pyarrow.DataType", *, is_nested: bool = True) -> Any:
+def _to_json(value: Any, kind: "pyarrow.DataType") -> Any:
     from pyarrow import types
 
     if value is None or (isinstance(value, float) and math.isnan(value)):
