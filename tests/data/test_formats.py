@@ -10,6 +10,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.orc
 import pytest
 
 from cutlm.data.files import read_rows
@@ -36,9 +38,16 @@ def make_tar() -> bytes:
     return out.getvalue()
 
 
+def make_orc() -> bytes:
+    out = pyarrow.BufferOutputStream()
+    pyarrow.orc.write_table(pyarrow.table({"output": ["4"]}), out)
+    return out.getvalue().to_pybytes()
+
+
 CONTENTS = {
     "Git LFS pointer": LFS,
     "bzip2": b"BZh91AY&SY",
+    "ORC": make_orc(),
     "Excel": make_zip("xl/workbook.xml"),
     "ZIP archive of records.jsonl": make_zip("records.jsonl"),
     "PyTorch": make_zip("archive/data.pkl"),

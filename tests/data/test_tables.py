@@ -36,6 +36,17 @@ def test_a_first_line_that_names_the_delimiter_is_followed(tmp_path):
     assert read_csv(tmp_path, "sep=;\r\na,b;c\r\n1;2\r\n") == ([(":3", {"a,b": "1", "c": "2"})], [])
 
 
+@pytest.mark.parametrize(
+    "name", ["ORC name", "PAR1", "ARROW1", "GGUF", "BZh", "Rar!", "Obj", "%PDF", "SQLite format 3"]
+)
+def test_a_column_may_be_named_as_another_format_begins(name, tmp_path):
+    assert read_csv(tmp_path, f"{name},instruction\nü,b\n") == ([(":2", {name: "ü", "instruction": "b"})], [])
+
+
+def test_a_table_may_have_text_where_an_archive_has_its_format(tmp_path):
+    assert read_csv(tmp_path, f"instruction,output\n{'a' * 237},ustar\n")[0][0][1]["output"] == "ustar"
+
+
 def test_a_header_with_delimiters_in_quotes_is_read(tmp_path):
     assert read_csv(tmp_path, '"a, b";"c"\n1;2\n') == ([(":2", {"a, b": "1", "c": "2"})], [])
 

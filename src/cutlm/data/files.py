@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-from cutlm.data.formats import describe_file_format
+from cutlm.data.formats import describe_file_format, has_beginning
 from cutlm.data.sources import as_sources, find_files, find_local_files, strip_compression
 from cutlm.data.tables import ARROW_MAGIC, ARROW_STREAM_MAGIC, PARQUET_MAGIC, Table, parse_arrow, parse_csv
 from cutlm.errors import DataError
@@ -221,7 +221,7 @@ def join_hashes(hashes: Sequence[str], columns: Mapping[str, str]) -> str:
 
 def _parse_file(path: str, content: bytes, columns: Mapping[str, str]) -> Table:
     """Parse the decompressed content of a file of rows and rename its columns."""
-    if content.startswith((PARQUET_MAGIC, ARROW_MAGIC, ARROW_STREAM_MAGIC)):
+    if has_beginning(content, PARQUET_MAGIC, ARROW_MAGIC, ARROW_STREAM_MAGIC):
         return parse_arrow(path, content, columns)
     text = decode(path, content)
     suffix = Path(strip_compression(path.lower())).suffix

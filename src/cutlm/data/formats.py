@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shlex
 import zipfile
 from collections.abc import Mapping
@@ -26,14 +27,21 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (b"Obj\x01", "an Avro file", _EXPORT),
     (b"\x89HDF", "an HDF5 file", _EXPORT),
     (b"SQLite format 3\0", "a SQLite database", _EXPORT),
-    (b"BZh", "a file compressed with bzip2", "decompress it first (bunzip2 FILE), or use gzip or xz"),
+    *(
+        (
+            b"BZh%d1AY&SY" % level,
+            "a file compressed with bzip2",
+            "decompress it first (bunzip2 FILE), or use gzip or xz",
+        )
+        for level in range(1, 10)
+    ),
     (b"\x04\x22\x4d\x18", "a file compressed with LZ4", "decompress it first (lz4 -d FILE), or use gzip or xz"),
     (b"\x5d\x00\x00", "a file compressed with LZMA", "decompress it first (unlzma FILE), or use gzip or xz"),
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "extract the file of records"),
-    (b"Rar!", "a RAR archive", "extract the file of records"),
+    (b"Rar!\x1a\x07", "a RAR archive", "extract the file of records"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel or Office file", _EXPORT),
     (b"\x93NUMPY", "a NumPy array", _EXPORT),
-    (b"%PDF", "a PDF file", _NO_TEXT),
+    (b"%PDF-", "a PDF file", _NO_TEXT),
     (b"\x89PNG", "a picture", _NO_TEXT),
     (b"\xff\xd8\xff", "a picture", _NO_TEXT),
     (b"GGUF", "the weights of a model (GGUF)", _NO_TEXT),
@@ -42,6 +50,7 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (b"\0\0\xfe\xff", "UTF-32 text", _ICONV.format("UTF-32")),
 )
 _NUM_BYTES_EXAMINED = 1000
+_CONTROL_CHARACTER = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # besides those that text may have
 _FIELDS = "instruction, output and judgment"
 _NO_JUDGMENTS = "cutlm judge adds judgments to rows with instruction and output"
 # Fields of other tools' rows that a record has under another name.
@@ -63,6 +72,16 @@ def describe_stand_in(content: bytes) -> str | None:
     return None
 
 
+def has_beginning(content: bytes, *beginnings: bytes) -> bool:
+    """Whether a file begins in one of these ways, and not as text whose first word is the same, such as a column."""
+    found = next((beginning for beginning in beginnings if content.startswith(beginning)), b"")
+    return bool(found) and not (found.isalnum() and _is_text(content))
+
+
+def _is_text(content: bytes) -> bool:
+    return _CONTROL_CHARACTER.search(content[:_NUM_BYTES_EXAMINED]) is None
+
+
 def describe_file_format(content: bytes) -> str | None:
     """Describe a file that cannot hold records, and say what to do; None if it may hold records.
 
@@ -71,19 +90,19 @@ def describe_file_format(content: bytes) -> str | None:
 
     Example:
 
-        >>> describe_file_format(b"ORC...")
+        >>> describe_file_format(b"ORC\x0a\x03...")
         'an ORC file; export the rows as JSON Lines'
     """
     if stand_in := describe_stand_in(content):
         return stand_in
     for beginning, name, advice in _BEGINNINGS:
-        if content.startswith(beginning):
+        if has_beginning(content, beginning):
             return f"{name}; {advice}"
     if content.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _describe_zip(content)
     if content[:1] == b"\x80" and content[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return f"a pickle, which could run code and is not opened; {_EXPORT} with the program that wrote it"
-    if content[257:262] == b"ustar":
+    if content[257:262] == b"ustar" and not _is_text(content):
         return "a tar archive; extract the file of records"
     head = content[:_NUM_BYTES_EXAMINED]
     if len(head) > 1 and (encoding := _guess_encoding_without_mark(head)):
