@@ -90,7 +90,7 @@ def describe_file_format(content: bytes) -> str | None:
 
     Example:
 
-        >>> describe_file_format(b"ORC\x0a\x03...")
+        >>> describe_file_format(b"ORC" + bytes(9))
         'an ORC file; export the rows as JSON Lines'
     """
     if stand_in := describe_stand_in(content):
