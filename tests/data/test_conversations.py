@@ -12,15 +12,17 @@ from cutlm.data.files import read_rows
 from cutlm.data.records import JudgedRecord, check_records
 from cutlm.judges.responses import read_responses
 
+
+def make_call(arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "find", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
 SYSTEM = {"role": "system", "content": "Be brief."}
 HELLO = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi!"}]
 ASK = {"role": "user", "content": "Name a city."}
 ANSWER = {"role": "assistant", "content": "Sydney."}
-CALL = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {"what": "city"}}}],
-}
+CALL = make_call({"what": "city"})
 FOUND = {"role": "tool", "name": "find", "content": "Sydney"}
 HALF_CALL = '{"name": "find", "arguments": {"city": "\\ud83d"}}'
 TOOL = {"type": "function", "function": {"name": "find", "description": "Finds.", "parameters": {"type": "object"}}}
@@ -89,6 +91,16 @@ def test_conversations_are_read_in_every_form(row: dict[str, Any], messages: lis
         ({"messages": [{"role": "user", "content": "a\0b"}, ANSWER]}, "null bytes"),
         ({"messages": [{"role": "user", "content": "a\ud83d"}, ANSWER, ASK, ANSWER]}, "half of a surrogate pair"),
         ({"messages": [ASK, {"from": "function_call", "value": HALF_CALL}, ANSWER]}, "field 'messages[1].tool_calls'"),
+        *(
+            ({"messages": [ASK, make_call(arguments), FOUND, ANSWER]}, "field 'messages[1].tool_calls': expected text")
+            for text in ("a\0b", "a\ud83d")
+            for arguments in ({"a": [text]}, {text: 1}, json.dumps({"a": text}))
+        ),
+        ({"messages": [ASK, CALL, FOUND | {"name": "a\0"}, ANSWER]}, "field 'messages[2].name'"),
+        (
+            {"messages": [ASK, ANSWER], "tools": [{"name": "find", "description": "a\0"}]},
+            "field 'tools': expected text",
+        ),
         ({"instruction": "a", "output": "b", "system": "a\ud83d"}, "field 'system': expected text, got half"),
         ({"instruction": "a", "output": "b", "history": [["c", "\0"]]}, "field 'history[0]': expected text without"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}, ANSWER]}, "messages[0].content"),

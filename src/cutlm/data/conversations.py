@@ -135,6 +135,7 @@ def normalize_row(row: Mapping[str, Any], *, is_answered: bool) -> dict[str, Any
     is_list = isinstance(tools, Sequence) and not isinstance(tools, str)
     if tools is not None and not (is_list and all(isinstance(tool, Mapping) for tool in tools)):
         raise ConversationError("tools", f"expected a list of objects, got {type(tools).__name__}")
+    _check_texts(tools, "tools")
     answer = messages.pop() if messages and messages[-1]["role"] == "assistant" else None
     if is_answered and (answer is None or answer.get("tool_calls")):
         problem = "expected a message with text by the assistant at the end, the response"
@@ -241,8 +242,8 @@ def parse_messages(values: Any, field: str, *, allow_aliases: bool = False) -> I
         if calls := read_json_text(message.pop("tool_calls", None)):
             message["tool_calls"] = _check_calls(calls, f"{name}.tool_calls")
         message["content"] = _read_content(message.get("content"), f"{name}.content", "tool_calls" in message)
-        if "tool_calls" in message:
-            _check_text(json.dumps(message["tool_calls"], ensure_ascii=False, default=str), f"{name}.tool_calls")
+        for key, item in message.items():
+            _check_texts(item, f"{name}.{key}")
         yield message
 
 
@@ -300,3 +301,17 @@ def _check_text(text: str, name: str) -> str:
     except UnicodeEncodeError:
         raise ConversationError(name, "expected text, got half of a surrogate pair") from None
     return text
+
+
+def _check_texts(value: Any, name: str) -> None:
+    """Check the texts in a value, also those in the JSON text of a call's arguments, which templates may parse."""
+    values = [value]
+    while values:
+        value = values.pop()
+        if isinstance(value, str):
+            _check_text(value, name)
+        elif isinstance(value, Mapping):
+            values += value.keys()
+            values += (read_json_text(item) if key == "arguments" else item for key, item in value.items())
+        elif isinstance(value, Sequence):
+            values += value
