@@ -147,6 +147,12 @@ def test_a_satisfactory_response_has_no_wrong_passages() -> None:
     assert find_kind(write(True, "Perfect.", "Sydney")) == "contradictory answer"
 
 
+@pytest.mark.parametrize("quote", ["", " \n"])
+def test_an_empty_quote_is_none(quote: str) -> None:
+    assert read(write(True, "", quote)) == Verdict(None)
+    assert read(write(False, OBJECTION, quote, "Sydney")) == Verdict(OBJECTION, ("Sydney",))
+
+
 @pytest.mark.parametrize(
     "judgment",
     [

@@ -208,7 +208,8 @@ def _read_object(content: str) -> tuple[bool, str, list[str]]:
         raise BadAnswer("unclear answer", "the judgment contains markup of thoughts or turns")
     if "\0" in judgment or re.search("[\ud800-\udfff]", judgment):  # spelled as \u0000 in JSON
         raise BadAnswer("malformed answer", "the judgment has null bytes or halves of surrogate pairs")
-    return is_satisfactory, judgment.strip(), quotes
+    # Some models write an empty quote for none.
+    return is_satisfactory, judgment.strip(), [quote for quote in quotes if quote.strip()]
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
