@@ -141,15 +141,24 @@ def test_two_ranks_give_the_gradient_and_the_log_of_one(
 
 
 def test_two_ranks_take_the_steps_of_one_with_twice_the_micro_batches(workplace: Workplace) -> None:
-    """Several epochs in random order: every step has the records that it has on one rank."""
+    """Several epochs in random order: every step has the records that it has on one rank, also after resuming."""
     steps = {"max_steps": 6, "learning_rate": 0.05, "optim": "adamw_torch", "max_grad_norm": 1}
     assert main(workplace.list_options("one-rank-6-steps", 1, 4, **steps)) == 0
-    results = run_ranks(run_main, workplace.list_options("two-ranks-6-steps", 1, 2, **steps))
-    assert [result.exit_code for result in results] == [0, 0], results
-    logs = [workplace.read_log(name)[:6] for name in ("one-rank-6-steps", "two-ranks-6-steps")]
-    for line, other in zip(*logs, strict=True):
-        for key in ("loss", "grad_norm", "flagged_share"):
-            assert other[key] == pytest.approx(line[key], rel=1e-3), (line, other)
+    # Each epoch has two steps, so that the third ends within the second epoch.
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    checkpoint = workplace.folder / "two-ranks-6-steps" / "checkpoint-3"
+    for name, settings in {
+        "two-ranks-6-steps": saving,
+        "two-ranks-resumed": saving | {"resume_from_checkpoint": checkpoint},
+    }.items():
+        results = run_ranks(run_main, workplace.list_options(name, 1, 2, **steps, **settings))
+        assert [result.exit_code for result in results] == [0, 0], results
+    names = ("one-rank-6-steps", "two-ranks-6-steps", "two-ranks-resumed")
+    expected, *others = (workplace.read_log(name)[:6] for name in names)
+    for log in others:
+        for line, other in zip(expected, log, strict=True):
+            for key in ("loss", "grad_norm", "flagged_share"):
+                assert other[key] == pytest.approx(line[key], rel=1e-3), (line, other)
 
 
 def test_these_records_tell_a_mean_of_micro_batch_means_from_ours(workplace: Workplace) -> None:
