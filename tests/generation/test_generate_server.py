@@ -382,8 +382,10 @@ def test_thoughts_are_separated_and_answers_within_them_are_failures(
     server.fault = lambda handler, number: handler.answer(200, REASONING[read_number(server.prompts[number])]) is None
     out = tmp_path / "out.json"
     options = list_options(server, prompts, out)
-    for _ in range(2):  # the second run resumes
+    for num_asked in (NUM_PROMPTS, 4):  # the second run resumes, and asks again for those without an answer
+        server.requests.clear()
         assert main(options) == 1
+        assert len(server.requests) == num_asked
         assert not out.exists()
         reasons = {row["number"] - 1: row["reason"] for row in read_failures(out)}
         assert list(reasons) == [5, 6, 7, 8]
@@ -399,6 +401,28 @@ def test_thoughts_are_separated_and_answers_within_them_are_failures(
     ]
     assert [row.get("reasoning") for row in rows] == [THOUGHTS, THOUGHTS, THOUGHTS, None, THOUGHTS]
     assert "1 of them stopped at 64 tokens" in capsys.readouterr().out
+
+
+def test_an_answer_that_was_stopped_within_thoughts_is_requested_again(
+    server: ChatServer, prompts: Path, tmp_path: Path
+) -> None:
+    answers = {index: make_completion(f"{THOUGHTS}</think>{text}") for index, text in enumerate(EXPECTED)}
+    answers[4] = make_completion(THOUGHTS, "length")
+    server.fault = lambda handler, number: handler.answer(200, answers[read_number(server.prompts[number])]) is None
+    out = tmp_path / "out.json"
+    assert main(list_options(server, prompts, out)) == 1
+    assert [row["number"] for row in read_failures(out)] == [5]
+    answers[4] = make_completion(EXPECTED[4])
+    answers[0] = make_completion("It is not asked again.")
+    # Another failure, so that the third run reads both answers of the journal.
+    lines = Path(f"{out}.partial").read_text("utf-8").splitlines(keepends=True)
+    Path(f"{out}.partial").write_text("".join(line for line in lines if '"index": 6,' not in line), "utf-8")
+    answers[6] = make_completion("Hm", "length")
+    assert main(list_options(server, prompts, out)) == 1
+    assert [row["number"] for row in read_failures(out)] == [7]
+    answers[6] = make_completion(EXPECTED[6])
+    assert main(list_options(server, prompts, out)) == 0
+    assert read_outputs(out) == EXPECTED
 
 
 def test_thoughts_that_the_prompt_begins_are_no_answer(prompts: Path, tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ class Generated:
             self.reasoning[index] = line["reasoning"]
         if line["is_unfinished"]:
             self.unfinished.add(index)
+        else:  # an earlier line may have a response that was requested again
+            self.unfinished.discard(index)
         self.num_redacted += line.get("is_redacted", False)
 
     def list_missing(self, num_prompts: int) -> list[int]:

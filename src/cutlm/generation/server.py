@@ -33,6 +33,7 @@ def generate_by_server(
         UserError: The server refuses every request. Earlier responses are in the journal.
     """
     client, generated = Client(server), Generated.resume(journal)
+    generated.num_resumed -= len(_drop_thoughts(generated))
     missing = [index for index in range(len(prompts)) if index not in generated.responses]
 
     def ask(number: int) -> tuple[Answer, str, str | None]:
@@ -66,13 +67,20 @@ def generate_by_server(
             journal.append([line])
             generated.add(line)
             progress.update()
-    if generated.reasoning:
-        # The server's template may begin the thoughts, so that only their end distinguishes them from an answer.
-        for index in generated.unfinished - generated.reasoning.keys():
-            generated.failures[index] = _describe_unfinished(sampling.max_new_tokens)
-            del generated.responses[index]
-        generated.unfinished -= generated.failures.keys()
+    generated.failures |= dict.fromkeys(_drop_thoughts(generated), _describe_unfinished(sampling.max_new_tokens))
     return generated
+
+
+def _drop_thoughts(generated: Generated) -> set[int]:
+    """Drop the responses that were stopped, perhaps within thoughts, if others have thoughts; return their indices.
+
+    The server's template may begin the thoughts, so that only their end distinguishes them from an answer.
+    """
+    dropped = generated.unfinished - generated.reasoning.keys() if generated.reasoning else set()
+    for index in dropped:
+        del generated.responses[index]
+    generated.unfinished -= dropped
+    return dropped
 
 
 def read_response(answer: Answer, max_new_tokens: int, opening: str = "") -> tuple[str, str | None]:
