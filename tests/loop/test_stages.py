@@ -18,6 +18,7 @@ from cutlm.cli import main
 from cutlm.data.records import load_records
 from cutlm.errors import ConfigError
 from cutlm.flagging.token_scores import read_token_scores
+from cutlm.generation.local import Answer, AnswerReader
 from cutlm.loop.loop import Manifest, StageRef, collect_metrics, run_loop
 from cutlm.loop.settings import Plan
 from cutlm.loop.stages import StageFailed, WaitingForPerson, list_stages
@@ -279,6 +280,27 @@ def test_satisfactory_responses_are_not_refined_and_trained_on(workplace: Path, 
     assert run_loop(plan, run=run_in_process) is True
     folder = workplace / "unrefined" / "iteration-1"
     assert load_records(folder / "refined.jsonl") == load_records(folder / "records.jsonl")
+    (row,) = collect_metrics(plan)
+    assert row["stages"]["refine"]["metrics"] == {"num_refined": 0}
+
+
+def test_the_loop_continues_if_no_response_could_be_improved(
+    workplace: Path, server: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = iter(["Perfect.", *[write_verdict("It is wrong.")] * NUM_RESPONSES])
+    server.reply = lambda prompt: next(verdicts)
+
+    def run(arguments: list[str], **further: Any) -> int:
+        with monkeypatch.context() as patch:
+            if arguments[0] == "refine":
+                patch.setattr(AnswerReader, "read", lambda *_: Answer(" "))
+            return run_in_process(arguments, **further)
+
+    plan = make_plan(workplace, "unimproved", **judged_by(server, objective="ilf_mle", detector=None, max_steps=1))
+    assert run_loop(plan, run=run) is True
+    folder = workplace / "unimproved" / "iteration-1"
+    assert load_records(folder / "refined.jsonl") == load_records(folder / "records.jsonl")
+    assert len((folder / "refined.jsonl.failures.jsonl").read_text().splitlines()) == NUM_RESPONSES - 1
     (row,) = collect_metrics(plan)
     assert row["stages"]["refine"]["metrics"] == {"num_refined": 0}
 

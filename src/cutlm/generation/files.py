@@ -253,6 +253,10 @@ def refine_file(
     )
     generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
     generated.num_truncated += num_shortened
+    for number in [number for number, output in generated.responses.items() if not output.strip()]:
+        generated.failures[number] = "the response is empty"
+        del generated.responses[number]
+        generated.unfinished.discard(number)
     rows = [record.model_dump(mode="json", exclude_unset=True) for record in records]
     for number, output in generated.responses.items():
         rows[unrefined[number]]["i_ans"] = output

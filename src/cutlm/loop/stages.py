@@ -128,7 +128,7 @@ def list_outputs(plan: Plan, iteration: Iteration, stage: str) -> list[Path]:
         "generate": ["responses.jsonl", "responses.jsonl.failures.jsonl"],
         "judge": judged,
         "compare": ["teacher_gain.json", *(f"teacher_gain.json.{name}" for name in judged)],
-        "refine": ["refined.jsonl"],
+        "refine": ["refined.jsonl", "refined.jsonl.failures.jsonl"],
         "blame": ["scores.jsonl", "scores.jsonl.report.json"],
         "train": ["train.yaml", "adapter" if plan.has_merge else "model"],
         "merge": ["model"],
@@ -342,9 +342,13 @@ def _refine(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
     records, out = iteration.folder / "records.jsonl", iteration.folder / "refined.jsonl"
     if not out.exists() and all(record.is_satisfactory for record in check_records(records).records):
         write_rows(out, [row.value for row in read_rows(records)[0]])  # `cutlm refine` refuses to do nothing
-    arguments = ["refine", "--model", iteration.model, "--data", str(records), *plan.refine_options]
-    runner.make(out, [*arguments, "--seed", str(make_seed(plan, iteration.number, "refine"))])
-    return {"num_refined": sum(record.i_ans is not None for record in check_records(out).records)}
+    if not out.exists():
+        arguments = ["refine", "--model", iteration.model, "--data", str(records), *plan.refine_options]
+        arguments += ["--seed", str(make_seed(plan, iteration.number, "refine")), "--out", str(out)]
+        status = runner.run(arguments)
+        if status != 1 or not out.exists():  # 1 with a file: no response was improved
+            _check_status(status, arguments)
+    return {"num_refined": sum(bool(record.i_ans) for record in check_records(out).records)}
 
 
 def _blame(plan: Plan, iteration: Iteration, runner: Runner) -> dict[str, Any]:
