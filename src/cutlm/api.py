@@ -25,7 +25,7 @@ from cutlm.flagging.scoring import load_scorer
 from cutlm.flagging.sensitivity import NUM_RECORDS
 from cutlm.flagging.token_scores import TokenScores, read_token_scores
 from cutlm.generation.files import check_prompts, generate_file
-from cutlm.generation.local import Sampling, choose_max_new_tokens
+from cutlm.generation.local import Sampling, choose_max_new_tokens, is_stopped
 from cutlm.judges.responses import Failure, make_record_rows, parse_responses
 from cutlm.judges.rules import Rules, judge_by_rules
 from cutlm.judges.server import judge_by_server
@@ -98,8 +98,14 @@ def generate(
             fingerprint=fingerprint_model(model),
         )
         if failures := sorted(generated.failures.items()):
-            raise UserError([f"prompts[{index}]: {reason}; set a larger max_new_tokens" for index, reason in failures])
+            raise UserError([f"prompts[{index}]: {reason}; {_advise(reason)}" for index, reason in failures])
         return [row.value for row in read_rows(path)[0]]
+
+
+def _advise(failure: str) -> str:
+    if is_stopped(failure):
+        return "set a larger max_new_tokens"
+    return "sample another response (a temperature above 0, another seed), or leave the prompt out"
 
 
 class Judged(NamedTuple):

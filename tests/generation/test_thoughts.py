@@ -98,20 +98,43 @@ def test_thoughts_that_are_cut_off_are_failures_and_never_responses(
     failures = _read(tmp_path / "out.jsonl.failures.jsonl")
     assert [row["number"] for row in failures] == [1, 2]
     assert {row["reason"] for row in failures} == {"stopped at 3 tokens, before the final answer"}
-    assert "2 of 2 prompts have no answer" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 of 2 prompts have no answer" in printed
+    assert "larger --max_new_tokens" in printed
+    assert "--seed" not in printed
     lines = _read(tmp_path / "out.jsonl.partial")
     assert _generate(tmp_path, *options) == 1
     assert _read(tmp_path / "out.jsonl.partial") == lines, "the failures are resumed, not generated again"
     with pytest.raises(UserError) as caught:
         generate(tmp_path, ["Name one.", "Name a city."], max_new_tokens=3, device="cpu")
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["prompts[0]", "prompts[1]"]
+    assert all("larger max_new_tokens" in problem for problem in caught.value.problems)
 
 
-def test_a_response_with_a_null_byte_is_a_failure(tmp_path: Path) -> None:
-    _save(tmp_path, f"<think>Hm</think>a\0b{IM_END}")
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("<think>Hm</think>a\0b", "the answer has null bytes or halves of surrogate pairs"),
+        ("<think>Hm</think>a[INST]", "the answer contains [INST], which a server should have removed"),
+        ("<think>Hm", "the answer has thoughts without an end"),
+    ],
+)
+def test_an_answer_that_no_record_may_have_is_a_failure(
+    tmp_path: Path, script: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save(tmp_path, f"{script}{IM_END}")
     assert _generate(tmp_path) == 1
     failures = _read(tmp_path / "out.jsonl.failures.jsonl")
-    assert [row["reason"] for row in failures] == ["the answer has null bytes or halves of surrogate pairs"] * 2
+    assert [row["reason"] for row in failures] == [reason] * 2
+    # More tokens would give the same answer.
+    printed = capsys.readouterr().out
+    assert "--max_new_tokens" not in printed
+    assert "another --seed" in printed
+    with pytest.raises(UserError) as caught:
+        generate(tmp_path, ["Name one."], device="cpu")
+    (problem,) = caught.value.problems
+    assert "max_new_tokens" not in problem
+    assert "another seed" in problem
 
 
 def test_refining_leaves_out_answers_without_an_end(tmp_path: Path) -> None:

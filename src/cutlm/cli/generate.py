@@ -194,6 +194,7 @@ def _report(args: argparse.Namespace, generated: Any, sampling: Any) -> int:
     num_failed, num_prompts = len(generated.failures), len(generated.failures) + len(generated.responses)
     if generated.failures:
         from cutlm.generation.files import name_failures_file
+        from cutlm.generation.local import is_stopped
         from cutlm.servers.client import describe_commonest
 
         commonest = describe_commonest(generated.failures.values())
@@ -202,8 +203,12 @@ def _report(args: argparse.Namespace, generated: Any, sampling: Any) -> int:
         if generated.has_too_many_failures(args.max_failure_rate):
             kept = f"{len(generated.responses)} answers are kept in {args.out}.partial"
             advice = "start again with the same options to ask for the others"
-            if args.base_url is None:
-                advice = "set a larger --max_new_tokens to start over, or --max_failure_rate to leave the others out"
+            if args.base_url is None:  # the same settings give the same answers
+                kinds = {is_stopped(reason) for reason in generated.failures.values()}
+                changes = ["a larger --max_new_tokens"] * (True in kinds)
+                changes += ["a --temperature above 0 and another --seed"] * (False in kinds)
+                advice = f"to start over, remove that file and set {' and '.join(changes)}"
+                advice += "; to leave the others out, set --max_failure_rate"
             print(f"{summary}; {kept}: {advice}")
             return 1
         print(f"{summary}, and are left out (--max_failure_rate {args.max_failure_rate:g})")

@@ -397,6 +397,11 @@ class AnswerReader:
         return Answer(split.output, split.reasoning, is_unfinished)
 
 
+def is_stopped(failure: str) -> bool:
+    """Whether a response failed because `max_new_tokens` was too small, so that a larger one may help."""
+    return failure.startswith("stopped at ")
+
+
 def find_malformed_text(output: str) -> str | None:
     """Say why no record may have this response; None if one may."""
     malformed = re.search("[\0\ud800-\udfff]", output)
