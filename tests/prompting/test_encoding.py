@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import json
 import re
 import unicodedata
 from typing import Any
@@ -14,6 +15,7 @@ from tiny import CHATML, IM_END, IM_START, TOKENIZER_KINDS, make_tokenizer
 from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from cutlm.data.conversations import Conversation
 from cutlm.data.records import JudgedRecord
 from cutlm.errors import ConfigError, DataError
 from cutlm.prompting.encoding import (
@@ -24,7 +26,13 @@ from cutlm.prompting.encoding import (
     view_both_contexts,
 )
 from cutlm.prompting.rows import EncodedRecords, encode_records
-from cutlm.prompting.templates import convert_arguments, read_arguments, render_alpaca_prompt, set_arguments
+from cutlm.prompting.templates import (
+    RenderError,
+    convert_arguments,
+    read_arguments,
+    render_alpaca_prompt,
+    set_arguments,
+)
 
 TEMPLATES = ("alpaca", "chat")
 ALL = pytest.mark.parametrize(("kind", "template"), [(kind, name) for kind in TOKENIZER_KINDS for name in TEMPLATES])
@@ -815,6 +823,79 @@ def test_each_message_that_a_template_omits_is_said(condition: str, omitted: set
         [JudgedRecord.model_validate({"messages": messages, "judgment": None})]
     )
     assert {sentence.split("leaves ")[1].split(" out of")[0] for sentence in found} == omitted
+
+
+# As Hermes, Mistral and Command-R have it: a template with tools next to the default one, which renders no calls.
+TOOL_USE = (
+    "<|im_start|>system\nTools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}"
+    "{{ ' (short)' if is_short is defined and is_short }}<|im_end|>\n"
+) + CHATML.replace(
+    "{{ message['content'] }}",
+    "{{ message['content'] }}{% for call in message.tool_calls or [] %}{{ call.function.arguments | tojson }}"
+    "{% endfor %}",
+)
+FIND = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"what": "city"}}}
+CALLING = [
+    {"role": "user", "content": "Name a city."},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "Sydney"},
+]
+ANSWERED = [*CALLING, {"role": "assistant", "content": "Sydney."}]
+
+
+def make_named_tokenizer(tool_use: str = TOOL_USE) -> Any:
+    tokenizer = make_tokenizer("bpe", chat=True)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": tool_use, "rag": "{{ documents[0] }}"}
+    return tokenizer
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_conversations_with_tools_have_the_template_for_tools(as_text: bool) -> None:
+    tokenizer = make_named_tokenizer()
+    encoder = Encoder(tokenizer, "chat")
+    arguments: Any = json.dumps(CALL["function"]["arguments"]) if as_text else CALL["function"]["arguments"]
+    call = CALL | {"function": CALL["function"] | {"arguments": arguments}}
+    messages = [ANSWERED[0], ANSWERED[1] | {"tool_calls": [call]}, *ANSWERED[2:]]
+    record = JudgedRecord.model_validate({"messages": messages, "tools": [FIND], "judgment": None})
+    text = encoder.render(record.conversation).text
+    options: Any = {"tools": [FIND], "tokenize": False}
+    assert text == tokenizer.apply_chat_template(CALLING, add_generation_prompt=True, **options)
+    assert "Tools: find" in text
+    ids = encoder.encode_prompt(record.conversation) + encoder.encode_response(record.output)
+    whole = tokenizer.apply_chat_template(ANSWERED, **options)
+    assert tokenizer.decode(ids) == whole.removesuffix("\n")
+    encoder.check_conversation(record.conversation, record.output)
+    assert encoder.describe_omissions([record]) == []
+    # Without tools it is the default one.
+    assert (
+        encoder.render("Name a city.").text
+        == Encoder(make_tokenizer("bpe", chat=True), "chat").render("Name a city.").text
+    )
+
+
+def test_a_template_for_tools_with_another_answer_is_refused() -> None:
+    # Command-R asks for a list of actions before the answer.
+    request = "<|im_start|>system\nWrite actions.<|im_end|>\n"
+    asking = TOOL_USE.replace("{% if add_generation_prompt", request + "{% if add_generation_prompt")
+    encoder = Encoder(make_named_tokenizer(asking), "chat")
+    record = JudgedRecord.model_validate({"messages": ANSWERED, "tools": [FIND], "judgment": None})
+    encoder.check_conversation(Conversation.start("Name a city."), "Sydney.")
+    with pytest.raises(RenderError, match="without tools"):
+        encoder.check_conversation(record.conversation, record.output)
+
+
+def test_settings_and_fingerprints_count_for_every_named_template() -> None:
+    tokenizer = make_named_tokenizer()
+    changed = set_arguments(tokenizer, {"is_short": True})
+    conversation = Conversation(tuple(CALLING), (FIND,))
+    assert "(short)" in Encoder(changed, "chat").render(conversation).text
+    assert "(short)" not in Encoder(tokenizer, "chat").render(conversation).text
+    dated = make_named_tokenizer(TOOL_USE + "{{ strftime_now('%d') if false }}")
+    assert Encoder(dated, "chat").template_date is not None
+    assert Encoder(tokenizer, "chat").template_date is None
+    plain = make_tokenizer("bpe", chat=True)
+    assert len({Encoder(each, "chat").fingerprint for each in (tokenizer, changed, dated, plain)}) == 4
 
 
 @pytest.mark.parametrize("kind", [dict, str, None])

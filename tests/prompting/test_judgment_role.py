@@ -107,7 +107,7 @@ def test_the_role_is_part_of_the_fingerprint() -> None:
     tokenizer = make_tokenizer("bpe", chat=True)
     user, system = Encoder(tokenizer, "chat"), Encoder(tokenizer, "chat", judgment_role="system")
     assert user.fingerprint != system.fingerprint
-    assert user.fingerprint == fingerprint_template("chat", CHATML, "user")
+    assert user.fingerprint == fingerprint_template("chat", [CHATML], "user")
     with pytest.raises(ConfigError):
         Encoder(tokenizer, "alpaca", judgment_role="system")
 
@@ -180,7 +180,7 @@ def test_records_are_named_that_the_template_refuses(model: Path, tmp_path: Path
 
     encoder = make_encoder()
     record = JudgedRecord.model_validate(RECORDS[1])
-    encoder._chat._dated_source = NONE  # type: ignore[union-attr]
+    encoder._chat._dated_sources = [NONE]  # type: ignore[union-attr]
     with pytest.raises(DataError) as error:
         encode_records([record], ["a:1"], encoder, 1000)
     assert error.value.problems[0].startswith("a:1: ")

@@ -34,7 +34,7 @@ from cutlm.prompting.templates import (
     ask_for_refinement,
     build_alpaca_chat_template,
     fingerprint_template,
-    get_template_source,
+    list_template_sources,
     render_advised_prompt,
     render_alpaca_prompt,
     render_refinement_prompt,
@@ -106,7 +106,7 @@ class Encoder:
         self._chat = ChatTemplate(tokenizer, date, self._control_tokens) if template == "chat" else None
         self.template_date = date.isoformat() if self._chat and self._chat.prints_date else None
         self._system_place = self._chat.find_system_place() if self._chat and judgment_role == "system" else None
-        self.fingerprint = fingerprint_template(template, self._chat.source if self._chat else None, judgment_role)
+        self.fingerprint = fingerprint_template(template, self._chat.sources if self._chat else [], judgment_role)
         tail = self._chat.answer_format.prompt if self._chat else ALPACA_TAIL
         tail_ids = self._tokenize(tail)
         # The text before an answer: the end of the prompt, and the template's text after the generation prompt.
@@ -499,7 +499,7 @@ def _find_control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]
 
     Other added tokens, such as Gemma's HTML tags, are ordinary text.
     """
-    source = get_template_source(tokenizer) if tokenizer.chat_template else ""
+    source = "".join(list_template_sources(tokenizer)) if tokenizer.chat_template else ""
     control = {}
     for index, token in tokenizer.added_tokens_decoder.items():
         text = token.content

@@ -161,15 +161,15 @@ class ChatTemplate:
                 " or a tokenizer with one"
             )
         self._tokenizer = tokenizer
-        self.source = get_template_source(tokenizer)
-        self._dated_source = insert_date(self.source, date)
+        self.sources = list_template_sources(tokenizer)
+        self._dated_sources = [insert_date(source, date) for source in self.sources]
         self._control = re.compile("|".join(map(re.escape, filter(None, control_tokens))) or "(?!)")
         self.answer_format = self._find_answer_format()
 
     @property
     def prints_date(self) -> bool:
         """Whether the rendered text depends on the date."""
-        return self._dated_source != self.source
+        return self._dated_sources != self.sources
 
     def render(self, conversation: Conversation) -> Prompt:
         """Render a conversation and the start of the assistant's next turn.
@@ -306,12 +306,17 @@ class ChatTemplate:
         """Return a conversation with the arguments of calls as the template reads them: objects or JSON text."""
         if not any(message.get("tool_calls") for message in conversation.messages):
             return conversation
-        messages = tuple(convert_arguments(message, self._arguments_kind) for message in conversation.messages)
+        kind = self._arguments_kinds[-1 if conversation.tools else 0]
+        messages = tuple(convert_arguments(message, kind) for message in conversation.messages)
         return Conversation(messages, conversation.tools)
 
     @cached_property
-    def _arguments_kind(self) -> type | None:
-        """The type of call arguments that the template renders well, dict or str; None if both or neither work.
+    def _arguments_kinds(self) -> list[type | None]:
+        """The type of call arguments that each of `sources` renders well."""
+        return [self._find_arguments_kind(tools) for tools in ((), [_TOOL])[: len(self.sources)]]
+
+    def _find_arguments_kind(self, tools: Sequence[Mapping[str, Any]]) -> type | None:
+        """Return the type of call arguments that the template renders well, dict or str; None if both or neither work.
 
         Servers give JSON text. Some templates write that as a JSON string, with escaped quotes; others refuse it.
         """
@@ -327,7 +332,7 @@ class ChatTemplate:
                 result,
             ]
             try:
-                text = self._apply(messages)
+                text = self._apply(messages, tools)
             except RenderError:
                 return False
             return (written if isinstance(arguments, str) else _PLACEHOLDER.format(0)) in text
@@ -391,7 +396,7 @@ class ChatTemplate:
     ) -> str:
         """Render messages and, unless the last one is an answer, the start of an answer."""
         options: Any = {
-            "chat_template": self._dated_source,
+            "chat_template": self._dated_sources[-1 if tools else 0],
             "tokenize": False,
             "add_generation_prompt": not is_answered,
             "tools": list(tools) or None,
@@ -489,6 +494,11 @@ def make_messages(contents: Sequence[str]) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
 
 
+# A tool with which the template for tools is tried.
+_PARAMETERS = {"type": "object", "properties": {"a": {"type": "string", "description": "d"}}, "required": ["a"]}
+_TOOL = {"type": "function", "function": {"name": "find", "description": "e", "parameters": _PARAMETERS}}
+
+
 # ---- The source of a chat template ----
 
 _CALL_OF_DATE = re.compile(r"""strftime_now\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
@@ -501,7 +511,12 @@ _RESERVED_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt"
 
 def get_template_source(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return a tokenizer's chat template; of several named ones, the default."""
-    return str(tokenizer.get_chat_template())
+    return list_template_sources(tokenizer)[0]
+
+
+def list_template_sources(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Return a tokenizer's chat template, and the one for conversations with tools if that is another one."""
+    return list(dict.fromkeys(str(tokenizer.get_chat_template(tools=tools)) for tools in (None, [])))
 
 
 def insert_date(source: str, date: datetime.date) -> str:
@@ -552,12 +567,13 @@ def set_arguments(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, 
         raise ConfigError(
             f"chat_template_kwargs: the tokenizer {tokenizer.name_or_path!r} has no chat template; remove the setting"
         )
-    earlier, source = read_arguments(get_template_source(tokenizer))
+    sources = list_template_sources(tokenizer)
+    earlier = read_arguments(sources[0])[0]
     problems = []
     for name in arguments:
         if name in _RESERVED_ARGUMENTS or not name.isidentifier():
             problems.append(f"chat_template_kwargs: {name!r} is not an argument that can be set; remove it")
-        elif not re.search(rf"\b{name}\b", source):
+        elif not any(re.search(rf"\b{name}\b", read_arguments(source)[1]) for source in sources):
             problems.append(f"chat_template_kwargs: the chat template has no argument {name!r}; remove or correct it")
     if problems:
         raise ConfigError(problems)
@@ -569,9 +585,12 @@ def set_arguments(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, 
         for name, value in merged.items()
     )
     configured = copy.copy(tokenizer)
-    template = f"{{#- chat_template_kwargs: {comment} #}}{defaults}{source}"
-    is_named = isinstance(tokenizer.chat_template, dict)
-    configured.chat_template = tokenizer.chat_template | {"default": template} if is_named else template
+    start = f"{{#- chat_template_kwargs: {comment} #}}{defaults}"
+    named = tokenizer.chat_template
+    if isinstance(named, dict):
+        configured.chat_template = {name: start + read_arguments(source)[1] for name, source in named.items()}
+    else:
+        configured.chat_template = start + read_arguments(named)[1]
     _check_arguments(tokenizer, configured, merged)
     return configured
 
@@ -594,10 +613,10 @@ def _check_arguments(
         raise ConfigError("chat_template_kwargs: the chat template does not allow defaults for them; edit it instead")
 
 
-def fingerprint_template(template: TemplateName, source: str | None, judgment_role: JudgmentRole) -> str:
-    """Identify the prompts of a template by its source and arguments, not by what it renders on a certain day."""
+def fingerprint_template(template: TemplateName, sources: Sequence[str], judgment_role: JudgmentRole) -> str:
+    """Identify the prompts of a template by its sources and arguments, not by what it renders on a certain day."""
     role = f" {judgment_role}" if judgment_role != "user" else ""
-    if template == "alpaca" or source is None:
+    if template == "alpaca":
         content: list[Any] = [
             _ALPACA_TASK,
             _ALPACA_JUDGED_TASK,
@@ -606,7 +625,7 @@ def fingerprint_template(template: TemplateName, source: str | None, judgment_ro
             _ALPACA_RESPONSE,
         ]
     else:
-        content = [*read_arguments(source), _CHAT_JUDGMENT]
+        content = [*read_arguments(sources[0]), _CHAT_JUDGMENT, *sources[1:]]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"{template} {digest[:16]}{role}"
 
