@@ -107,6 +107,19 @@ def test_globs_and_lists_are_read_in_their_order(folder):
     assert number([f"{folder}/b.jsonl", f"{folder}/a.jsonl"]) == [2, 1]
 
 
+@pytest.mark.parametrize("suffix", ["failures.jsonl", "left_out.jsonl", "disputed.jsonl", "todo.jsonl", "todo.csv"])
+def test_a_pattern_that_the_shell_expands_names_no_list_of_failures(suffix, tmp_path):
+    record, listed = tmp_path / "a.jsonl", tmp_path / f"b.jsonl.{suffix}"
+    write_rows(record, [{"instruction": "Name a city.", "output": "Sydney.", "judgment": None}])
+    listed.write_text('{"instruction": "Name a river.", "output": "Sydney.", "reason": "the answer is empty"}\n')
+    with pytest.raises(DataError, match="pattern in quotes") as error:
+        read_rows([record, listed])
+    assert str(listed) in error.value.problems[0]
+    assert str(record) not in error.value.problems[0]
+    # Alone it is meant: judge reads failures again, and studio what is disputed.
+    assert len(read_rows(listed)[0]) == len(read_rows([listed, listed])[0]) / 2 == 1
+
+
 def test_a_file_with_the_characters_of_a_pattern_is_a_file(tmp_path):
     write_rows(tmp_path / "a[1].jsonl", [{"n": 1}])
     assert number(tmp_path / "a[1].jsonl") == [1]

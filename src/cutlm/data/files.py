@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from cutlm.data.formats import describe_file_format, has_beginning
-from cutlm.data.sources import as_sources, find_files, find_local_files, strip_compression
+from cutlm.data.sources import as_sources, check_lists, find_files, find_local_files, strip_compression
 from cutlm.data.tables import ARROW_MAGIC, ARROW_STREAM_MAGIC, PARQUET_MAGIC, Table, parse_arrow, parse_csv
 from cutlm.errors import DataError
 
@@ -122,6 +122,7 @@ def read_data(sources: str | Path | Sequence[str | Path], columns: Mapping[str, 
     unreadable: list[str] = []
     hashes: list[str] = []
     names: set[str] = set()
+    check_lists(as_sources(sources))
     for source in as_sources(sources):
         try:
             for file in find_files(source):

@@ -20,7 +20,8 @@ _SELECTORS = re.compile(r"(?P<name>.+?)(?P<selectors>(?::[\w.-]+)?(?:@[\w./-]+)?
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 # What `datasets` and cutlm's own commands write next to the rows.
 _METADATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-_REPORTS = (".report.json", ".failures.jsonl", ".left_out.jsonl", ".disputed.jsonl", ".todo.jsonl", ".todo.csv")
+_LISTS = (".failures.jsonl", ".left_out.jsonl", ".disputed.jsonl", ".todo.jsonl", ".todo.csv")
+_REPORTS = (".report.json", *_LISTS)
 _JOURNALS = ".studio"  # the folder of the journals of reviewers, after the name of the file of records
 
 
@@ -75,6 +76,19 @@ def find_hub_names(sources: Sequence[str]) -> list[str]:
     """Return the names of the data sets of the hub among sources, each once."""
     names = [_split(source.removeprefix(_HUB_SCHEME))[0] for source in sources if not find_local_files(source)]
     return list(dict.fromkeys(name for name in names if _is_hub_name(name)))
+
+
+def check_lists(sources: Sequence[str]) -> None:
+    """Raises a DataError if lists of failures and the like are named among other sources, as by a shell's pattern.
+
+    Their rows have no judgments, so responses would count as satisfactory. A pattern that is not expanded skips them.
+    """
+    lists = [source for source in sources if source.endswith(_LISTS) and Path(source).is_file()]
+    if lists and len(lists) < len(sources):
+        raise DataError(
+            f"{', '.join(lists)}: expected data, got what cutlm lists next to its output; leave it out, or write a"
+            " pattern in quotes, such as 'records/*.jsonl', which skips it"
+        )
 
 
 def find_missing(sources: Sequence[str]) -> list[str]:
