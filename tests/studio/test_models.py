@@ -247,6 +247,8 @@ def test_train_on_this(browser, tmp_path, model_path):
         wait_for_response(page, 2)
         press(page, "Escape", "s")
         wait_for_response(page, 3)
+        press(page, "[")  # the flags are those that the page shows at this threshold
+        threshold = float(page.inner_text("#threshold"))
         press(page, "3")
         page.select_option("#detector", "frozen")
         wait_until(page, "document.querySelector('#command code').textContent.includes('scores.jsonl')")
@@ -258,7 +260,9 @@ def test_train_on_this(browser, tmp_path, model_path):
         assert cells[0] == "tokens of satisfactory responses"
         assert cells[2] != cells[3]
         scores = read_token_scores(tmp_path / "records.jsonl.scores.jsonl")
-        assert [sum(one.is_flagged) for one in scores] == [num_flagged - 1, 0]
+        flags = blame(model_path, JudgedRecord(**rows[0], judgment="It is wrong."), threshold).is_flagged
+        assert (scores[0].threshold, sum(flags) > num_flagged) == (threshold, True)
+        assert [sum(one.is_flagged) for one in scores] == [sum(flags) - 1, 0]
         assert server.studio.training.exit_code == 0
         assert (tmp_path / "records.jsonl.trained-1" / "adapter_config.json").exists()
         press(page, "1")

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,15 +57,25 @@ class LiveScorer:
         """Where the model runs."""
         return unwrap_peft(self._model).device
 
-    def score(self, record: JudgedRecord, is_stopped: IsStopped = _never) -> TokenScores:
+    def score(
+        self, record: JudgedRecord, is_stopped: IsStopped = _never, threshold: float | None = None
+    ) -> TokenScores:
         """Score a record; one that is satisfactory without its judgment only.
+
+        Args:
+            record: The record.
+            is_stopped: Whether the result is no longer wanted.
+            threshold: lambda of eq. 5; None for that of the settings.
 
         Raises:
             DataError: The response does not fit, or the chat template refuses it.
             CancelledError: `is_stopped` returned true.
         """
         without, judged, response_ids = self._score_both(record, is_stopped)
-        return make_scores(record, response_ids, Logps(without, judged), None, self.encoder, self.settings, self._marks)
+        settings, marks = self.settings, self._marks
+        if threshold is not None:
+            settings, marks = replace(settings, threshold=threshold), marks | {"threshold": threshold}
+        return make_scores(record, response_ids, Logps(without, judged), None, self.encoder, settings, marks)
 
     def measure_sensitivity(
         self, record: JudgedRecord, foreign: Sequence[str], threshold: float, is_stopped: IsStopped = _never

@@ -133,13 +133,17 @@ class Models:
         return None if found is None else {**vars(found), "is_noise": found.describe_noise() is not None}
 
     def write_scores(
-        self, path: Path, rows: Sequence[tuple[JudgedRecord, Sequence[Span]]], is_stopped: IsStopped
+        self,
+        path: Path,
+        rows: Sequence[tuple[JudgedRecord, Sequence[Span]]],
+        threshold: float,
+        is_stopped: IsStopped,
     ) -> None:
         """Write token scores of records without the flags in the passages of each, which a reviewer removed."""
         scores = []
         for record, unflagged in rows:
             try:
-                one = self._sides[0].scorer.score(record, is_stopped)
+                one = self._sides[0].scorer.score(record, is_stopped, threshold)
             except UserError:
                 continue  # too long, as training would leave it out
             removed = flag_spans(one.spans, unflagged)
@@ -150,7 +154,7 @@ class Models:
             raise UserError("no response fits into the model's context; start the studio with a larger --max_length")
         write_token_scores(path, scores)
 
-    def compare(self, records: Sequence[JudgedRecord], is_stopped: IsStopped) -> list[dict[str, Any]]:
+    def compare(self, records: Sequence[JudgedRecord], threshold: float, is_stopped: IsStopped) -> list[dict[str, Any]]:
         """Compute mean log-probabilities by each model: of satisfactory responses, flagged tokens, and other tokens.
 
         The flags are those of the first model, and the context has no judgment.
@@ -159,7 +163,7 @@ class Models:
         for record in records:
             plain = record.model_copy(update={"judgment": PRAISE})
             try:
-                first = self._sides[0].scorer.score(record, is_stopped)
+                first = self._sides[0].scorer.score(record, is_stopped, threshold)
                 scored = [side.scorer.score(plain, is_stopped) for side in self._sides]
             except UserError:
                 continue

@@ -132,6 +132,7 @@ class Studio:
         self._preparing: str | None = None  # the work in progress before or after a training run
         self._comparison: list[dict[str, Any]] | None = None
         self._problem: str | None = None
+        self._run_threshold = threshold  # of the last training run
 
     # ---- Reading and judging ----
 
@@ -246,12 +247,13 @@ class Studio:
             raise UserError("no response has a verdict to train on; judge some first")
         self.session.write()
         self.training = self._comparison = self._problem = None
+        self._run_threshold = float(threshold)
         if (scores := plan.scores) is None:
             self._start(plan)
         else:
             self._prepare(
                 "scoring the records",
-                lambda is_stopped: models.write_scores(scores, rows, is_stopped),
+                lambda is_stopped: models.write_scores(scores, rows, self._run_threshold, is_stopped),
                 lambda _: self._start(plan),
             )
 
@@ -299,7 +301,7 @@ class Studio:
             if not is_loaded:  # it may be interrupted and called again
                 models.add_trained(training.plan.folder)
                 is_loaded = True
-            return models.compare(records, is_stopped)
+            return models.compare(records, self._run_threshold, is_stopped)
 
         self._prepare("scoring the responses again", compare, lambda result: setattr(self, "_comparison", result))
 
