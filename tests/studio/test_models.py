@@ -33,8 +33,9 @@ from cutlm.prompting.encoding import Encoder
 from cutlm.servers.client import Server
 from cutlm.studio.drafts import DraftJudge
 from cutlm.studio.scoring import Models, ModelSettings, choose_foreign
-from cutlm.studio.training import Plan, Training
+from cutlm.studio.training import Plan, Training, plan_training
 from cutlm.studio.worker import BACKGROUND, URGENT, Worker
+from cutlm.training.config import CUTConfig, DataArguments, ModelArguments, read_settings
 
 FLAGGED = "[...document.querySelectorAll('.response .flagged')].map(e => e.textContent)"
 
@@ -268,6 +269,16 @@ def test_train_on_this(browser, tmp_path, model_path):
         press(page, "1")
         wait_until(page, "document.querySelectorAll('.response').length === 2")
         assert server.studio.plan("spans", 1.5).arguments[-1].endswith("trained-2")
+
+
+def test_training_has_the_prompts_of_the_page(tmp_path, model_path):
+    options = {"chat_template_kwargs": {"enable_thinking": False}, "template_date": "2026-11-26", "max_length": 300}
+    models = load(model_path)
+    models._settings = ModelSettings(template="chat", **options)
+    plan = plan_training(tmp_path / "out.jsonl", models, "current", 1.1, None)
+    config = read_settings((DataArguments, ModelArguments, CUTConfig), None, plan.arguments[1:]).parts[2]
+    assert {name: getattr(config, name) for name in options} == options
+    assert config.template == "chat"
 
 
 def test_a_run_that_fails_says_so(tmp_path, model_path):

@@ -1,5 +1,6 @@
 """Scores of responses under the models, for the page: shading, the gauge, and the change by training."""
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -93,6 +94,17 @@ class Models:
     def device(self) -> torch.device:
         """Where the first model runs."""
         return self._sides[0].scorer.device
+
+    @property
+    def training_options(self) -> dict[str, Any]:
+        """The options that training must share for its prompts to be those of the page, by name."""
+        settings = self._settings
+        options: dict[str, Any] = {"max_length": settings.max_length}
+        if self.template == "chat":
+            arguments = settings.chat_template_kwargs
+            options["chat_template_kwargs"] = json.dumps(arguments) if arguments else None
+            options["template_date"] = settings.template_date
+        return {name: value for name, value in options.items() if value}
 
     @property
     def base_path(self) -> str:

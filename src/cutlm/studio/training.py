@@ -59,6 +59,8 @@ def plan_training(out: Path, models: "Models | None", detector: str, threshold: 
     arguments = ["train", *(["--config", config] if config else []), "--data", str(scores or out)]
     if models is not None:
         arguments += ["--model_name_or_path", models.base_path, "--template", models.template]
+        for name, value in models.training_options.items():
+            arguments += [f"--{name}", str(value)]
         if not config and models.device.type == "cpu":
             arguments += ["--use_cpu", "true"]
     elif not config:
