@@ -171,6 +171,15 @@ def test_two_tabs_never_overwrite_each_other(browser, tmp_path):
         other.problems.clear()  # the browser logs the requests that failed
 
 
+def test_a_long_text_of_any_script_is_saved(browser, tmp_path):
+    text = "\u5b57" * 30_000  # more bytes than a browser sends for a page that is being closed
+    with running(tmp_path, make_rows(1)) as server, browse(browser, server.access.url) as page:
+        page.fill("#judgment", text)
+        wait_until(page, "document.getElementById('saved').className !== 'saving'")
+        wait_until_saved(page)
+        assert server.studio.session.get_verdict(0).judgment == text
+
+
 def test_two_reviewers_at_once(browser, tmp_path):
     rows = make_rows(3)
     with (

@@ -107,7 +107,7 @@ export class Saver {
     while (this.#waiting.size) {
       const [index, verdict] = this.#waiting.entries().next().value;
       const body = { ...verdict, revision: this.#revise(index), tab: TAB };
-      const keepalive = JSON.stringify(body).length < MAX_KEPT_ALIVE;
+      const keepalive = new TextEncoder().encode(JSON.stringify(body)).length < MAX_KEPT_ALIVE;
       try {
         const answer = await request(`/api/items/${index}`, { method: "PUT", body, keepalive });
         this.#known.set(index, answer.verdict);
