@@ -171,6 +171,28 @@ def test_two_tabs_never_overwrite_each_other(browser, tmp_path):
         other.problems.clear()  # the browser logs the requests that failed
 
 
+def test_keys_before_the_next_response_has_come_change_neither(browser, tmp_path):
+    held = []
+    with running(tmp_path, make_rows(2)) as server, browse(browser, server.access.url) as page:
+        page.route("**/api/items/1", lambda route: held.append(route))
+        page.focus("#judgment")
+        page.keyboard.type("Wrong.")
+        press(page, "Control+Enter")
+        wait_until(page, "document.querySelectorAll('#item-0 .bad').length === 1")
+        page.keyboard.type("The")
+        page.wait_for_timeout(50)
+        held[0].continue_()
+        page.unroute("**/api/items/1")
+        wait_for_response(page, 2)
+        page.keyboard.type("Next.")
+        wait_until_saved(page)
+        verdicts = [server.studio.session.get_verdict(index) for index in range(2)]
+        assert [(verdict.state, verdict.judgment) for verdict in verdicts] == [
+            ("unsatisfactory", "Wrong."),
+            ("open", "Next."),
+        ]
+
+
 def test_a_long_text_of_any_script_is_saved(browser, tmp_path):
     text = "\u5b57" * 30_000  # more bytes than a browser sends for a page that is being closed
     with running(tmp_path, make_rows(1)) as server, browse(browser, server.access.url) as page:

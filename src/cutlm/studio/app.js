@@ -142,20 +142,25 @@ function showPace({ num_decided, num_left, per_minute }) {
 
 // ---- The way through the list ----
 
-let opening = null; // the response that is being opened; until then, no key decides on the one before
+let opening = null; // the response that is being opened; until then, no key changes the verdict on the one before
+
+function setOpening(index) {
+  opening = index;
+  for (const id of ["judgment", "improvement"]) byId(id).readOnly = index !== null;
+}
 
 async function open(index, { focus = null } = {}) {
   if (review.item && review.index !== index) leave();
-  opening = index;
+  setOpening(index);
   try {
     await review.open(index);
   } catch (error) {
     if (error.name === "AbortError") return;
     byId("saved").textContent = `response ${index + 1} cannot be read: ${error.message}`;
-    opening = null;
+    setOpening(null);
     return;
   }
-  opening = null;
+  setOpening(null);
   const { item } = review;
   items[index].hasDraft = item.draft !== null;
   byId("position").textContent = `Response ${index + 1} of ${items.length} \u00b7 ${item.location}`;
