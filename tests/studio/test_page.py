@@ -14,6 +14,7 @@ from studio_server import (
     press,
     read_lines,
     running,
+    send,
     started,
     wait_for_response,
     wait_until,
@@ -169,6 +170,30 @@ def test_two_tabs_never_overwrite_each_other(browser, tmp_path):
         ]
         assert {"From the first tab.", "From the first tab again.", "From the second tab."} <= {*judgments}
         other.problems.clear()  # the browser logs the requests that failed
+
+
+def test_writing_before_the_choice_does_not_settle_a_conflict(browser, tmp_path):
+    with running(tmp_path, make_rows(2)) as server, browse(browser, server.access.url) as page:
+        verdict = {"state": "unsatisfactory", "judgment": "Theirs.", "revision": 0, "tab": "another"}
+        page.route("**/api/events", lambda route: route.abort())
+        with held_changes(page):
+            page.focus("#judgment")
+            page.keyboard.type("Mine")
+            assert send(server.access, "PUT", "/api/items/0", verdict)[0] == 200
+        page.wait_for_selector("#notice:not([hidden])")
+        page.keyboard.type(" goes on.")
+        wait_until_saved(page)
+        press(page, "Escape", "j")
+        wait_for_response(page, 2)
+        press(page, "k")
+        wait_for_response(page, 1)
+        assert page.input_value("#judgment") == "Mine goes on."
+        page.click("text=Use that")
+        wait_until_saved(page)
+        assert page.input_value("#judgment") == "Theirs."
+        saved = server.studio.session.get_verdict(0)
+        assert (saved.state, saved.judgment) == ("unsatisfactory", "Theirs.")
+        page.problems.clear()  # the browser logs the refused request
 
 
 def test_keys_before_the_next_response_has_come_change_neither(browser, tmp_path):

@@ -22,6 +22,8 @@ const conflicts = new Map(); // by item: { theirs, mine }
 
 const review = new Review(session.models.length > 0, session.threshold, {
   onChange: (index, verdict) => {
+    const conflict = conflicts.get(index);
+    if (conflict) conflict.mine = verdict;
     saver.save(index, verdict);
     setState(index, verdict.state);
   },
@@ -49,16 +51,16 @@ const isSameVerdict = (one, other) => FIELDS.every((name) => JSON.stringify(one[
 
 function showConflict() {
   const { index } = review;
-  const { theirs, mine } = conflicts.get(index);
-  const settle = (verdict, isSaved) => {
+  const conflict = conflicts.get(index);
+  const settle = (verdict) => {
     conflicts.delete(index);
     review.setVerdict(verdict);
     review.showDraft();
     setState(index, verdict.state);
-    if (!isSaved) saver.save(index, verdict);
+    saver.save(index, verdict); // also theirs, because what was written meanwhile is saved
     review.scoreAgain();
   };
-  review.showConflict(theirs, () => settle(theirs, true), () => settle(mine, false));
+  review.showConflict(conflict.theirs, () => settle(conflict.theirs), () => settle(conflict.mine));
 }
 
 // ---- The list ----
@@ -164,7 +166,10 @@ async function open(index, { focus = null } = {}) {
   const { item } = review;
   items[index].hasDraft = item.draft !== null;
   byId("position").textContent = `Response ${index + 1} of ${items.length} \u00b7 ${item.location}`;
-  if (conflicts.has(index)) showConflict();
+  if (conflicts.has(index)) {
+    review.setVerdict(conflicts.get(index).mine);
+    showConflict();
+  }
   showCurrent();
   if (focus) byId(focus).focus({ preventScroll: true });
 }
@@ -353,7 +358,7 @@ function watch() {
     const { index, state, tab } = JSON.parse(event.data);
     if (tab === TAB) return;
     setState(index, state);
-    if (saver.isSaving(index)) return; // the server refuses it, and the person chooses
+    if (saver.isSaving(index) || conflicts.has(index)) return; // the server refuses it, and the person chooses
     if (index !== review.index) return;
     const { verdict } = await request(`/api/items/${index}`);
     if (index !== review.index || saver.isSaving(index)) return;
