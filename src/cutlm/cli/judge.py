@@ -33,8 +33,8 @@ interval, and the lengths of the responses; OUT.records.jsonl gets the judged re
 
   cutlm judge --compare_prompts --model MODEL --responses FILE --judge rules --rules NAME --out gain.json
 
-Exit codes: 0 if every response has a judgment, 2 if something must be fixed first, 1 if judgments are missing although
-the input is correct, so that another try may succeed."""
+Exit codes: 0 if every response has a judgment; 1 if judgments are missing, such as those of empty responses or after an
+error of a server; 2 if something must be fixed first."""
 
 import argparse
 import shlex
