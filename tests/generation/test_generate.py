@@ -197,6 +197,12 @@ def test_other_settings_cannot_resume_a_stopped_run(
         assert main([*options, *value]) == 2
         assert f"({name} differ)" in capsys.readouterr().err
     assert (tmp_path / "out.json.partial").read_bytes() == before
+    monkeypatch.undo()
+    other = ["--temperature", "0.5"]
+    assert main([*options, *other, "--overwrite"]) == 0
+    assert main([*_options(model, prompts, tmp_path / "new.json"), *other]) == 0
+    assert (tmp_path / "out.json").read_bytes() == (tmp_path / "new.json").read_bytes()
+    assert not (tmp_path / "out.json.partial").exists()
 
 
 def test_an_existing_file_is_not_replaced_without_overwrite(

@@ -66,6 +66,10 @@ def test_a_stopped_run_resumes(workplace, capsys):
         patch.setattr(generation, "_generate_batch", fail_on_second)
         assert _refine(workplace, "--batch_size", "1") == 130
     assert not (workplace / "out.json").exists()
+    partial = (workplace / "out.json.partial").read_bytes()
+    assert _refine(workplace, "--batch_size", "2") == 0  # with --overwrite
+    assert "from the run that was stopped" not in capsys.readouterr().out
+    (workplace / "out.json.partial").write_bytes(partial)
     assert _refine(workplace, "--batch_size", "1") == 0
     assert "1 responses are from the run that was stopped" in capsys.readouterr().out
     assert (workplace / "out.json").read_bytes() == whole

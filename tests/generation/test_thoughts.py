@@ -105,6 +105,10 @@ def test_thoughts_that_are_cut_off_are_failures_and_never_responses(
     lines = _read(tmp_path / "out.jsonl.partial")
     assert _generate(tmp_path, *options) == 1
     assert _read(tmp_path / "out.jsonl.partial") == lines, "the failures are resumed, not generated again"
+    assert _generate(tmp_path, "--max_new_tokens", "2", "--overwrite") == 1
+    assert {row["reason"] for row in _read(tmp_path / "out.jsonl.failures.jsonl")} == {
+        "stopped at 2 tokens, before the final answer"
+    }
     with pytest.raises(UserError) as caught:
         generate(tmp_path, ["Name one.", "Name a city."], max_new_tokens=3, device="cpu")
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["prompts[0]", "prompts[1]"]

@@ -261,6 +261,10 @@ def test_a_killed_run_resumes(judge_folder: Path, tmp_path: Path, capsys: pytest
     capsys.readouterr()
     assert judge(judge_folder, out, "--max_new_tokens", "39") == 2
     assert "started with other settings (sampling differ)" in capsys.readouterr().err
+    other = tmp_path / "other.jsonl"
+    Path(f"{other}.partial").write_bytes(Path(f"{out}.partial").read_bytes())
+    assert judge(judge_folder, other, "--max_new_tokens", "39", "--overwrite") == 0
+    assert "from a run that was stopped" not in capsys.readouterr().out
     assert judge(judge_folder, out) == 0
     assert "4 answers are from a run that was stopped" in capsys.readouterr().out
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -132,7 +132,7 @@ def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
     sampling = make_sampling(args, model)
     encoder, names = make_encoder(args, tokenizer, template), _name_output(args)
     names |= {"fingerprint": fingerprint_model(args.model)}
-    options = names | {"judgment": args.judgment, "max_failure_rate": args.max_failure_rate}
+    options = names | {name: getattr(args, name) for name in ("judgment", "max_failure_rate", "overwrite")}
     generated = generate_file(model, tokenizer, encoder, prompts, args.out, sampling, **options)
     return _report(args, generated, sampling)
 
@@ -150,10 +150,9 @@ def _answer_by_vllm(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
     engine = load_engine(args.model, dtype=args.dtype, arguments=arguments)
     if args.max_new_tokens is None:
         sampling = dataclasses.replace(sampling, max_new_tokens=choose_max_new_tokens_in(engine.context_limit))
-    options = _name_output(args) | {"fingerprint": fingerprint_model(args.model), "judgment": args.judgment}
-    generated = generate_file(
-        engine, tokenizer, encoder, prompts, args.out, sampling, max_failure_rate=args.max_failure_rate, **options
-    )
+    options = _name_output(args) | {"fingerprint": fingerprint_model(args.model)}
+    options |= {name: getattr(args, name) for name in ("judgment", "max_failure_rate", "overwrite")}
+    generated = generate_file(engine, tokenizer, encoder, prompts, args.out, sampling, **options)
     return _report(args, generated, sampling)
 
 
@@ -183,7 +182,7 @@ def _answer_by_server(args: argparse.Namespace, prompts: list[dict[str, Any]]) -
         encoded = encode_prompts(conversations, args.judgment, encoder)
         opening = find_open_thoughts(str(encoder.tokenizer.decode(encoded[0][-NUM_TAIL_TOKENS:])))
     header = describe_run([list_inputs(conversations), args.judgment], sampling, template, args.model, date)
-    journal = Journal(args.out, header | {"extra_body": server.extra_body})
+    journal = Journal(args.out, header | {"extra_body": server.extra_body}, overwrite=args.overwrite)
     generated = generate_by_server(server, encoded or conversations, sampling, journal, opening)
     write_answers(prompts, generated, journal, args.out, **_name_output(args), max_failure_rate=args.max_failure_rate)
     return _report(args, generated, sampling)
@@ -207,7 +206,7 @@ def _report(args: argparse.Namespace, generated: Any, sampling: Any) -> int:
                 kinds = {is_stopped(reason) for reason in generated.failures.values()}
                 changes = ["a larger --max_new_tokens"] * (True in kinds)
                 changes += ["a --temperature above 0 and another --seed"] * (False in kinds)
-                advice = f"to start over, remove that file and set {' and '.join(changes)}"
+                advice = f"to start over, pass --overwrite and set {' and '.join(changes)}"
                 advice += "; to leave the others out, set --max_failure_rate"
             print(f"{summary}; {kept}: {advice}")
             return 1

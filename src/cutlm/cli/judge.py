@@ -169,7 +169,7 @@ def _judge_into(args: argparse.Namespace, responses: "list[Response]", server: "
     if args.judge == "local":
         from cutlm.judges.local import judge_locally
 
-        options = {name: getattr(args, name) for name in ("max_new_tokens", *_LOCAL)}
+        options = {name: getattr(args, name) for name in ("max_new_tokens", *_LOCAL, "overwrite")}
         outcome, journal = judge_locally(responses, args.judge_model, out, **options)
     else:
         outcome = _judge(args, responses, server)

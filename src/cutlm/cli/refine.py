@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer, template = load_model(args)
     sampling = make_sampling(args, model)
     encoder, fingerprint = make_encoder(args, tokenizer, template), fingerprint_model(args.model)
-    refined = refine_file(model, tokenizer, encoder, records, args.out, sampling, fingerprint=fingerprint)
+    options = {"fingerprint": fingerprint, "overwrite": args.overwrite}
+    refined = refine_file(model, tokenizer, encoder, records, args.out, sampling, **options)
     if refined.failures:
         listed = f"listed with the reasons in {name_failures_file(args.out)}"
         print(f"{len(refined.failures)} responses could not be improved, {listed}")

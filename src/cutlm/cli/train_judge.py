@@ -79,6 +79,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     from cutlm.judges.evaluation import evaluate_judge
 
     LOCAL_OPTIONS.fill(options)
-    settings = {name: getattr(options, name) for name in ("max_new_tokens", *LOCAL_OPTIONS.local)}
+    settings = {name: getattr(options, name) for name in ("max_new_tokens", *LOCAL_OPTIONS.local, "overwrite")}
     print(evaluate_judge(args.evaluate, options.data, folder, columns=options.columns, **settings), end="")
     return 0

@@ -107,6 +107,7 @@ def generate_file(
     fingerprint: str,
     judgment: str | None = None,
     max_failure_rate: float = 0.0,
+    overwrite: bool = False,
 ) -> Generated:
     """Answer prompts with a local model and write AlpacaEval's format, see `write_answers`.
 
@@ -122,6 +123,7 @@ def generate_file(
         fingerprint: Of the model; a partial file of another one is refused.
         judgment: Asks for responses that deserve this judgment, from models trained by hindsight.
         max_failure_rate: The largest share of prompts without a response with which the file is written.
+        overwrite: Replace a partial file of a run with other settings.
 
     Raises:
         UserError: There is a partial file of a run with other settings.
@@ -140,12 +142,13 @@ def generate_file(
         encoded, conversations, lambda _, each: encoder.encode_generation_prompt(each, judgment), room
     )
     if isinstance(model, nn.Module):
-        journal = Journal(out, header)
+        journal = Journal(out, header, overwrite=overwrite)
         generated = generate_with_journal(model, tokenizer, encoder, encoded, sampling, journal)
     else:
         from cutlm.generation.vllm import generate_with_vllm
 
-        journal = Journal(out, header | {"engine": "vllm", "engine_settings": model.settings})
+        header |= {"engine": "vllm", "engine_settings": model.settings}
+        journal = Journal(out, header, overwrite=overwrite)
         generated = generate_with_vllm(model, tokenizer, encoder, encoded, sampling, journal)
     generated.num_truncated += num_shortened
     write_answers(prompts, generated, journal, out, generator, dataset, max_failure_rate)
@@ -232,6 +235,7 @@ def refine_file(
     sampling: Sampling,
     *,
     fingerprint: str,
+    overwrite: bool = False,
 ) -> Generated:
     """Write records again, with an improved response in `i_ans` of each unsatisfactory one that has none.
 
@@ -242,7 +246,7 @@ def refine_file(
     unrefined = [index for index, record in enumerate(records) if not record.is_satisfactory and not record.i_ans]
     inputs = [record.model_dump(mode="json") for record in records]
     header = describe_run(inputs, sampling, encoder.fingerprint, fingerprint, encoder.template_date, model)
-    journal = Journal(out, header)
+    journal = Journal(out, header, overwrite=overwrite)
     asked = [records[index] for index in unrefined]
     encoded = encode_refinement_prompts(asked, encoder)
     encoded, num_shortened = drop_old_turns(

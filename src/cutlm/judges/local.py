@@ -44,6 +44,7 @@ def judge_locally(
     batch_size: int = 32,
     dtype: str = "auto",
     device: str | None = None,
+    overwrite: bool = False,
 ) -> tuple[Outcome, Journal]:
     """Judge responses with a trained model, by greedy decoding.
 
@@ -55,6 +56,7 @@ def judge_locally(
         batch_size: The number of responses at a time.
         dtype: See `load_model`.
         device: None uses a GPU if there is one.
+        overwrite: Replace a partial file of a run with other settings.
 
     Returns:
         A judgment or a failure for each response, and the journal, to be removed once the outcome is written.
@@ -85,7 +87,7 @@ def judge_locally(
     asked = [index for index in kept if index not in outcome.failures]
     inputs = [questions[index] for index in asked]
     header = describe_run(inputs, sampling, encoder.fingerprint, fingerprint_model(path), encoder.template_date, model)
-    journal = Journal(out, header)
+    journal = Journal(out, header, overwrite=overwrite)
     counts = generate_with_journal(model, tokenizer, encoder, [encoded[index] for index in asked], sampling, journal)
     if counts.num_resumed:
         outcome.notes.append(f"{counts.num_resumed} answers are from a run that was stopped")
