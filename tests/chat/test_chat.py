@@ -168,6 +168,7 @@ def test_records_are_appended_with_or_without_a_final_newline(tmp_path: Path) ->
         ("a.csv", "instruction,output,judgment\nAsk.,No.,It is rude.\n", r"a\.csv: expected JSON Lines"),
         ("a.jsonl", '{"instruction": "Ask.", "output": "No."}\n'.encode("utf-16"), r"a\.jsonl: expected JSON Lines"),
         ("a.jsonl.gz", None, r"a\.jsonl\.gz: cannot append to a compressed file"),
+        ("a.jsonl.zst", None, r"a\.jsonl\.zst: cannot append to a compressed file"),
         ("a.jsonl", b"\x1f\x8b", r"a\.jsonl: the compressed file is damaged"),
         (".", None, r"not a regular file"),
         (

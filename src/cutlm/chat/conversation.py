@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cutlm.data.files import SourceRow, read_bytes, sync_directory, sync_file
 from cutlm.data.records import JudgedRecord, check_records, check_rows, is_praise
+from cutlm.data.sources import COMPRESSIONS
 from cutlm.errors import DataError
 from cutlm.flagging.token_scores import is_token_scores_row
 from cutlm.prompting.templates import make_messages
@@ -53,7 +54,7 @@ def append_record(path: str | Path, record: JudgedRecord) -> int:
     file of records, or already has this record.
     """
     path, num_records, gap = Path(path), 0, b""
-    if path.suffix in (".gz", ".xz"):
+    if path.suffix in COMPRESSIONS:
         raise DataError(f"{path}: cannot append to a compressed file; name another file")
     if not (is_new := not path.exists()):
         num_records = _count_records(path, record)
