@@ -150,7 +150,7 @@ def _answer_by_vllm(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
     engine = load_engine(args.model, dtype=args.dtype, arguments=arguments)
     if args.max_new_tokens is None:
         sampling = dataclasses.replace(sampling, max_new_tokens=choose_max_new_tokens_in(engine.context_limit))
-    options = _name_output(args) | {"fingerprint": fingerprint_model(args.model)}
+    options: dict[str, Any] = _name_output(args) | {"fingerprint": fingerprint_model(args.model)}
     options |= {name: getattr(args, name) for name in ("judgment", "max_failure_rate", "overwrite")}
     generated = generate_file(engine, tokenizer, encoder, prompts, args.out, sampling, **options)
     return _report(args, generated, sampling)
