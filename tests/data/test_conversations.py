@@ -132,6 +132,25 @@ def test_a_conversation_that_is_not_valid_is_named(row: dict[str, Any], named: s
     assert len(check.records) == 1
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("before", [[ASK], LONG])
+def test_thoughts_of_the_response_are_kept_next_to_it_and_named(
+    name: str, before: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"messages": [*before, ANSWER | {name: "A large one?"}]}, {"prompt": before, "completion": [ANSWER]}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(f"{json.dumps(row | {'judgment': None})}\n" for row in rows))
+    records = check_records(path).records
+    assert [(record.output, (record.model_extra or {}).get("reasoning")) for record in records] == [
+        ("Sydney.", "A large one?"),
+        ("Sydney.", None),
+    ]
+    # A record that is written is read again as the same.
+    assert JudgedRecord.model_validate(records[0].model_dump(exclude_unset=True)) == records[0]
+    assert main(["check", str(path)]) == 0
+    assert "1 record with thoughts next to the response, which are not trained on" in capsys.readouterr().out
+
+
 def test_a_conversation_as_text_has_every_turn() -> None:
     conversation = Conversation((SYSTEM, *HELLO, ASK, CALL, FOUND))
     assert conversation.to_text() == (

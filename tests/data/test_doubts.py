@@ -15,6 +15,7 @@ KINDS = {
     "high": "a score of 7 or more and an objection",
     "critique": "a field 'critique' and no judgment",
     "chat_history": "a field 'chat_history', which is ignored",
+    "thoughts": "thoughts next to the response, which are not trained on",
 }
 
 
@@ -41,6 +42,9 @@ def find_kinds(row, max_locations=5):
         ({"judgment": "Perfect, but the sum is wrong."}, {"taken_back"}),
         ({"judgment": "Perfect. However, the sum is 3."}, {"taken_back"}),
         ({"judgment": "Perfect. It is short, but complete."}, set()),
+        ({"judgment": "Perfect.", "reasoning": "1 + 2"}, {"thoughts"}),
+        ({"judgment": "Perfect.", "reasoning_content": "1 + 2"}, {"thoughts"}),
+        ({"judgment": "Perfect.", "reasoning": None}, set()),
         ({"judgment": "$ERROR$"}, {"empty"}),
         ({"judgment": "N/A"}, {"empty"}),
         ({"judgment": "..."}, {"empty"}),

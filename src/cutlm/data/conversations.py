@@ -16,6 +16,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's names, LLaMA-Factory's for a call of a tool and its result, and an older one of OpenAI for a result.
 _ALIASES = {"human": "user", "function_call": "assistant", "observation": "tool", "function": "tool"}
 _ALIASES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant")
+# Under which servers give the thoughts before an answer.
+THOUGHTS = ("reasoning", "reasoning_content", "thinking")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 
@@ -148,6 +150,9 @@ def normalize_row(row: Mapping[str, Any], *, is_answered: bool) -> dict[str, Any
     texts = {"instruction": conversation.instruction}
     if is_answered and answer is not None:
         texts["output"] = answer["content"]
+        # As `cutlm generate` writes them: next to the response, which is the final answer.
+        if not rest.get("reasoning") and (thoughts := next(filter(None, map(answer.get, THOUGHTS)), None)):
+            rest["reasoning"] = thoughts
     for name, text in texts.items():
         if rest.get(name, text) != text:
             raise ConversationError(name, "differs from the conversation in the same row; leave one of them out")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from cutlm.data.conversations import THOUGHTS
 from cutlm.data.formats import find_judgment_column
 from cutlm.data.praise import objects_after_praise, reads_like_praise
 from cutlm.data.records import SATISFACTORY_SCORE, JudgedRecord, is_praise
@@ -82,3 +83,5 @@ def _find_doubts(record: JudgedRecord) -> Iterator[str]:
     for name in _FIELDS_OF_PROMPTS:
         if (record.model_extra or {}).get(name):
             yield f"a field {name!r}, which is ignored (write what matters into the instruction)"
+    if any((record.model_extra or {}).get(name) for name in THOUGHTS):
+        yield "thoughts next to the response, which are not trained on (the response is the final answer alone)"
