@@ -516,7 +516,8 @@ def get_template_source(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def list_template_sources(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """Return a tokenizer's chat template, and the one for conversations with tools if that is another one."""
-    return list(dict.fromkeys(str(tokenizer.get_chat_template(tools=tools)) for tools in (None, [])))
+    sources = tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[])
+    return list(dict.fromkeys(map(str, sources)))
 
 
 def insert_date(source: str, date: datetime.date) -> str:
