@@ -3,7 +3,9 @@
 import signal
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from studio_server import (
 from tiny import make_model, make_tokenizer, save_tiny_model
 
 from cutlm.data.records import JudgedRecord
+from cutlm.errors import UserError
 from cutlm.flagging.detector import FlagSettings, blame_record
 from cutlm.flagging.live import LiveScorer
 from cutlm.flagging.scoring import load_scorer, score_rows
@@ -33,6 +36,7 @@ from cutlm.prompting.encoding import Encoder
 from cutlm.servers.client import Server
 from cutlm.studio.drafts import DraftJudge
 from cutlm.studio.scoring import Models, ModelSettings, choose_foreign
+from cutlm.studio.session import Change
 from cutlm.studio.training import Plan, Training, plan_training
 from cutlm.studio.worker import BACKGROUND, URGENT, Worker
 from cutlm.training.config import CUTConfig, DataArguments, ModelArguments, read_settings
@@ -279,6 +283,28 @@ def test_training_has_the_prompts_of_the_page(tmp_path, model_path):
     config = read_settings((DataArguments, ModelArguments, CUTConfig), None, plan.arguments[1:]).parts[2]
     assert {name: getattr(config, name) for name in options} == options
     assert config.template == "chat"
+
+
+def test_a_double_click_starts_one_run(tmp_path, model_path):
+    with running(tmp_path, make_rows(1), models=load(model_path)) as server:
+        studio, both, plans = server.studio, threading.Barrier(2), []
+        studio.session.save(0, Change(state="satisfactory", revision=0, tab="test"))
+
+        def wait_for_other():
+            with suppress(threading.BrokenBarrierError):
+                both.wait(1)
+
+        def start(plan):
+            plans.append(plan)
+            studio.training = SimpleNamespace(is_running=True, close=lambda: None)
+
+        studio.session.write, write, studio._start = wait_for_other, studio.session.write, start
+        with ThreadPoolExecutor(2) as pool:
+            clicks = [pool.submit(studio.start_training, "current", 1.1) for _ in range(2)]
+            problems = [click.exception() for click in clicks]
+        studio.session.write = write
+        assert len(plans) == 1
+        assert sorted(type(problem) for problem in problems if problem) == [UserError]
 
 
 def test_a_run_that_fails_says_so(tmp_path, model_path):

@@ -6,6 +6,7 @@ server-sent events: what other tabs saved, drafts, and the losses of a training 
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
@@ -129,6 +130,7 @@ class Studio:
         self.drafter = Drafter(session, judge, lambda index: self.broadcast.send("draft", index)) if judge else None
         self.training: Training | None = None
         self.is_ending: Callable[[], bool] = lambda: False
+        self._starting = threading.Lock()  # a second click comes before the first one has started the run
         self._preparing: str | None = None  # the work in progress before or after a training run
         self._comparison: list[dict[str, Any]] | None = None
         self._problem: str | None = None
@@ -237,25 +239,26 @@ class Studio:
         Raises:
             UserError: There is nothing to train on, or a run is under way.
         """
-        if self._preparing is not None or (self.training is not None and self.training.is_running):
-            raise UserError("a run is under way; stop it first")
-        plan, models = self.plan(detector, threshold), self.models
-        if models is None:
-            raise UserError("the studio runs without a model; start it with --model, or run the command yourself")
-        rows = self._list_rows()
-        if not rows:
-            raise UserError("no response has a verdict to train on; judge some first")
-        self.session.write()
-        self.training = self._comparison = self._problem = None
-        self._run_threshold = float(threshold)
-        if (scores := plan.scores) is None:
-            self._start(plan)
-        else:
-            self._prepare(
-                "scoring the records",
-                lambda is_stopped: models.write_scores(scores, rows, self._run_threshold, is_stopped),
-                lambda _: self._start(plan),
-            )
+        with self._starting:
+            if self._preparing is not None or (self.training is not None and self.training.is_running):
+                raise UserError("a run is under way; stop it first")
+            plan, models = self.plan(detector, threshold), self.models
+            if models is None:
+                raise UserError("the studio runs without a model; start it with --model, or run the command yourself")
+            rows = self._list_rows()
+            if not rows:
+                raise UserError("no response has a verdict to train on; judge some first")
+            self.session.write()
+            self.training = self._comparison = self._problem = None
+            self._run_threshold = float(threshold)
+            if (scores := plan.scores) is None:
+                self._start(plan)
+            else:
+                self._prepare(
+                    "scoring the records",
+                    lambda is_stopped: models.write_scores(scores, rows, self._run_threshold, is_stopped),
+                    lambda _: self._start(plan),
+                )
 
     def _start(self, plan: Plan) -> None:
         self.training = Training(plan, self._advance)
