@@ -239,6 +239,15 @@ def test_scores_decide_which_responses_are_satisfactory():
     assert [row["score"] for row in kept(conversion)] == [9.0, 7.0]
 
 
+@pytest.mark.parametrize("scores", [(340, 52), (4, 0), (0.9, 0.2), (-1.5, -8)])
+def test_scores_of_another_scale_decide_nothing(scores):
+    pair = PROMPT | {"chosen": "Red.", "rejected": "A horse."}
+    rows = [pair | dict(zip(("chosen_score", "rejected_score"), values, strict=True)) for values in (scores, (9, 8))]
+    conversion = convert(pairs, *rows)
+    assert kept(conversion) == [RED_ROW | {"judgment": None}] * 2
+    assert [row["output"] for row in unjudged(conversion)] == ["A horse."] * 2
+
+
 def test_labels_decide_for_single_responses():
     rows = [PROMPT | {"completion": "Red.", "label": True}, PROMPT | {"completion": "A horse.", "label": False}]
     conversion = convert(pairs, *rows)

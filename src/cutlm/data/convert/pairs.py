@@ -9,7 +9,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cutlm.data.convert import Conversion, Number, Source, make_response, read_messages, validate_rows
+from cutlm.data.convert import (
+    MAX_SCORE,
+    MIN_SCORE,
+    Conversion,
+    Number,
+    Source,
+    make_response,
+    read_messages,
+    validate_rows,
+)
 from cutlm.data.files import SourceRow
 from cutlm.data.records import SATISFACTORY_SCORE
 
@@ -39,14 +48,17 @@ class Row(Source):
 def convert(rows: Iterable[SourceRow]) -> Conversion:
     """Turn the preferred responses into satisfactory records; the others are unjudged, as nothing was said about them.
 
-    Scores from 1 to 10 decide instead, if there are any: 7 or more is satisfactory, whichever response it is.
+    Scores from 1 to 10 decide instead, if there are any: 7 or more is satisfactory, whichever response it is. One score
+    outside of that range says that all have another scale, such as votes, and none is used.
     """
     conversion = Conversion("responses")
-    for location, row in validate_rows(rows, Row):
+    read = validate_rows(rows, Row)
+    scores = [score for _, row in read for score in _read_scores(row) if score is not None]
+    has_scores = all(MIN_SCORE <= score <= MAX_SCORE for score in scores)
+    for location, row in read:
         responses: list[tuple[Any, bool, float | None]] = []
         if row.chosen is not None or row.rejected is not None:
-            first = row.score_chosen if row.score_chosen is not None else row.chosen_score
-            second = row.score_rejected if row.score_rejected is not None else row.rejected_score
+            first, second = _read_scores(row) if has_scores else (None, None)
             responses = [(row.chosen, True, first), (row.rejected, False, second)]
         elif row.completion is not None and row.label is not None:
             responses = [(row.completion, row.label, None)]
@@ -67,6 +79,13 @@ def convert(rows: Iterable[SourceRow]) -> Conversion:
             else:
                 conversion.unjudged.append(SourceRow(location, response))
     return conversion
+
+
+def _read_scores(row: Row) -> tuple[float | None, float | None]:
+    """Return the scores of the chosen and of the rejected response."""
+    first = row.score_chosen if row.score_chosen is not None else row.chosen_score
+    second = row.score_rejected if row.score_rejected is not None else row.rejected_score
+    return first, second
 
 
 def _read_conversation(row: Row, value: Any) -> list[dict[str, Any]] | None:
