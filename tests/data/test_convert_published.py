@@ -432,4 +432,5 @@ def test_unjudged_responses_alone_are_written_without_records(tmp_path, capsys):
     assert main(["convert", "helpsteer", file, "--out", str(out), "--unjudged", str(rest)]) == 0
     assert not out.exists()
     assert [row.value for row in read_rows(rest)[0]] == [{"instruction": "c#", "output": "x"}]
-    assert main(["convert", "helpsteer", file, "--out", str(out), "--unjudged", str(out)]) == 2
+    for same in (out, out.parent / ".." / out.parent.name / out.name):
+        assert main(["convert", "helpsteer", file, "--out", str(out), "--unjudged", str(same)]) == 2

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     paths = _find_files(args.source, args.inputs)
     for out in filter(None, (args.out, args.unjudged)):
         check_out_file(paths, out)
-    if args.unjudged == args.out:
+    if args.unjudged and Path(args.unjudged).resolve() == Path(args.out).resolve():
         raise UserError(f"--unjudged {args.unjudged}: expected another file than --out; choose another name")
     conversion = _convert(args.source, paths, args.columns, args.pairs)
     selection = select_feedback(args, conversion) if args.source == "conversations" else Selection()
