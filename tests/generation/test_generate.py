@@ -247,6 +247,18 @@ def test_all_sampling_options_out_of_range_are_named(
         assert name in message
 
 
+@pytest.mark.parametrize("command", ["generate", "refine", "chat"])
+def test_sampling_options_are_checked_before_the_model_is_loaded(
+    command: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = tmp_path / "records.jsonl"
+    records.write_text(json.dumps({"instruction": "Hi.", "output": "Bye.", "judgment": "Rude."}))
+    files = {"generate": ["--prompts", str(prompts)], "refine": ["--data", str(records)], "chat": []}[command]
+    out = [] if command == "chat" else ["--out", str(tmp_path / "out.json")]
+    assert main([command, "--model", str(tmp_path / "missing"), *files, *out, "--top_p", "2"]) == 2
+    assert "top_p: expected" in capsys.readouterr().err
+
+
 def test_prompts_longer_than_the_context_are_truncated_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def _make_local_engine(args: argparse.Namespace) -> "Engine":
     from cutlm.flagging.detector import FlagSettings
 
     settings = FlagSettings(args.threshold)
+    make_sampling(args)
     model, tokenizer, template = load_model(args)
     role: JudgmentRole = args.judgment_role or "user"
     return LocalEngine(model, tokenizer, template, make_sampling(args, model), settings, role)

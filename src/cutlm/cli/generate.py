@@ -128,6 +128,7 @@ def _answer_locally(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> 
     from cutlm.generation.files import generate_file
     from cutlm.model.loading import fingerprint_model
 
+    make_sampling(args)
     model, tokenizer, template = load_model(args)
     sampling = make_sampling(args, model)
     encoder, names = make_encoder(args, tokenizer, template), _name_output(args)

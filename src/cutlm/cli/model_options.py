@@ -186,14 +186,15 @@ def read_json_object(text: str, option: str) -> dict[str, Any]:
 def make_sampling(args: argparse.Namespace, model: Any = None) -> "Sampling":
     """Return how to sample by the options of `add_sampling_options` and `batch_size`.
 
-    The context of a local model bounds the default of `max_new_tokens`; without a model, a server generates.
+    The context of a local model bounds the default of `max_new_tokens`. Without a model, a server generates, or the
+    options are only checked, because loading a model can take minutes.
     """
     from cutlm.generation.local import MAX_NEW_TOKENS, Sampling, choose_max_new_tokens
 
     max_new_tokens = args.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = MAX_NEW_TOKENS if model is None else choose_max_new_tokens(model)
-    batches = {"batch_size": args.batch_size} if model is not None and hasattr(args, "batch_size") else {}
+    batches = {"batch_size": args.batch_size} if hasattr(args, "batch_size") else {}
     return Sampling(max_new_tokens, args.temperature, args.top_p, args.seed, **batches)
 
 

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(
             f"{describe_sources(args.data)}: nothing to refine: every record is satisfactory or has an i_ans"
         )
+    make_sampling(args)
     model, tokenizer, template = load_model(args)
     sampling = make_sampling(args, model)
     encoder, fingerprint = make_encoder(args, tokenizer, template), fingerprint_model(args.model)
