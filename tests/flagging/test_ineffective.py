@@ -1,6 +1,7 @@
 """Records whose judgment has no larger effect on the response than those of other records are left out."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,18 @@ def test_weights_are_the_ranks_of_judgments(
     assert train(model, data, tmp_path / "run", weigh_by_effect=True) == 0
     mean = sum(ranks.values()) / len(ranks)
     assert f"unsatisfactory records weigh {mean:.2f} on average" in capsys.readouterr().out
+
+
+def test_the_next_command_after_blame_weighs_the_records(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_lines(tmp_path / "data.jsonl", RECORDS), tmp_path / "scores.jsonl"
+    options = [*list_options(model=model, data=data, out=out, device="cpu"), "--weigh_by_effect"]
+    assert main(["blame", *options]) == 0
+    words = shlex.split(capsys.readouterr().out.partition("Next: cutlm ")[2])
+    words[words.index("runs/NAME")] = str(tmp_path / "run")
+    assert main([*words, "--use_cpu", "--max_steps", "1"]) == 0
+    assert "unsatisfactory records weigh" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("normalization", ["token", "record"])

@@ -82,7 +82,7 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         "--weigh_by_effect",
         action="store_true",
         help="find the share of these four judgments that have a smaller effect (judgment_rank), by which cutlm train"
-        " --weigh_by_effect weighs the record",
+        " --detector frozen --weigh_by_effect weighs the record",
     )
     parser.add_argument("--unlikelihood_weight", type=float, default=1.0, help="alpha of eq. 6 (default: 1)")
     parser.add_argument("--gamma", type=float, default=1.0, help="dynamic weight of eq. 6; 0: off (default: 1)")
@@ -291,6 +291,9 @@ def _suggest_training(args: argparse.Namespace) -> str:
         for name in ("teacher_context", "teacher_sees_response", "guidance", "redirect_strength", "distillation"):
             if (value := getattr(args, name)) is not None:
                 command += [f"--{name}", str(value)]
+    if args.weigh_by_effect:
+        # Without its detector, `cutlm train` refuses the setting before it reads the data.
+        command += ["--detector", "frozen"] * (args.objective == "cut") + ["--weigh_by_effect"]
     if args.max_length != 2048:
         command += ["--max_length", str(args.max_length)]
     return merging + shlex.join([*command, "--output_dir", "runs/NAME"])
