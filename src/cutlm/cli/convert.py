@@ -11,8 +11,9 @@
                  --feedback decides which replies are feedback
   alpaca         rows that already have instruction, input, output and judgment
 
-Each reads one or more files, globs, folders or data sets of the hub (docs/data.md). Responses about which nothing is
-said in words are unjudged: --unjudged writes them for cutlm judge.
+Each reads one or more files, globs, folders or data sets of the hub (docs/data.md). Responses of helpsteer, pairs and
+conversations about which nothing is said in words are unjudged: --unjudged writes them for cutlm judge. Those of other
+sources are left out.
 
 Prints how many rows were read, kept and left out, and why; for conversations, OUT.left_out.jsonl lists the responses
 left out. If a row is invalid, nothing is written and the exit code is 2.
