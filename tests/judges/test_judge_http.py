@@ -88,7 +88,9 @@ def test_the_key_is_in_no_file_and_not_printed(
     assert not any(CANARY.encode() in part for part in everything)
 
 
-def test_identical_responses_share_a_request_and_empty_ones_need_none(server: ChatServer, tmp_path: Path) -> None:
+def test_identical_responses_share_a_request_and_empty_ones_need_none(
+    server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     row = make_rows(2)[1]
     responses = write_lines(tmp_path / "in.jsonl", [row, row | {"output": " \n"}, row | {"dataset": "other"}])
     out = tmp_path / "out.jsonl"
@@ -96,6 +98,7 @@ def test_identical_responses_share_a_request_and_empty_ones_need_none(server: Ch
     assert len(server.requests) == 1
     assert [(row["dataset"], row["judgment"]) for row in read_lines(out)] == [("d", expect(1)), ("other", expect(1))]
     assert [(row["location"], row["kind"]) for row in find_failures(out)] == [(f"{responses}:2", "empty response")]
+    assert "run it again" not in capsys.readouterr().out  # which would give the same
 
 
 def test_orders_control_tokens_and_html_are_sent_and_recorded_unchanged(server: ChatServer, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compare_prompts:
         return _compare_prompts(args)
 
-    from cutlm.judges.responses import read_responses
+    from cutlm.judges.responses import EMPTY_RESPONSE, read_responses
 
     server = _make_server(args) if args.judge == "http" else None
     responses = read_responses(args.responses, args.columns)
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     outcome = _judge_into(args, responses, server, args.out)
     if not outcome.failures:
         return 0
-    if server is not None:
+    if server is not None and set(outcome.failures.values()) != {EMPTY_RESPONSE}:
         print(_suggest_retry(args))
     return 1
 
