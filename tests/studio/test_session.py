@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
+from contextlib import suppress
+from urllib.parse import urlsplit
 
 import pytest
 from commands import write_lines
 from report_scores import make_scores
-from studio_server import make_rows, read_lines
+from studio_server import make_rows, read_lines, send, started
 
 from cutlm.cli import main
 from cutlm.data.records import JudgedRecord, check_records
@@ -15,6 +18,7 @@ from cutlm.flagging.token_scores import write_token_scores
 from cutlm.studio.items import read_items
 from cutlm.studio.journal import Journal, Verdict, name_journal, read_journals
 from cutlm.studio.merge import compare_reviewers, merge_verdicts
+from cutlm.studio.security import Access
 from cutlm.studio.session import Change, Session
 from cutlm.training.run import load_data
 
@@ -43,6 +47,24 @@ def test_a_journal_keeps_the_last_verdict_and_drops_an_incomplete_line(tmp_path)
             assert journal.verdicts["a"] == saved
             assert journal.verdicts["b"].state == "satisfactory"
         assert path.read_text("utf-8").endswith("}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_records_are_written_when_the_studio_is_stopped(tmp_path, number):
+    responses, out = write_lines(tmp_path / "responses.jsonl", make_rows(2)), tmp_path / "records.jsonl"
+    arguments = ["--responses", str(responses), "--out", str(out), "--reviewer", "ann", "--port", "0"]
+    with started(arguments) as (process, url):
+        address = urlsplit(url)
+        access = Access("127.0.0.1", address.port, token=address.query.removeprefix("token="))
+        verdict = {"state": "satisfactory", "revision": 0, "tab": "test"}
+        status = None
+        while status is None:
+            with suppress(ConnectionRefusedError):  # the address is printed a moment before the server answers
+                status = send(access, "PUT", "/api/items/0", verdict)[0]
+        assert status == 200
+        process.send_signal(number)
+        assert process.wait().exit_code == 0
+    assert [row["judgment"] for row in read_lines(out)] == [None]
 
 
 def test_a_damaged_journal_is_named_and_kept(tmp_path):

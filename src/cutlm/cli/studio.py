@@ -19,6 +19,7 @@ import contextlib
 import getpass
 import os
 import re
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -90,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.out}: exists; pass another file, or replace it with --overwrite")
     items, num_empty = read_items(args.responses, args.data, args.columns)
     with contextlib.ExitStack() as stack:
+        # Stopped by another program, it writes the records and ends a training run, as after Ctrl-C.
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
         session = stack.enter_context(Session(items, args.out, stack.enter_context(Journal(journal_path))))
         listener = stack.enter_context(_listen(args.host, args.port))
         models = _load_models(args)
