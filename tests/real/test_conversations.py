@@ -58,7 +58,10 @@ def check(
         judged = add_system_judgment(record.conversation, "Too short.", place).messages
     for ids, prompt in ((row["prompt_ids"], messages), (row["judged_prompt_ids"], judged)):
         rendered = encoder.tokenizer.apply_chat_template(
-            [*prompt, ANSWER], tools=tools, tokenize=False, chat_template=encoder._chat._dated_source
+            [*prompt, ANSWER],
+            tools=tools,
+            tokenize=False,
+            chat_template=encoder._chat._dated_sources[-1 if tools else 0],
         )
         expected = tokenize(encoder.tokenizer, rendered)
         found = [*ids, *row["response_ids"]]
