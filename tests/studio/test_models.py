@@ -241,6 +241,25 @@ def test_before_and_after_training_both_are_shaded(browser, tmp_path, model_path
         assert page.locator(".response").nth(1).locator(".wrong").count() > 0
 
 
+def test_the_model_of_a_further_run_is_shaded(browser, tmp_path, model_path, tmp_path_factory):
+    first, second = (save_tiny_model(tmp_path_factory.mktemp("after"), chat=True, seed=seed) for seed in (1, 2))
+    rows, models = make_rows(1), load(model_path, first)
+    with running(tmp_path, rows, models=models) as server, browse(browser, server.access.url) as page:
+        studio, shown = server.studio, FLAGGED.replace(".response .flagged", ".response:last-child .flagged")
+        page.fill("#judgment", "It is wrong.")
+        wait_until(page, "document.querySelectorAll('.response').length === 2")
+        record = JudgedRecord(**rows[0], judgment="It is wrong.")
+        earlier, later = (list_flagged(blame(path, record)) for path in (first, second))
+        assert earlier != later
+        wait_until(page, shown, earlier)
+        models.add_trained(second)
+        run = {"command": "", "losses": [], "lines": [], "exit_code": 0, "folder": "trained-1"}
+        studio.training = SimpleNamespace(describe=lambda: run, is_running=False, close=lambda: None)
+        studio._comparison = []
+        studio.broadcast.send("training")
+        wait_until(page, shown, later)
+
+
 def test_train_on_this(browser, tmp_path, model_path):
     rows = make_rows(4)
     with running(tmp_path, rows, models=load(model_path)) as server, browse(browser, server.access.url) as page:

@@ -378,11 +378,12 @@ function watch() {
     review.item.draft = (await request(`/api/items/${index}`)).draft;
     if (index === review.index) review.showDraft();
   });
-  let numModels = session.models.length;
+  let known = String(session.models.length); // the number of models, and the one that the last run has trained
   events.addEventListener("training", async () => {
-    const { models } = await showTraining();
-    if (models.length !== numModels) {
-      numModels = models.length;
+    const { models, comparison, run } = await showTraining();
+    const loaded = [models.length, ...(comparison ? [run.folder] : [])].join(" ");
+    if (loaded !== known) {
+      known = loaded;
       review.scoreAgain();
     }
   });
