@@ -326,6 +326,21 @@ def test_a_double_click_starts_one_run(tmp_path, model_path):
         assert sorted(type(problem) for problem in problems if problem) == [UserError]
 
 
+def test_the_page_hears_of_a_gpu_without_memory(tmp_path, model_path):
+    with running(tmp_path, make_rows(1), models=load(model_path)) as server:
+        studio, ended = server.studio, threading.Event()
+        studio.session.save(0, Change(state="satisfactory", revision=0, tab="test"))
+
+        def fail(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        studio.models.write_scores = fail
+        studio.broadcast.send = lambda kind: ended.set() if studio._preparing is None else None
+        studio.start_training("frozen", 1.1)
+        assert ended.wait(20)
+        assert "CUDA out of memory" in studio.describe_training()["problem"]
+
+
 def test_a_run_that_fails_says_so(tmp_path, model_path):
     with running(tmp_path, make_rows(1), models=load(model_path)) as server:
         studio, access = server.studio, server.access

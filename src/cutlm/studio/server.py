@@ -282,9 +282,12 @@ class Studio:
                 then(future.result())
             except (CancelledError, asyncio.CancelledError):
                 self._problem = "stopped"
-            except (UserError, OSError) as error:
+            except Exception as error:
                 self._problem = str(error)
-            self.broadcast.send("training")
+                if not isinstance(error, UserError | OSError):  # a bug, or a GPU without memory
+                    raise
+            finally:
+                self.broadcast.send("training")
 
         self.broadcast.send("training")
         self.worker.submit(run, "training", BACKGROUND).future.add_done_callback(finish)
