@@ -15,7 +15,7 @@ from cutlm.cli import main
 from cutlm.data.records import JudgedRecord, check_records
 from cutlm.errors import DataError, UserError
 from cutlm.flagging.token_scores import write_token_scores
-from cutlm.studio.items import read_items
+from cutlm.studio.items import Draft, read_items
 from cutlm.studio.journal import Journal, Verdict, name_journal, read_journals
 from cutlm.studio.merge import compare_reviewers, merge_verdicts
 from cutlm.studio.security import Access
@@ -65,6 +65,20 @@ def test_records_are_written_when_the_studio_is_stopped(tmp_path, number):
         process.send_signal(number)
         assert process.wait().exit_code == 0
     assert [row["judgment"] for row in read_lines(out)] == [None]
+
+
+def test_drafts_may_come_while_the_work_is_summarized(tmp_path):
+    items = read(tmp_path, make_rows(3))
+    with Journal(name_journal(tmp_path / "out.jsonl", "ann")) as journal:
+        session = Session(items, tmp_path / "out.jsonl", journal)
+        session.drafts[0] = Draft("Wrong.")
+
+        def draft_and_get(index):
+            session.drafts[index + 1] = Draft("Wrong.")
+            return Verdict()
+
+        session.get_verdict = draft_and_get
+        assert session.summarize()["num_drafts"] == 4
 
 
 def test_a_damaged_journal_is_named_and_kept(tmp_path):

@@ -225,7 +225,7 @@ class Session:
             "num_records": len(merged.rows),
             "num_satisfactory": num_satisfactory,
             "num_disputed": len(merged.disputed),
-            "num_drafts": sum(not self.get_verdict(index).is_decided for index in self.drafts),
+            "num_drafts": sum(not self.get_verdict(index).is_decided for index in list(self.drafts)),
             "reviewers": reviewers,
             "agreements": [vars(agreement) for agreement in compare_reviewers(self.items, verdicts)],
             "doubtful": doubtful,
