@@ -218,6 +218,25 @@ def test_flags_follow_the_wording_and_the_threshold_and_can_be_removed(browser, 
         assert rows[1]["output"][start:end] == expected[1].strip()
 
 
+def test_the_flag_of_one_part_of_a_word_can_be_put_back(browser, tmp_path, model_path):
+    with running(tmp_path, make_rows(1), models=load(model_path)) as server, browse(browser, server.access.url) as page:
+        page.fill("#judgment", "It is wrong.")
+        page.wait_for_selector(".response .flagged")
+        # Two flagged tokens without a space between them.
+        first = page.evaluate(
+            "[...document.querySelectorAll('.response .t')].findIndex(e => e.classList.contains('flagged')"
+            " && e.nextSibling?.classList?.contains('flagged'))"
+        )
+        tokens = page.locator(".response .t")
+        for place in (first, first + 1, first + 1):
+            tokens.nth(place).click()
+        kinds = [tokens.nth(place).get_attribute("class").split() for place in (first, first + 1)]
+        assert ["unflagged" in kind for kind in kinds] == [True, False]
+        wait_until_saved(page)
+        ((start, end),) = server.studio.session.get_verdict(0).unflagged_spans
+        assert make_rows(1)[0]["output"][start:end] == tokens.nth(first).inner_text()
+
+
 def test_a_response_that_is_too_long_says_so(browser, tmp_path, model_path):
     rows = [{"instruction": "Hi.", "output": "word " * 3000}]
     with running(tmp_path, rows, models=load(model_path)) as server, browse(browser, server.access.url) as page:

@@ -369,7 +369,8 @@ export class Review {
     const span = view.spans[piece];
     const { unflagged_spans: unflagged } = this.verdict;
     const isUnflagged = unflagged.some((other) => covers(other, span));
-    this.change({ unflagged_spans: isUnflagged ? removeSpans(unflagged, span) : addSpan(unflagged, span) });
+    // Not joined as marks are, so that each can be put back alone.
+    this.change({ unflagged_spans: isUnflagged ? removeSpans(unflagged, span) : [...unflagged, span] });
     this.#showMarks();
     announce(isUnflagged ? "flag put back" : "flag removed");
   }
