@@ -16,11 +16,11 @@ from cutlm.cli import main
 from cutlm.errors import ConfigError, DataError
 from cutlm.flagging.teacher import TeacherSettings
 from cutlm.flagging.token_scores import read_token_scores
-from cutlm.losses import guide
+from cutlm.losses import Parts, guide
 from cutlm.model.collator import CutCollator, split_batch
 from cutlm.model.loading import load_model, load_tokenizer
 from cutlm.prompting.encoding import Encoder
-from cutlm.training.trainer import compute_batch_loss
+from cutlm.training.trainer import compute_batch_loss, count_redirected_batch
 
 RECORDS = [
     {
@@ -68,11 +68,12 @@ def score_naively(model: Any, prompt: list[int], response: list[int]) -> torch.T
 
 
 def compute_naively(base: Path, settings: dict[str, Any]) -> float:
-    """The loss of all records, one pool of tokens, from the model's own logits."""
+    """The loss of all records, from the model's own logits: the mean over tokens, or of flagged and other tokens."""
     model, tokenizer = load_model(base).double().eval(), load_tokenizer(base)
     encoder = Encoder(tokenizer, "alpaca")
     guidance = settings.get("redirect_strength", settings.get("guidance", 1.0))
     total, judged_total, num_tokens, num_unsatisfactory = 0.0, 0.0, 0, 0
+    flagged_total, num_flagged = 0.0, 0
     for record in RECORDS:
         instruction, response = record["instruction"], encoder.encode_response(record["output"])
         plain = score_naively(model, encoder.encode_prompt(instruction), response)
@@ -113,18 +114,28 @@ def compute_naively(base: Path, settings: dict[str, Any]) -> float:
             if settings["objective"] == "redirect" and settings.get("use_unlikelihood_loss", True):
                 weight = math.exp(judged[place, token])
                 term -= weight * math.log(1 - math.exp(p[token]))
-            total += term
+            if settings["objective"] == "redirect":
+                flagged_total, num_flagged = flagged_total + term, num_flagged + 1
+            else:
+                total += term
+    if settings["objective"] == "redirect":
+        num_others = num_tokens - num_flagged
+        if settings.get("use_judged_loss"):
+            total, num_others = total + judged_total, num_others + num_unsatisfactory
+        assert num_flagged
+        return (flagged_total / num_flagged + total / num_others) / 2
     if settings.get("use_judged_loss"):  # two parts, each a mean: as CUT's L1 and L2
         return total, judged_total, num_tokens, num_unsatisfactory  # type: ignore[return-value]
     return total / num_tokens
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if "judged" not in name and name != "reverse_kl"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "reverse_kl"])
 def test_the_loss_is_that_of_a_naive_implementation(tmp_path: Path, base: Path, data: Path, name: str) -> None:
     settings = OBJECTIVES[name]
     trainer = make_trainer(base, tmp_path, load_records(data), **settings)
     rows = list(trainer.train_dataset)
-    assert all(row["judged_prompt_ids"] is None for row in rows)  # one plain pass
+    if not settings.get("use_judged_loss"):
+        assert all(row["judged_prompt_ids"] is None for row in rows)  # one plain pass
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item()
     # The importance ratio of the model before training is 1.
@@ -154,10 +165,10 @@ def test_satisfactory_responses_can_be_left_out(tmp_path: Path, base: Path, data
 
 
 def compute_taught(logps: torch.Tensor, columns: torch.Tensor | None, further: dict[str, Any], **settings: Any) -> Any:
-    """The loss of a response of three tokens, of which the first and the last are taught."""
+    """The sums of a response of three tokens, of which the first and the last are taught."""
     batch = {"num_unsatisfactory": 0, "response_lengths": [3], "locations": ["a"], "shared_lengths": []} | further
     batch |= {"is_taught": torch.tensor([True, False, True]), "target_ids": torch.arange(3)}
-    return compute_batch_loss(logps, batch, CUTConfig(**ON_CPU | settings), columns).likelihood
+    return compute_batch_loss(logps, batch, CUTConfig(**ON_CPU | settings), columns)
 
 
 def log_of(*probabilities: float) -> torch.Tensor:
@@ -168,13 +179,13 @@ def test_importance_is_clipped_and_has_no_gradient() -> None:
     logps = log_of(0.4, 0.5, 0.1).requires_grad_()
     further = {"teacher_logps": log_of(0.8, 0.05)[:, None], "old_logps": log_of(0.1, 0.2)}
     sampled = {"objective": "self_distillation", "distillation": "sampled"}
-    loss = compute_taught(logps, None, further, importance_clip=2.0, **sampled)
+    loss = compute_taught(logps, None, further, importance_clip=2.0, **sampled).likelihood
     # The ratios are 4, clipped to 2, and 0.5; the advantages are log 2 and -log 2.
     terms = [-2 * math.log(2) * math.log(0.4), -math.log(0.5), 0.5 * math.log(2) * math.log(0.1)]
     assert loss.item() == pytest.approx(sum(terms), rel=1e-12)
     (grad,) = torch.autograd.grad(loss, logps)
     assert grad.tolist() == pytest.approx([-2 * math.log(2), -1, 0.5 * math.log(2)], rel=1e-12)
-    loss = compute_taught(logps, None, further, **sampled)
+    loss = compute_taught(logps, None, further, **sampled).likelihood
     assert loss.item() == pytest.approx(terms[0] / 2 + terms[1] + terms[2] * 2, rel=1e-12)
 
 
@@ -187,7 +198,27 @@ def test_the_term_of_unlikelihood_can_be_taken_out_of_redirect(has_unlikelihood:
     loss = compute_taught(log_of(0.4, 0.5, 0.1), columns, further, **settings)
     redirected = 2 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
     unlikelihood = -0.5 * math.log(0.6) - 2 * math.log(0.9)
-    assert loss.item() == pytest.approx(redirected + math.log(2) + has_unlikelihood * unlikelihood, rel=1e-12)
+    assert loss.contrast.item() == pytest.approx(redirected + has_unlikelihood * unlikelihood, rel=1e-12)
+    assert loss.likelihood.item() == pytest.approx(math.log(2), rel=1e-12)
+    weighed = compute_taught(log_of(0.4, 0.5, 0.1), columns, further | {"record_weights": [0.25]}, **settings)
+    assert weighed.contrast.item() == pytest.approx(0.25 * loss.contrast.item(), rel=1e-12)
+    assert weighed.likelihood.item() == pytest.approx(0.25 * math.log(2), rel=1e-12)
+
+
+def test_redirect_counts_flagged_and_other_tokens() -> None:
+    # Two responses in one context: of 4 tokens, one flagged, and of 2.
+    batch = {"num_unsatisfactory": 0, "response_lengths": [4, 2]}
+    flags = {"is_flagged": torch.tensor([False, True, False, False, False, False])}
+    one_pool = Parts(unsatisfactory=False)
+    assert count_redirected_batch(batch | flags, "token", one_pool) == (1, 5)
+    assert count_redirected_batch(batch, "token", one_pool) == (0, 6)
+    weighed = batch | flags | {"record_weights": [0.5, 2.0]}
+    assert count_redirected_batch(weighed, "token", one_pool) == (0.5, 1.5 + 4)
+    assert count_redirected_batch(weighed, "record", one_pool) == (0.125, 0.375 + 2)
+    # The first response also in its judged context.
+    judged = {"num_unsatisfactory": 1, "response_lengths": [4, 4, 2]} | flags
+    assert count_redirected_batch(judged, "token", Parts()) == (1, 3 + 2 + 4)
+    assert count_redirected_batch(judged, "token", Parts(satisfactory=False)) == (1, 3 + 4)
 
 
 # ---- Every way to split a step ----

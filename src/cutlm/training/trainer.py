@@ -321,7 +321,8 @@ class CUTTrainer(CheckpointingTrainer):
         """A batch's share of the denominators of the step."""
         normalization = self.args.normalization
         num_critique = sum(_weigh_critiques(batch, normalization)[1])
-        return StepCounts(*count_batch(batch, normalization, self.args.parts), num_critique)
+        count = count_redirected_batch if self.args.objective == "redirect" else count_batch
+        return StepCounts(*count(batch, normalization, self.args.parts), num_critique)
 
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: StepCounts | None = None
@@ -566,7 +567,7 @@ def compute_batch_loss(
     num_tokens, num_satisfactory_tokens = split_lengths(batch)
     without, with_judgment, satisfactory = logps.split([num_tokens, num_tokens, num_satisfactory_tokens])
     lengths = batch["response_lengths"]
-    weights = weights_satisfactory = None
+    token_weights = weights = weights_satisfactory = None
     if args.normalization == "record" or "record_weights" in batch:
         own_lengths = list_record_lengths(batch)
         factors, _ = _weigh(own_lengths, batch.get("record_weights"), args.normalization)
@@ -591,11 +592,18 @@ def compute_batch_loss(
         all_flags = TokenFlags(torch.zeros_like(plain, dtype=torch.bool), torch.zeros_like(plain))
         if "is_flagged" in batch:
             all_flags = TokenFlags(batch["is_flagged"], batch["flag_weights"])
-        terms = _compute_taught_terms(plain, all_flags, columns, batch, args)
-        sums = sum_terms(
+        terms, redirected = _compute_taught_terms(plain, all_flags, columns, batch, args), None
+        if args.objective == "redirect":
+            redirected = torch.where(all_flags.is_flagged, terms, 0.0)
+            terms = torch.where(all_flags.is_flagged, 0.0, terms)
+        contrast, likelihood = sum_terms(
             terms[:num_tokens], with_judgment, terms[num_tokens:], weights, weights_satisfactory, args.parts
         )
-        return CutLoss(*sums, all_flags.is_flagged[:num_tokens], (with_judgment - without).detach())
+        if redirected is not None:
+            likelihood = contrast + likelihood  # of all other tokens
+            contrast = (redirected if token_weights is None else redirected * token_weights).sum()
+        is_flagged, log_ratios = all_flags.is_flagged[:num_tokens], (with_judgment - without).detach()
+        return CutLoss(contrast, likelihood, is_flagged, log_ratios)
     flags = flags_satisfactory = None
     if "is_flagged" in batch:
         sizes = [num_tokens, num_satisfactory_tokens]
@@ -665,6 +673,20 @@ def count_batch(batch: Mapping[str, Any], normalization: str, parts: Parts) -> t
         num_unsatisfactory * parts.contrast,
         num_unsatisfactory * parts.unsatisfactory + num_satisfactory * parts.satisfactory,
     )
+
+
+def count_redirected_batch(batch: Mapping[str, Any], normalization: str, parts: Parts) -> tuple[float, float]:
+    """A batch's share of the denominators of redirect: the weights of the flagged tokens, and of all others."""
+    lengths = list_record_lengths(batch)
+    factors, sizes = _weigh(lengths, batch.get("record_weights"), normalization)
+    counts = [0] * len(lengths)
+    if "is_flagged" in batch:
+        counts = torch.stack([part.sum() for part in batch["is_flagged"].split(lengths)]).tolist()
+    num_flagged = sum(factor * count for factor, count in zip(factors, counts, strict=True))
+    others = [factor * (n - count) for factor, n, count in zip(factors, lengths, counts, strict=True)]
+    first = batch["num_unsatisfactory"]
+    num_others = sum(others[:first]) + sum(others[first:]) * parts.satisfactory
+    return num_flagged, num_others + sum(sizes[:first]) * parts.unsatisfactory
 
 
 # ---- Adapters and sharding ----
