@@ -35,7 +35,15 @@ from cutlm.data.files import open_atomic
 from cutlm.world.base import base_path
 
 FOLDER = Path(__file__).parent
-ONLINE = ("cut", "cut_frozen", "cut_frozen_threshold_1.05", "redirect", "self_distillation", "dpo")
+ONLINE = (
+    "cut",
+    "cut_frozen",
+    "cut_frozen_threshold_1.05",
+    "cut_frozen_weight_16",
+    "redirect",
+    "self_distillation",
+    "dpo",
+)
 REWARDS = ("cut", "cut_frozen", "dpo")
 NOISES = ("foreign", "praise", "vague")
 # Methods with wrong judgments, and of which kinds. Two learn from verdicts only: praise of a wrong response is the only

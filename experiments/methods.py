@@ -40,6 +40,16 @@ METHODS = (
     Method("cut", about="CUT as in the paper"),
     Method("cut_frozen", _FROZEN, about="CUT, tokens flagged once by the frozen base model"),
     Method("cut_frozen_threshold_1.05", _FROZEN | {"threshold": 1.05}, about="the same at threshold 1.05"),
+    Method(
+        "cut_frozen_weight_4",
+        _FROZEN | {"threshold": 1.05, "unlikelihood_weight": 4.0},
+        about="the same at threshold 1.05, flagged tokens weigh 4 times as much",
+    ),
+    Method(
+        "cut_frozen_weight_16",
+        _FROZEN | {"threshold": 1.05, "unlikelihood_weight": 16.0},
+        about="the same at threshold 1.05, flagged tokens weigh 16 times as much",
+    ),
     Method("cut_true_spans", {"detector": "spans"}, about="CUT, the truly wrong tokens given by the oracle"),
     Method("redirect", _REDIRECTED, about="CUT, flagged tokens redirected by a frozen teacher, too"),
     Method("redirect_threshold_1.05", _REDIRECTED | {"threshold": 1.05}, about="the same at threshold 1.05"),
