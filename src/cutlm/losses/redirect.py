@@ -2,7 +2,7 @@
 
 CUT lowers the probability of a flagged token, and the model decides which tokens gain it. Here the gain goes to the
 tokens that a teacher prefers: the model before training, praised instead of judged (see `cutlm.losses.distillation`).
-Flagged tokens, a few among many, have a mean of their own: the loss is the mean of theirs and that of all others.
+Flagged tokens, a few among many, and all others are averaged separately; the loss is the mean of both averages.
 """
 
 import torch
