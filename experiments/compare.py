@@ -51,6 +51,7 @@ NOISES = ("foreign", "praise", "vague")
 NOISY = {
     "cut": NOISES,
     "cut_frozen": NOISES,
+    "cut_frozen_threshold_1.05": NOISES,
     "cut_frozen_weight_16": NOISES,
     "redirect": NOISES,
     "self_distillation": NOISES,

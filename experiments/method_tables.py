@@ -19,7 +19,10 @@ from cutlm.inspect.tables import format_table
 _T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 _PACKAGES = ("cutlm", "torch", "transformers", "trl")
 # Distinct for colour-blind readers, too.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#000000")
+_COLORS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"),
+    *("#56b4e9", "#882255", "#000000", "#999933", "#888888"),
+)
 
 
 def summarize(values: Sequence[float]) -> tuple[float, float | None]:
@@ -167,7 +170,7 @@ def _plot_lines(key: str, label: str, is_log: bool = False) -> Callable[[Any, An
                 [row[key] for row in part],
                 [middle for middle, _ in summaries],
                 yerr=[half or 0 for _, half in summaries],
-                marker="osD^vP*X"[number % 8],
+                marker="osD^vP*Xph"[number % 10],
                 color=_COLORS[number % len(_COLORS)],
                 capsize=3,
                 label=name,

@@ -107,8 +107,8 @@ def test_a_shuffled_control_learns_from_the_judgments_of_other_responses(monkeyp
 def test_wrong_judgments_are_measured_where_a_method_reads_them(kind):
     rows = TABLES["noise"](FakePool().run_all, SIZE)
     readers = {row["method"] for row in rows if row["kind"] == kind}
-    judged = {"cut", "cut_frozen", "cut_frozen_weight_16", "redirect", "self_distillation"}
-    judged |= {method.name for method in REMEDIES}
+    judged = {"cut", "cut_frozen", "cut_frozen_threshold_1.05", "cut_frozen_weight_16", "redirect"}
+    judged |= {"self_distillation", *(method.name for method in REMEDIES)}
     assert readers == judged | ({"likelihood_satisfactory"} if kind == "praise" else set())
 
 
