@@ -285,10 +285,12 @@ class Experiment:
     def write_table(self, command: str) -> None:
         """Write alignment.json and alignment.md from the finished runs."""
         rows, size = list(self._list_rows()), self.size
-        num_best = min(size.num_best, len(self.methods))
-        num_seeds_of_others = min(size.num_seeds_of_others, len(size.seeds))
-        num_planned = 1 + num_best * len(size.seeds) + (len(self.methods) - num_best) * num_seeds_of_others
-        num_tested = sum(len(row["instruction_strict"]) for row in rows)
+        best = sorted(self.methods, key=lambda method: -self._find_dev_score(method))[: size.num_best]
+        num_seeds = {method.name: min(size.num_seeds_of_others, len(size.seeds)) for method in self.methods}
+        num_seeds |= {method.name: len(size.seeds) for method in best} | {BASE.name: 1}
+        num_planned = sum(num_seeds.values())
+        # Methods that were among the best before may have more seeds.
+        num_tested = sum(min(len(row["instruction_strict"]), num_seeds[row["method"]]) for row in rows)
         content = {
             "results": rows,
             "seeds": list(size.seeds),
@@ -300,6 +302,11 @@ class Experiment:
         }
         write_text(self._out / "alignment.json", json.dumps(content, indent=1) + "\n")
         write_text(self._out / "alignment.md", describe_rows(rows, content))
+
+    def _find_dev_score(self, method: Method) -> float:
+        """The best accuracy on the development split so far; 0 without a run."""
+        keys = [self._make_key(method, rate, self.size.seeds[0], "dev") for rate in self.size.learning_rates]
+        return max((self._runs[key]["instruction_strict"] for key in keys if key in self._runs), default=0.0)
 
     def _list_rows(self) -> Iterator[dict[str, Any]]:
         size = self.size
